@@ -1,0 +1,63 @@
+# Every task of a developer or user. Each does its own set-up, on a fresh Debian machine, as root or with sudo.
+#
+#   make demo       boot a guest, migrate it live, print what happened
+#   make test       the fast tests            make test-full  all of them
+#   make lint       format, lints, documentation, licences
+#   make bench      vmirror and QEMU's own migration side by side
+#   make setup      only the set-up           make clean      remove everything that was made
+#
+# QEMU=/path/to/qemu-system-x86_64 chooses another QEMU.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint bench setup setup-rust setup-guest build clean
+.NOTPARALLEL:
+
+ifdef QEMU
+export QEMU
+endif
+
+# Tests, demo and bench need root for network namespaces. Cargo starts what it has built through this.
+ifneq ($(shell id -u),0)
+ifneq ($(shell command -v sudo),)
+as_root := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo --preserve-env"
+endif
+endif
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+demo: setup build
+	$(as_root) cargo run --release --quiet --package bench --bin demo
+
+test: setup build
+	$(as_root) cargo test --release --workspace
+
+test-full: setup build
+	$(as_root) cargo test --release --workspace -- --include-ignored
+
+lint: setup-rust
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+	setup/licences/check
+
+bench: setup build
+	$(as_root) cargo run --release --quiet --package bench --bin bench
+
+setup: setup-rust setup-guest
+	@setup/qemu-10
+
+setup-rust:
+	@setup/packages
+	@setup/rust
+
+setup-guest: setup-rust
+	@setup/guest-kernel
+	@setup/guest-image
+
+# Tests start the program itself, so it is built first and with the same profile.
+build: setup-rust
+	cargo build --release --workspace
+
+clean:
+	cargo clean
