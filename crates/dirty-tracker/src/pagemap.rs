@@ -1,0 +1,144 @@
+//! `ioctl(PAGEMAP_SCAN)` on `/proc/PID/pagemap`: which pages were written, and protecting them again.
+//!
+//! Structures and numbers are those of `include/uapi/linux/fs.h` since Linux 6.7.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// Regions one call can return. 1.5 MiB of buffer; more written regions than that take another call.
+const REGIONS_PER_CALL: usize = 1 << 16;
+
+/// `PM_SCAN_WP_MATCHING`: protect what is returned, in the same step.
+const WP_MATCHING: u64 = 1;
+/// `PM_SCAN_CHECK_WPASYNC`: fail on memory that is not (any longer) under an asynchronous userfaultfd,
+/// rather than skip it silently.
+const CHECK_WPASYNC: u64 = 2;
+/// `PAGE_IS_WRITTEN`: not protected, be there a page, one swapped out, or none.
+const WRITTEN: u64 = 2;
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
+
+/// `struct pm_scan_arg`.
+#[repr(C)]
+struct ScanArgument {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    regions: u64,
+    regions_length: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// What to do with written pages besides returning them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protection {
+    /// Leave them writable: they will be returned again.
+    Leave,
+    /// Protect them, so that they are returned again only when written again.
+    Renew,
+}
+
+/// The pagemap of one process, and the buffer its answers are put in.
+pub(crate) struct Pagemap {
+    file: File,
+    buffer: Vec<PageRegion>,
+}
+
+impl std::fmt::Debug for Pagemap {
+    /// Without the buffer, whose content means nothing between scans.
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Pagemap").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+impl Pagemap {
+    /// Opens the pagemap of a process as it is now: after an `execve` it still means the old memory.
+    pub(crate) fn open(pid: u32) -> io::Result<Self> {
+        let file = File::open(format!("/proc/{pid}/pagemap"))?;
+        Ok(Self { file, buffer: vec![PageRegion { start: 0, end: 0, categories: 0 }; REGIONS_PER_CALL] })
+    }
+
+    /// Calls `found` with every written run of addresses in `range`, in order. Returns how many calls
+    /// to the kernel it took.
+    ///
+    /// When it fails part of the way, what `found` has been told before is true, and already protected.
+    pub(crate) fn written(
+        &mut self,
+        range: &Range<u64>,
+        protection: Protection,
+        mut found: impl FnMut(Range<u64>),
+    ) -> io::Result<u32> {
+        let mut position = range.start;
+        let mut calls = 0;
+        while position < range.end {
+            let (count, walk_end) =
+                scan(self.file.as_fd(), position..range.end, protection, &mut self.buffer)?;
+            calls += 1;
+            for region in self.buffer.iter().take(count) {
+                found(region.start..region.end);
+            }
+            if walk_end <= position {
+                return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+            }
+            position = walk_end;
+        }
+        Ok(calls)
+    }
+}
+
+/// Whether this kernel knows PAGEMAP_SCAN, tried on our own process, over no memory at all.
+pub(crate) fn probe() -> io::Result<()> {
+    let file = File::open("/proc/self/pagemap")?;
+    scan(file.as_fd(), 0..0, Protection::Leave, &mut []).map(|_| ())
+}
+
+/// One call: how many regions it returned, and up to where it looked.
+fn scan(
+    pagemap: BorrowedFd<'_>,
+    range: Range<u64>,
+    protection: Protection,
+    buffer: &mut [PageRegion],
+) -> io::Result<(usize, u64)> {
+    let flags = match protection {
+        Protection::Leave => CHECK_WPASYNC,
+        Protection::Renew => CHECK_WPASYNC | WP_MATCHING,
+    };
+    let mut argument = ScanArgument {
+        size: size_of::<ScanArgument>() as u64,
+        flags,
+        start: range.start,
+        end: range.end,
+        walk_end: 0,
+        regions: if buffer.is_empty() { 0 } else { buffer.as_mut_ptr().expose_provenance() as u64 },
+        regions_length: buffer.len() as u64,
+        max_pages: 0,
+        category_inverted: 0,
+        category_mask: WRITTEN,
+        category_anyof_mask: 0,
+        return_mask: WRITTEN,
+    };
+    // SAFETY: the argument is the structure this request reads and writes; the regions it points to
+    // are `regions_length` of them, plain integers, and ours alone for the length of the call.
+    let result = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
+    match usize::try_from(result) {
+        Ok(count) => Ok((count, argument.walk_end)),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
