@@ -1,0 +1,185 @@
+//! Starting a QEMU that outlives its starter.
+//!
+//! QEMU gets a session of its own, no terminal, and its output in a file; no pipe ties it to the starter, so it runs
+//! on when that ends or is killed. While the starter lives, a task of its reaps QEMU; after that, init does. Under
+//! systemd the starter's unit needs `KillMode=process` for the same reason.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use tokio::{process::Command, sync::watch};
+
+use crate::{
+    Spec,
+    detach::detach,
+    process::{Process, ProcessError},
+    qmp::{Qmp, QmpError},
+};
+
+/// How long QEMU may take until its QMP answers. Reserving a terabyte of RAM takes a minute or two.
+const START_DEADLINE: Duration = Duration::from_secs(300);
+/// How long to wait between looks at a QEMU that starts. One without devices answers after some 50 ms.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+/// How much of QEMU's output is looked at, and how many lines of it an error repeats.
+const OUTPUT_BYTES: u64 = 8192;
+const OUTPUT_LINES: usize = 6;
+
+/// Why a QEMU was not started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LaunchError {
+    /// The command line has no QMP on a unix socket, so nothing could be said to it.
+    #[error("the command line has no QMP on a unix socket")]
+    NoQmp,
+    /// The log cannot be written.
+    #[error("cannot open the log {}", log.display())]
+    Log {
+        /// The file.
+        log: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The binary cannot be run.
+    #[error("cannot run {}", binary.display())]
+    Run {
+        /// The binary.
+        binary: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// QEMU ended before its QMP answered.
+    #[error("QEMU has ended ({status}): {output}")]
+    Ended {
+        /// Its exit status.
+        status: ExitStatus,
+        /// Its last words.
+        output: String,
+    },
+    /// QEMU runs but its QMP does not answer in time; it was killed.
+    #[error("QEMU did not answer within {after:?} and was killed: {output}")]
+    Silent {
+        /// How long was waited.
+        after: Duration,
+        /// Its last words.
+        output: String,
+        /// What the last attempt to connect gave.
+        #[source]
+        source: QmpError,
+    },
+    /// Another process listens on the QMP socket.
+    #[error("process {pid} serves the QMP socket {}, not the QEMU that was started", socket.display())]
+    OtherServer {
+        /// The socket.
+        socket: PathBuf,
+        /// Who listens.
+        pid: u32,
+    },
+    /// The new process cannot be looked at.
+    #[error("the QEMU that was started cannot be looked at")]
+    Process(#[from] ProcessError),
+}
+
+/// Starts QEMU detached, with its output (and a serial console on stdio) appended to `log`, and waits until its QMP
+/// answers. Must run inside a tokio runtime.
+///
+/// # Errors
+/// With QEMU's own last words if it gave up. No process is left behind, even if the future is dropped.
+pub async fn launch(spec: &Spec, log: &Path) -> Result<Process, LaunchError> {
+    let socket =
+        spec.own_qmp_socket().or_else(|| spec.qmp_sockets().into_iter().next()).ok_or(LaunchError::NoQmp)?;
+    let log_failed = |source| LaunchError::Log { log: log.to_owned(), source };
+    let mut output = OpenOptions::new().create(true).append(true).read(true).open(log).map_err(log_failed)?;
+    let begin = output.seek(SeekFrom::End(0)).map_err(log_failed)?;
+    let argv = spec.to_argv();
+    let mut command = std::process::Command::new(&argv[0]);
+    command
+        .args(&argv[1..])
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().map_err(log_failed)?)
+        .stderr(output.try_clone().map_err(log_failed)?);
+    detach(&mut command);
+    let mut child = Command::from(command)
+        .spawn()
+        .map_err(|source| LaunchError::Run { binary: spec.binary().to_owned(), source })?;
+    let pid = child.id().unwrap_or_default();
+    let identity = Process::of_pid(pid, &socket);
+    let (ended, mut end) = watch::channel(None);
+    tokio::spawn(async move {
+        match child.wait().await {
+            Ok(status) => drop(ended.send(Some(status))),
+            Err(error) => tracing::warn!(%error, pid, "cannot wait for QEMU"),
+        }
+    });
+    // The process is read before the reaper runs or fails with it, so a pid that was reused cannot get here.
+    let mut unless_ready = KillOnDrop(Some(identity?));
+    let answered = tokio::select! {
+        answered = wait_for_qmp(&socket, pid) => answered,
+        Ok(status) = async { end.wait_for(Option::is_some).await.map(|status| *status) } => {
+            unless_ready.0 = None;
+            let status = status.expect("the wait was for a status");
+            return Err(LaunchError::Ended { status, output: last_words(output, begin) });
+        }
+    };
+    match answered {
+        Ok(()) => unless_ready.0.take().ok_or(LaunchError::NoQmp),
+        Err(LaunchError::Silent { after, source, .. }) => {
+            Err(LaunchError::Silent { after, source, output: last_words(output, begin) })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn wait_for_qmp(socket: &Path, pid: u32) -> Result<(), LaunchError> {
+    let end = tokio::time::Instant::now() + START_DEADLINE;
+    loop {
+        let error = match Qmp::connect(socket).await {
+            Ok(qmp) => match qmp.peer() {
+                // A left-over QEMU of the same name could still be listening until ours has replaced its socket.
+                Some(other) if other != pid => {
+                    LaunchError::OtherServer { socket: socket.to_owned(), pid: other }
+                }
+                _ => return Ok(()),
+            },
+            Err(source) => LaunchError::Silent { after: START_DEADLINE, output: String::new(), source },
+        };
+        if tokio::time::Instant::now() >= end {
+            return Err(error);
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// What QEMU wrote since it was started: its last lines, in one.
+fn last_words(mut log: File, begin: u64) -> String {
+    let size = log.metadata().map_or(0, |log| log.len());
+    let from = begin.max(size.saturating_sub(OUTPUT_BYTES));
+    let mut bytes = Vec::new();
+    if log.seek(SeekFrom::Start(from)).and_then(|_| log.read_to_end(&mut bytes)).is_err() {
+        return "its output cannot be read".to_owned();
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    if lines.is_empty() {
+        return "it wrote nothing".to_owned();
+    }
+    lines[lines.len().saturating_sub(OUTPUT_LINES)..].join("; ")
+}
+
+/// Kills a QEMU that nobody will know of.
+struct KillOnDrop(Option<Process>);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(process) = &self.0 {
+            let killed = process.kill();
+            tracing::info!(pid = process.pid, killed, "a QEMU whose start failed was ended");
+        }
+    }
+}

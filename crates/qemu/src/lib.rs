@@ -1,0 +1,30 @@
+//! One QEMU process: its command line as a typed specification, its monitor, its start, its adoption.
+//!
+//! - [`Spec`] is a user's command line, kept without loss: what it says about RAM, disks, networks and host devices,
+//!   how to make the machine mirrorable, and the same machine's command line for another host.
+//! - [`launch`] starts a QEMU that outlives its starter; [`find`] finds it again; [`adopt`] takes in a running one.
+//! - [`Qmp`] is QEMU's monitor protocol: typed commands through the [`qapi`] crate, events kept as they come, so that a
+//!   newer QEMU's new events, fields and values break nothing.
+//! - [`ram_blocks`] finds guest RAM: its files, and where QEMU has mapped them.
+//!
+//! Linux only. Knows nothing of hosts, links or migration as a whole.
+
+mod adopt;
+mod detach;
+mod launch;
+mod probe;
+mod process;
+pub mod qmp;
+mod ram;
+pub mod spec;
+
+pub use adopt::{AdoptError, Adopted, adopt};
+pub use launch::{LaunchError, launch};
+pub use probe::{ProbeGuest, accelerator_works};
+pub use process::{Presence, Process, ProcessError, Vm, find, vcpu_cpu_time};
+pub use qmp::{Event, Qmp, QmpError};
+pub use ram::{Mapping, RamBlock, RamError, ram_blocks};
+pub use spec::{
+    DeclaredDevice, Destination, Disk, FilePurpose, FileUse, Mirrorable, Nic, NicKind, NotMirrorable,
+    ParseError, Protocol, RamBackend, RamKind, SizeError, Spec,
+};

@@ -1,0 +1,339 @@
+//! The same machine for another host.
+
+use std::path::PathBuf;
+
+use super::{
+    Argument, NicKind, NotMirrorable, Properties, RamKind, Spec, escape,
+    mirrorable::{check_name, ram_file},
+};
+
+/// What differs at the host that a VM moves to.
+#[derive(Debug, Clone)]
+pub struct Destination {
+    /// The VM's name, part of the RAM files' names.
+    pub name: String,
+    /// QEMU there.
+    pub binary: PathBuf,
+    /// The versioned machine type that the source's QEMU runs, such as `pc-q35-7.2`: an alias like `q35` means another
+    /// machine in another version of QEMU.
+    pub machine: String,
+    /// Directory for RAM files there.
+    pub ram_dir: PathBuf,
+    /// Where QEMU shall listen for us there.
+    pub qmp_socket: PathBuf,
+    /// Where QEMU shall write its process id; None leaves the user's `-pidfile`, if any.
+    pub pid_file: Option<PathBuf>,
+    /// Tap interfaces that are made ready there, by the back end that uses each ([`super::Nic::netdev`]).
+    pub taps: Vec<(String, String)>,
+}
+
+impl Spec {
+    /// The command line that runs this machine at another host, waiting for its state: other binary, machine type
+    /// pinned, RAM files and our sockets where that host has them, taps as they are prepared there. The user's own
+    /// sockets, pidfile and logs stay; output files are appended to and never truncated.
+    ///
+    /// # Errors
+    /// Names what cannot be carried over.
+    pub fn for_destination(&self, how: &Destination) -> Result<Spec, NotMirrorable> {
+        check_name(&how.name)?;
+        self.check_portable()?;
+        let mut spec = self.without_incoming();
+        for option in ["loadvm", "daemonize"] {
+            spec.remove_all(option);
+        }
+        spec.binary.clone_from(&how.binary);
+        spec.pin_machine(&how.machine);
+        spec.move_ram(how)?;
+        spec.set_own_qmp(&how.qmp_socket);
+        if let Some(pid_file) = &how.pid_file {
+            spec.set_pid_file(pid_file);
+        }
+        spec.connect_taps(&how.taps)?;
+        if let Some(option) = spec.uses_of_descriptors(true).into_iter().next() {
+            return Err(NotMirrorable::Descriptor { option });
+        }
+        spec.append_to_files();
+        spec.arguments.push(Argument::with_value("-incoming", "defer"));
+        spec.arguments.push(Argument::option("-S", None));
+        Ok(spec)
+    }
+
+    fn pin_machine(&mut self, machine: &str) {
+        let typed: Vec<(usize, Properties)> =
+            self.all("machine").filter(|(_, properties)| properties.get("type").is_some()).collect();
+        if typed.is_empty() {
+            self.arguments.push(Argument::with_value("-machine", machine));
+        }
+        for (at, mut properties) in typed {
+            properties.set("type", machine);
+            self.store(at, &properties);
+        }
+    }
+
+    fn move_ram(&mut self, how: &Destination) -> Result<(), NotMirrorable> {
+        for backend in self.ram_backends() {
+            if backend.kind != RamKind::File || !backend.share {
+                return Err(NotMirrorable::PrivateRam { id: backend.id });
+            }
+        }
+        let objects: Vec<(usize, Properties)> = self.all("object").collect();
+        for (at, mut object) in objects {
+            if object.get("qom-type").as_deref() == Some("memory-backend-file") {
+                let id = object.get("id").unwrap_or_default();
+                object.set("mem-path", &ram_file(&how.ram_dir, &how.name, &id).to_string_lossy());
+                // The file there is ours alone, so the RAM begins at its beginning.
+                object.remove("offset");
+                self.store(at, &object);
+            }
+        }
+        Ok(())
+    }
+
+    fn connect_taps(&mut self, taps: &[(String, String)]) -> Result<(), NotMirrorable> {
+        let keys: Vec<(usize, String, Properties)> = self
+            .backends()
+            .into_iter()
+            .map(|(at, properties)| (at, self.backend_key(at, &properties), properties))
+            .collect();
+        for (netdev, ifname) in taps {
+            let found = keys.iter().find(|(_, key, _)| key == netdev);
+            let Some((at, _, properties)) = found else {
+                return Err(NotMirrorable::Option {
+                    option: format!("tap {ifname} for {netdev}"),
+                    why: "the machine has no such network back end",
+                });
+            };
+            let mut properties = properties.clone();
+            let kind =
+                self.nics().into_iter().find(|nic| nic.netdev == *netdev).map(|nic| (nic.kind, nic.queues));
+            match kind {
+                Some((NicKind::Tap { .. } | NicKind::Bridge { .. }, queues)) => {
+                    connect_tap(&mut properties, ifname, queues);
+                }
+                _ => {
+                    return Err(NotMirrorable::Option {
+                        option: self.arguments[*at].to_string(),
+                        why: "only tap and bridge back ends can be given a tap",
+                    });
+                }
+            }
+            self.store(*at, &properties);
+        }
+        Ok(())
+    }
+
+    /// Output files of the machine go on where the source stopped.
+    fn append_to_files(&mut self) {
+        let chardevs: Vec<(usize, Properties)> = self.all("chardev").collect();
+        for (at, mut chardev) in chardevs {
+            let is_file = chardev.get("backend").as_deref() == Some("file");
+            let is_logged = chardev.get("logfile").is_some();
+            if is_file {
+                chardev.set_bool("append", true);
+            }
+            if is_logged {
+                chardev.set_bool("logappend", true);
+            }
+            if is_file || is_logged {
+                self.store(at, &chardev);
+            }
+        }
+        // `-serial file:PATH` and its kin truncate, and the short form cannot say otherwise.
+        for at in 0..self.arguments.len() {
+            if !matches!(
+                self.arguments[at].name(),
+                "serial" | "parallel" | "monitor" | "debugcon" | "qmp" | "qmp-pretty"
+            ) {
+                continue;
+            }
+            let Some(path) =
+                self.arguments[at].value().and_then(|value| value.strip_prefix("file:")).map(escape)
+            else {
+                continue;
+            };
+            let id = self.free_chardev_id();
+            self.arguments[at].value = Some(format!("chardev:{id}"));
+            self.arguments
+                .push(Argument::with_value("-chardev", format!("file,id={id},path={path},append=on")));
+        }
+    }
+
+    fn free_chardev_id(&self) -> String {
+        let used: Vec<String> = self.all("chardev").filter_map(|(_, chardev)| chardev.get("id")).collect();
+        let mut number = 0;
+        loop {
+            let id = format!("vmirror-file{number}");
+            if !used.contains(&id) {
+                return id;
+            }
+            number += 1;
+        }
+    }
+}
+
+fn connect_tap(properties: &mut Properties, ifname: &str, queues: u32) {
+    let handed_in = ["fds", "vhostfd", "vhostfds"].iter().any(|key| properties.get(key).is_some());
+    let vhost = ["vhostfd", "vhostfds"].iter().any(|key| properties.get(key).is_some());
+    properties.set("type", "tap");
+    for key in ["fd", "fds", "vhostfd", "vhostfds", "br", "helper"] {
+        properties.remove(key);
+    }
+    properties.set("ifname", ifname);
+    properties.set("script", "no");
+    properties.set("downscript", "no");
+    if handed_in && queues > 1 {
+        properties.set_number("queues", u64::from(queues));
+    }
+    if vhost {
+        properties.set_bool("vhost", true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    fn how(taps: &[(&str, &str)]) -> Destination {
+        Destination {
+            name: "web1".to_owned(),
+            binary: "/opt/qemu".into(),
+            machine: "pc-q35-7.2".to_owned(),
+            ram_dir: "/mnt/ram".into(),
+            qmp_socket: "/run/d/web1.qmp".into(),
+            pid_file: None,
+            taps: taps.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
+        }
+    }
+
+    const RAM: [&str; 6] = [
+        "q",
+        "-machine",
+        "q35,accel=tcg,memory-backend=pc.ram",
+        "-object",
+        "memory-backend-file,id=pc.ram,size=64M,share=on,mem-path=/dev/shm/x,offset=4096",
+        "-nodefaults",
+    ];
+
+    fn moved(argv: &[&str], taps: &[(&str, &str)]) -> Result<Vec<String>, NotMirrorable> {
+        Ok(Spec::parse(&[&RAM, argv].concat()).unwrap().for_destination(&how(taps))?.to_argv())
+    }
+
+    #[test]
+    fn ram_machine_sockets_and_waiting() {
+        let argv =
+            moved(&["-daemonize", "-loadvm", "s", "-qmp", "unix:/u,server,nowait", "-pidfile", "/p"], &[])
+                .unwrap();
+        let expected = [
+            "/opt/qemu",
+            "-machine",
+            "pc-q35-7.2,accel=tcg,memory-backend=pc.ram",
+            "-object",
+            "memory-backend-file,id=pc.ram,size=64M,share=on,mem-path=/mnt/ram/vmirror-web1@pc.ram",
+            "-nodefaults",
+            "-qmp",
+            "unix:/u,server,nowait",
+            "-pidfile",
+            "/p",
+            "-chardev",
+            "socket,id=vmirror-qmp,path=/run/d/web1.qmp,server=on,wait=off",
+            "-mon",
+            "chardev=vmirror-qmp,mode=control",
+            "-incoming",
+            "defer",
+            "-S",
+        ];
+        assert_eq!(argv, expected);
+    }
+
+    #[test]
+    fn a_machine_can_move_on_from_where_it_arrived() {
+        let source = Spec::parse(&[RAM.as_slice(), &["-S", "-serial", "file:/log"]].concat()).unwrap();
+        let first = source.for_destination(&how(&[])).unwrap();
+        let second = first.for_destination(&how(&[])).unwrap();
+        assert_eq!(first, second);
+        let arrived = first.without_incoming();
+        assert!(!arrived.is_incoming());
+        assert_eq!(
+            arrived.to_argv().iter().filter(|word| *word == "-S").count(),
+            1,
+            "the user's own -S stays"
+        );
+        assert_eq!(arrived.for_destination(&how(&[])).unwrap(), first);
+    }
+
+    #[test]
+    fn output_files_are_appended_to() {
+        let argv = moved(
+            &[
+                "-serial",
+                "file:/a,b",
+                "-chardev",
+                "file,id=c,path=/c",
+                "-chardev",
+                "socket,id=s,path=/s,server=on,logfile=/l",
+            ],
+            &[],
+        )
+        .unwrap();
+        for word in [
+            "chardev:vmirror-file0",
+            "file,id=vmirror-file0,path=/a,,b,append=on",
+            "file,id=c,path=/c,append=on",
+            "socket,id=s,path=/s,server=on,logfile=/l,logappend=on",
+        ] {
+            assert!(argv.iter().any(|found| found == word), "{word} in {argv:?}");
+        }
+    }
+
+    #[test]
+    fn taps_of_the_destination() {
+        let argv = moved(
+            &[
+                "-netdev",
+                "bridge,id=n0,br=lan",
+                "-netdev",
+                r#"{"type":"tap","fds":"30:31","vhost":true,"vhostfds":"32:33","id":"n1"}"#,
+                "-nic",
+                "tap,ifname=old,script=/x,model=e1000",
+            ],
+            &[("n0", "t0"), ("n1", "t1"), ("#nic0", "t2")],
+        )
+        .unwrap();
+        let has = |word: &str| argv.iter().any(|found| found == word);
+        assert!(has("tap,id=n0,ifname=t0,script=no,downscript=no"), "{argv:?}");
+        assert!(has("tap,ifname=t2,script=no,model=e1000,downscript=no"), "{argv:?}");
+        let json: serde_json::Value =
+            serde_json::from_str(argv.iter().find(|word| word.starts_with('{')).unwrap()).unwrap();
+        let expected = serde_json::json!({"type":"tap","vhost":true,"id":"n1","ifname":"t1","script":"no","downscript":"no","queues":2});
+        assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn refusals() {
+        let refused = |argv: &[&str], taps: &[(&str, &str)]| moved(argv, taps).unwrap_err().to_string();
+        assert!(refused(&["-netdev", "tap,id=n,fd=3"], &[]).contains("uses a descriptor"));
+        assert!(refused(&[], &[("n", "t")]).contains("no such network back end"));
+        assert!(refused(&["-netdev", "user,id=n"], &[("n", "t")]).contains("only tap and bridge"));
+        assert!(refused(&["-device", "vfio-pci"], &[]).contains("vfio-pci"));
+        let private = Spec::parse(&["q", "-m", "64"]).unwrap();
+        assert_eq!(
+            private.for_destination(&how(&[])),
+            Err(NotMirrorable::PrivateRam { id: "pc.ram".to_owned() })
+        );
+    }
+
+    #[test]
+    fn the_machine_type_is_pinned_where_there_was_none() {
+        let spec = Spec::parse(&[
+            "q",
+            "-machine",
+            "memory-backend=r",
+            "-object",
+            "memory-backend-file,id=r,size=1M,share=on,mem-path=/x",
+        ]);
+        let moved = spec.unwrap().for_destination(&how(&[])).unwrap();
+        assert_eq!(moved.machine(), Some("pc-q35-7.2"));
+        assert_eq!(moved.binary(), Path::new("/opt/qemu"));
+    }
+}
