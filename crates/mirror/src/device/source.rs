@@ -1,0 +1,63 @@
+//! The source's side of device state: takes QEMU's stream.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use tokio::io::AsyncReadExt;
+use tokio::net::{UnixListener, UnixStream};
+
+use super::MAX_PART;
+
+/// The place where QEMU is to send its stream.
+#[derive(Debug)]
+pub struct DeviceSource {
+    path: PathBuf,
+    listener: UnixListener,
+    stream: Option<UnixStream>,
+    bytes: u64,
+}
+
+impl DeviceSource {
+    /// Makes the socket. It is removed when this is dropped.
+    ///
+    /// # Errors
+    /// Those of `bind(2)`.
+    pub fn listen(path: &Path) -> io::Result<DeviceSource> {
+        let listener = UnixListener::bind(path)?;
+        Ok(DeviceSource { path: path.to_owned(), listener, stream: None, bytes: 0 })
+    }
+
+    /// What to give QEMU's `migrate` command as `uri`.
+    #[must_use]
+    pub fn uri(&self) -> String {
+        format!("unix:{}", self.path.display())
+    }
+
+    /// The next part of the stream; `None` at its end, which is when QEMU has saved everything. Nothing is lost when
+    /// this is cancelled.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
+        if self.stream.is_none() {
+            self.stream = Some(self.listener.accept().await?.0);
+        }
+        let Some(stream) = &mut self.stream else { return Ok(None) };
+        let mut part = Vec::with_capacity(MAX_PART);
+        let read = stream.read_buf(&mut part).await?;
+        self.bytes += read as u64;
+        Ok((read > 0).then_some(part))
+    }
+
+    /// Bytes taken so far.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Drop for DeviceSource {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

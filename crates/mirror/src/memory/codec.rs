@@ -1,0 +1,351 @@
+//! The frames of a data stream.
+//!
+//! A frame is a header, a table and a payload, all integers little-endian:
+//!
+//! ```text
+//!  header, 16 bytes   kind u8 · encoding u8 · reserved u16 (0) · entries u32 · payload u32 · number u32
+//!  table              entries × 24 bytes: what u64 (class in the top byte, page index below) · value u128
+//!  payload            the plain pages of the table, in its order
+//! ```
+//!
+//! | kind | meaning | `number` | table and payload |
+//! | --- | --- | --- | --- |
+//! | 0 | invalid | | |
+//! | 1 | pages | the round | as below |
+//! | 2 | barrier | the barrier | none |
+//!
+//! | class | meaning | value | payload |
+//! | --- | --- | --- | --- |
+//! | 0 | invalid | | |
+//! | 1 | zero run | how many pages | none |
+//! | 2 | plain page | the content hash | 4096 bytes |
+//!
+//! Every count is held against its limit before anything is allocated or read for it.
+
+use std::io::{self, Read, Write};
+
+use crate::hash::ContentHash;
+use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
+
+/// Bytes of a frame's header.
+pub const HEADER_LENGTH: usize = 16;
+/// Bytes of a table entry.
+const ENTRY_LENGTH: usize = 24;
+/// Most plain pages of a frame: 1 MiB.
+pub const MAX_PLAIN: usize = 256;
+/// Most entries of a frame.
+pub const MAX_ENTRIES: usize = 4096;
+
+const KIND_PAGES: u8 = 1;
+const KIND_BARRIER: u8 = 2;
+const ENCODING_NONE: u8 = 0;
+const CLASS_ZERO: u8 = 1;
+const CLASS_PLAIN: u8 = 2;
+const PAGE_BITS: u32 = 56;
+
+/// What a frame says about one page, or one run of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// So many pages, beginning here, are zero.
+    Zero {
+        /// The first.
+        page: PageIndex,
+        /// How many; never more than a chunk holds.
+        count: u64,
+    },
+    /// The page's content is in the payload.
+    Plain {
+        /// The page.
+        page: PageIndex,
+        /// The hash of its content.
+        hash: ContentHash,
+    },
+}
+
+/// A frame's header, as far as it is understood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Header {
+    /// Pages follow.
+    Pages {
+        /// The round they belong to.
+        round: u32,
+        /// Entries of the table.
+        entries: usize,
+        /// Bytes of the payload.
+        payload: usize,
+    },
+    /// Everything before this is to be applied before it is acknowledged.
+    Barrier(u32),
+}
+
+/// A frame that breaks the protocol.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FrameError {
+    /// Not a kind of frame.
+    #[error("frame of unknown kind {0}")]
+    Kind(u8),
+    /// Not a known way to encode a payload.
+    #[error("payload of unknown encoding {0}")]
+    Encoding(u8),
+    /// Bytes that must be zero.
+    #[error("reserved bytes of a frame are {0:#x}")]
+    Reserved(u16),
+    /// A count above its limit.
+    #[error("frame of {entries} entries and {payload} bytes of payload")]
+    Length {
+        /// Entries announced.
+        entries: u32,
+        /// Payload announced.
+        payload: u32,
+    },
+    /// Not a kind of entry.
+    #[error("entry of unknown class {0}")]
+    Class(u8),
+    /// Pages that are not RAM, or do not belong to this stream.
+    #[error("{count} pages from {page} are not this stream's")]
+    Pages {
+        /// The first.
+        page: u64,
+        /// How many.
+        count: u128,
+    },
+    /// Table and payload disagree.
+    #[error("{plain} plain pages but {payload} bytes of payload")]
+    Payload {
+        /// Plain pages of the table.
+        plain: usize,
+        /// Bytes of the payload.
+        payload: usize,
+    },
+}
+
+/// Appends a pages frame's header and table to `out`. The payload is to follow on the stream.
+pub fn encode_pages(out: &mut Vec<u8>, round: u32, entries: &[Entry]) {
+    let plain = entries.iter().filter(|entry| matches!(entry, Entry::Plain { .. })).count();
+    debug_assert!(plain <= MAX_PLAIN && entries.len() <= MAX_ENTRIES);
+    let bounded = |n: usize| u32::try_from(n).expect("a frame is bounded");
+    header(out, KIND_PAGES, bounded(entries.len()), bounded(plain * PAGE_SIZE), round);
+    for entry in entries {
+        let (class, page, value) = match *entry {
+            Entry::Zero { page, count } => (CLASS_ZERO, page, u128::from(count)),
+            Entry::Plain { page, hash } => (CLASS_PLAIN, page, hash.bits()),
+        };
+        out.extend_from_slice(&(u64::from(class) << PAGE_BITS | page.0).to_le_bytes());
+        out.extend_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// Appends a barrier frame to `out`.
+pub fn encode_barrier(out: &mut Vec<u8>, barrier: u32) {
+    header(out, KIND_BARRIER, 0, 0, barrier);
+}
+
+fn header(out: &mut Vec<u8>, kind: u8, entries: u32, payload: u32, number: u32) {
+    out.extend_from_slice(&[kind, ENCODING_NONE, 0, 0]);
+    for field in [entries, payload, number] {
+        out.extend_from_slice(&field.to_le_bytes());
+    }
+}
+
+/// Understands a header.
+///
+/// # Errors
+/// [`FrameError`] when it is none, or announces more than a frame may hold.
+pub fn decode_header(bytes: &[u8; HEADER_LENGTH]) -> Result<Header, FrameError> {
+    let [kind, encoding, r0, r1, rest @ ..] = *bytes;
+    let field = |n: usize| u32::from_le_bytes(std::array::from_fn(|i| rest[n * 4 + i]));
+    let (entries, payload, number) = (field(0), field(1), field(2));
+    if encoding != ENCODING_NONE {
+        return Err(FrameError::Encoding(encoding));
+    }
+    match u16::from_le_bytes([r0, r1]) {
+        0 => {}
+        reserved => return Err(FrameError::Reserved(reserved)),
+    }
+    let too_long = FrameError::Length { entries, payload };
+    match kind {
+        KIND_PAGES if entries as usize > MAX_ENTRIES || payload as usize > MAX_PLAIN * PAGE_SIZE => {
+            Err(too_long)
+        }
+        KIND_PAGES => {
+            Ok(Header::Pages { round: number, entries: entries as usize, payload: payload as usize })
+        }
+        KIND_BARRIER if entries != 0 || payload != 0 => Err(too_long),
+        KIND_BARRIER => Ok(Header::Barrier(number)),
+        kind => Err(FrameError::Kind(kind)),
+    }
+}
+
+/// Understands a table, and checks that its pages are RAM of this stream and match the payload's length.
+///
+/// # Errors
+/// [`FrameError`] for the first entry that is wrong.
+pub fn decode_table(
+    bytes: &[u8],
+    layout: &Layout,
+    stream: u16,
+    payload: usize,
+    entries: &mut Vec<Entry>,
+) -> Result<(), FrameError> {
+    entries.clear();
+    let mut plain = 0;
+    for bytes in bytes.chunks_exact(ENTRY_LENGTH) {
+        let (what, value) = bytes.split_at(8);
+        let what = u64::from_le_bytes(what.try_into().expect("8 bytes were split off"));
+        let value = u128::from_le_bytes(value.try_into().expect("16 of 24 bytes are left"));
+        let page = PageIndex(what & ((1 << PAGE_BITS) - 1));
+        let (entry, count) = match u8::try_from(what >> PAGE_BITS).expect("8 bits are left") {
+            CLASS_ZERO => {
+                let count = u64::try_from(value).ok().filter(|&count| count <= CHUNK_PAGES);
+                (Entry::Zero { page, count: count.unwrap_or(0) }, count.unwrap_or(0))
+            }
+            CLASS_PLAIN => {
+                plain += 1;
+                (Entry::Plain { page, hash: ContentHash::from_bits(value) }, 1)
+            }
+            class => return Err(FrameError::Class(class)),
+        };
+        if !layout.in_one_chunk(page, count) || layout.stream_of(page) != stream {
+            return Err(FrameError::Pages { page: page.0, count: value });
+        }
+        entries.push(entry);
+    }
+    if plain * PAGE_SIZE == payload { Ok(()) } else { Err(FrameError::Payload { plain, payload }) }
+}
+
+/// Reads a header. `None` at the stream's orderly end.
+///
+/// # Errors
+/// Those of the reader.
+pub fn read_header(reader: &mut impl Read) -> io::Result<Option<[u8; HEADER_LENGTH]>> {
+    let mut bytes = [0; HEADER_LENGTH];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        match reader.read(&mut bytes[filled..]) {
+            Ok(0) if filled == 0 => return Ok(None),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => filled += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(Some(bytes))
+}
+
+/// Reads a frame's table and payload into buffers that are reused from frame to frame.
+///
+/// # Errors
+/// Those of the reader.
+pub fn read_body(
+    reader: &mut impl Read,
+    entries: usize,
+    payload: usize,
+    table: &mut Vec<u8>,
+    pages: &mut Vec<u8>,
+) -> io::Result<()> {
+    table.resize(entries * ENTRY_LENGTH, 0);
+    reader.read_exact(table)?;
+    pages.resize(payload, 0);
+    reader.read_exact(pages)
+}
+
+/// Writes a frame: its head as encoded, then the payload's parts.
+///
+/// # Errors
+/// Those of the writer.
+pub fn write_frame<'a>(
+    writer: &mut impl Write,
+    head: &[u8],
+    payload: impl Iterator<Item = &'a [u8]>,
+) -> io::Result<u64> {
+    writer.write_all(head)?;
+    let mut written = head.len() as u64;
+    for part in payload {
+        writer.write_all(part)?;
+        written += part.len() as u64;
+    }
+    Ok(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn layout() -> Layout {
+        Layout::new([("ram", 4096 * 1500)], 2).unwrap()
+    }
+
+    fn entry() -> impl Strategy<Value = Entry> {
+        // Pages of chunks 0 and 2: those of stream 0.
+        let page = prop_oneof![0u64..500, 1024u64..1490].prop_map(PageIndex);
+        prop_oneof![
+            (page.clone(), 1u64..10).prop_map(|(page, count)| Entry::Zero { page, count }),
+            (page, 1u128..)
+                .prop_map(|(page, hash)| Entry::Plain { page, hash: ContentHash::from_bits(hash) }),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_encoded_is_decoded(entries in prop::collection::vec(entry(), 0..200), round: u32) {
+            let mut bytes = Vec::new();
+            encode_pages(&mut bytes, round, &entries);
+            let (head, table) = bytes.split_at(HEADER_LENGTH);
+            let plain = entries.iter().filter(|e| matches!(e, Entry::Plain { .. })).count();
+            let header = decode_header(head.try_into().unwrap()).unwrap();
+            prop_assert_eq!(header, Header::Pages { round, entries: entries.len(), payload: plain * PAGE_SIZE });
+            let mut decoded = Vec::new();
+            decode_table(table, &layout(), 0, plain * PAGE_SIZE, &mut decoded).unwrap();
+            prop_assert_eq!(decoded, entries);
+        }
+
+        #[test]
+        fn no_bytes_of_a_peer_make_a_frame_beyond_the_limits(
+            head: [u8; HEADER_LENGTH], table in prop::collection::vec(any::<u8>(), 0..240), payload in 0usize..9000,
+        ) {
+            if let Ok(Header::Pages { entries, payload, .. }) = decode_header(&head) {
+                prop_assert!(entries <= MAX_ENTRIES && payload <= MAX_PLAIN * PAGE_SIZE);
+            }
+            let (layout, mut entries) = (layout(), Vec::new());
+            if decode_table(&table, &layout, 0, payload, &mut entries).is_ok() {
+                for entry in entries {
+                    let (page, count) = match entry { Entry::Zero { page, count } => (page, count), Entry::Plain { page, .. } => (page, 1) };
+                    prop_assert!(layout.in_one_chunk(page, count) && layout.stream_of(page) == 0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn frames_that_break_the_protocol_are_refused_by_name() {
+        let head = |kind, encoding, reserved, entries: u32| {
+            let mut bytes = [kind, encoding, reserved, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+            bytes[4..8].copy_from_slice(&entries.to_le_bytes());
+            decode_header(&bytes)
+        };
+        assert_eq!(head(0, 0, 0, 0), Err(FrameError::Kind(0)));
+        assert_eq!(head(1, 9, 0, 0), Err(FrameError::Encoding(9)));
+        assert_eq!(head(1, 0, 9, 0), Err(FrameError::Reserved(9)));
+        assert_eq!(head(1, 0, 0, 1 << 30), Err(FrameError::Length { entries: 1 << 30, payload: 0 }));
+        assert_eq!(head(2, 0, 0, 1), Err(FrameError::Length { entries: 1, payload: 0 }));
+        let table = |entry| {
+            let mut bytes = Vec::new();
+            encode_pages(&mut bytes, 0, &[entry]);
+            decode_table(&bytes[HEADER_LENGTH..], &layout(), 0, 0, &mut Vec::new())
+        };
+        let page = PageIndex(600);
+        assert!(
+            matches!(table(Entry::Zero { page, count: 1 }), Err(FrameError::Pages { .. })),
+            "another stream"
+        );
+        let page = PageIndex(0);
+        assert!(
+            matches!(table(Entry::Zero { page, count: 513 }), Err(FrameError::Pages { .. })),
+            "beyond a chunk"
+        );
+        let hash = ContentHash::from_bits(5);
+        assert_eq!(table(Entry::Plain { page, hash }), Err(FrameError::Payload { plain: 1, payload: 0 }));
+    }
+}

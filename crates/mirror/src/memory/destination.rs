@@ -1,0 +1,244 @@
+//! The destination's side of memory: receive, check, write, record.
+
+use std::io::{self, Read};
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use super::codec::{self, Entry, FrameError, Header};
+use super::{Ram, RamError};
+use crate::audit::{Audit, Auditor, Busy, Subject};
+use crate::hash::Secret;
+use crate::layout::{PAGE_SIZE, PageIndex};
+use crate::ledger::{Ledger, Ledgers, Sum};
+
+/// What the destination's workers and audit have to say. Mismatches of pages are always told before any barrier
+/// whose sum they have changed.
+#[derive(Debug)]
+pub enum Event {
+    /// All that was sent before this barrier, on this stream, has been applied.
+    Barrier {
+        /// Which stream.
+        stream: u16,
+        /// Which barrier.
+        number: u32,
+        /// The stream's ledger sum at this point.
+        sum: Sum,
+    },
+    /// The copy of a page is not what the ledger says; it has been struck from the ledger and is to be sent again.
+    Mismatch(PageIndex),
+    /// A stream ended in order.
+    Ended {
+        /// Which stream.
+        stream: u16,
+    },
+    /// A stream broke, or the copy could not be written.
+    Failed {
+        /// Which stream.
+        stream: u16,
+        /// How.
+        error: DestinationError,
+    },
+}
+
+/// Why the destination's side of a mirror ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DestinationError {
+    /// The stream broke.
+    #[error("the data stream broke")]
+    Stream(#[source] io::Error),
+    /// The peer does not keep to the protocol.
+    #[error("the data stream carries what it must not")]
+    Frame(#[from] FrameError),
+    /// The copy could not be written.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+}
+
+/// The destination's side of one mirror of memory.
+pub struct MemoryDestination {
+    subject: Subject,
+    auditor: Auditor,
+    workers: Vec<JoinHandle<()>>,
+    events: Arc<dyn Fn(Event) + Send + Sync>,
+}
+
+impl MemoryDestination {
+    /// Begins a copy in RAM files that nothing has written yet; what they hold is cleared. `events` is called from
+    /// the workers' threads and must not block.
+    ///
+    /// # Errors
+    /// [`RamError`] when the files cannot be cleared, or no thread can be started.
+    pub fn start(
+        ram: Ram,
+        secret: Secret,
+        events: impl Fn(Event) + Send + Sync + 'static,
+    ) -> Result<MemoryDestination, RamError> {
+        for block in ram.layout().blocks() {
+            let first = PageIndex(block.pages.start);
+            if !ram.is_hole(first, block.pages.end - block.pages.start)? {
+                ram.punch(first, block.pages.end - block.pages.start)?;
+            }
+        }
+        let ledgers = Arc::new(Ledgers::all_zero(ram.layout(), &secret));
+        let subject = Subject { ram: Arc::new(ram), ledgers, secret: Arc::new(secret) };
+        let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::new(events);
+        let tell = Arc::clone(&events);
+        let auditor = Auditor::start(subject.clone(), move |page, ledger: &mut Ledger| {
+            // Told with the ledger locked: a barrier's sum that lacks the page cannot be told first.
+            ledger.forget(page);
+            tell(Event::Mismatch(page));
+        })
+        .map_err(|source| RamError::Io { action: "start auditing", block: "all".into(), source })?;
+        Ok(MemoryDestination { subject, auditor, workers: Vec::new(), events })
+    }
+
+    /// Takes in one of the layout's data streams.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn attach<R: Read + Send + 'static>(&mut self, stream: u16, source: R) -> io::Result<()> {
+        let mut receiver = StreamReceiver {
+            stream,
+            source,
+            subject: self.subject.clone(),
+            events: Arc::clone(&self.events),
+            busy: self.auditor.busy(),
+            entries: Vec::new(),
+            table: Vec::new(),
+            pages: Vec::new(),
+        };
+        let thread =
+            std::thread::Builder::new().name(format!("copy-{stream}")).spawn(move || receiver.work())?;
+        self.workers.push(thread);
+        Ok(())
+    }
+
+    /// Pages compared by the audit so far.
+    #[must_use]
+    pub fn audited(&self) -> u64 {
+        self.auditor.audited()
+    }
+
+    /// Reads the whole copy back and compares it with the ledger, now. Blocks until done. Pages that differ are told
+    /// as [`Event::Mismatch`] too.
+    ///
+    /// # Errors
+    /// [`RamError`].
+    pub fn audit(&self) -> Result<Audit, RamError> {
+        self.auditor.all()
+    }
+
+    /// Ends the copy's upkeep: no thread touches the RAM files any more once this has returned. The streams must
+    /// have ended, or been aborted.
+    pub fn finish(self) {
+        drop(self.auditor);
+        for worker in self.workers {
+            let _ = worker.join();
+        }
+    }
+}
+
+struct StreamReceiver<R> {
+    stream: u16,
+    source: R,
+    subject: Subject,
+    events: Arc<dyn Fn(Event) + Send + Sync>,
+    busy: Busy,
+    entries: Vec<Entry>,
+    table: Vec<u8>,
+    pages: Vec<u8>,
+}
+
+impl<R: Read> StreamReceiver<R> {
+    fn work(&mut self) {
+        let stream = self.stream;
+        let last = match self.receive() {
+            Ok(()) => Event::Ended { stream },
+            Err(error) => Event::Failed { stream, error },
+        };
+        (self.events)(last);
+    }
+
+    fn receive(&mut self) -> Result<(), DestinationError> {
+        while let Some(head) = codec::read_header(&mut self.source).map_err(DestinationError::Stream)? {
+            match codec::decode_header(&head)? {
+                Header::Pages { entries, payload, .. } => {
+                    self.busy.set(true);
+                    codec::read_body(&mut self.source, entries, payload, &mut self.table, &mut self.pages)
+                        .map_err(DestinationError::Stream)?;
+                    self.apply(payload)?;
+                }
+                Header::Barrier(number) => {
+                    self.busy.set(false);
+                    // Told with the ledger locked, as the audit's findings are: their order is the order of the
+                    // changes to the sum.
+                    let ledger = self.subject.ledgers.lock(self.stream);
+                    (self.events)(Event::Barrier { stream: self.stream, number, sum: ledger.sum() });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks and writes one frame. The ledger is locked meanwhile, so the audit sees content and entry together.
+    fn apply(&mut self, payload: usize) -> Result<(), DestinationError> {
+        let Subject { ram, ledgers, secret } = &self.subject;
+        codec::decode_table(&self.table, ram.layout(), self.stream, payload, &mut self.entries)?;
+        let mut ledger = ledgers.lock(self.stream);
+        // Neighbouring plain pages are written in one call: where in the payload they begin, and the first page.
+        let mut run: Option<(usize, PageIndex)> = None;
+        let mut at = 0;
+        let write = |run: Option<(usize, PageIndex)>, end: usize| match run {
+            Some((start, first)) => ram.write(first, &self.pages[start..end]),
+            None => Ok(()),
+        };
+        for entry in &self.entries {
+            match *entry {
+                Entry::Plain { page, hash } => {
+                    let follows = run
+                        .is_some_and(|(start, first)| first.0 + ((at - start) / PAGE_SIZE) as u64 == page.0);
+                    if !follows {
+                        write(run, at)?;
+                        run = Some((at, page));
+                    }
+                    // What is recorded is what will be written, whatever the sender said; where they differ the
+                    // page is asked for again.
+                    if secret.hash(&self.pages[at..at + PAGE_SIZE]) == hash {
+                        ledger.record(page, hash);
+                    } else {
+                        ledger.forget(page);
+                        (self.events)(Event::Mismatch(page));
+                    }
+                    at += PAGE_SIZE;
+                }
+                Entry::Zero { page, count } => {
+                    write(run.take(), at)?;
+                    clear(ram, &mut ledger, secret, page.0..page.0 + count)?;
+                }
+            }
+        }
+        Ok(write(run, at)?)
+    }
+}
+
+/// Makes pages zero where they are not, a hole for each run of them.
+fn clear(ram: &Ram, ledger: &mut Ledger, secret: &Secret, pages: Range<u64>) -> Result<(), RamError> {
+    let zero = secret.zero_page();
+    let mut at = pages.start;
+    while at < pages.end {
+        let holds_data = |page: u64| ledger.get(PageIndex(page)) != Some(zero);
+        let count = (at..pages.end).take_while(|&page| holds_data(page)).count() as u64;
+        if count == 0 {
+            at += 1;
+            continue;
+        }
+        ram.punch(PageIndex(at), count)?;
+        for page in at..at + count {
+            ledger.record(PageIndex(page), zero);
+        }
+        at += count;
+    }
+    Ok(())
+}

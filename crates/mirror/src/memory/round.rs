@@ -1,0 +1,65 @@
+//! Rounds: what one scan found and what became of it.
+
+use std::time::Duration;
+
+use crate::ledger::Sum;
+
+/// Counts of one round. Pages are of [`PAGE_SIZE`](crate::layout::PAGE_SIZE).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Sent as zero.
+    pub zero: u64,
+    /// Not sent: the destination holds this content already.
+    pub unchanged: u64,
+    /// Sent whole.
+    pub plain: u64,
+    /// Bytes of guest memory that were looked at.
+    pub raw_bytes: u64,
+    /// Bytes written to the streams, before encryption.
+    pub wire_bytes: u64,
+}
+
+impl Counts {
+    /// Adds another stream's counts.
+    pub fn add(&mut self, other: &Counts) {
+        self.zero += other.zero;
+        self.unchanged += other.unchanged;
+        self.plain += other.plain;
+        self.raw_bytes += other.raw_bytes;
+        self.wire_bytes += other.wire_bytes;
+    }
+
+    /// Every page is exactly one of these.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.zero + self.unchanged + self.plain
+    }
+}
+
+/// Whether the guest runs during a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// It runs: what is found is protected again before it is read.
+    Running,
+    /// It is paused: nothing needs protection any more.
+    Paused,
+}
+
+/// A round as the source knows it when everything has been written to the streams.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sent {
+    /// Number of the round, and of the barrier that ends it on every stream.
+    pub number: u32,
+    /// Pages that were due: found by the scan, owed from before, or asked for again by an audit.
+    pub due: u64,
+    /// Pages that the scan alone found.
+    pub scanned: u64,
+    /// What became of them.
+    pub counts: Counts,
+    /// The source's ledger sums at the barrier, by stream. The destination's must be the same.
+    pub sums: Vec<Sum>,
+    /// How long the scan took.
+    pub scan: Duration,
+    /// From the scan's beginning to the last byte given to the streams.
+    pub elapsed: Duration,
+}

@@ -1,0 +1,277 @@
+//! A whole mirror of memory, source to destination over sockets, of a process that keeps writing.
+//!
+//! The process is this test program again, told by an environment variable to map a file and write to it.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+
+use dirty_tracker::{DescriptorSource, Scan, Tracker};
+use mirror::hash::Secret;
+use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
+use mirror::ledger::Sum;
+use mirror::memory::destination::{Event, MemoryDestination};
+use mirror::memory::round::{Guest, Sent};
+use mirror::memory::source::{MemorySource, TrackedRange};
+use mirror::memory::{Ram, RamFile};
+
+const WRITER: &str = "MIRROR_TEST_WRITER";
+const PAGES: u64 = 4096;
+const SIZE: u64 = PAGES * PAGE_SIZE as u64;
+
+/// Not a test but the other process: maps the file and writes to random pages of its first half until it is killed.
+#[test]
+fn writer_process() {
+    let Some(path) = std::env::var_os(WRITER) else { return };
+    let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+    // SAFETY: a fresh shared mapping of a file of this size; the pointer is used only within it.
+    let memory = unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(std::ptr::null_mut(), SIZE as usize, protection, libc::MAP_SHARED, file.as_raw_fd(), 0)
+    };
+    assert_ne!(memory, libc::MAP_FAILED);
+    println!("address {}", memory as u64);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    loop {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let page = (state >> 8) % (PAGES / 2);
+        let offset = (page * PAGE_SIZE as u64 + (state % 500) * 8) as usize;
+        // SAFETY: within the mapping, aligned to 8.
+        unsafe {
+            memory.cast::<u8>().add(offset).cast::<u64>().write_volatile(if state.is_multiple_of(7) {
+                0
+            } else {
+                state
+            })
+        };
+        if state.is_multiple_of(64) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// A process that writes, its RAM file, and the destination's; all gone when dropped.
+struct Rig {
+    _directory: tempfile::TempDir,
+    child: Child,
+    address: u64,
+    source: PathBuf,
+    destination: PathBuf,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let directory = tempfile::Builder::new().prefix("mirror-test-").tempdir_in("/dev/shm").unwrap();
+        let (source, destination) = (directory.path().join("source"), directory.path().join("destination"));
+        for path in [&source, &destination] {
+            File::create(path).unwrap().set_len(SIZE).unwrap();
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "writer_process", "--nocapture"])
+            .env(WRITER, &source)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let address = loop {
+            let line = lines.next().unwrap().unwrap();
+            if let Some((_, address)) = line.split_once("address ") {
+                break address.trim().parse().unwrap();
+            }
+        };
+        Rig { _directory: directory, child, address, source, destination }
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: signals a child of ours that has not been waited for.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+        if signal == libc::SIGSTOP {
+            let state = || std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+            while !state().rsplit_once(')').unwrap().1.trim_start().starts_with('T') {
+                std::thread::yield_now();
+            }
+        }
+    }
+
+    fn mirror(&self, streams: u16) -> Mirror {
+        let layout = Layout::new([("ram", SIZE)], streams).unwrap();
+        let secret = Secret::random().unwrap();
+        let ram = |path: &Path| {
+            let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+            Ram::new(layout.clone(), vec![RamFile { file, offset: 0 }]).unwrap()
+        };
+        let (tell, events) = channel();
+        let mut destination =
+            MemoryDestination::start(ram(&self.destination), secret.clone(), move |event| {
+                drop(tell.send(event))
+            })
+            .unwrap();
+        let mut sinks = Vec::new();
+        for stream in 0..streams {
+            let (sink, source) = UnixStream::pair().unwrap();
+            destination.attach(stream, source).unwrap();
+            sinks.push(sink);
+        }
+        let range = self.address..self.address + SIZE;
+        let tracker = Tracker::attach(self.child.id(), &[range], DescriptorSource::Injected).unwrap();
+        let ranges = vec![TrackedRange { block: 0, offset: 0 }];
+        let source =
+            MemorySource::start(ram(&self.source), secret, tracker, ranges, Scan::TwoStep, sinks).unwrap();
+        Mirror { source, destination, events, mismatches: Vec::new() }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Mirror {
+    source: MemorySource,
+    destination: MemoryDestination,
+    events: Receiver<Event>,
+    mismatches: Vec<PageIndex>,
+}
+
+impl Mirror {
+    /// One round, up to the destination's acknowledgement. Returns both sides' sums too.
+    fn round(&mut self, guest: Guest) -> (Sent, Vec<Sum>) {
+        let sent = self.source.round(guest).unwrap();
+        assert_eq!(sent.counts.pages(), sent.due, "every page that was due is accounted for");
+        let mut sums = vec![None; sent.sums.len()];
+        while sums.iter().any(Option::is_none) {
+            match self.events.recv().unwrap() {
+                Event::Barrier { stream, number, sum } if number == sent.number => {
+                    sums[usize::from(stream)] = Some(sum);
+                }
+                Event::Mismatch(page) => self.mismatches.push(page),
+                other => panic!("{other:?}"),
+            }
+        }
+        self.source.acknowledge();
+        (sent, sums.into_iter().map(Option::unwrap).collect())
+    }
+
+    fn finish(self) {
+        drop(self.source);
+        self.destination.finish();
+    }
+}
+
+fn assert_equal(rig: &Rig) {
+    let (source, destination) =
+        (std::fs::read(&rig.source).unwrap(), std::fs::read(&rig.destination).unwrap());
+    let differing = source
+        .chunks(PAGE_SIZE)
+        .zip(destination.chunks(PAGE_SIZE))
+        .enumerate()
+        .filter(|(_, (a, b))| a != b)
+        .map(|(page, _)| page);
+    assert_eq!(differing.collect::<Vec<_>>(), Vec::<usize>::new(), "pages that differ");
+}
+
+fn allocated(path: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).unwrap().blocks() * 512
+}
+
+#[test]
+fn no_write_of_a_running_process_is_lost() {
+    for streams in [1, 3] {
+        let rig = Rig::new();
+        let mut mirror = rig.mirror(streams);
+        let (first, _) = mirror.round(Guest::Running);
+        assert_eq!(first.due, PAGES, "the first round is everything");
+        for _ in 0..40 {
+            mirror.round(Guest::Running);
+        }
+        rig.signal(libc::SIGSTOP);
+        let (sent, sums) = mirror.round(Guest::Paused);
+        assert_eq!(sent.sums, sums, "the gate");
+        let proof = mirror.source.prove().unwrap();
+        assert_eq!((proof.pages, proof.mismatches), (PAGES, 0), "the proof");
+        assert_equal(&rig);
+        assert_eq!(mirror.source.missed(), 0);
+        assert_eq!(mirror.mismatches, []);
+        assert!(allocated(&rig.destination) <= SIZE / 2 + (1 << 20), "holes stay holes");
+        mirror.finish();
+    }
+}
+
+#[test]
+fn a_page_zeroed_after_it_was_sent_is_zero_at_the_destination() {
+    let rig = Rig::new();
+    rig.signal(libc::SIGSTOP);
+    let file = OpenOptions::new().write(true).open(&rig.source).unwrap();
+    file.write_all_at(&[5; 40 * PAGE_SIZE], SIZE / 2).unwrap();
+    let mut mirror = rig.mirror(1);
+    mirror.round(Guest::Running);
+    // Written through the file, not the mapping: the tracker cannot see it, only the audit can.
+    file.write_all_at(&[0; 20 * PAGE_SIZE], SIZE / 2).unwrap();
+    let found = mirror.source.audit().unwrap();
+    assert_eq!(found.differing.len(), 20);
+    assert!(mirror.source.in_doubt());
+    mirror.round(Guest::Running);
+    let (sent, _) = mirror.round(Guest::Running);
+    assert_eq!((sent.scanned, sent.counts.zero), (0, 20));
+    assert!(!mirror.source.in_doubt());
+    assert_eq!(mirror.source.missed(), 20, "writes that tracking missed are counted");
+    assert_equal(&rig);
+    mirror.finish();
+}
+
+#[test]
+fn a_flipped_bit_at_the_destination_is_found_and_repaired() {
+    let rig = Rig::new();
+    rig.signal(libc::SIGSTOP);
+    let mut mirror = rig.mirror(2);
+    mirror.round(Guest::Running);
+    let copy = OpenOptions::new().read(true).write(true).open(&rig.destination).unwrap();
+    let (mut byte, places) = ([0], [SIZE / 3, SIZE - 1, 0]);
+    for place in places {
+        copy.read_exact_at(&mut byte, place).unwrap();
+        copy.write_all_at(&[byte[0] ^ 0x10], place).unwrap();
+    }
+    assert_eq!(mirror.destination.audit().unwrap().pages, PAGES);
+    // The next round brings in what the audit had to say; before the repair the gate must not hold.
+    let (sent, sums) = mirror.round(Guest::Paused);
+    assert_ne!(sent.sums, sums, "the gate stays shut");
+    let mismatches = std::mem::take(&mut mirror.mismatches);
+    let mut pages: Vec<u64> = mismatches.iter().map(|page| page.0).collect();
+    pages.sort_unstable();
+    assert_eq!(pages, [0, SIZE / 3 / PAGE_SIZE as u64, PAGES - 1]);
+    mirror.source.repair(&mismatches);
+    let (sent, sums) = mirror.round(Guest::Paused);
+    assert!(
+        sent.counts.plain + sent.counts.zero >= 3,
+        "sent again although the ledger of the source knew them"
+    );
+    assert_eq!(sent.sums, sums, "the gate opens");
+    assert_equal(&rig);
+    mirror.finish();
+}
+
+#[test]
+fn a_write_that_tracking_missed_cannot_hide_from_the_proof() {
+    let rig = Rig::new();
+    rig.signal(libc::SIGSTOP);
+    let mut mirror = rig.mirror(2);
+    mirror.round(Guest::Running);
+    let file = OpenOptions::new().write(true).open(&rig.source).unwrap();
+    file.write_all_at(b"unseen", SIZE / 2 + 5).unwrap();
+    let proof = mirror.source.prove().unwrap();
+    assert_eq!(proof.mismatches, 1);
+    assert_eq!(proof.examples, [PageIndex((SIZE / 2 + 5) / PAGE_SIZE as u64)]);
+    mirror.finish();
+}
