@@ -1,0 +1,196 @@
+//! The copy while it is being mirrored: pages and device state applied, the gate, the load.
+
+use std::time::Duration;
+
+use link::{AbortHandle, DataReceiver};
+use mirror::ledger::Sum;
+use mirror::memory::destination::{Event, MemoryDestination};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::arrivals::Arrivals;
+use super::{End, Source, failed, qemu_gone, violation};
+use crate::failure::{Finding, kind};
+use crate::reservation::Reservation;
+use crate::wire::{self, Reply, Request as Asked, ToDestination};
+/// How long QEMU may take to load its device state.
+const LOAD: Duration = Duration::from_secs(60);
+
+/// A copy while it is being mirrored.
+pub(super) struct Copy {
+    pub(super) streams: usize,
+    pub(super) reservation: Reservation,
+    pub(super) memory: Upkeep,
+    pub(super) events: mpsc::UnboundedReceiver<Event>,
+    /// Which streams have come.
+    pub(super) attached: Vec<bool>,
+    /// The barrier that streams are arriving at.
+    pub(super) barrier: Option<Barrier>,
+    /// The sums at the last barrier that all streams have reached, until the copy is found changed.
+    pub(super) last: Option<Vec<Sum>>,
+}
+
+pub(super) struct Barrier {
+    pub(super) number: u32,
+    pub(super) sums: Vec<Option<Sum>>,
+}
+
+impl Copy {
+    /// Applies what comes until the source says that everything has come and the gate holds.
+    pub(super) async fn run(&mut self, source: &mut Source, mut arrivals: Arrivals) -> Result<(), End> {
+        let mut qemu = self.reservation.qmp.events();
+        loop {
+            tokio::select! {
+                // In this order: what the audit found is told before a barrier, and both before the gate is tried.
+                biased;
+                Some(event) = self.events.recv() => self.event(event, source).await?,
+                Some((stream, receiver)) = arrivals.queue.recv() => self.attach(stream, receiver)?,
+                message = source.receiver.receive::<ToDestination>() => {
+                    match message?.request.ok_or_else(|| violation("sent an unknown message"))? {
+                        Asked::HoldDevices(_) => self.reservation.device.hold(),
+                        Asked::DeviceState(part) => {
+                            let fed = timeout(LOAD, self.reservation.device.feed(&part)).await;
+                            fed.map_err(|_| not_loaded("QEMU at the destination takes no device state"))?
+                                .map_err(|e| failed("device-state", &e))?;
+                        }
+                        Asked::Audit(_) => self.audit(source).await?,
+                        Asked::Load(sums) => return self.gate(&sums),
+                        Asked::Cancel(_) => return Err(End::Cancelled),
+                        _ => return Err(violation("sent a message out of order")),
+                    }
+                }
+                event = qemu.recv() => {
+                    if let Err(RecvError::Closed) = event {
+                        return Err(qemu_gone());
+                    }
+                }
+            }
+        }
+    }
+
+    fn attach(&mut self, stream: u16, receiver: DataReceiver) -> Result<(), End> {
+        let Upkeep { memory: Some(memory), aborts } = &mut self.memory else { return Ok(()) };
+        let free = self.attached.get_mut(usize::from(stream)).filter(|attached| !**attached);
+        *free.ok_or_else(|| violation("opened a data stream too many"))? = true;
+        aborts.push(receiver.abort_handle().map_err(|e| failed("data-stream", &e))?);
+        memory.attach(stream, receiver).map_err(|e| failed("data-stream", &e))
+    }
+
+    async fn event(&mut self, event: Event, source: &mut Source) -> Result<(), End> {
+        match event {
+            Event::Barrier { stream, number, sum } => self.arrive(stream, number, sum, source).await,
+            Event::Mismatch(page) => {
+                self.last = None;
+                tracing::warn!(vm = %self.reservation.record.name, page = page.0, "a page of the copy is not what it should be");
+                source.reply(Reply::Mismatch(wire::Pages { pages: vec![page.0] })).await
+            }
+            Event::Ended { .. } => Err(violation("ended a data stream too early")),
+            Event::Failed { error, .. } => Err(failed("data-stream", &error)),
+        }
+    }
+
+    /// Notes that a stream has reached a barrier, and tells the source when all have.
+    async fn arrive(&mut self, stream: u16, number: u32, sum: Sum, source: &mut Source) -> Result<(), End> {
+        let empty = || Barrier { number, sums: vec![None; self.streams] };
+        let barrier = self.barrier.get_or_insert_with(empty);
+        if barrier.number != number {
+            return Err(violation("let its streams go past each other's barriers"));
+        }
+        barrier.sums[usize::from(stream)] = Some(sum);
+        let Some(sums) = barrier.sums.iter().copied().collect::<Option<Vec<Sum>>>() else { return Ok(()) };
+        self.barrier = None;
+        let audited = self.memory.memory.as_ref().map_or(0, MemoryDestination::audited);
+        let reply = Reply::Barrier(wire::Sums::new(number, &sums, audited));
+        self.last = Some(sums);
+        source.reply(reply).await
+    }
+
+    async fn audit(&mut self, source: &mut Source) -> Result<(), End> {
+        let Some(memory) = &self.memory.memory else { return Ok(()) };
+        let audit = tokio::task::block_in_place(|| memory.audit()).map_err(|e| failed("ram", &e))?;
+        // Which pages they are is told before how many.
+        while let Ok(event) = self.events.try_recv() {
+            self.event(event, source).await?;
+        }
+        let differing = audit.differing.len() as u64;
+        source.reply(Reply::Audited(wire::Audited { pages: audit.pages, differing })).await
+    }
+
+    /// Whether what was applied is what was sent.
+    fn gate(&self, sums: &wire::Sums) -> Result<(), End> {
+        if self.last.is_some() && sums.decode(self.streams) == self.last {
+            return Ok(());
+        }
+        Err(End::Failed(vec![Finding::new(
+            kind::GATE,
+            "the copy is not equal to the original",
+            "migrate again; if it recurs, test the memory of both hosts",
+        )]))
+    }
+
+    /// RAM is complete: nothing but QEMU touches it any more, and QEMU loads its devices.
+    pub(super) async fn load(&mut self) -> Result<(), End> {
+        self.memory.end();
+        let Reservation { record, device, .. } = &self.reservation;
+        tracing::info!(vm = %record.name, bytes = device.bytes(), "memory is complete and equal; QEMU loads its devices");
+        let mut events = self.reservation.qmp.events();
+        let Reservation { qmp, device, .. } = &mut self.reservation;
+        let loaded = async {
+            device.release().await.map_err(|e| failed("device-state", &e))?;
+            loop {
+                let status = match events.recv().await {
+                    Ok(event) if event.name == "MIGRATION" => {
+                        event.data.get("status").and_then(|status| status.as_str()).map(str::to_owned)
+                    }
+                    Ok(_) => None,
+                    // Events were missed: ask.
+                    Err(RecvError::Lagged(_)) => {
+                        qmp.query_migrate().await.map_err(|e| failed("qemu", &e))?.status
+                    }
+                    Err(RecvError::Closed) => {
+                        return Err(not_loaded("QEMU at the destination ended while loading"));
+                    }
+                };
+                match status.as_deref() {
+                    Some("completed") => return Ok(()),
+                    Some("failed") => {
+                        return Err(not_loaded("QEMU at the destination did not take the device state"));
+                    }
+                    _ => {}
+                }
+            }
+        };
+        let late = || not_loaded("QEMU at the destination did not load the device state in time");
+        timeout(LOAD, loaded).await.map_err(|_| late())?
+    }
+}
+
+fn not_loaded(message: &str) -> End {
+    let hint = "see QEMU's log there; its version may not know the source's devices";
+    End::Failed(vec![Finding::new("device-state", message, hint)])
+}
+
+/// What keeps the copy up to date. Ends when dropped.
+pub(super) struct Upkeep {
+    pub(super) memory: Option<MemoryDestination>,
+    pub(super) aborts: Vec<AbortHandle>,
+}
+
+impl Upkeep {
+    /// Ends the streams, and with them the workers. Nothing touches the RAM files any more when this returns.
+    fn end(&mut self) {
+        for abort in &self.aborts {
+            abort.abort();
+        }
+        if let Some(memory) = self.memory.take() {
+            tokio::task::block_in_place(|| memory.finish());
+        }
+    }
+}
+
+impl Drop for Upkeep {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

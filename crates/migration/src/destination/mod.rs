@@ -1,0 +1,247 @@
+//! The destination's controller: reserves, holds the copy, becomes the owner when told.
+//!
+//! ```text
+//!            Reserve                    Load                     Commit
+//!   (nothing) ─────► copy, mirrored ─────────► ready, paused ──────────► owner, runs
+//!                         │ Cancel, any failure      │ Cancel
+//!                         ▼                          ▼
+//!                     (nothing)                  (nothing)
+//! ```
+//!
+//! A copy that is not ready is thrown away whatever goes wrong. A copy that is ready is not: the source may have handed
+//! the machine over, and the word of it may be on its way. It stays paused until the source, on a new connection if
+//! need be, or a person says what it is to be.
+mod arrivals;
+mod copy;
+mod owner;
+
+pub use arrivals::DataConnections;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use link::{Control, ControlReceiver, ControlSender, Peer};
+use mirror::memory::destination::MemoryDestination;
+use mirror::memory::{Ram, RamFile};
+use qemu::{Qmp, Spec};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use arrivals::Arrivals;
+use copy::{Copy, Upkeep};
+
+use crate::failure::{Finding, chain, kind};
+use crate::host::Host;
+use crate::lifecycle;
+use crate::reservation::{Request, Reservation};
+use crate::vm::{Ownership, Record, Vm};
+use crate::wire::{self, Reply, Request as Asked, ToDestination, ToSource};
+/// How long a source may take to say what it wants.
+const FIRST_WORD: Duration = Duration::from_secs(10);
+
+/// Why a session did not become a machine here.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The source gave it up.
+    Cancelled,
+    /// The link is gone.
+    Link(link::LinkError),
+    /// Something failed here.
+    Failed(Vec<Finding>),
+}
+
+impl From<link::LinkError> for End {
+    fn from(error: link::LinkError) -> End {
+        End::Link(error)
+    }
+}
+
+pub(super) fn failed(kind: &str, error: &dyn std::error::Error) -> End {
+    End::Failed(vec![Finding::new(kind, chain(error), "see the log of the destination's agent")])
+}
+
+pub(super) fn violation(what: &str) -> End {
+    let hint = "see whether both agents are of the same version";
+    End::Failed(vec![Finding::new("protocol", format!("the source {what}"), hint)])
+}
+
+/// Serves one control connection from its first word to its end. `arrived` is called when a machine has become this
+/// host's and runs.
+pub async fn serve(
+    host: Arc<Host>,
+    control: Control,
+    peer: Peer,
+    data: DataConnections,
+    arrived: impl Fn(Vm) + Send,
+) {
+    let (sender, mut receiver) = control.split();
+    let first = timeout(FIRST_WORD, receiver.receive::<ToDestination>()).await;
+    let Ok(Ok(ToDestination { request: Some(first) })) = first else {
+        tracing::warn!(%peer, "a source connected and said nothing");
+        return;
+    };
+    let mut source = Source { host, peer, sender, receiver };
+    let ended = match first {
+        Asked::Reserve(reserve) => source.session(reserve, &data, &arrived).await,
+        Asked::Commit(commit) => source.settle(&commit, &arrived).await,
+        Asked::Cancel(commit) => source.abandon(&commit).await,
+        _ => Err(violation("began with a message out of order")),
+    };
+    if let Err(end) = ended {
+        source.tell(end).await;
+    }
+}
+
+/// The source at the other end of a control connection.
+pub(super) struct Source {
+    pub(super) host: Arc<Host>,
+    pub(super) peer: Peer,
+    pub(super) sender: ControlSender,
+    pub(super) receiver: ControlReceiver,
+}
+
+impl Source {
+    pub(super) async fn reply(&mut self, reply: Reply) -> Result<(), End> {
+        Ok(self.sender.send(&ToSource::from(reply)).await?)
+    }
+
+    async fn tell(&mut self, end: End) {
+        let told = match end {
+            End::Cancelled => self.reply(Reply::Cancelled(wire::Nothing {})).await,
+            End::Failed(findings) => {
+                tracing::warn!(peer = %self.peer, ?findings, "a migration to here failed");
+                self.reply(Reply::Failed(findings.into())).await
+            }
+            End::Link(error) => {
+                tracing::warn!(peer = %self.peer, error = chain(&error), "the link to a source is gone");
+                return;
+            }
+        };
+        if told.is_ok() {
+            // The source closes when it has read it.
+            let _ = timeout(FIRST_WORD, self.receiver.receive::<ToDestination>()).await;
+        }
+    }
+
+    /// One migration: reserve, mirror, ready, owner.
+    async fn session(
+        &mut self,
+        reserve: wire::Reserve,
+        data: &DataConnections,
+        arrived: &(impl Fn(Vm) + Send),
+    ) -> Result<(), End> {
+        if !self.host.allow.peers.contains(&self.peer.name) {
+            let finding = Finding::new(
+                "peer-not-allowed",
+                format!("{} does not take VMs from {}", self.host.name, self.peer.name),
+                format!(
+                    "add {:?} to [allow] peers in the configuration of {}",
+                    self.peer.name, self.host.name
+                ),
+            );
+            return self.reply(Reply::Refused(vec![finding].into())).await;
+        }
+        if let Ok(Err(gone)) = timeout(Duration::ZERO, self.receiver.receive::<ToDestination>()).await {
+            // A source that has left means nothing by what it said before.
+            return Err(gone.into());
+        }
+        let request = Request::decode(reserve).map_err(|finding| End::Failed(vec![finding]))?;
+        let arrivals = data.expect(request.session, &self.peer.name);
+        let reserved = tokio::select! {
+            reserved = request.reserve(&self.host, &self.peer.name) => reserved,
+            word = self.receiver.receive::<ToDestination>() => {
+                self.forget_session(&request).await;
+                return Err(interrupted(word));
+            }
+        };
+        let reservation = match reserved {
+            Ok(reservation) => reservation,
+            Err(refusal) => {
+                self.reply(Reply::Refused(refusal.into())).await?;
+                return Ok(());
+            }
+        };
+        if request.rehearsal {
+            lifecycle::forget(&self.host, &reservation.record, Some(&reservation.qmp)).await;
+            return self.reply(Reply::Refused(Vec::new().into())).await;
+        }
+        tracing::info!(vm = %request.name, session = %request.session, peer = %self.peer, "reserved");
+        match self.mirror(&request, reservation, arrivals).await {
+            Ok((record, spec, qmp)) => self.await_commit(record, spec, qmp, arrived).await,
+            Err(end) => {
+                self.forget_session(&request).await;
+                Err(end)
+            }
+        }
+    }
+
+    /// Throws away what this session has made; by now the name may be another's.
+    async fn forget_session(&self, request: &Request) {
+        let ours = |record: &Record| record.arrived_by == Some(request.session);
+        if let Some(record) = self.host.journal.get(&request.name).filter(ours) {
+            lifecycle::forget(&self.host, &record, None).await;
+        }
+    }
+
+    /// Holds the copy until it is complete and loaded.
+    async fn mirror(
+        &mut self,
+        request: &Request,
+        mut reservation: Reservation,
+        arrivals: Arrivals,
+    ) -> Result<(Record, Spec, Qmp), End> {
+        let files = reservation
+            .ram
+            .drain(..)
+            .map(|block| RamFile {
+                offset: block.mappings.first().map_or(0, |m| m.file_offset),
+                file: block.file,
+            })
+            .collect();
+        let ram = Ram::new(request.layout.clone(), files).map_err(|e| failed("ram", &e))?;
+        let (tell, events) = mpsc::unbounded_channel();
+        let memory =
+            MemoryDestination::start(ram, request.secret.clone(), move |event| drop(tell.send(event)))
+                .map_err(|e| failed("ram", &e))?;
+        let mut copy = Copy {
+            streams: usize::from(request.layout.streams()),
+            reservation,
+            memory: Upkeep { memory: Some(memory), aborts: Vec::new() },
+            events,
+            attached: vec![false; usize::from(request.layout.streams())],
+            barrier: None,
+            last: None,
+        };
+        self.reply(Reply::Reserved(wire::Nothing {})).await?;
+        copy.run(self, arrivals).await?;
+        tokio::select! {
+            loaded = copy.load() => loaded?,
+            word = self.receiver.receive::<ToDestination>() => return Err(interrupted(word)),
+        }
+        let Reservation { mut record, spec, qmp, .. } = copy.reservation;
+        if let Ownership::Incoming { ready, .. } = &mut record.ownership {
+            *ready = true;
+        }
+        self.host.journal.update(&record).map_err(|e| failed("journal", &e))?;
+        Ok((record, spec, qmp))
+    }
+}
+
+/// What a source has to say while it should wait: that it does not want the copy, or that it is not there any more.
+fn interrupted(word: Result<ToDestination, link::LinkError>) -> End {
+    match word {
+        Ok(ToDestination { request: Some(Asked::Cancel(_)) }) => End::Cancelled,
+        Ok(_) => violation("sent a message out of order"),
+        Err(error) => error.into(),
+    }
+}
+
+pub(super) fn no_copy(name: &str) -> End {
+    let message = format!("the destination has no complete copy of VM {name}");
+    End::Failed(vec![Finding::new(kind::NO_COPY, message, "see the destination's log")])
+}
+
+pub(super) fn qemu_gone() -> End {
+    let message = "QEMU at the destination has ended";
+    End::Failed(vec![Finding::new("qemu-gone", message, "see QEMU's log there")])
+}

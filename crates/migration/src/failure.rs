@@ -1,0 +1,73 @@
+//! Why a migration ended other than asked, in the form that crosses the API.
+
+use serde::{Deserialize, Serialize};
+
+/// How far things had gone, which is what the operator must know first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// Nothing had begun: nothing was changed on either host.
+    Refused,
+    /// It had begun; the machine runs where it was.
+    Failed,
+    /// The operator ended it; the machine runs where it was.
+    Cancelled,
+    /// A person must decide.
+    Uncertain,
+}
+
+/// Kinds of findings on which something depends; the others are for people and scripts alone.
+pub(crate) mod kind {
+    /// The copy is not equal to the original.
+    pub(crate) const GATE: &str = "gate";
+    /// The destination has no complete copy, and will never run one.
+    pub(crate) const NO_COPY: &str = "no-copy";
+}
+
+/// One reason, in words for a person and a name for a script.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// Stable name of the kind, such as `cpu-feature-missing`.
+    pub kind: String,
+    /// What is wrong, with the offending value.
+    pub message: String,
+    /// What to do about it.
+    pub hint: String,
+}
+
+/// Why a migration ended other than asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// How far it had gone.
+    pub stage: Stage,
+    /// The first reason.
+    #[serde(flatten)]
+    pub finding: Finding,
+    /// Further reasons found at the same time.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more: Vec<Finding>,
+}
+
+impl Finding {
+    /// A finding from its parts.
+    pub fn new(kind: impl Into<String>, message: impl Into<String>, hint: impl Into<String>) -> Finding {
+        Finding { kind: kind.into(), message: message.into(), hint: hint.into() }
+    }
+}
+
+/// An error and its causes in one line, as messages for people show them.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // A transparent layer says the same as what it wraps.
+        if !text.ends_with(&more) {
+            text.push_str(": ");
+            text.push_str(&more);
+        }
+        cause = error.source();
+    }
+    text
+}

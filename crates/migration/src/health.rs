@@ -1,0 +1,80 @@
+//! The watch over a machine that has just resumed.
+
+use std::time::{Duration, Instant};
+
+use qemu::{Process, Qmp};
+
+use crate::wire;
+
+/// How long a machine is watched: several timer ticks even of a guest that ticks ten times a second.
+const WATCH: Duration = Duration::from_millis(200);
+/// How long one is watched of which no vCPU has used any CPU time: an idle guest may sleep that long, not longer.
+const WATCH_STILL: Duration = Duration::from_secs(3);
+
+/// Watches a machine for a while: whether it runs and keeps running, and how many of its vCPUs use CPU time.
+pub(crate) async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health {
+    let begin = Instant::now();
+    let mut events = qmp.events();
+    let before = vcpu_times(qmp, process).await;
+    let progressing = loop {
+        tokio::time::sleep(WATCH).await;
+        let after = vcpu_times(qmp, process).await;
+        let progressing = before.iter().zip(&after).filter(|(before, after)| after > before).count();
+        if progressing > 0 || begin.elapsed() >= WATCH_STILL {
+            break progressing;
+        }
+    };
+    let mut status = match qmp.status().await {
+        Ok(state) => state.status,
+        Err(_) => "gone".to_owned(),
+    };
+    // A panic may leave the machine running, or reset it.
+    while let Ok(event) = events.try_recv() {
+        if event.name == "GUEST_PANICKED" {
+            status = "guest-panicked".to_owned();
+        }
+    }
+    let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    wire::Health {
+        watched_ms: begin.elapsed().as_secs_f64() * 1e3,
+        vcpus: count(before.len()),
+        progressing: count(progressing),
+        status,
+    }
+}
+
+async fn vcpu_times(qmp: &Qmp, process: Option<&Process>) -> Vec<Duration> {
+    let (Some(process), Ok(vcpus)) = (process, qmp.vcpus().await) else { return Vec::new() };
+    let time =
+        |vcpu: &qemu::qmp::VcpuThread| qemu::vcpu_cpu_time(process, vcpu.thread_id).unwrap_or_default();
+    vcpus.iter().map(time).collect()
+}
+
+/// Whether a machine that was watched is well; otherwise what is wrong with it, in words.
+pub(crate) fn judge(health: &wire::Health) -> Result<(), String> {
+    if health.status != "running" {
+        return Err(format!("is now {}", health.status));
+    }
+    if health.vcpus > 0 && health.progressing == 0 {
+        return Err(format!("has not made any progress for {:.0} ms", health.watched_ms));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn health(status: &str, vcpus: u32, progressing: u32) -> wire::Health {
+        wire::Health { watched_ms: 200.0, vcpus, progressing, status: status.to_owned() }
+    }
+
+    #[test]
+    fn a_machine_that_stands_still_or_has_panicked_is_not_well() {
+        assert_eq!(judge(&health("running", 4, 1)), Ok(()));
+        assert!(judge(&health("running", 4, 0)).is_err_and(|why| why.contains("progress")));
+        for status in ["guest-panicked", "paused", "gone", "shutdown"] {
+            assert!(judge(&health(status, 4, 4)).is_err_and(|why| why.contains(status)));
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The migration controller: what happens when a machine moves from one host to another, in which order, and what is
+//! done when any step fails.
+//!
+//! * [`source`] and [`destination`] are the two controllers; [`wire`] is what they say to each other.
+//! * [`journal`] keeps, through any crash, which host owns a machine: at any moment at most one copy may run, and one
+//!   always can.
+//! * [`lifecycle`] starts, adopts, finds again and ends machines on one host.
+//! * [`report`], [`progress`], [`failure`] and [`options`] are what an operator gives and gets.
+//!
+//! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
+//! crate [`qemu`].
+
+pub mod destination;
+pub mod failure;
+mod health;
+pub mod host;
+pub mod journal;
+pub mod lifecycle;
+mod machine;
+pub mod options;
+pub mod progress;
+pub mod report;
+mod reservation;
+mod room;
+pub mod session;
+pub mod source;
+pub mod tap;
+pub mod vm;
+pub mod wire;
+
+pub use destination::DataConnections;
+pub use failure::{Failure, Finding, Stage};
+pub use host::{Allow, Host};
+pub use journal::{Journal, JournalError};
+pub use lifecycle::{Recovered, Resolution, RunError, Stopped};
+pub use options::{Disks, Goal, OptionError, Options, Verify};
+pub use progress::Progress;
+pub use report::{Outcome, Phase, Report};
+pub use session::{Command, Ended, Session};
+pub use source::{Readiness, Settled};
+pub use vm::{BadName, Made, Origin, Ownership, Record, Vm, VmName};

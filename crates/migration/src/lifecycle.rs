@@ -1,0 +1,487 @@
+//! A machine's life on one host: started, adopted, found again after a restart of the agent, stopped, forgotten.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use qemu::spec::Mirrorable;
+use qemu::{Presence, Process, Qmp, QmpError, Spec};
+
+use crate::failure::chain;
+use crate::host::Host;
+use crate::journal::JournalError;
+use crate::source::Withdrawal;
+use crate::tap::Interfaces;
+use crate::vm::{Made, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
+
+/// `f_type` of tmpfs (linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// How long a guest may take to power off when asked to.
+const POWER_OFF: Duration = Duration::from_secs(30);
+/// How long a process that was killed may take to be gone.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+
+/// Why a machine could not be started or adopted. Nothing is left of the attempt.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RunError {
+    /// The name is taken, or the journal failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The command line cannot be understood.
+    #[error("the QEMU command line cannot be understood")]
+    Parse(#[from] qemu::ParseError),
+    /// The machine cannot be made mirrorable.
+    #[error("the VM cannot be made mirrorable")]
+    NotMirrorable(#[from] qemu::NotMirrorable),
+    /// Its memory size makes no sense.
+    #[error("the VM's memory size makes no sense")]
+    Size(#[from] qemu::spec::SizeError),
+    /// QEMU would not start.
+    #[error("QEMU did not start")]
+    Launch(#[from] qemu::LaunchError),
+    /// The running QEMU cannot be taken in.
+    #[error("the running QEMU cannot be adopted")]
+    Adopt(#[from] Box<qemu::AdoptError>),
+    /// Another machine of this agent is the same process.
+    #[error("process {pid} is already here, as VM {name}")]
+    AlreadyHere {
+        /// The process.
+        pid: u32,
+        /// Its name here.
+        name: VmName,
+    },
+    /// It was in doubt when it was looked at, and is not any more.
+    #[error("VM {0} has settled its hand-over in the meantime")]
+    Settled(VmName),
+    /// It was handed over and runs at its destination.
+    #[error("VM {name} runs on {to}")]
+    RunsThere {
+        /// The machine.
+        name: VmName,
+        /// Name of the destination agent.
+        to: String,
+    },
+    /// QEMU does not answer.
+    #[error("QEMU does not answer")]
+    Qmp(#[from] QmpError),
+    /// There is no room for its memory.
+    #[error("no room for {needed} bytes of guest RAM in {}: {free} bytes are free", dir.display())]
+    NoRoom {
+        /// Where it would be.
+        dir: PathBuf,
+        /// Bytes of RAM.
+        needed: u64,
+        /// Bytes left, with what other machines may still take accounted for.
+        free: u64,
+    },
+}
+
+/// What became of a machine while the agent was away.
+#[derive(Debug)]
+pub enum Recovered {
+    /// It is this host's, and QEMU is there.
+    Running(Box<Vm>),
+    /// It has ended, or was a copy that was never complete: nothing is left of it.
+    Gone(VmName),
+    /// It was given away, or is a complete copy that may not run yet: the source, the destination or a person decides.
+    Uncertain(Record),
+    /// Its QEMU is there but does not answer.
+    Silent(Record, String),
+}
+
+/// What a person decided about a machine in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resolution {
+    /// It runs here; the person has made sure that it runs nowhere else.
+    RunHere,
+    /// It does not run here any more; what is here of it is thrown away.
+    GiveUp,
+}
+
+/// Paths that this agent makes for a machine.
+pub(crate) struct Paths {
+    pub(crate) qmp: PathBuf,
+    pub(crate) pid: PathBuf,
+    pub(crate) log: PathBuf,
+    pub(crate) device: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn of(host: &Host, name: &VmName) -> Paths {
+        let file = |kind| host.run_dir.join(format!("{name}.{kind}"));
+        Paths { qmp: file("qmp"), pid: file("pid"), log: file("log"), device: file("device") }
+    }
+
+    pub(crate) fn all(self) -> Vec<PathBuf> {
+        vec![self.qmp, self.pid, self.log, self.device]
+    }
+}
+
+/// The RAM files that a command line names.
+pub(crate) fn ram_files(spec: &Spec) -> Vec<PathBuf> {
+    spec.ram_backends().into_iter().filter_map(|backend| backend.mem_path).collect()
+}
+
+/// Those of them that are this agent's own; a user's file is never removed with them.
+pub(crate) fn own_ram_files(host: &Host, spec: &Spec) -> Vec<PathBuf> {
+    let own = |file: &PathBuf| {
+        let named = file.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"vmirror-"));
+        named && file.starts_with(&host.ram_dir)
+    };
+    ram_files(spec).into_iter().filter(own).collect()
+}
+
+/// Starts a machine from the user's own command line, made mirrorable. Relative paths are seen from `directory`.
+///
+/// # Errors
+/// [`RunError`]; nothing is left of the attempt then.
+pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -> Result<Vm, RunError> {
+    let mut spec = Spec::parse(argv)?;
+    spec.make_paths_absolute(directory);
+    let paths = Paths::of(host, &name);
+    spec.make_mirrorable(&Mirrorable {
+        name: name.to_string(),
+        ram_dir: host.ram_dir.clone(),
+        qmp_socket: paths.qmp.clone(),
+        pid_file: Some(paths.pid.clone()),
+    })?;
+    let memory = spec.memory()?;
+    let promising = host.journal.promise().await;
+    let free = crate::room::free(host);
+    if free < memory {
+        return Err(RunError::NoRoom { dir: host.ram_dir.clone(), needed: memory, free });
+    }
+    let (qmp_socket, log) = (paths.qmp.clone(), paths.log.clone());
+    let mut files = paths.all();
+    files.extend(own_ram_files(host, &spec));
+    let mut record = Record {
+        name,
+        generation: 0,
+        ownership: Ownership::Owner,
+        origin: Origin::Run,
+        arrived_by: None,
+        arrived_from: None,
+        outgoing: None,
+        resuming: false,
+        process: None,
+        argv: spec.to_argv(),
+        qmp_socket,
+        memory,
+        made: Made { files, taps: Vec::new() },
+    };
+    host.journal.claim(record.clone())?;
+    drop(promising);
+    let launched = async {
+        // The name is ours now, so a RAM file of that name is a remnant, and no guest may boot on its content.
+        for stale in own_ram_files(host, &spec) {
+            let _ = std::fs::remove_file(stale);
+        }
+        let process = qemu::launch(&spec, &log).await?;
+        record.process = Some(process);
+        host.journal.update(&record)?;
+        Ok(Qmp::connect(&record.qmp_socket).await?)
+    };
+    match launched.await {
+        Ok(qmp) => Ok(Vm { record, spec, qmp }),
+        Err(e) => {
+            forget(host, &record, None).await;
+            Err(e)
+        }
+    }
+}
+
+/// Takes in a QEMU that is already running.
+///
+/// # Errors
+/// [`RunError`]; the QEMU was not changed.
+pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, RunError> {
+    if host.journal.get(&name).is_some() {
+        return Err(JournalError::NameTaken(name).into());
+    }
+    let same_socket = |record: &Record| {
+        let real = |path: &Path| std::fs::canonicalize(path).ok();
+        real(&record.qmp_socket).is_some_and(|known| real(qmp_socket) == Some(known))
+    };
+    if let Some(other) = host.journal.all().into_iter().find(same_socket) {
+        let pid = other.process.as_ref().map_or(0, |process| process.pid);
+        return Err(RunError::AlreadyHere { pid, name: other.name });
+    }
+    let adopted = qemu::adopt(qmp_socket).await.map_err(Box::new)?;
+    let same = |record: &Record| {
+        record.process.as_ref().is_some_and(|process| {
+            process.pid == adopted.vm.process.pid && process.start_time == adopted.vm.process.start_time
+        })
+    };
+    if let Some(other) = host.journal.all().into_iter().find(same) {
+        return Err(RunError::AlreadyHere { pid: adopted.vm.process.pid, name: other.name });
+    }
+    let record = Record {
+        name,
+        generation: 0,
+        ownership: Ownership::Owner,
+        origin: Origin::Adopted,
+        arrived_by: None,
+        arrived_from: None,
+        outgoing: None,
+        resuming: false,
+        process: Some(adopted.vm.process),
+        argv: adopted.vm.spec.to_argv(),
+        qmp_socket: adopted.vm.qmp_socket,
+        memory: adopted.vm.spec.memory()?,
+        made: Made::default(),
+    };
+    host.journal.claim(record.clone())?;
+    Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
+}
+
+/// Finds out what became of a machine while the agent was away, and puts right what a crash has left half-done.
+///
+/// A machine that is this host's and that its own switch-over had paused runs again: the destination was never told to
+/// run it, because that is only done after the journal says so.
+pub async fn recover(host: &Host, record: Record) -> Recovered {
+    let exists = record.process.as_ref().is_some_and(Process::exists);
+    match record.ownership {
+        // A copy that was complete but whose QEMU is gone has never run and never will.
+        Ownership::Incoming { ready, .. } if !ready || !exists => {
+            forget(host, &record, None).await;
+            return Recovered::Gone(record.name);
+        }
+        Ownership::Incoming { .. } | Ownership::HandedOver { .. } => return Recovered::Uncertain(record),
+        Ownership::Owner => {}
+    }
+    let presence = match &record.process {
+        Some(process) => qemu::find(process).await,
+        None => Presence::Gone,
+    };
+    match presence {
+        Presence::Gone if record.resuming => {
+            // It became this host's, and nobody knows whether it ran before it was gone: its source may still have it,
+            // and only a person can weigh that.
+            Recovered::Silent(record, "QEMU has ended, and the VM was not seen to run here".to_owned())
+        }
+        Presence::Gone => {
+            forget(host, &record, None).await;
+            Recovered::Gone(record.name)
+        }
+        Presence::Silent(e) => Recovered::Silent(record, chain(&e)),
+        Presence::Alive => match reconnect(host, record.clone()).await {
+            Ok(vm) => Recovered::Running(Box::new(vm)),
+            Err(e) => Recovered::Silent(record, chain(&e)),
+        },
+    }
+}
+
+async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
+    let spec = Spec::parse(&record.argv)?;
+    let qmp = Qmp::connect(&record.qmp_socket).await?;
+    let status = qmp.status().await?.status;
+    let paused_by_us = record.resuming || ["finish-migrate", "postmigrate"].contains(&status.as_str());
+    if paused_by_us {
+        tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
+        raise_taps(&record).await;
+        crate::source::resume_here(&qmp).await?;
+    } else {
+        // A stream that was under way has lost its reader; QEMU ends it by itself, or is told to.
+        let _ = qmp.migrate_cancel().await;
+    }
+    let outgoing = record.outgoing.clone();
+    if outgoing.is_some() {
+        crate::source::reset_capabilities(&qmp).await;
+    }
+    if record.resuming {
+        record.resuming = false;
+        host.journal.update(&record)?;
+    }
+    if let Some(outgoing) = outgoing {
+        crate::source::abandon(host, &record, outgoing);
+    }
+    Ok(Vm { record, spec, qmp })
+}
+
+/// Lets frames through the taps made for a machine.
+pub(crate) async fn raise_taps(record: &Record) {
+    if record.made.taps.is_empty() {
+        return;
+    }
+    let raised = async {
+        let interfaces = Interfaces::open()?;
+        for tap in &record.made.taps {
+            interfaces.raise(tap).await?;
+        }
+        Ok::<(), crate::tap::TapError>(())
+    };
+    if let Err(e) = raised.await {
+        // The machine must run all the same: without network it can be mended, without running it cannot.
+        tracing::error!(vm = %record.name, error = chain(&e), "a tap could not be raised");
+    }
+}
+
+/// Ends a machine: asks the guest to power off, or with `force` ends QEMU at once.
+///
+/// # Errors
+/// [`QmpError`] when QEMU cannot be told; the machine then still runs.
+pub async fn stop(host: &Host, vm: &Vm, force: bool) -> Result<Stopped, QmpError> {
+    let Some(process) = &vm.record.process else {
+        forget(host, &vm.record, Some(&vm.qmp)).await;
+        return Ok(Stopped::Ended);
+    };
+    if !force {
+        vm.qmp.execute_raw("system_powerdown", serde_json::json!({})).await?;
+        if !process.wait_for_end(POWER_OFF).await {
+            return Ok(Stopped::StillRuns);
+        }
+    }
+    forget(host, &vm.record, Some(&vm.qmp)).await;
+    Ok(Stopped::Ended)
+}
+
+/// How [`stop`] ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopped {
+    /// The machine is gone.
+    Ended,
+    /// The guest did not follow the request to power off.
+    StillRuns,
+}
+
+/// Carries out what a person decided about a machine in doubt.
+///
+/// # Errors
+/// [`RunError`] when QEMU is not there to be resumed.
+pub async fn resolve(host: &Host, record: Record, resolution: Resolution) -> Result<Option<Vm>, RunError> {
+    // The person has decided about what they saw; the machine may have settled its fate in the meantime.
+    let deciding = host.journal.decide(&record.name).await;
+    let Some(record) = host.journal.get(&record.name).filter(|now| same_claim(now, &record)) else {
+        return Err(RunError::Settled(record.name));
+    };
+    match resolution {
+        Resolution::GiveUp => {
+            forget_decided(host, &record, None).await;
+            drop(deciding);
+            Ok(None)
+        }
+        Resolution::RunHere => {
+            let mut record = record;
+            if let Ownership::HandedOver { session, to, address } = record.ownership.clone() {
+                // The person may have looked before the last word from here arrived there. A destination that can be
+                // asked gives its copy up first; one that cannot is told as soon as it can.
+                let outgoing = Outgoing { session, address };
+                match crate::source::withdraw(host, &record, &outgoing).await {
+                    Withdrawal::RunsThere => return Err(RunError::RunsThere { name: record.name, to }),
+                    Withdrawal::Done => record.outgoing = None,
+                    Withdrawal::Unheard => record.outgoing = Some(outgoing),
+                }
+            }
+            record.generation += 1;
+            record.ownership = Ownership::Owner;
+            record.resuming = true;
+            host.journal.update(&record)?;
+            reconnect(host, record).await.map(Some)
+        }
+    }
+}
+
+/// Ends whatever is left of a machine on this host, and removes what was made for it. The record goes last, so that a
+/// crash in between is found and finished by the next start. `qmp` is the connection to its QEMU, where there is one:
+/// QEMU serves one client, so another could not say `quit`.
+///
+/// Nothing is done when the machine is not any more what the caller's record says: a copy that has become a machine in
+/// the meantime, or another machine of the same name. Returns whether it was done.
+pub async fn forget(host: &Host, record: &Record, qmp: Option<&Qmp>) -> bool {
+    let _deciding = host.journal.decide(&record.name).await;
+    let Some(now) = host.journal.get(&record.name).filter(|now| same_claim(now, record)) else {
+        tracing::info!(vm = %record.name, "is not what it was, and is left alone");
+        return false;
+    };
+    forget_decided(host, &now, qmp).await;
+    true
+}
+
+/// Whether two records are of the same machine on the same side of the same hand-over.
+fn same_claim(a: &Record, b: &Record) -> bool {
+    let side = |record: &Record| std::mem::discriminant(&record.ownership);
+    a.arrived_by == b.arrived_by && a.generation == b.generation && side(a) == side(b)
+}
+
+/// [`forget`], for who has [decided](crate::Journal) already.
+pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qmp>) {
+    if let Some(process) = record.process.clone().or_else(|| unrecorded(record)) {
+        end(record, &process, qmp).await;
+    }
+    let mut files = record.made.files.clone();
+    if record.origin == Origin::Adopted && matches!(record.ownership, Ownership::HandedOver { .. }) {
+        files.extend(stale_ram(record));
+    }
+    for file in &files {
+        match std::fs::remove_file(file) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                tracing::error!(file = %file.display(), error = %e, "cannot be removed");
+            }
+            _ => {}
+        }
+    }
+    if !record.made.taps.is_empty() {
+        match Interfaces::open() {
+            Ok(interfaces) => {
+                for tap in &record.made.taps {
+                    if let Err(e) = interfaces.remove(tap).await {
+                        tracing::error!(error = chain(&e), "a tap cannot be removed");
+                    }
+                }
+            }
+            Err(e) => tracing::error!(error = chain(&e), "taps cannot be removed"),
+        }
+    }
+    if let Err(e) = host.journal.remove(&record.name) {
+        tracing::error!(error = chain(&e), "a record cannot be removed");
+    }
+}
+
+/// The RAM files of an adopted machine that has left: stale copies that take memory. A file on a disk is another
+/// matter, and its owner's.
+fn stale_ram(record: &Record) -> Vec<PathBuf> {
+    let in_memory = |file: &PathBuf| rustix::fs::statfs(file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC);
+    let files = Spec::parse(&record.argv).map(|spec| ram_files(&spec)).unwrap_or_default();
+    files.into_iter().filter(in_memory).collect()
+}
+
+/// Throws away every copy that never was complete: an agent that goes down cannot keep it up to date.
+pub async fn forget_incomplete(host: &Host) {
+    for record in host.journal.all() {
+        if matches!(record.ownership, Ownership::Incoming { ready: false, .. }) {
+            forget(host, &record, None).await;
+        }
+    }
+}
+
+/// A QEMU that was started, but whose start a crash kept from being recorded: its pid file tells.
+fn unrecorded(record: &Record) -> Option<Process> {
+    let file = record.made.files.iter().find(|file| file.extension().is_some_and(|kind| kind == "pid"))?;
+    let pid = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let socket = record.qmp_socket.display().to_string();
+    let ours = command.windows(socket.len()).any(|part| part == socket.as_bytes());
+    if ours { Process::of_pid(pid, &record.qmp_socket).ok() } else { None }
+}
+
+/// Ends a QEMU: politely, then not.
+async fn end(record: &Record, process: &Process, qmp: Option<&Qmp>) {
+    if !process.exists() {
+        return;
+    }
+    let polite = async {
+        let qmp = match qmp {
+            Some(qmp) => qmp.clone(),
+            None => Qmp::connect(&record.qmp_socket).await?,
+        };
+        // A socket's path says little: another QEMU may listen there by now, and must not be told to quit.
+        if qmp.peer() == Some(process.pid) { qmp.quit().await.map(|()| true) } else { Ok(false) }
+    };
+    let told = tokio::time::timeout(QUIT_GRACE, polite).await;
+    if !matches!(told, Ok(Ok(true))) || !process.wait_for_end(QUIT_GRACE).await {
+        process.kill();
+        if !process.wait_for_end(KILL_GRACE).await {
+            tracing::error!(pid = process.pid, "QEMU does not end");
+        }
+    }
+}

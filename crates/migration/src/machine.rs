@@ -1,0 +1,330 @@
+//! A machine as the source describes it: everything the destination must provide.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use qemu::qmp::{CpuidWord, RunState, Version};
+use qemu::{NicKind, Qmp, RamBlock, Spec};
+use uuid::Uuid;
+
+use crate::failure::Finding;
+use crate::options::{Disks, Options};
+use crate::report;
+use crate::tap::Interfaces;
+use crate::vm::Vm;
+use crate::wire;
+
+/// Everything the destination must provide, and what the source needs to mirror.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    pub(crate) machine: String,
+    pub(crate) qemu_version: String,
+    pub(crate) cpuid: Vec<CpuidWord>,
+    /// By name, where there is no CPUID.
+    pub(crate) cpu_features: Vec<String>,
+    pub(crate) ram: Vec<RamBlock>,
+    pub(crate) kvm: bool,
+    pub(crate) disks: Vec<Probe>,
+    pub(crate) taps: Vec<wire::Tap>,
+}
+
+/// A disk, and the file that the source has put beside its image, to see whether the destination sees it too.
+/// Removed when dropped.
+#[derive(Debug)]
+pub(crate) struct Probe {
+    pub(crate) image: PathBuf,
+    pub(crate) size: u64,
+    file: Option<PathBuf>,
+    nonce: Uuid,
+}
+
+impl Machine {
+    /// Describes a machine of this host, and finds every reason for which it cannot leave it.
+    pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
+        let mut findings = unmovable(&vm.spec);
+        let ram = match vm.record.process.as_ref().map(|process| qemu::ram_blocks(process, &vm.spec)) {
+            Some(Ok(ram)) => ram,
+            Some(Err(e)) => {
+                findings.push(Finding::new(
+                    "ram-not-mirrorable",
+                    crate::failure::chain(&e),
+                    "start the VM with `vmirror run`, or with RAM in a shared memory-backend-file",
+                ));
+                Vec::new()
+            }
+            None => Vec::new(),
+        };
+        for block in ram.iter().filter(|block| block.page_size != mirror::layout::PAGE_SIZE as u64) {
+            findings.push(Finding::new(
+                "huge-pages",
+                format!(
+                    "RAM block {} is on hugetlbfs, which this version cannot fill at the destination",
+                    block.id
+                ),
+                "put the VM's RAM on a tmpfs",
+            ));
+        }
+        if let Err(e) = dirty_tracker::kernel_support() {
+            findings.push(Finding::new(
+                "kernel-too-old",
+                crate::failure::chain(&e),
+                "boot this host with Linux 6.7 or newer",
+            ));
+        }
+        let facts = facts(vm).await;
+        let Facts { machine, qemu_version, cpuid, cpu_features, kvm, running } = match facts {
+            Ok(facts) => facts,
+            Err(e) => {
+                findings.push(Finding::new(
+                    "qemu-gone",
+                    crate::failure::chain(&e),
+                    "see what became of the VM with `vmirror show`",
+                ));
+                return (None, findings);
+            }
+        };
+        if !running.running {
+            findings.push(Finding::new(
+                "not-running",
+                format!("VM {} is {}", vm.record.name, running.status),
+                "resume it first",
+            ));
+        }
+        findings.extend(too_old("the source", &qemu_version));
+        let qemu_version = qemu_version.to_string();
+        let (taps, more) = taps(&vm.spec).await;
+        findings.extend(more);
+        let (disks, more) = probes(&vm.spec, options);
+        findings.extend(more);
+        (Some(Machine { machine, qemu_version, cpuid, cpu_features, ram, kvm, disks, taps }), findings)
+    }
+
+    /// The machine's disks, for the report.
+    pub(crate) fn reported_disks(&self) -> Vec<report::Disk> {
+        let disk = |probe: &Probe| report::Disk {
+            name: probe.image.display().to_string(),
+            size: probe.size,
+            raw_bytes: 0,
+            wire_bytes: 0,
+            mode: report::DiskMode::Shared,
+        };
+        self.disks.iter().map(disk).collect()
+    }
+
+    /// The disks, for the wire.
+    pub(crate) fn wire_disks(&self) -> Vec<wire::Disk> {
+        let path = |path: &Path| path.display().to_string();
+        let disk = |probe: &Probe| wire::Disk {
+            path: path(&probe.image),
+            probe: probe.file.as_deref().map(path).unwrap_or_default(),
+            nonce: probe.nonce.as_bytes().to_vec(),
+        };
+        self.disks.iter().map(disk).collect()
+    }
+}
+
+struct Facts {
+    machine: String,
+    qemu_version: Version,
+    cpuid: Vec<CpuidWord>,
+    cpu_features: Vec<String>,
+    kvm: bool,
+    running: RunState,
+}
+
+async fn facts(vm: &Vm) -> Result<Facts, qemu::QmpError> {
+    let cpuid = vm.qmp.cpuid_words().await?;
+    let cpu_features = if cpuid.is_empty() { features_on(&vm.qmp).await? } else { Vec::new() };
+    Ok(Facts {
+        machine: vm.qmp.machine_type().await?,
+        qemu_version: vm.qmp.version().await?,
+        cpuid,
+        cpu_features,
+        kvm: vm.qmp.kvm_enabled().await?,
+        running: vm.qmp.status().await?,
+    })
+}
+
+/// The names of the features that a machine's CPUs have.
+pub(crate) async fn features_on(qmp: &Qmp) -> Result<Vec<String>, qemu::QmpError> {
+    Ok(qmp.cpu_features().await?.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect())
+}
+
+/// The oldest QEMU whose stream without shared RAM, and whose pause before it, are known to work.
+const OLDEST_QEMU: (u32, u32) = (7, 2);
+
+/// A QEMU that is too old, on either side.
+pub(crate) fn too_old(host: &str, version: &Version) -> Option<Finding> {
+    let (major, minor) = OLDEST_QEMU;
+    ((version.major, version.minor) < OLDEST_QEMU).then(|| {
+        Finding::new(
+            "qemu-version",
+            format!("QEMU on {host} is {version}, older than {major}.{minor}"),
+            "run the VM with a newer QEMU",
+        )
+    })
+}
+
+/// What ties a machine to this host.
+pub(crate) fn unmovable(spec: &Spec) -> Vec<Finding> {
+    let device = |device: String| {
+        Finding::new(
+            "host-device",
+            format!("{device} is tied to this host"),
+            "detach it, or start the VM without it",
+        )
+    };
+    let nic = |nic: qemu::Nic| match nic.kind {
+        NicKind::User => Some(Finding::new(
+            "user-networking",
+            format!("network {} is user-mode: its connections would break", nic.netdev),
+            "use a tap on a bridge, or `-nic none`",
+        )),
+        NicKind::Socket(kind) | NicKind::Vhost(kind) | NicKind::Other(kind) => Some(Finding::new(
+            "network-kind",
+            format!("network {} is of kind {kind}, which cannot be carried over", nic.netdev),
+            "use a tap on a bridge",
+        )),
+        _ => None,
+    };
+    let direct = |disk: qemu::Disk| {
+        disk.cache_direct.then(|| {
+            Finding::new(
+                "cache-direct",
+                format!("disk {} bypasses the page cache, so its reads escape tracking", disk.path.display()),
+                "use cache=writeback for the VM's disks; a later version scans such VMs quiesced",
+            )
+        })
+    };
+    let mut findings: Vec<Finding> = spec.host_devices().into_iter().map(device).collect();
+    if spec.reports_free_pages() {
+        findings.push(Finding::new(
+            "free-page-reporting",
+            "the guest's balloon reports free pages, which then change behind the tracking",
+            "start the VM with free-page-reporting=off",
+        ));
+    }
+    findings.extend(spec.nics().into_iter().filter_map(nic));
+    findings.extend(spec.disks().into_iter().filter_map(direct));
+    findings
+}
+
+async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
+    let nics: Vec<_> = spec
+        .nics()
+        .into_iter()
+        .filter(|nic| matches!(nic.kind, NicKind::Tap { .. } | NicKind::Bridge { .. }))
+        .collect();
+    if nics.is_empty() {
+        return (Vec::new(), Vec::new());
+    }
+    let interfaces = match Interfaces::open() {
+        Ok(interfaces) => interfaces,
+        Err(e) => {
+            let finding = Finding::new("network", crate::failure::chain(&e), "let the agent use netlink");
+            return (Vec::new(), vec![finding]);
+        }
+    };
+    let (mut taps, mut findings) = (Vec::new(), Vec::new());
+    for nic in nics {
+        let NicKind::Tap { ifname: Some(ifname), .. } = &nic.kind else {
+            findings.push(Finding::new(
+                "tap-name",
+                format!("network {} does not name its tap interface", nic.netdev),
+                "start the VM with -netdev tap,ifname=NAME,script=no,downscript=no",
+            ));
+            continue;
+        };
+        match interfaces.describe(ifname).await {
+            Ok(Some(tap)) => taps.push(wire::Tap {
+                netdev: nic.netdev,
+                ifname: ifname.clone(),
+                bridge: tap.bridge.unwrap_or_default(),
+                mtu: tap.mtu,
+                multi_queue: nic.queues > 1,
+            }),
+            Ok(None) => findings.push(Finding::new(
+                "tap-missing",
+                format!(
+                    "tap interface {ifname} of network {} is not in the agent's network namespace",
+                    nic.netdev
+                ),
+                "run the agent in the network namespace of its VMs",
+            )),
+            Err(e) => findings.push(Finding::new(
+                "network",
+                crate::failure::chain(&e),
+                "see whether the interface is still there",
+            )),
+        }
+    }
+    (taps, findings)
+}
+
+fn probes(spec: &Spec, options: &Options) -> (Vec<Probe>, Vec<Finding>) {
+    let (mut probes, mut findings) = (Vec::new(), Vec::new());
+    for disk in spec.disks() {
+        // Other protocols reach storage that is no file of this host: both hosts reach the same.
+        let Some(image) = disk.host_path().map(Path::to_owned) else { continue };
+        let metadata = std::fs::metadata(&image);
+        let size = metadata.as_ref().map_or(0, |metadata| metadata.len());
+        let mut probe = Probe { image, size, file: None, nonce: Uuid::new_v4() };
+        if options.disks == Disks::Auto {
+            let is_device = metadata.is_ok_and(|metadata| metadata.file_type().is_block_device());
+            let placed = if is_device {
+                Err("it is a block device, and whether it is shared cannot be seen from here".to_owned())
+            } else {
+                probe.place().map_err(|e| format!("no probe file can be put beside it: {e}"))
+            };
+            if let Err(why) = placed {
+                findings.push(Finding::new(
+                    "disk-not-shared",
+                    format!("disk {}: {why}", probe.image.display()),
+                    "if it is on shared storage, say so with --disks shared",
+                ));
+            }
+        }
+        probes.push(probe);
+    }
+    (probes, findings)
+}
+
+/// What the name of a probe file begins with.
+const PROBE: &str = ".vmirror-probe-";
+/// After which nobody can still be looking for a probe file.
+const PROBE_LIFE: Duration = Duration::from_secs(600);
+
+impl Probe {
+    fn place(&mut self) -> std::io::Result<()> {
+        let directory = std::fs::canonicalize(&self.image)?;
+        let directory = directory.parent().unwrap_or(Path::new("/"));
+        sweep(directory);
+        let file = directory.join(format!("{PROBE}{}", Uuid::new_v4()));
+        let mut open = std::fs::OpenOptions::new();
+        let mut opened = open.write(true).create_new(true).open(&file)?;
+        self.file = Some(file);
+        std::io::Write::write_all(&mut opened, self.nonce.as_bytes())?;
+        opened.sync_all()
+    }
+}
+
+/// Removes probes that an agent which was killed has left. None is needed for longer than a reservation takes.
+fn sweep(directory: &Path) {
+    let Ok(files) = std::fs::read_dir(directory) else { return };
+    for file in files.flatten() {
+        let is_probe = file.file_name().as_encoded_bytes().starts_with(PROBE.as_bytes());
+        let age = file.metadata().and_then(|file| file.modified()).map(|at| at.elapsed().unwrap_or_default());
+        if is_probe && age.is_ok_and(|age| age > PROBE_LIFE) {
+            let _ = std::fs::remove_file(file.path());
+        }
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        if let Some(file) = &self.file {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! What the operator asked of a migration.
+
+use std::num::{NonZeroU16, NonZeroU64};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Whether to hand the machine over as soon as the mirror has caught up, or to keep it standing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Goal {
+    /// `vmirror migrate`: switch over once the predicted downtime is low enough.
+    Migrate,
+    /// `vmirror mirror`: stay in sync until [`Command::Switch`](crate::Command::Switch) or a cancel.
+    Mirror,
+}
+
+/// How much is compared before and after the hand-over. The gate is never optional.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verify {
+    /// The ledgers of both sides are compared before the hand-over.
+    Gate,
+    /// In addition, the frozen RAM of the source is compared with its ledger after the hand-over.
+    #[default]
+    Proof,
+    /// In addition, the destination reads its whole copy back during the pause: the downtime grows by the time that
+    /// takes, and nothing that happened to the copy before can be overlooked.
+    Strict,
+}
+
+/// What to do with the machine's disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Disks {
+    /// Shared storage is recognised by a probe; anything else is refused.
+    #[default]
+    Auto,
+    /// The operator vouches that every disk is on shared storage: the probe is not made.
+    Shared,
+}
+
+/// Options of `vmirror migrate` and `vmirror mirror`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Options {
+    /// The switch-over begins when the predicted downtime is at most this.
+    #[serde(with = "humantime_serde")]
+    pub downtime: Duration,
+    /// When rounds stop shrinking, a predicted downtime up to this is accepted.
+    #[serde(with = "humantime_serde")]
+    pub max_downtime: Duration,
+    /// Upper limit of all data streams together, in bytes per second; `None` is unlimited.
+    pub bandwidth: Option<NonZeroU64>,
+    /// Number of data connections; `None` lets the agent choose from its cores.
+    pub streams: Option<NonZeroU16>,
+    /// From the start until the switch-over must have begun; not counted while a mirror stands.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// How much is compared.
+    pub verify: Verify,
+    /// What happens to disks.
+    pub disks: Disks,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            downtime: Duration::from_millis(50),
+            max_downtime: Duration::from_secs(1),
+            bandwidth: None,
+            streams: None,
+            timeout: Duration::from_secs(600),
+            verify: Verify::default(),
+            disks: Disks::default(),
+        }
+    }
+}
+
+/// An option, or a pair of them, that makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum OptionError {
+    /// The limit is below what is aimed at.
+    #[error("--max-downtime {max:?} is below --downtime {asked:?}")]
+    MaxBelowAsked {
+        /// `--max-downtime`.
+        max: Duration,
+        /// `--downtime`.
+        asked: Duration,
+    },
+    /// Nothing can be done in no time.
+    #[error("--timeout {} leaves no time to migrate", humantime_serde::re::humantime::format_duration(*.0))]
+    Timeout(Duration),
+    /// Below this the control messages alone would fill the link.
+    #[error("--bandwidth {0} bytes/s is below the least that makes sense, {MIN_BANDWIDTH} bytes/s")]
+    Bandwidth(u64),
+    /// More streams than a destination accepts.
+    #[error("--streams {0} is above the limit of {MAX_STREAMS}")]
+    Streams(u16),
+}
+
+/// Least `--bandwidth`, in bytes per second.
+pub const MIN_BANDWIDTH: u64 = 64 * 1024;
+/// Most data connections of one mirror.
+pub const MAX_STREAMS: u16 = 16;
+/// Least `--timeout`.
+const MIN_TIMEOUT: Duration = Duration::from_secs(1);
+
+impl Options {
+    /// Whether the options make sense together.
+    ///
+    /// # Errors
+    /// The first option, or pair, that does not.
+    pub fn validate(&self) -> Result<(), OptionError> {
+        if self.max_downtime < self.downtime {
+            return Err(OptionError::MaxBelowAsked { max: self.max_downtime, asked: self.downtime });
+        }
+        if self.timeout < MIN_TIMEOUT {
+            return Err(OptionError::Timeout(self.timeout));
+        }
+        match (self.bandwidth, self.streams) {
+            (Some(bandwidth), _) if bandwidth.get() < MIN_BANDWIDTH => {
+                Err(OptionError::Bandwidth(bandwidth.get()))
+            }
+            (_, Some(streams)) if streams.get() > MAX_STREAMS => Err(OptionError::Streams(streams.get())),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_those_of_the_contract_and_valid() {
+        let options = Options::default();
+        assert_eq!(options.downtime, Duration::from_millis(50));
+        assert_eq!(options.max_downtime, Duration::from_secs(1));
+        assert_eq!(options.verify, Verify::Proof);
+        options.validate().unwrap();
+    }
+
+    #[test]
+    fn options_that_make_no_sense_are_refused_by_name() {
+        let with = |change: fn(&mut Options)| {
+            let mut options = Options::default();
+            change(&mut options);
+            options.validate().unwrap_err().to_string()
+        };
+        assert!(with(|o| o.max_downtime = Duration::from_millis(10)).contains("--max-downtime"));
+        assert!(with(|o| o.timeout = Duration::ZERO).contains("--timeout"));
+        assert!(with(|o| o.bandwidth = NonZeroU64::new(1)).contains("--bandwidth"));
+        assert!(with(|o| o.streams = NonZeroU16::new(1000)).contains("--streams"));
+    }
+}

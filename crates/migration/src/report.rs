@@ -1,0 +1,256 @@
+//! The report of a migration: what was done, how long it took, and what was proved.
+//!
+//! The JSON form is the contract with scripts; `docs/report.md` describes each field.
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+
+/// The named steps of a migration, in their order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Link up, versions and identities agreed.
+    Initialize,
+    /// The destination proves that it can hold and run the machine, and sets the resources aside.
+    Reserve,
+    /// Tracking begins, data streams open.
+    Prepare,
+    /// Rounds, while the machine runs.
+    Synchronize,
+    /// What the audit has put in doubt is settled before the pause.
+    Verify,
+    /// Pause, last round, gate, device state, hand-over.
+    SwitchOver,
+    /// The destination runs; the proof is made on the frozen source.
+    Resume,
+    /// Everything held on either host is given back.
+    CleanUp,
+    /// The machine's health has been watched at the destination.
+    Complete,
+}
+
+impl Phase {
+    /// The phase's name in reports and messages.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Initialize => "initialize",
+            Phase::Reserve => "reserve",
+            Phase::Prepare => "prepare",
+            Phase::Synchronize => "synchronize",
+            Phase::Verify => "verify",
+            Phase::SwitchOver => "switch-over",
+            Phase::Resume => "resume",
+            Phase::CleanUp => "clean-up",
+            Phase::Complete => "complete",
+        }
+    }
+}
+
+/// How a migration ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The machine runs at the destination.
+    Completed,
+    /// The machine runs where it was.
+    Failed,
+    /// The operator ended it; the machine runs where it was.
+    Cancelled,
+    /// Nobody but a person can tell where the machine should run.
+    Uncertain,
+}
+
+/// One phase's place in time.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PhaseTime {
+    /// Which phase.
+    pub name: Phase,
+    /// From the start of the migration, in milliseconds.
+    pub start_ms: f64,
+    /// Length in milliseconds.
+    pub duration_ms: f64,
+}
+
+/// One round: one scan for dirty pages and the sending of what it found. Counts are pages of
+/// [`Memory::page_size`].
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Round {
+    /// Number of the round; 0 is the first full copy.
+    pub n: u32,
+    /// Pages the scan found, with those still owed from earlier rounds.
+    pub dirty_pages: u64,
+    /// Sent as zero.
+    pub zero: u64,
+    /// Not sent, because the destination already holds this content.
+    pub unchanged: u64,
+    /// Sent as a difference.
+    pub delta: u64,
+    /// Sent whole.
+    pub plain: u64,
+    /// Bytes of guest memory read for this round.
+    pub raw_bytes: u64,
+    /// Bytes written to the data streams, before encryption.
+    pub wire_bytes: u64,
+    /// From the scan to the destination's acknowledgement, in milliseconds.
+    pub duration_ms: f64,
+    /// The scan alone, in milliseconds.
+    pub scan_ms: f64,
+    /// Whether the guest was paused meanwhile.
+    pub paused: bool,
+}
+
+/// Memory as a whole.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Memory {
+    /// Pages of guest RAM.
+    pub pages: u64,
+    /// Bytes in a page.
+    pub page_size: u64,
+    /// Guest memory read, over all rounds.
+    pub raw_bytes: u64,
+    /// Bytes written to the data streams, over all rounds.
+    pub wire_bytes: u64,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Disk {
+    /// The image's path as the guest's command line names it.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes read.
+    pub raw_bytes: u64,
+    /// Bytes sent.
+    pub wire_bytes: u64,
+    /// Whether it was copied.
+    pub mode: DiskMode,
+}
+
+/// How a disk came to the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskMode {
+    /// Both hosts see the same storage.
+    Shared,
+}
+
+/// Frames of the guest's network cards.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Network {
+    /// Taken from the paused source's queues and played at the destination.
+    pub frames_forwarded: u64,
+    /// Lost for want of room.
+    pub frames_dropped: u64,
+}
+
+/// The answer of a comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// Both sides are equal.
+    Match,
+    /// They are not.
+    Mismatch,
+    /// The comparison was not reached, or not asked for.
+    #[default]
+    NotMade,
+}
+
+/// What was compared, and what came of it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Verification {
+    /// Pages read back and compared by the rolling audit, both sides together.
+    pub audited_pages: u64,
+    /// Pages sent again because an audit found them different.
+    pub repaired_pages: u64,
+    /// Both ledgers, before the hand-over.
+    pub gate: Verdict,
+    /// The frozen source against its ledger, after the hand-over.
+    pub proof: Verdict,
+    /// Pages covered by the proof.
+    pub proof_pages: u64,
+    /// Pages that the proof found different.
+    pub mismatches: u64,
+}
+
+/// The downtime by part, on the source's clock, in milliseconds from the guest's STOP.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Pause {
+    /// The agent knew that the guest had stopped.
+    pub stopped_ms: f64,
+    /// The destination had acknowledged the last pages.
+    pub last_round_ms: f64,
+    /// QEMU had written its device state.
+    pub device_state_ms: f64,
+    /// The pages written while saving devices were acknowledged, and the gate had passed.
+    pub gate_ms: f64,
+    /// The destination's QEMU had loaded everything.
+    pub ready_ms: f64,
+    /// The hand-over was in the source's journal.
+    pub handed_over_ms: f64,
+    /// Word that the machine runs at the destination.
+    pub running_ms: f64,
+}
+
+/// Everything about one migration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// Identity of the migration.
+    pub id: String,
+    /// Name of the machine.
+    pub vm: String,
+    /// Name of the source agent.
+    pub source: String,
+    /// Name of the destination agent; its address until that is known.
+    pub destination: String,
+    /// When it began, in milliseconds since 1970-01-01 UTC.
+    pub started_unix_ms: u64,
+    /// Which engine carried the memory.
+    pub engine: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it did not complete.
+    pub error: Option<Failure>,
+    /// From the command to the end of the last phase, in milliseconds.
+    pub total_ms: f64,
+    /// From the guest's STOP to word that it runs at the destination, on the source's clock. Never less than the truth.
+    pub downtime_ms: f64,
+    /// What was asked for.
+    pub downtime_asked_ms: f64,
+    /// What was predicted when the switch-over began.
+    pub downtime_predicted_ms: f64,
+    /// Where the downtime went.
+    pub pause: Pause,
+    /// How long QEMU's main thread was held when tracking began, in milliseconds.
+    pub tracking_hold_ms: f64,
+    /// The phases that were entered.
+    pub phases: Vec<PhaseTime>,
+    /// Every round.
+    pub rounds: Vec<Round>,
+    /// Memory as a whole.
+    pub memory: Memory,
+    /// The machine's disks.
+    pub disks: Vec<Disk>,
+    /// The machine's network.
+    pub network: Network,
+    /// Size of QEMU's own stream, in bytes.
+    pub device_state_bytes: u64,
+    /// What was compared.
+    pub verification: Verification,
+    /// How the machine did at the destination after it resumed.
+    pub health: Option<Health>,
+}
+
+/// The machine's health after resume, watched by the destination.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Health {
+    /// How long it was watched, in milliseconds.
+    pub watched_ms: f64,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Those that used CPU time while watched; a halted one in an idle guest may not.
+    pub vcpus_progressing: u32,
+}

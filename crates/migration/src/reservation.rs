@@ -1,0 +1,577 @@
+//! Reservation: the destination proves that it can hold and run a machine, and sets the resources aside.
+
+use std::path::{Component, Path, PathBuf};
+
+use mirror::device::destination::DeviceDestination;
+use mirror::hash::Secret;
+use mirror::layout::Layout;
+use qemu::spec::{Destination, FilePurpose};
+use qemu::{LaunchError, Process, Qmp, RamBlock, Spec};
+use uuid::Uuid;
+
+use crate::failure::{Finding, chain};
+use crate::host::Host;
+use crate::lifecycle::{self, Paths, own_ram_files};
+use crate::machine;
+use crate::options::MAX_STREAMS;
+use crate::room;
+use crate::tap::{self, Interfaces};
+use crate::vm::{Made, Origin, Ownership, Record, VmName};
+use crate::wire;
+
+/// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed.
+const CAPABILITIES: [(&str, bool); 3] =
+    [("x-ignore-shared", true), ("events", true), ("late-block-activate", true)];
+
+/// A source's request, understood and within bounds.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) session: Uuid,
+    pub(crate) name: VmName,
+    pub(crate) generation: u64,
+    pub(crate) rehearsal: bool,
+    pub(crate) layout: Layout,
+    pub(crate) secret: Secret,
+    spec: Spec,
+    machine: String,
+    qemu_version: String,
+    cpuid: Vec<wire::CpuidWord>,
+    cpu_features: Vec<String>,
+    memory: u64,
+    disks: Vec<wire::Disk>,
+    taps: Vec<wire::Tap>,
+}
+
+/// Bytes in a probe file.
+const NONCE: usize = 16;
+/// The kind of finding that a source completes with the names of what is missing.
+pub(crate) const CPU_FEATURE_MISSING: &str = "cpu-feature-missing";
+
+/// Why nothing was set aside.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    findings: Vec<Finding>,
+    /// What the CPUs here have, where that is less than the guest was given.
+    cpu_features: Vec<String>,
+}
+
+impl From<Vec<Finding>> for Refusal {
+    fn from(findings: Vec<Finding>) -> Refusal {
+        Refusal { findings, cpu_features: Vec::new() }
+    }
+}
+
+impl From<Refusal> for wire::Findings {
+    fn from(refusal: Refusal) -> wire::Findings {
+        let cpu_features = refusal.cpu_features;
+        wire::Findings { cpu_features, ..refusal.findings.into() }
+    }
+}
+
+/// Everything that was set aside: QEMU waits, paused and empty.
+#[derive(Debug)]
+pub(crate) struct Reservation {
+    pub(crate) record: Record,
+    pub(crate) spec: Spec,
+    pub(crate) qmp: Qmp,
+    pub(crate) ram: Vec<RamBlock>,
+    pub(crate) device: DeviceDestination,
+}
+
+impl Request {
+    /// Understands a request.
+    pub(crate) fn decode(wire: wire::Reserve) -> Result<Request, Finding> {
+        let violation =
+            |what: String| Finding::new("protocol", what, "see whether both agents are of the same version");
+        let session = Uuid::from_slice(&wire.session).map_err(|e| violation(format!("session: {e}")))?;
+        let name: VmName = wire.name.parse().map_err(|e| violation(format!("{e}")))?;
+        let streams = u16::try_from(wire.streams).unwrap_or(u16::MAX);
+        if streams > MAX_STREAMS {
+            return Err(violation(format!("{streams} data streams, more than {MAX_STREAMS}")));
+        }
+        if wire.generation == u64::MAX || wire.disks.iter().any(|disk| disk.nonce.len() != NONCE) {
+            return Err(violation("a generation or a probe that cannot be".to_owned()));
+        }
+        let blocks = wire.ram.iter().map(|block| (block.id.as_str(), block.size));
+        let layout = Layout::new(blocks, streams).map_err(|e| violation(chain(&e)))?;
+        let secret = Secret::try_from(&wire.secret[..]).map_err(|e| violation(chain(&e)))?;
+        let spec = Spec::parse(&wire.argv).map_err(|e| violation(chain(&e)))?;
+        Ok(Request {
+            session,
+            name,
+            generation: wire.generation,
+            rehearsal: wire.rehearsal,
+            memory: layout.page_count() * mirror::layout::PAGE_SIZE as u64,
+            layout,
+            secret,
+            spec,
+            machine: wire.machine,
+            qemu_version: wire.qemu_version,
+            cpuid: wire.cpuid,
+            cpu_features: wire.cpu_features,
+            disks: wire.disks,
+            taps: wire.taps,
+        })
+    }
+
+    /// Sets everything aside, or says why not: all reasons that can be told together are.
+    pub(crate) async fn reserve(&self, host: &Host, peer: &str) -> Result<Reservation, Refusal> {
+        if !self.rehearsal {
+            self.make_way(host, peer).await;
+        }
+        // Until the name is claimed, and its memory with it, nobody else is promised the same room.
+        let promising = host.journal.promise().await;
+        let (binary, mut findings) = self.examine(host, peer).await;
+        let Some(binary) = binary.filter(|_| findings.is_empty()) else { return Err(findings.into()) };
+        let paths = Paths::of(host, &self.name);
+        let taps = self.taps.iter().map(|tap| (tap.netdev.clone(), tap.ifname.clone())).collect();
+        let spec = self.spec.for_destination(&Destination {
+            name: self.name.to_string(),
+            binary,
+            machine: self.machine.clone(),
+            ram_dir: host.ram_dir.clone(),
+            qmp_socket: paths.qmp.clone(),
+            pid_file: Some(paths.pid.clone()),
+            taps,
+        });
+        let spec = match spec {
+            Ok(spec) => spec,
+            Err(e) => {
+                findings.push(Finding::new("not-mirrorable", chain(&e), "start the VM without it"));
+                return Err(findings.into());
+            }
+        };
+        let (qmp_socket, log, device) = (paths.qmp.clone(), paths.log.clone(), paths.device.clone());
+        let mut files = paths.all();
+        files.extend(own_ram_files(host, &spec));
+        let record = Record {
+            name: self.name.clone(),
+            generation: self.generation,
+            ownership: Ownership::Incoming { session: self.session, from: peer.to_owned(), ready: false },
+            origin: Origin::Arrived,
+            arrived_by: Some(self.session),
+            arrived_from: Some(peer.to_owned()),
+            outgoing: None,
+            resuming: false,
+            process: None,
+            argv: spec.to_argv(),
+            qmp_socket,
+            memory: self.memory,
+            made: Made { files, taps: Vec::new() },
+        };
+        if let Err(e) = host.journal.claim(record.clone()) {
+            let finding = Finding::new("name-taken", chain(&e), "choose another name, or stop that VM");
+            return Err(vec![finding].into());
+        }
+        drop(promising);
+        match self.set_up(host, record, spec, &log, &device).await {
+            Ok(reservation) => Ok(reservation),
+            Err(refusal) => {
+                let ours = |record: &Record| record.arrived_by == Some(self.session);
+                if let Some(record) = host.journal.get(&self.name).filter(ours) {
+                    lifecycle::forget(host, &record, None).await;
+                }
+                Err(refusal)
+            }
+        }
+    }
+
+    /// A copy that the same source has left here, of a machine that it says is still its own, is worthless.
+    async fn make_way(&self, host: &Host, peer: &str) {
+        let Some(record) = host.journal.get(&self.name) else { return };
+        if let Ownership::Incoming { from, .. } = &record.ownership
+            && from == peer
+            && record.generation <= self.generation
+        {
+            tracing::info!(vm = %self.name, from, "discarding the copy of an earlier migration");
+            lifecycle::forget(host, &record, None).await;
+        }
+    }
+
+    /// Everything that can be told without starting anything.
+    async fn examine(&self, host: &Host, peer: &str) -> (Option<PathBuf>, Vec<Finding>) {
+        let mut findings = Vec::new();
+        if peer == host.name {
+            findings.push(Finding::new(
+                "same-host",
+                format!("{peer} is both source and destination"),
+                "name another host's agent with --to",
+            ));
+            return (None, findings);
+        }
+        if let Some(record) = host.journal.get(&self.name) {
+            findings.push(Finding::new(
+                "name-taken",
+                format!("{} already has a VM named {}", host.name, record.name),
+                "stop that VM, or adopt this one under another name",
+            ));
+        }
+        let binary = self.binary(host);
+        if binary.is_none() {
+            findings.push(Finding::new(
+                "qemu-not-allowed",
+                format!("{} allows no {}", host.name, file_name(self.spec.binary())),
+                format!("add one to [allow] qemu in the configuration of {}", host.name),
+            ));
+        }
+        self.examine_consistency(&mut findings);
+        self.examine_memory(host, &mut findings);
+        self.examine_files(host, &mut findings);
+        self.examine_taps(host, &mut findings).await;
+        (binary, findings)
+    }
+
+    /// The allowed QEMU that comes nearest to the source's: the same path, else the same name.
+    fn binary(&self, host: &Host) -> Option<PathBuf> {
+        let wanted = self.spec.binary();
+        let same_name = |allowed: &&PathBuf| file_name(allowed) == file_name(wanted);
+        let allowed = &host.allow.qemu;
+        allowed.iter().find(|path| *path == wanted).or_else(|| allowed.iter().find(same_name)).cloned()
+    }
+
+    /// What the source lists must be what the command line has: it is the command line that is run.
+    fn examine_consistency(&self, findings: &mut Vec<Finding>) {
+        findings.extend(machine::unmovable(&self.spec));
+        let listed = |path: &Path| self.disks.iter().any(|disk| Path::new(&disk.path) == path);
+        for disk in self.spec.disks() {
+            if let Some(path) = disk.host_path().filter(|path| !listed(path)) {
+                let message = format!("disk {} is on the command line and was not announced", path.display());
+                findings.push(Finding::new(
+                    "protocol",
+                    message,
+                    "see whether both agents are of the same version",
+                ));
+            }
+        }
+        for nic in self.spec.nics() {
+            let is_tap = matches!(nic.kind, qemu::NicKind::Tap { .. } | qemu::NicKind::Bridge { .. });
+            if is_tap && !self.taps.iter().any(|tap| tap.netdev == nic.netdev) {
+                let message = format!("network {} is on the command line and was not announced", nic.netdev);
+                findings.push(Finding::new(
+                    "protocol",
+                    message,
+                    "see whether both agents are of the same version",
+                ));
+            }
+        }
+    }
+
+    fn examine_memory(&self, host: &Host, findings: &mut Vec<Finding>) {
+        let (in_use, limit) = (room::in_use(host), host.allow.max_memory);
+        if in_use.saturating_add(self.memory) > limit {
+            findings.push(Finding::new(
+                "memory-limit",
+                format!(
+                    "the VM has {} of RAM; {} allows {}, of which {} are taken",
+                    mib(self.memory),
+                    host.name,
+                    mib(limit),
+                    mib(in_use)
+                ),
+                format!("raise [allow] max_memory in the configuration of {}", host.name),
+            ));
+        }
+        let free = room::free(host);
+        if free < self.memory {
+            findings.push(Finding::new(
+                "no-room",
+                format!(
+                    "the VM has {} of RAM; {} on {} has room for {}",
+                    mib(self.memory),
+                    host.ram_dir.display(),
+                    host.name,
+                    mib(free)
+                ),
+                "free memory there, or make its ram_dir larger",
+            ));
+        }
+        if rustix::fs::statfs(&host.ram_dir).is_ok_and(|fs| fs.f_type == HUGETLBFS_MAGIC) {
+            findings.push(Finding::new(
+                "huge-pages",
+                format!(
+                    "{} on {} is hugetlbfs, which this version cannot fill",
+                    host.ram_dir.display(),
+                    host.name
+                ),
+                "use a tmpfs as ram_dir",
+            ));
+        }
+    }
+
+    fn examine_files(&self, host: &Host, findings: &mut Vec<Finding>) {
+        let allowed = |path: &Path| {
+            let real = std::fs::canonicalize(path).ok();
+            let inside = |directory: &PathBuf| {
+                let directory = std::fs::canonicalize(directory).ok();
+                directory
+                    .is_some_and(|directory| real.as_ref().is_some_and(|path| path.starts_with(directory)))
+            };
+            host.allow.disk_dirs.iter().any(inside)
+        };
+        let outside = |path: &Path| {
+            Finding::new(
+                "path-not-allowed",
+                format!("{} is in none of the directories that {} allows", path.display(), host.name),
+                format!("add its directory to [allow] disk_dirs in the configuration of {}", host.name),
+            )
+        };
+        for disk in &self.disks {
+            let path = Path::new(&disk.path);
+            let sees_probe = || read_probe(Path::new(&disk.probe)).is_ok_and(|nonce| nonce[..] == disk.nonce);
+            // Only a probe beside the image says anything about the image.
+            let beside = Path::new(&disk.probe).parent()
+                == std::fs::canonicalize(path).ok().as_deref().and_then(Path::parent);
+            if !path.exists() {
+                findings.push(Finding::new(
+                    "disk-missing",
+                    format!("{} does not exist on {}", path.display(), host.name),
+                    "put the disk on storage that both hosts share, under the same path",
+                ));
+            } else if !allowed(path) {
+                findings.push(outside(path));
+            } else if !disk.probe.is_empty() && (!beside || !sees_probe()) {
+                findings.push(Finding::new(
+                    "disk-not-shared",
+                    format!("{} on {} is not the same storage as at the source", path.display(), host.name),
+                    "put the disk on storage that both hosts share; this version does not copy disks",
+                ));
+            }
+        }
+        for file in self.spec.files() {
+            // A bare name of firmware is looked up among QEMU's own files.
+            let own = matches!(file.purpose, FilePurpose::Firmware | FilePurpose::Rom);
+            if own && matches!(file.path.components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
+                continue;
+            }
+            if !file.path.exists() {
+                findings.push(Finding::new(
+                    "file-missing",
+                    format!("{} does not exist on {}", file.path.display(), host.name),
+                    "copy it there, under the same path",
+                ));
+            } else if !allowed(&file.path) {
+                findings.push(outside(&file.path));
+            }
+        }
+    }
+
+    async fn examine_taps(&self, host: &Host, findings: &mut Vec<Finding>) {
+        if self.taps.is_empty() {
+            return;
+        }
+        let interfaces = match Interfaces::open() {
+            Ok(interfaces) => interfaces,
+            Err(e) => {
+                findings.push(Finding::new("network", chain(&e), "let the agent use netlink"));
+                return;
+            }
+        };
+        for tap in &self.taps {
+            let mut refuse = |kind: &str, message: String, hint: &str| {
+                findings.push(Finding::new(kind, message, hint));
+            };
+            if tap.ifname.is_empty() || tap.ifname.len() > tap::MAX_NAME {
+                refuse("protocol", format!("{:?} cannot name an interface", tap.ifname), "update the agents");
+                continue;
+            }
+            if !tap.bridge.is_empty() && !host.allow.bridges.contains(&tap.bridge) {
+                refuse(
+                    "bridge-not-allowed",
+                    format!("{} does not allow bridge {}", host.name, tap.bridge),
+                    "add it to [allow] bridges in that agent's configuration",
+                );
+            } else if !tap.bridge.is_empty() && !matches!(interfaces.exists(&tap.bridge).await, Ok(true)) {
+                refuse(
+                    "bridge-missing",
+                    format!("{} has no bridge {}", host.name, tap.bridge),
+                    "make the bridge there, or rename it",
+                );
+            }
+            if let Ok(Some(there)) = interfaces.describe(&tap.ifname).await {
+                let wanted = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
+                let free = tap::is_free(&tap.ifname, tap.multi_queue).unwrap_or(false);
+                if !free || there.bridge.as_deref() != wanted {
+                    refuse(
+                        "interface-taken",
+                        format!(
+                            "{} already has an interface {} that the VM cannot have",
+                            host.name, tap.ifname
+                        ),
+                        "remove it there, or give the VM's tap another name",
+                    );
+                }
+            }
+        }
+    }
+
+    /// Makes what the machine needs, starts its QEMU, and compares what only QEMU can tell.
+    async fn set_up(
+        &self,
+        host: &Host,
+        mut record: Record,
+        spec: Spec,
+        log: &Path,
+        device: &Path,
+    ) -> Result<Reservation, Refusal> {
+        let failed =
+            |kind: &str, e: &dyn std::error::Error, hint: &str| vec![Finding::new(kind, chain(e), hint)];
+        self.make_taps(host, &mut record).await?;
+        // The name is ours now, so a RAM file of that name is a remnant.
+        for stale in own_ram_files(host, &spec) {
+            let _ = std::fs::remove_file(stale);
+        }
+        let process = qemu::launch(&spec, log).await.map_err(|e| vec![self.not_launched(host, &e)])?;
+        record.process = Some(process.clone());
+        let journal = host.journal.update(&record);
+        journal.map_err(|e| failed("journal", &e, "see to the destination's state_dir"))?;
+        let qmp = |e: qemu::QmpError| failed("qemu", &e, "see the log of the destination's agent");
+        let monitor = Qmp::connect(&record.qmp_socket).await.map_err(qmp)?;
+        self.compare(host, &monitor).await?;
+        let ram = self.ram(host, &process, &spec)?;
+        monitor.set_capabilities(&CAPABILITIES).await.map_err(qmp)?;
+        let mut device = DeviceDestination::new(device);
+        monitor.migrate_incoming(&device.uri()).await.map_err(qmp)?;
+        let connected = device.connect().await;
+        connected.map_err(|e| failed("qemu", &e, "see the log of the destination's agent"))?;
+        Ok(Reservation { record, spec, qmp: monitor, ram, device })
+    }
+
+    async fn make_taps(&self, host: &Host, record: &mut Record) -> Result<(), Vec<Finding>> {
+        if self.taps.is_empty() {
+            return Ok(());
+        }
+        let failed = |e: &dyn std::error::Error| {
+            vec![Finding::new("network", chain(e), "let the agent make interfaces (CAP_NET_ADMIN)")]
+        };
+        let interfaces = Interfaces::open().map_err(|e| failed(&e))?;
+        for tap in &self.taps {
+            if interfaces.exists(&tap.ifname).await.map_err(|e| failed(&e))? {
+                continue;
+            }
+            // On record before it exists: a crash in between leaves nothing that nobody knows of.
+            record.made.taps.push(tap.ifname.clone());
+            host.journal.update(record).map_err(|e| failed(&e))?;
+            let bridge = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
+            interfaces.make(&tap.ifname, bridge, tap.mtu, tap.multi_queue).await.map_err(|e| failed(&e))?;
+        }
+        Ok(())
+    }
+
+    fn not_launched(&self, host: &Host, error: &LaunchError) -> Finding {
+        let message = chain(error);
+        if message.contains("unsupported machine type") {
+            return Finding::new(
+                "machine-type",
+                format!(
+                    "QEMU on {} does not have machine type {}, of the source's QEMU {}",
+                    host.name, self.machine, self.qemu_version
+                ),
+                "use a QEMU there that has it, or start the VM with a machine type that both have",
+            );
+        }
+        Finding::new("qemu-start", format!("on {}: {message}", host.name), "see to what QEMU complains of")
+    }
+
+    /// Compares what the guest sees: machine type and CPU features.
+    async fn compare(&self, host: &Host, qmp: &Qmp) -> Result<(), Refusal> {
+        let failed = |e: qemu::QmpError| {
+            vec![Finding::new("qemu", chain(&e), "see the log of the destination's agent")]
+        };
+        let mut findings = Vec::new();
+        let version = qmp.version().await.map_err(failed)?;
+        findings.extend(machine::too_old(&host.name, &version));
+        let machine = qmp.machine_type().await.map_err(failed)?;
+        if machine != self.machine {
+            findings.push(Finding::new(
+                "machine-type",
+                format!(
+                    "QEMU on {} makes the VM a {machine}, at the source it is a {}",
+                    host.name, self.machine
+                ),
+                "use a QEMU there that has the source's machine type",
+            ));
+        }
+        let lacking = self.lacking(qmp).await.map_err(failed)?;
+        let mut cpu_features = Vec::new();
+        if let Some(lacking) = lacking {
+            cpu_features = machine::features_on(qmp).await.map_err(failed)?;
+            findings.push(Finding::new(
+                CPU_FEATURE_MISSING,
+                format!("the CPU on {} lacks what the guest was given ({lacking})", host.name),
+                "start the VM with a -cpu model that both hosts have in full",
+            ));
+        }
+        if findings.is_empty() { Ok(()) } else { Err(Refusal { findings, cpu_features }) }
+    }
+
+    /// What the guest's CPUs have at the source and would not have here, as CPUID has it.
+    async fn lacking(&self, qmp: &Qmp) -> Result<Option<String>, qemu::QmpError> {
+        if self.cpuid.is_empty() {
+            let here = machine::features_on(qmp).await?;
+            let missing: Vec<&str> = self
+                .cpu_features
+                .iter()
+                .map(String::as_str)
+                .filter(|name| !here.iter().any(|h| h == name))
+                .collect();
+            return Ok((!missing.is_empty()).then(|| missing.join(", ")));
+        }
+        let here = qmp.cpuid_words().await?;
+        let missing = |there: &wire::CpuidWord| {
+            let same = here.iter().find(|here| {
+                (here.leaf, here.subleaf, here.register.as_str())
+                    == (there.leaf, there.subleaf, there.register.as_str())
+            });
+            let bits = there.features & !same.map_or(0, |here| here.features);
+            (bits != 0).then(|| format!("CPUID {:#x} {}: {bits:#x}", there.leaf, there.register))
+        };
+        let missing: Vec<String> = self.cpuid.iter().filter_map(missing).collect();
+        Ok((!missing.is_empty()).then(|| missing.join(", ")))
+    }
+
+    fn ram(&self, host: &Host, process: &Process, spec: &Spec) -> Result<Vec<RamBlock>, Vec<Finding>> {
+        let differs = |what: String| {
+            vec![Finding::new(
+                "ram-differs",
+                format!("on {}: {what}", host.name),
+                "see the log of the agents",
+            )]
+        };
+        let ram = qemu::ram_blocks(process, spec).map_err(|e| differs(chain(&e)))?;
+        let bytes =
+            |pages: &std::ops::Range<u64>| (pages.end - pages.start) * mirror::layout::PAGE_SIZE as u64;
+        let same = ram.len() == self.layout.blocks().len()
+            && ram
+                .iter()
+                .zip(self.layout.blocks())
+                .all(|(here, there)| here.id == there.id && here.size == bytes(&there.pages));
+        if same { Ok(ram) } else { Err(differs("QEMU has other RAM blocks than at the source".to_owned())) }
+    }
+}
+
+/// `f_type` of hugetlbfs (linux/magic.h).
+const HUGETLBFS_MAGIC: i64 = 0x958_458f6;
+
+/// Reads a probe file. Its name is the peer's, so whatever else lies there is not read: no other file's content, and
+/// nothing that would block.
+fn read_probe(path: &Path) -> std::io::Result<[u8; NONCE]> {
+    use std::io::Read;
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || metadata.len() != NONCE as u64 {
+        return Err(std::io::ErrorKind::InvalidData.into());
+    }
+    let mut nonce = [0; NONCE];
+    file.read_exact(&mut nonce)?;
+    Ok(nonce)
+}
+
+fn file_name(path: &Path) -> std::borrow::Cow<'_, str> {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy()
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}

@@ -1,0 +1,109 @@
+//! The account that a migration gives of itself: progress while it goes on, the report at its end.
+
+use std::collections::BTreeSet;
+use std::time::SystemTime;
+
+use mirror::layout::PAGE_SIZE;
+use uuid::Uuid;
+
+use super::controller::Controller;
+use super::estimate::Advice;
+use super::stop::Stop;
+use crate::failure::Stage;
+use crate::host::Host;
+use crate::options::Options;
+use crate::report::{Memory, Network, Outcome, Pause, Phase, PhaseTime, Report, Verification};
+use crate::vm::Vm;
+
+impl Controller {
+    pub(super) fn enter(&mut self, phase: Phase) {
+        let now = self.begin.elapsed().as_secs_f64() * 1e3;
+        if let Some(last) = self.report.phases.last_mut() {
+            last.duration_ms = now - last.start_ms;
+        }
+        self.report.phases.push(PhaseTime { name: phase, start_ms: now, duration_ms: 0.0 });
+        self.progress.send_modify(|progress| {
+            progress.phase = phase;
+            progress.elapsed_ms = now;
+            progress.destination.clone_from(&self.report.destination);
+        });
+    }
+
+    /// Shows where things stand.
+    pub(super) fn publish(&self, advice: Option<Advice>) {
+        let Some(rounds) = &self.held.rounds else { return };
+        let estimate = &rounds.estimate;
+        let predicted = estimate.downtime();
+        let warning = (advice == Some(Advice::DoesNotConverge)).then(|| match self.not_converged() {
+            Stop::Failed(finding) => finding.message,
+            _ => String::new(),
+        });
+        self.progress.send_modify(|progress| {
+            progress.elapsed_ms = self.begin.elapsed().as_secs_f64() * 1e3;
+            progress.rounds = u32::try_from(rounds.report.len()).unwrap_or(u32::MAX);
+            progress.total_bytes = rounds.totals.pages * PAGE_SIZE as u64;
+            progress.remaining_bytes = (estimate.remaining() as u64).next_multiple_of(PAGE_SIZE as u64);
+            progress.raw_bytes = rounds.totals.raw_bytes;
+            progress.wire_bytes = rounds.totals.wire_bytes;
+            progress.throughput = estimate.throughput;
+            progress.dirty_rate = estimate.dirty_rate;
+            progress.predicted_downtime_ms = predicted.map(|downtime| downtime.as_secs_f64() * 1e3);
+            progress.time_left_ms = (estimate.throughput > estimate.dirty_rate)
+                .then(|| estimate.remaining() / (estimate.throughput - estimate.dirty_rate) * 1e3);
+            progress.in_sync = matches!(advice, Some(Advice::Switch | Advice::SwitchWithinLimit));
+            progress.verification = rounds.verification();
+            progress.warning = warning;
+        });
+    }
+
+    pub(super) fn close(&mut self, outcome: Outcome, stop: Option<Stop>) {
+        self.report.outcome = outcome;
+        self.report.error = stop.map(|stop| stop.into_failure(Stage::Failed));
+    }
+
+    pub(super) fn finish_report(&mut self) {
+        let now = self.begin.elapsed().as_secs_f64() * 1e3;
+        if let Some(last) = self.report.phases.last_mut() {
+            last.duration_ms = now - last.start_ms;
+        }
+        self.report.total_ms = now;
+        let entered: BTreeSet<_> = self.report.phases.iter().map(|phase| phase.name.name()).collect();
+        tracing::info!(
+            vm = %self.vm.record.name,
+            outcome = ?self.report.outcome,
+            total_ms = self.report.total_ms,
+            downtime_ms = self.report.downtime_ms,
+            ?entered,
+            "migration ended"
+        );
+    }
+}
+
+/// A report of which nothing but the names is known yet.
+pub(super) fn blank(id: Uuid, host: &Host, vm: &Vm, to: &str, options: &Options) -> Report {
+    let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Report {
+        id: id.to_string(),
+        vm: vm.record.name.to_string(),
+        source: host.name.clone(),
+        destination: to.to_owned(),
+        started_unix_ms: u64::try_from(started.as_millis()).unwrap_or(u64::MAX),
+        engine: "mirror".to_owned(),
+        outcome: Outcome::Failed,
+        error: None,
+        total_ms: 0.0,
+        downtime_ms: 0.0,
+        downtime_asked_ms: options.downtime.as_secs_f64() * 1e3,
+        downtime_predicted_ms: 0.0,
+        pause: Pause::default(),
+        tracking_hold_ms: 0.0,
+        phases: Vec::new(),
+        rounds: Vec::new(),
+        memory: Memory { page_size: PAGE_SIZE as u64, ..Memory::default() },
+        disks: Vec::new(),
+        network: Network::default(),
+        device_state_bytes: 0,
+        verification: Verification::default(),
+        health: None,
+    }
+}

@@ -1,0 +1,315 @@
+//! The source's controller: the phases of a migration, one after the other.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use link::{AbortHandle, Bandwidth, DataSender};
+use mirror::hash::Secret;
+use mirror::layout::Layout;
+use mirror::memory::round::Guest;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::account::blank;
+use super::orders::Orders;
+use super::peer::{self, Destination};
+use super::rounds::{Begin, Rounds};
+use super::stop::Stop;
+use super::switch::{self, Prepared};
+use crate::failure::{Finding, chain, kind};
+use crate::host::Host;
+use crate::lifecycle::Paths;
+use crate::machine::Machine;
+use crate::options::{Goal, Options};
+use crate::progress::Progress;
+use crate::report::{Outcome, Phase, Report, Verdict, Verification};
+use crate::session::Session;
+use crate::vm::{Outgoing, Vm};
+use crate::wire::{self, Request};
+
+/// Most data streams that an agent chooses by itself.
+const CHOSEN_STREAMS: usize = 4;
+
+/// A migration under way.
+pub(super) struct Controller {
+    pub(super) host: Arc<Host>,
+    pub(super) vm: Vm,
+    pub(super) to: String,
+    pub(super) goal: Goal,
+    pub(super) options: Options,
+    pub(super) id: Uuid,
+    pub(super) begin: Instant,
+    pub(super) orders: Orders,
+    pub(super) progress: watch::Sender<Progress>,
+    pub(super) report: Report,
+    pub(super) held: Held,
+}
+/// What must be given back, whatever happens.
+#[derive(Default)]
+pub(super) struct Held {
+    pub(super) destination: Option<Destination>,
+    pub(super) rounds: Option<Rounds>,
+    /// The thread that opens streams and begins tracking: to be waited for even when nobody wants its result.
+    pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
+    /// QEMU was told to migrate.
+    pub(super) qemu: bool,
+}
+
+impl Controller {
+    /// Starts a controller on a task of its own.
+    pub(super) fn start(host: Arc<Host>, mut vm: Vm, to: String, goal: Goal, options: Options) -> Session {
+        // The journal is the truth; the caller's copy may be older than the last attempt.
+        if let Some(record) = host.journal.get(&vm.record.name) {
+            vm.record = record;
+        }
+        let id = Uuid::new_v4();
+        let begin = Instant::now();
+        let first = Progress {
+            id: id.to_string(),
+            vm: vm.record.name.to_string(),
+            source: host.name.clone(),
+            destination: to.clone(),
+            goal,
+            phase: Phase::Initialize,
+            elapsed_ms: 0.0,
+            rounds: 0,
+            total_bytes: vm.record.memory,
+            remaining_bytes: vm.record.memory,
+            raw_bytes: 0,
+            wire_bytes: 0,
+            throughput: 0.0,
+            dirty_rate: 0.0,
+            predicted_downtime_ms: None,
+            time_left_ms: None,
+            in_sync: false,
+            verification: Verification::default(),
+            warning: None,
+        };
+        let report = blank(id, &host, &vm, &to, &options);
+        let (session, conductor) = Session::new(id, first);
+        let bandwidth = Bandwidth::new(options.bandwidth);
+        let (orders, commands) = Orders::follow(conductor.commands, bandwidth);
+        let progress = conductor.progress;
+        let done = conductor.report;
+        let controller = Controller {
+            host,
+            vm,
+            to,
+            goal,
+            options,
+            id,
+            begin,
+            orders,
+            progress,
+            report,
+            held: Held::default(),
+        };
+        tokio::spawn(async move {
+            let report = controller.run().await;
+            commands.abort();
+            let _ = done.send(Some(Arc::new(report)));
+        });
+        session
+    }
+
+    /// The whole migration, and its report.
+    async fn run(mut self) -> Report {
+        tracing::info!(vm = %self.vm.record.name, to = self.to, session = %self.id, "migration begins");
+        let cancel = self.orders.cancel.clone();
+        let until_handed_over = tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(Stop::Cancelled),
+            reached = self.until_ready() => reached,
+        };
+        let ended = match until_handed_over {
+            Ok(_) if cancel.is_cancelled() => Err(Stop::Cancelled),
+            Ok(prepared) => self.hand_over(prepared).await,
+            Err(stop) => Err(stop),
+        };
+        match ended {
+            Ok(()) => self.after_hand_over().await,
+            Err(Stop::Uncertain(finding)) => {
+                self.close(Outcome::Uncertain, Some(Stop::Uncertain(finding)));
+                self.release().await;
+            }
+            Err(stop) => self.undo(stop).await,
+        }
+        self.finish_report();
+        self.report
+    }
+
+    /// Every phase in which the machine can still stay.
+    async fn until_ready(&mut self) -> Result<Prepared, Stop> {
+        self.enter(Phase::Initialize);
+        let machine = self.initialize().await?;
+        self.enter(Phase::Reserve);
+        let (layout, secret) = self.reserve(&machine).await?;
+        self.enter(Phase::Prepare);
+        self.prepare(machine, layout, secret).await?;
+        self.enter(Phase::Synchronize);
+        self.synchronize().await?;
+        self.enter(Phase::Verify);
+        self.verify().await?;
+        self.enter(Phase::SwitchOver);
+        self.switch_over().await
+    }
+
+    /// Link up, versions and identities agreed; the machine looked at.
+    async fn initialize(&mut self) -> Result<Machine, Stop> {
+        let options = self.options.validate();
+        options.map_err(|e| Stop::Refused(vec![Finding::new("bad-options", chain(&e), "see --help")]))?;
+        let connected = Destination::connect(&self.host, &self.to).await;
+        let (machine, mut findings) = Machine::describe(&self.vm, &self.options).await;
+        match connected {
+            Ok(destination) => {
+                self.report.destination = destination.name().to_owned();
+                self.held.destination = Some(destination);
+            }
+            Err(finding) => findings.insert(0, finding),
+        }
+        match machine.filter(|_| findings.is_empty()) {
+            Some(machine) => Ok(machine),
+            None => Err(Stop::Refused(findings)),
+        }
+    }
+
+    /// The destination sets everything aside.
+    async fn reserve(&mut self, machine: &Machine) -> Result<(Layout, Secret), Stop> {
+        let streams = self.streams();
+        let layout = Layout::new(machine.ram.iter().map(|block| (block.id.as_str(), block.size)), streams)
+            .map_err(|e| Stop::because("ram", &e, "see the VM's command line"))?;
+        let secret =
+            Secret::random().map_err(|e| Stop::because("random", &e, "see to the host's random numbers"))?;
+        let request = peer::reserve_request(self.id, &self.vm, machine, streams, secret.as_bytes(), false);
+        self.report.disks = machine.reported_disks();
+        self.report.memory.pages = layout.page_count();
+        let qmp = self.vm.qmp.clone();
+        self.destination()?.reserve(request, &qmp).await?;
+        Ok((layout, secret))
+    }
+
+    fn streams(&self) -> u16 {
+        let chosen = || {
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            u16::try_from(cores.min(CHOSEN_STREAMS)).unwrap_or(1)
+        };
+        self.options.streams.map_or_else(chosen, u16::from)
+    }
+
+    /// Data streams open, tracking begins.
+    async fn prepare(&mut self, machine: Machine, layout: Layout, secret: Secret) -> Result<(), Stop> {
+        let address = self.destination()?.address().to_owned();
+        let (endpoint, session, streams) = (self.host.endpoint.clone(), self.id, layout.streams());
+        let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let Some(process) = self.vm.record.process.clone() else {
+            return Err(Stop::Failed(Finding::new(
+                "qemu-gone",
+                "the VM has no process",
+                "see `vmirror show`",
+            )));
+        };
+        let preparing = self.held.preparing.insert(tokio::task::spawn_blocking(move || {
+            let mut sinks: Vec<DataSender> = Vec::new();
+            let mut aborts: Vec<AbortHandle> = Vec::new();
+            for stream in 0..streams {
+                let sink =
+                    endpoint.open_data(&address, session, stream, Arc::clone(&bandwidth)).map_err(|e| {
+                        Stop::because("data-stream", &e, "see the log of the destination's agent")
+                    })?;
+                aborts.push(sink.abort_handle().map_err(|e| {
+                    Stop::because("data-stream", &e, "raise the agent's limit of open files")
+                })?);
+                sinks.push(sink);
+            }
+            let (pid, ram, kvm) = (process.pid, machine.ram, machine.kvm);
+            Rounds::begin(Begin { pid, ram, layout, secret, kvm, sinks, aborts })
+        }));
+        let begun = preparing.await;
+        self.held.preparing = None;
+        let rounds = begun.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))??;
+        self.report.tracking_hold_ms = rounds.hold.as_secs_f64() * 1e3;
+        self.held.rounds = Some(rounds);
+        Ok(())
+    }
+
+    /// Pause, last rounds, gate, device state, until the destination is ready.
+    async fn switch_over(&mut self) -> Result<Prepared, Stop> {
+        let predicted = self.rounds()?.estimate.downtime().unwrap_or_default();
+        self.report.downtime_predicted_ms = predicted.as_secs_f64() * 1e3;
+        let socket = Paths::of(&self.host, &self.vm.record.name).device;
+        // On record before a complete copy can exist: after a crash here, somebody must tell that it is worthless.
+        let address = self.destination()?.address().to_owned();
+        self.vm.record.outgoing = Some(Outgoing { session: self.id, address });
+        self.host.journal.update(&self.vm.record)?;
+        self.held.qemu = true;
+        let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
+        let prepared = switch::prepare(&self.vm.qmp, rounds, destination, &socket, &self.options).await;
+        match prepared {
+            Ok(prepared) => {
+                self.report.verification.gate = Verdict::Match;
+                Ok(prepared)
+            }
+            Err(Stop::Failed(finding)) if finding.kind == kind::GATE => {
+                self.report.verification.gate = Verdict::Mismatch;
+                Err(Stop::Failed(finding))
+            }
+            Err(stop) => Err(stop),
+        }
+    }
+
+    pub(super) async fn end_preparing(&mut self) {
+        if let Some(preparing) = self.held.preparing.take()
+            && let Ok(Ok(rounds)) = preparing.await
+        {
+            rounds.end().await;
+        }
+    }
+
+    pub(super) async fn end_rounds(&mut self) {
+        if let Some(rounds) = self.held.rounds.take() {
+            let Verification { audited_pages, repaired_pages, .. } = rounds.verification();
+            self.report.verification.audited_pages = audited_pages;
+            self.report.verification.repaired_pages = repaired_pages;
+            self.report.rounds = rounds.report.clone();
+            self.report.memory = rounds.totals.clone();
+            rounds.end().await;
+        }
+    }
+
+    pub(super) async fn release(&mut self) {
+        self.end_rounds().await;
+        if let Some(destination) = self.held.destination.take() {
+            let _ = destination.send(Request::Release(wire::Nothing {})).await;
+        }
+    }
+
+    pub(super) async fn round(&mut self, guest: Guest) -> Result<(), Stop> {
+        let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
+        rounds.round(destination, guest).await
+    }
+
+    pub(super) fn destination(&mut self) -> Result<&mut Destination, Stop> {
+        self.held.destination.as_mut().ok_or_else(nothing_held)
+    }
+
+    pub(super) fn rounds(&self) -> Result<&Rounds, Stop> {
+        self.held.rounds.as_ref().ok_or_else(nothing_held)
+    }
+}
+
+impl Held {
+    pub(super) fn both(&mut self) -> Option<(&mut Destination, &mut Rounds)> {
+        Some((self.destination.as_mut()?, self.rounds.as_mut()?))
+    }
+}
+
+pub(super) fn nothing_held() -> Stop {
+    Stop::Failed(Finding::new("agent", "a phase ran without what the one before it provides", "report this"))
+}
+pub(super) fn commit(session: Uuid, vm: &Vm) -> wire::Commit {
+    wire::Commit {
+        session: session.as_bytes().to_vec(),
+        name: vm.record.name.to_string(),
+        generation: vm.record.generation,
+    }
+}

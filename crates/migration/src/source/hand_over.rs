@@ -1,0 +1,241 @@
+//! The hand-over and what follows it; and the way back where there is none.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::controller::{Controller, commit, nothing_held};
+use super::peer::Withdrawal;
+use super::peer::violation;
+use super::settlement::{Settled, settle};
+use super::stop::Stop;
+use super::switch::Prepared;
+use crate::failure::{Finding, chain};
+use crate::health;
+use crate::lifecycle::{self};
+use crate::options::Verify;
+use crate::report::{Health, Outcome, Phase, Verdict};
+use crate::vm::Ownership;
+use crate::wire::{Reply, Request};
+
+/// How long a destination may take to say that the machine runs, before it is asked again.
+const RUNNING: Duration = Duration::from_secs(10);
+/// How often, and how long apart, it is asked again before a person must decide.
+const SETTLE_TRIES: usize = 6;
+const SETTLE_PAUSE: Duration = Duration::from_secs(5);
+/// How long a destination may take to throw its copy away.
+const CANCEL: Duration = Duration::from_secs(15);
+/// How long a destination may take to report on the machine's health.
+const HEALTH: Duration = Duration::from_secs(15);
+
+impl Controller {
+    /// The two-step change of ownership. From the journal's entry on the machine is not this host's any more.
+    pub(super) async fn hand_over(&mut self, prepared: Prepared) -> Result<(), Stop> {
+        let Prepared { paused_at, pause, device_state_bytes, .. } = prepared;
+        self.report.pause = pause;
+        self.report.device_state_bytes = device_state_bytes;
+        let since = || paused_at.elapsed().as_secs_f64() * 1e3;
+        let destination = self.held.destination.as_mut().ok_or_else(nothing_held)?;
+        let owned = self.vm.record.clone();
+        let record = &mut self.vm.record;
+        record.ownership = Ownership::HandedOver {
+            session: self.id,
+            to: destination.name().to_owned(),
+            address: destination.address().to_owned(),
+        };
+        record.generation += 1;
+        record.outgoing = None;
+        if let Err(e) = self.host.journal.update(record) {
+            // What could not be written may be on the disk all the same. Only when it is overwritten is the machine
+            // certainly this host's.
+            self.vm.record = owned;
+            return Err(match self.host.journal.update(&self.vm.record) {
+                Ok(()) => e.into(),
+                Err(_) => Stop::Uncertain(Finding::new(
+                    "journal",
+                    chain(&e),
+                    "the VM is paused; see to the disk of state_dir, then use `vmirror resolve`",
+                )),
+            });
+        }
+        self.report.pause.handed_over_ms = since();
+        let commit = commit(self.id, &self.vm);
+        let running = async {
+            destination.send(Request::Commit(commit)).await?;
+            match destination.receive().await? {
+                Reply::Running(_) => Ok(()),
+                other => Err(violation(&format!("said {other:?} instead of running the VM"))),
+            }
+        };
+        let told = timeout(RUNNING, running).await;
+        if !matches!(told, Ok(Ok(()))) {
+            tracing::warn!(vm = %self.vm.record.name, ?told, "no word that the VM runs at the destination");
+            self.held.destination = None;
+            self.settle(owned).await?;
+        }
+        self.report.pause.running_ms = since();
+        self.report.downtime_ms = since();
+        // Into the other slot too: not even a journal that loses its newer half may say that the machine is here.
+        if let Err(e) = self.host.journal.update(&self.vm.record) {
+            tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+        }
+        Ok(())
+    }
+
+    /// Asks the destination again and again what became of the machine.
+    pub(super) async fn settle(&mut self, owned: crate::vm::Record) -> Result<(), Stop> {
+        for _ in 0..SETTLE_TRIES {
+            match settle(&self.host, &self.vm.record).await {
+                Ok(Settled::RunsThere) => return Ok(()),
+                Ok(Settled::RunsHere) => {
+                    // It never will there. Back to this host, under a generation that no stale copy has.
+                    let generation = self.vm.record.generation;
+                    self.vm.record =
+                        crate::vm::Record { generation: generation + 1, outgoing: None, ..owned };
+                    self.host.journal.update(&self.vm.record)?;
+                    let message = "the destination lost its copy at the hand-over";
+                    return Err(Stop::Failed(Finding::new(
+                        "copy-lost",
+                        message,
+                        "see the destination's log",
+                    )));
+                }
+                Ok(Settled::Unknown) => tokio::time::sleep(SETTLE_PAUSE).await,
+                Err(failure) => return Err(Stop::Uncertain(failure.finding)),
+            }
+        }
+        let message = format!(
+            "the VM was handed over to {} and nothing was heard of it since",
+            self.report.destination
+        );
+        Err(Stop::Uncertain(Finding::new(
+            "uncertain",
+            message,
+            "when the link is back this settles itself; otherwise see where it runs and use `vmirror resolve`",
+        )))
+    }
+
+    /// The machine runs at the destination: prove, give everything back, hear how it does.
+    pub(super) async fn after_hand_over(&mut self) {
+        self.enter(Phase::Resume);
+        let proved = self.prove().await;
+        self.enter(Phase::CleanUp);
+        self.clean_up().await;
+        self.enter(Phase::Complete);
+        let health = self.health().await;
+        match proved.and(health) {
+            Ok(()) => self.close(Outcome::Completed, None),
+            // It runs there, and something about it needs a person's eye.
+            Err(stop) => self.close(Outcome::Uncertain, Some(stop)),
+        }
+        self.release().await;
+    }
+
+    /// The frozen RAM of the source against what the destination was given.
+    pub(super) async fn prove(&mut self) -> Result<(), Stop> {
+        if self.options.verify == Verify::Gate {
+            return Ok(());
+        }
+        let Some(rounds) = &mut self.held.rounds else { return Ok(()) };
+        let proof = match rounds.prove().await {
+            Ok(proof) => proof,
+            Err(Stop::Failed(finding)) => return Err(Stop::Uncertain(finding)),
+            Err(stop) => return Err(stop),
+        };
+        let verification = &mut self.report.verification;
+        verification.proof_pages = proof.pages;
+        verification.mismatches = proof.mismatches;
+        verification.proof = if proof.mismatches == 0 { Verdict::Match } else { Verdict::Mismatch };
+        if proof.mismatches == 0 {
+            return Ok(());
+        }
+        let message = format!(
+            "{} pages of the VM's memory changed at the source without being tracked, the first is page {}",
+            proof.mismatches,
+            proof.examples.first().map_or(0, |page| page.0),
+        );
+        Err(Stop::Uncertain(Finding::new(
+            "proof",
+            message,
+            "do not trust the VM; report this with the agents' logs",
+        )))
+    }
+
+    /// The source gives everything back: tracking, QEMU, files, taps, its record.
+    pub(super) async fn clean_up(&mut self) {
+        self.end_rounds().await;
+        lifecycle::forget(&self.host, &self.vm.record, Some(&self.vm.qmp)).await;
+    }
+
+    /// How the machine does at its new place.
+    pub(super) async fn health(&mut self) -> Result<(), Stop> {
+        let Some(destination) = &mut self.held.destination else { return Ok(()) };
+        let heard = timeout(HEALTH, async {
+            loop {
+                if let Reply::Health(health) = destination.receive().await? {
+                    return Ok::<_, Stop>(health);
+                }
+            }
+        });
+        let health = match heard.await {
+            Ok(Ok(health)) => health,
+            other => {
+                // It was said to run; that nothing more was heard is worth a word and no alarm.
+                tracing::warn!(vm = %self.vm.record.name, ?other, "nothing was heard of the VM's health");
+                return Ok(());
+            }
+        };
+        self.report.health = Some(Health {
+            watched_ms: health.watched_ms,
+            vcpus: health.vcpus,
+            vcpus_progressing: health.progressing,
+        });
+        health::judge(&health).map_err(|what| {
+            let message = format!("the VM was resumed at the destination and {what}");
+            Stop::Uncertain(Finding::new("unhealthy", message, "see the VM at the destination"))
+        })
+    }
+
+    /// The machine stays. It runs again first; then everything is given back, here and there.
+    pub(super) async fn undo(&mut self, stop: Stop) {
+        let mut stop = stop;
+        if self.held.qemu {
+            if let Some(rounds) = &self.held.rounds {
+                rounds.abort();
+            }
+            if let Err(e) = super::resume_here(&self.vm.qmp).await {
+                let socket = self.vm.record.qmp_socket.display();
+                stop = Stop::Uncertain(Finding::new(
+                    "not-resumed",
+                    format!("the VM is still this host's, but could not be resumed: {}", chain(&e)),
+                    format!("see its log, and resume it over QMP at {socket}"),
+                ));
+            }
+            super::reset_capabilities(&self.vm.qmp).await;
+        }
+        self.end_preparing().await;
+        self.end_rounds().await;
+        let mut told = true;
+        if let Some(destination) = &mut self.held.destination {
+            told = destination.cancel(commit(self.id, &self.vm), CANCEL).await == Withdrawal::Done;
+        }
+        match self.vm.record.outgoing.clone() {
+            Some(_) if told => {
+                self.vm.record.outgoing = None;
+                if let Err(e) = self.host.journal.update(&self.vm.record) {
+                    tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+                }
+            }
+            // Stays on record until the destination has heard it, even by an agent that is started anew.
+            Some(outgoing) => super::abandon(&self.host, &self.vm.record, outgoing),
+            None => {}
+        }
+        let outcome = match stop {
+            Stop::Cancelled => Outcome::Cancelled,
+            Stop::Uncertain(_) => Outcome::Uncertain,
+            Stop::Refused(_) | Stop::Failed(_) => Outcome::Failed,
+        };
+        self.close(outcome, Some(stop));
+        self.release().await;
+    }
+}

@@ -1,0 +1,125 @@
+//! The source's controller: describes the machine, mirrors it, hands it over, gives everything back.
+//!
+//! `controller` is the flat list of phases. The longer ones stand beside it: `synchronize`, the `switch`-over, the
+//! `hand_over`. So does what they need: the `peer` at the other end of the link, the memory's `rounds`, the
+//! `estimate` that says when to switch over, the operator's `orders`, the `account` that is given of it all, and
+//! the `settlement` of a hand-over whose end was not heard of.
+
+mod account;
+mod controller;
+mod estimate;
+mod hand_over;
+mod orders;
+mod peer;
+mod rounds;
+mod settlement;
+mod stop;
+mod switch;
+mod synchronize;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use qemu::{Qmp, QmpError};
+use uuid::Uuid;
+
+pub(crate) use peer::Withdrawal;
+pub use settlement::{Settled, settle};
+pub(crate) use settlement::{abandon, withdraw};
+
+use crate::failure::{Failure, Finding, Stage, chain};
+use crate::host::Host;
+use crate::machine::Machine;
+use crate::options::{Goal, Options};
+use crate::session::Session;
+use crate::vm::Vm;
+use controller::Controller;
+use peer::Destination;
+
+/// How long QEMU may take to go back to running.
+const RESUME: Duration = Duration::from_secs(10);
+/// Between looks at a QEMU that is going back.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// What a rehearsal of a migration came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Readiness {
+    /// Name of the destination agent.
+    pub destination: String,
+    /// Every reason why a migration would fail; none: it would not.
+    pub findings: Vec<Finding>,
+}
+
+/// Begins a migration, or a standing mirror. The session goes on whether or not its handle is kept.
+#[must_use]
+pub fn start(host: Arc<Host>, vm: Vm, to: String, goal: Goal, options: Options) -> Session {
+    Controller::start(host, vm, to, goal, options)
+}
+
+/// Finds every reason why a migration would fail, as far as can be told without moving memory. The destination sets
+/// everything aside as for a migration, and gives it back at once.
+///
+/// # Errors
+/// [`Failure`] when the destination cannot even be asked.
+pub async fn check(host: Arc<Host>, vm: Vm, to: &str, options: &Options) -> Result<Readiness, Failure> {
+    let refused = |finding| Failure { stage: Stage::Refused, finding, more: Vec::new() };
+    let connected = Destination::connect(&host, to).await;
+    let (machine, mut findings) = Machine::describe(&vm, options).await;
+    let mut destination = connected.map_err(refused)?;
+    if let Some(machine) = machine {
+        let request =
+            peer::reserve_request(Uuid::new_v4(), &vm, &machine, 1, &[0; mirror::hash::SECRET_LENGTH], true);
+        if machine.ram.is_empty() {
+            // The destination cannot be asked about a machine without RAM; what was found says why there is none.
+        } else {
+            match destination.reserve(request, &vm.qmp).await {
+                Ok(()) => {}
+                Err(stop::Stop::Refused(more)) => findings.extend(more),
+                Err(other) => return Err(other.into_failure(Stage::Refused)),
+            }
+        }
+    }
+    Ok(Readiness { destination: destination.name().to_owned(), findings })
+}
+
+/// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it.
+pub(crate) async fn resume_here(qmp: &Qmp) -> Result<(), QmpError> {
+    let deadline = Instant::now() + RESUME;
+    let ended = |status: &str| ["completed", "failed", "cancelled", "none"].contains(&status);
+    let migration = qmp.query_migrate().await?.status;
+    if migration.is_some_and(|status| !ended(&status)) {
+        // Whatever it says, `cont` decides.
+        let _ = qmp.migrate_cancel().await;
+        while qmp.query_migrate().await?.status.is_some_and(|status| !ended(&status)) {
+            if Instant::now() > deadline {
+                tracing::error!("QEMU does not end its migration");
+                break;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+    }
+    loop {
+        if qmp.status().await?.running {
+            return Ok(());
+        }
+        match qmp.cont().await {
+            // QEMU refuses while the last of its migration is being taken down.
+            Err(e) if Instant::now() < deadline => {
+                tracing::debug!(error = chain(&e), "QEMU is not yet ready to resume");
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            Err(e) => return Err(e),
+            Ok(()) if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
+            // It was told, and stopped again: a full disk, a panic. That is the guest's state, not the migration's.
+            Ok(()) => return Ok(()),
+        }
+    }
+}
+
+/// Leaves QEMU's migration capabilities as a user who migrates by hand expects them.
+pub(crate) async fn reset_capabilities(qmp: &Qmp) {
+    let off: Vec<_> = switch::CAPABILITIES.into_iter().map(|name| (name, false)).collect();
+    if let Err(e) = qmp.set_capabilities(&off).await {
+        tracing::warn!(error = chain(&e), "QEMU keeps its migration capabilities");
+    }
+}

@@ -1,0 +1,46 @@
+//! What the operator orders while a migration is under way.
+
+use std::sync::Arc;
+
+use link::Bandwidth;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use crate::failure::Finding;
+use crate::report::Verification;
+use crate::session::Command;
+
+/// What the operator has ordered, as the controller looks at it.
+pub(super) struct Orders {
+    pub(super) cancel: CancellationToken,
+    pub(super) switch: CancellationToken,
+    pub(super) verify: tokio::sync::mpsc::UnboundedReceiver<oneshot::Sender<Result<Verification, Finding>>>,
+    pub(super) bandwidth: Arc<Bandwidth>,
+}
+impl Orders {
+    /// Follows a session's commands; the task ends with the controller.
+    pub(super) fn follow(
+        mut commands: tokio::sync::mpsc::Receiver<Command>,
+        bandwidth: Arc<Bandwidth>,
+    ) -> (Orders, tokio::task::JoinHandle<()>) {
+        let (cancel, switch) = (CancellationToken::new(), CancellationToken::new());
+        let (tell, verify) = tokio::sync::mpsc::unbounded_channel();
+        let orders = Orders {
+            cancel: cancel.clone(),
+            switch: switch.clone(),
+            verify,
+            bandwidth: Arc::clone(&bandwidth),
+        };
+        let task = tokio::spawn(async move {
+            while let Some(command) = commands.recv().await {
+                match command {
+                    Command::Cancel => cancel.cancel(),
+                    Command::Switch => switch.cancel(),
+                    Command::Verify(answer) => drop(tell.send(answer)),
+                    Command::Bandwidth(limit) => bandwidth.set(limit),
+                }
+            }
+        });
+        (orders, task)
+    }
+}

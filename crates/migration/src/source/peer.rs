@@ -1,0 +1,246 @@
+//! The destination at the other end of the link.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use link::{ConnectError, ControlReceiver, ControlSender, LinkError, TlsError};
+use qemu::Qmp;
+use qemu::qmp::CpuidWord;
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
+
+use super::stop::Stop;
+use crate::failure::{Finding, chain};
+use crate::host::Host;
+use crate::machine::{self, Machine};
+use crate::reservation::CPU_FEATURE_MISSING;
+use crate::vm::Vm;
+use crate::wire::{self, Reply, Request, ToDestination, ToSource};
+
+/// How long a destination may take to start QEMU and set everything aside.
+const RESERVE: Duration = Duration::from_secs(60);
+
+/// The destination's agent, in one session.
+#[derive(Debug)]
+pub(super) struct Destination {
+    name: String,
+    address: String,
+    sender: Sender,
+    inbox: mpsc::UnboundedReceiver<Result<Reply, LinkError>>,
+    _reader: AbortOnDropHandle<()>,
+}
+
+/// What became of the wish that a destination throw its copy away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Withdrawal {
+    /// There is no copy any more.
+    Done,
+    /// The machine is the destination's, and has run there.
+    RunsThere,
+    /// Nothing was heard.
+    Unheard,
+}
+
+/// The way to the destination, for several tasks. A message is sent whole, one after the other.
+#[derive(Debug, Clone)]
+pub(super) struct Sender(Arc<Mutex<ControlSender>>);
+
+impl Sender {
+    pub(super) async fn send(&self, request: Request) -> Result<(), Stop> {
+        let sent = self.0.lock().await.send(&ToDestination::from(request)).await;
+        sent.map_err(lost)
+    }
+}
+
+/// The link has failed.
+pub(super) fn lost(error: LinkError) -> Stop {
+    Stop::because("link", &error, "see to the network between the hosts, and to the destination's agent")
+}
+
+/// The peer does not keep to the protocol.
+pub(super) fn violation(what: &str) -> Stop {
+    let message = format!("the destination {what}");
+    Stop::Failed(Finding::new("protocol", message, "see whether both agents are of the same version"))
+}
+
+impl Destination {
+    pub(super) async fn connect(host: &Host, address: &str) -> Result<Destination, Finding> {
+        let control = host.endpoint.connect(address).await.map_err(|e| not_connected(&e))?;
+        let name = control.peer().name.clone();
+        if name == host.name {
+            return Err(Finding::new(
+                "same-host",
+                format!("{address} is this host's own agent, {name}"),
+                "name another host's agent with --to",
+            ));
+        }
+        let (sender, receiver) = control.split();
+        let (tell, inbox) = mpsc::unbounded_channel();
+        let reader = AbortOnDropHandle::new(tokio::spawn(read(receiver, tell)));
+        let sender = Sender(Arc::new(Mutex::new(sender)));
+        Ok(Destination { name, address: address.to_owned(), sender, inbox, _reader: reader })
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
+    pub(super) fn sender(&self) -> Sender {
+        self.sender.clone()
+    }
+
+    pub(super) async fn send(&self, request: Request) -> Result<(), Stop> {
+        self.sender.send(request).await
+    }
+
+    /// What the destination says next. Nothing is lost when this is cancelled.
+    pub(super) async fn receive(&mut self) -> Result<Reply, Stop> {
+        match self.inbox.recv().await {
+            Some(Ok(Reply::Failed(findings))) => {
+                let mut findings = findings.findings.into_iter().map(Into::into);
+                let unknown = || Finding::new("destination", "the destination failed", "see its log");
+                Err(Stop::Failed(findings.next().unwrap_or_else(unknown)))
+            }
+            Some(Ok(reply)) => Ok(reply),
+            Some(Err(error)) => Err(lost(error)),
+            None => Err(lost(LinkError::Closed)),
+        }
+    }
+
+    /// Asks the destination to set everything aside for the machine behind `qmp`.
+    pub(super) async fn reserve(&mut self, request: wire::Reserve, qmp: &Qmp) -> Result<(), Stop> {
+        let rehearsal = request.rehearsal;
+        self.send(Request::Reserve(request)).await?;
+        let reply = timeout(RESERVE, self.receive()).await.map_err(|_| {
+            let message = format!("{} did not answer the reservation within {RESERVE:?}", self.name);
+            Stop::Failed(Finding::new("link", message, "see the log of the destination's agent"))
+        })??;
+        match reply {
+            Reply::Reserved(_) => Ok(()),
+            Reply::Refused(wire::Findings { findings, .. }) if rehearsal && findings.is_empty() => Ok(()),
+            Reply::Refused(wire::Findings { findings, cpu_features }) => {
+                let mut findings: Vec<Finding> = findings.into_iter().map(Into::into).collect();
+                for finding in findings.iter_mut().filter(|finding| finding.kind == CPU_FEATURE_MISSING) {
+                    name_missing(finding, &cpu_features, qmp).await;
+                }
+                Err(Stop::Refused(findings))
+            }
+            other => Err(violation(&format!("answered a reservation with {other:?}"))),
+        }
+    }
+
+    /// Tells the destination to throw its copy away, and waits until it has.
+    pub(super) async fn cancel(&mut self, commit: wire::Commit, deadline: Duration) -> Withdrawal {
+        let cancelled = async {
+            self.send(Request::Cancel(commit)).await?;
+            loop {
+                match self.inbox.recv().await {
+                    Some(Ok(Reply::Cancelled(_) | Reply::Failed(_) | Reply::Refused(_))) => {
+                        return Ok(Withdrawal::Done);
+                    }
+                    Some(Ok(Reply::Running(_))) => return Ok(Withdrawal::RunsThere),
+                    Some(Ok(_)) => {}
+                    Some(Err(e)) => return Err(lost(e)),
+                    None => return Err(lost(LinkError::Closed)),
+                }
+            }
+        };
+        match timeout(deadline, cancelled).await {
+            Ok(Ok(withdrawal)) => withdrawal,
+            Ok(Err(stop)) => {
+                tracing::warn!(destination = self.name, ?stop, "the destination cannot be told");
+                Withdrawal::Unheard
+            }
+            Err(_) => {
+                tracing::warn!(destination = self.name, "the destination does not confirm the cancellation");
+                Withdrawal::Unheard
+            }
+        }
+    }
+}
+
+/// Names the features that are missing, by what both sides have: CPUID alone has no names.
+async fn name_missing(finding: &mut Finding, there: &[String], qmp: &Qmp) {
+    // Without the names the finding says what it says: which bits.
+    let Ok(here) = machine::features_on(qmp).await else { return };
+    let missing: Vec<String> = here.into_iter().filter(|feature| !there.contains(feature)).collect();
+    if !missing.is_empty() {
+        finding.message = format!("{}: {}", finding.message, missing.join(", "));
+    }
+}
+
+fn wire_word(word: &CpuidWord) -> wire::CpuidWord {
+    let CpuidWord { leaf, subleaf, register, features } = word.clone();
+    wire::CpuidWord { leaf, subleaf, register, features }
+}
+
+async fn read(mut receiver: ControlReceiver, tell: mpsc::UnboundedSender<Result<Reply, LinkError>>) {
+    loop {
+        let message = match receiver.receive::<ToSource>().await {
+            Ok(ToSource { reply: Some(reply) }) => Ok(reply),
+            // A reply of a later version: what it would have said is not understood, so it is not passed over.
+            Ok(ToSource { reply: None }) => Err(LinkError::Closed),
+            Err(error) => Err(error),
+        };
+        let last = message.is_err();
+        if tell.send(message).is_err() || last {
+            return;
+        }
+    }
+}
+
+/// The reason and the remedy of a connection that could not be made.
+fn not_connected(error: &ConnectError) -> Finding {
+    let (kind, hint) = match error {
+        ConnectError::Address { .. } => ("bad-address", "write it as HOST:PORT"),
+        ConnectError::Refused { .. } => ("no-agent", "start the agent there, or see to the port"),
+        ConnectError::Tls { source: TlsError::NameMismatch { .. }, .. } => {
+            ("not-trusted", "use an address that is in the certificate, or issue it with that --address")
+        }
+        ConnectError::Tls { source: TlsError::PeerExpired { .. } | TlsError::OwnExpired, .. } => {
+            ("not-trusted", "issue a new certificate for that agent")
+        }
+        ConnectError::Tls { .. } => {
+            ("not-trusted", "issue both agents' certificates from the same authority")
+        }
+        ConnectError::RefusedByPeer { .. } => {
+            ("peer-not-allowed", "add this agent to [allow] peers in the destination's configuration")
+        }
+        ConnectError::Version { .. } => ("version", "update the older of the two agents"),
+        _ => ("unreachable", "see to the address and the network"),
+    };
+    Finding::new(kind, chain(error), hint)
+}
+
+/// What the destination is asked to set aside.
+pub(super) fn reserve_request(
+    session: Uuid,
+    vm: &Vm,
+    machine: &Machine,
+    streams: u16,
+    secret: &[u8; mirror::hash::SECRET_LENGTH],
+    rehearsal: bool,
+) -> wire::Reserve {
+    wire::Reserve {
+        session: session.as_bytes().to_vec(),
+        name: vm.record.name.to_string(),
+        generation: vm.record.generation,
+        argv: vm.spec.to_argv(),
+        machine: machine.machine.clone(),
+        qemu_version: machine.qemu_version.clone(),
+        cpuid: machine.cpuid.iter().map(wire_word).collect(),
+        cpu_features: machine.cpu_features.clone(),
+        ram: machine.ram.iter().map(|b| wire::RamBlock { id: b.id.clone(), size: b.size }).collect(),
+        disks: machine.wire_disks(),
+        taps: machine.taps.clone(),
+        streams: u32::from(streams),
+        secret: secret.to_vec(),
+        rehearsal,
+    }
+}

@@ -1,0 +1,309 @@
+//! The memory's rounds: one after the other, each acknowledged before the next.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use dirty_tracker::{DescriptorSource, Scan, Tracker};
+use link::AbortHandle;
+use mirror::hash::Secret;
+use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
+use mirror::memory::round::{Guest, Sent};
+use mirror::memory::source::{MemorySource, Proof, SourceError, TrackedRange};
+use mirror::memory::{Ram, RamFile};
+use qemu::RamBlock;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use super::estimate::Estimate;
+use super::peer::{Destination, violation};
+use super::stop::Stop;
+use crate::report::{Memory, Round, Verification};
+use crate::wire::{Reply, Request, Sums};
+
+/// The memory's side of a mirror: its state, and what has been measured.
+pub(super) struct Rounds {
+    /// Absent while work is under way on a thread of its own.
+    memory: Option<MemorySource>,
+    /// That work; kept here so that it is waited for even if whoever began it is not there any more.
+    busy: Option<JoinHandle<MemorySource>>,
+    aborts: Vec<AbortHandle>,
+    streams: usize,
+    /// The destination asked for these again; they are due in the next round.
+    repairs: Vec<PageIndex>,
+    /// Replies that were not for the rounds.
+    others: VecDeque<Reply>,
+    last_scan: Option<Instant>,
+    /// Pages that the destination's audit has compared, as it last told.
+    audited_there: u64,
+    repaired: u64,
+    /// Whether both ledgers were equal after the last round.
+    pub(super) equal: bool,
+    pub(super) sums: Option<Sums>,
+    pub(super) estimate: Estimate,
+    pub(super) report: Vec<Round>,
+    pub(super) totals: Memory,
+    pub(super) hold: Duration,
+}
+
+/// What the rounds begin with.
+pub(super) struct Begin<W> {
+    pub(super) pid: u32,
+    pub(super) ram: Vec<RamBlock>,
+    pub(super) layout: Layout,
+    pub(super) secret: Secret,
+    pub(super) kvm: bool,
+    pub(super) sinks: Vec<W>,
+    pub(super) aborts: Vec<AbortHandle>,
+}
+
+impl Rounds {
+    /// Begins tracking: from here on nothing that the guest writes is missed. Blocks.
+    pub(super) fn begin<W: std::io::Write + Send + 'static>(begin: Begin<W>) -> Result<Rounds, Stop> {
+        let Begin { pid, ram, layout, secret, kvm, sinks, aborts } = begin;
+        let streams = sinks.len();
+        let (mut addresses, mut ranges) = (Vec::new(), Vec::new());
+        for (block, ram) in ram.iter().enumerate() {
+            let base = ram.mappings.first().map_or(0, |mapping| mapping.file_offset);
+            for mapping in &ram.mappings {
+                addresses.push(mapping.address..mapping.address + mapping.len);
+                ranges.push(TrackedRange { block, offset: mapping.file_offset - base });
+            }
+        }
+        let tracker = Tracker::attach(pid, &addresses, DescriptorSource::Injected)
+            .map_err(|e| Stop::because("tracking", &e, "see docs/operations.md on what tracking needs"))?;
+        let hold = tracker.hold();
+        let totals = Memory { pages: layout.page_count(), page_size: PAGE_SIZE as u64, ..Memory::default() };
+        let file = |block: RamBlock| RamFile {
+            offset: block.mappings.first().map_or(0, |mapping| mapping.file_offset),
+            file: block.file,
+        };
+        let ram = Ram::new(layout, ram.into_iter().map(file).collect())
+            .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
+        let scan = if kvm { Scan::TwoStep } else { Scan::OneStep };
+        let memory =
+            MemorySource::start(ram, secret, tracker, ranges, scan, sinks).map_err(|e| broken(&e))?;
+        Ok(Rounds {
+            memory: Some(memory),
+            busy: None,
+            aborts,
+            streams,
+            repairs: Vec::new(),
+            others: VecDeque::new(),
+            last_scan: None,
+            audited_there: 0,
+            repaired: 0,
+            equal: false,
+            sums: None,
+            estimate: Estimate::default(),
+            report: Vec::new(),
+            totals,
+            hold,
+        })
+    }
+
+    /// Runs one blocking piece of work on the memory, on a thread of its own. While it runs, what the destination says
+    /// is taken in, and its failure ends the work.
+    async fn with<T: Send + 'static>(
+        &mut self,
+        destination: &mut Destination,
+        work: impl FnOnce(&mut MemorySource) -> Result<T, SourceError> + Send + 'static,
+    ) -> Result<T, Stop> {
+        let Some(mut memory) = self.memory.take() else {
+            return Err(broken(&SourceError::Ended));
+        };
+        let (tell, answer) = oneshot::channel();
+        let busy = self.busy.insert(tokio::task::spawn_blocking(move || {
+            // Nobody waits any more when this fails.
+            let _ = tell.send(work(&mut memory));
+            memory
+        }));
+        let mut stop = None;
+        let ended = loop {
+            tokio::select! {
+                ended = &mut *busy => break ended,
+                reply = destination.receive(), if stop.is_none() => match reply {
+                    Ok(reply) => note(&mut self.repairs, &mut self.others, reply),
+                    Err(why) => {
+                        // The streams are of no use any more, and the work may be blocked on them.
+                        stop = Some(why);
+                        self.aborts.iter().for_each(AbortHandle::abort);
+                    }
+                },
+            }
+        };
+        self.busy = None;
+        self.memory = ended.ok();
+        let result = answer.await.unwrap_or(Err(SourceError::Ended));
+        match (stop, result) {
+            (Some(stop), _) => Err(stop),
+            (None, Ok(value)) => Ok(value),
+            // A stream breaks because the destination failed, which it says on the control connection.
+            (None, Err(e @ SourceError::Stream { .. })) => {
+                Err(self.reason(destination).await.unwrap_or(broken(&e)))
+            }
+            (None, Err(e)) => Err(broken(&e)),
+        }
+    }
+
+    /// What the destination says of its failure, if it says it soon.
+    async fn reason(&mut self, destination: &mut Destination) -> Option<Stop> {
+        let failed = async {
+            loop {
+                if let Err(stop) = destination.receive().await {
+                    return stop;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(1), failed).await.ok()
+    }
+
+    /// One round, up to the destination's acknowledgement.
+    pub(super) async fn round(&mut self, destination: &mut Destination, guest: Guest) -> Result<(), Stop> {
+        let repairs = std::mem::take(&mut self.repairs);
+        self.repaired += repairs.len() as u64;
+        let begin = Instant::now();
+        let sent = self
+            .with(destination, move |memory| {
+                memory.repair(&repairs);
+                memory.round(guest)
+            })
+            .await?;
+        let sums = self.acknowledged(destination, &sent).await?;
+        let took = begin.elapsed();
+        let there =
+            sums.decode(self.streams).ok_or_else(|| violation("sent sums for another number of streams"))?;
+        self.equal = there == sent.sums;
+        self.audited_there = sums.audited;
+        self.sums = Some(Sums::new(sums.barrier, &sent.sums, 0));
+        if let Some(memory) = &mut self.memory {
+            memory.acknowledge();
+        }
+        if guest == Guest::Running {
+            let since = self.last_scan.replace(begin).map(|last| begin - last);
+            self.estimate.learn(&sent, took, since);
+        }
+        self.totals.raw_bytes += sent.counts.raw_bytes;
+        self.totals.wire_bytes += sent.counts.wire_bytes;
+        self.report.push(Round {
+            n: sent.number,
+            dirty_pages: sent.due,
+            zero: sent.counts.zero,
+            unchanged: sent.counts.unchanged,
+            delta: 0,
+            plain: sent.counts.plain,
+            raw_bytes: sent.counts.raw_bytes,
+            wire_bytes: sent.counts.wire_bytes,
+            duration_ms: took.as_secs_f64() * 1e3,
+            scan_ms: sent.scan.as_secs_f64() * 1e3,
+            paused: guest == Guest::Paused,
+        });
+        Ok(())
+    }
+
+    async fn acknowledged(&mut self, destination: &mut Destination, sent: &Sent) -> Result<Sums, Stop> {
+        loop {
+            let reply = match self.others.pop_front() {
+                Some(reply) => reply,
+                None => destination.receive().await?,
+            };
+            match reply {
+                Reply::Barrier(sums) if sums.barrier == sent.number => return Ok(sums),
+                Reply::Mismatch(pages) => self.repairs.extend(pages.pages.into_iter().map(PageIndex)),
+                other => {
+                    return Err(violation(&format!(
+                        "said {other:?} instead of reaching barrier {}",
+                        sent.number
+                    )));
+                }
+            }
+        }
+    }
+
+    /// Has the destination read its whole copy back. Returns how many pages it compared, and how many differed.
+    pub(super) async fn read_back(&mut self, destination: &mut Destination) -> Result<(u64, u64), Stop> {
+        destination.send(Request::Audit(crate::wire::Nothing {})).await?;
+        loop {
+            match destination.receive().await? {
+                Reply::Audited(audited) => {
+                    self.audited_there = self.audited_there.saturating_add(audited.pages);
+                    return Ok((audited.pages, audited.differing));
+                }
+                Reply::Mismatch(pages) => self.repairs.extend(pages.pages.into_iter().map(PageIndex)),
+                other => return Err(violation(&format!("said {other:?} instead of what its audit found"))),
+            }
+        }
+    }
+
+    /// Compares all of the source's RAM with the ledger. What differs is settled by the next rounds.
+    pub(super) async fn audit(&mut self, destination: &mut Destination) -> Result<(), Stop> {
+        self.with(destination, |memory| Ok(memory.audit()?)).await.map(drop)
+    }
+
+    /// Compares all of the frozen RAM with the ledger.
+    pub(super) async fn prove(&mut self) -> Result<Proof, Stop> {
+        let memory = self.memory.take().ok_or_else(|| broken(&SourceError::Ended))?;
+        let work = tokio::task::spawn_blocking(move || {
+            let proof = memory.prove();
+            (memory, proof)
+        });
+        let (memory, proof) = work.await.map_err(|e| broken(&e))?;
+        self.memory = Some(memory);
+        proof.map_err(|e| broken(&e))
+    }
+
+    /// Whether the destination has asked for pages that it has not yet been sent again.
+    pub(super) fn repairs_due(&self) -> bool {
+        !self.repairs.is_empty()
+    }
+
+    /// Whether an audit has raised a doubt that further rounds must settle.
+    pub(super) fn in_doubt(&self) -> bool {
+        self.repairs_due() || !self.equal || self.memory.as_ref().is_some_and(MemorySource::in_doubt)
+    }
+
+    /// Takes in what the destination says while no round is under way.
+    pub(super) fn note(&mut self, reply: Reply) {
+        note(&mut self.repairs, &mut self.others, reply);
+    }
+
+    /// What the audits have done so far.
+    pub(super) fn verification(&self) -> Verification {
+        let (audited, missed) =
+            self.memory.as_ref().map_or((0, 0), |memory| (memory.audited(), memory.missed()));
+        Verification {
+            audited_pages: audited.saturating_add(self.audited_there),
+            repaired_pages: self.repaired + self.repairs.len() as u64 + missed,
+            ..Verification::default()
+        }
+    }
+
+    /// Ends the streams; whatever blocks on them ends too.
+    pub(super) fn abort(&self) {
+        for abort in &self.aborts {
+            abort.abort();
+        }
+    }
+
+    /// Gives everything back: streams, threads, tracking. No thread touches the machine's memory when it returns.
+    pub(super) async fn end(mut self) {
+        self.abort();
+        let busy = match self.busy.take() {
+            Some(busy) => busy.await.ok(),
+            None => None,
+        };
+        if let Some(memory) = self.memory.take().or(busy) {
+            let _ = tokio::task::spawn_blocking(move || drop(memory)).await;
+        }
+    }
+}
+
+fn note(repairs: &mut Vec<PageIndex>, others: &mut VecDeque<Reply>, reply: Reply) {
+    match reply {
+        Reply::Mismatch(pages) => repairs.extend(pages.pages.into_iter().map(PageIndex)),
+        other => others.push_back(other),
+    }
+}
+
+fn broken(error: &dyn std::error::Error) -> Stop {
+    Stop::because("mirror", error, "see the logs of both agents")
+}

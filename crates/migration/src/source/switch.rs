@@ -1,0 +1,223 @@
+//! The switch-over, up to the hand-over: pause, last pages, device state, gate.
+//!
+//! Until [`Ownership::HandedOver`](crate::Ownership) is in the journal every failure leads back: the machine runs on here. After it, none does
+//! by itself.
+
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use mirror::device::source::DeviceSource;
+use mirror::memory::round::Guest;
+use qemu::{Event, Qmp};
+use tokio::sync::broadcast;
+use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::peer::{Destination, Sender, violation};
+use super::rounds::Rounds;
+use super::stop::Stop;
+use crate::failure::{Finding, kind};
+use crate::options::{Options, Verify};
+use crate::report::Pause;
+use crate::wire::{Nothing, Reply, Request};
+
+/// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
+pub(super) const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
+/// How long QEMU may take from `migrate` to the pause.
+const UNTIL_PAUSED: Duration = Duration::from_secs(10);
+/// How long the guest may be paused before the switch-over is given up, beyond the longest downtime accepted.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A guest that is paused, its copy complete and loaded at the destination.
+pub(super) struct Prepared {
+    /// When the guest stopped, on this host's clock.
+    pub(super) paused_at: Instant,
+    /// Where the time went so far.
+    pub(super) pause: Pause,
+    /// Bytes of QEMU's stream.
+    pub(super) device_state_bytes: u64,
+    /// Where QEMU sent its stream; removed when dropped.
+    _device: AbortOnDropHandle<Result<u64, Stop>>,
+}
+
+/// Pauses the guest and brings the copy to where the destination can resume it.
+pub(super) async fn prepare(
+    qmp: &Qmp,
+    rounds: &mut Rounds,
+    destination: &mut Destination,
+    socket: &Path,
+    options: &Options,
+) -> Result<Prepared, Stop> {
+    let mut events = qmp.events();
+    // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
+    let _ = std::fs::remove_file(socket);
+    let device = DeviceSource::listen(socket)
+        .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
+    let uri = device.uri();
+    let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination.sender())));
+    let on: Vec<_> = CAPABILITIES.into_iter().map(|name| (name, true)).collect();
+    qmp.set_capabilities(&on).await.map_err(Stop::qemu)?;
+    let status = qmp.status().await.map_err(Stop::qemu)?;
+    if !status.running {
+        let message = format!("the VM is {} since somebody paused it", status.status);
+        return Err(Stop::Failed(Finding::new("vm-paused", message, "migrate the VM when it runs again")));
+    }
+    let asked = Instant::now();
+    qmp.migrate(&uri).await.map_err(Stop::qemu)?;
+    let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| {
+        let message = format!("QEMU did not pause the guest within {UNTIL_PAUSED:?}");
+        Stop::Failed(Finding::new("pause", message, "see the VM's log on the source"))
+    })??;
+    let limit = options.max_downtime + PATIENCE;
+    let work = finish(qmp, &mut events, rounds, destination, &mut pump, paused_at, options);
+    let (pause, device_state_bytes) = timeout(limit, work).await.map_err(|_| {
+        let message = format!("the guest was paused for {limit:?} without its copy being ready");
+        Stop::Failed(Finding::new("switch-over-too-long", message, "see the logs of both agents"))
+    })??;
+    Ok(Prepared { paused_at, pause, device_state_bytes, _device: pump })
+}
+
+/// Everything between the pause and the destination's word that it is ready.
+async fn finish(
+    qmp: &Qmp,
+    events: &mut broadcast::Receiver<Event>,
+    rounds: &mut Rounds,
+    destination: &mut Destination,
+    pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+    paused_at: Instant,
+    options: &Options,
+) -> Result<(Pause, u64), Stop> {
+    let since = || paused_at.elapsed().as_secs_f64() * 1e3;
+    let mut pause = Pause { stopped_ms: since(), ..Pause::default() };
+    destination.send(Request::HoldDevices(Nothing {})).await?;
+    // Saving devices and sending the last pages need different things: they go on together. What saving writes to
+    // guest RAM after the scan is found by the next one.
+    let save = async {
+        qmp.migrate_continue().await.map_err(Stop::qemu)?;
+        let bytes =
+            pump.await.unwrap_or_else(|e| Err(Stop::because("device-state", &e, "see the source's log")))?;
+        saved(events).await?;
+        Ok::<_, Stop>((bytes, since()))
+    };
+    let send = async {
+        rounds.round(destination, Guest::Paused).await?;
+        Ok::<_, Stop>(since())
+    };
+    let (saved, sent) = tokio::try_join!(save, send)?;
+    (pause.device_state_ms, pause.last_round_ms) = (saved.1, sent);
+    let mut sound = !rounds.repairs_due();
+    if options.verify == Verify::Strict {
+        let (_, differing) = rounds.read_back(destination).await?;
+        sound &= differing == 0;
+    }
+    rounds.round(destination, Guest::Paused).await?;
+    pause.gate_ms = since();
+    // A copy that changes by itself while nothing writes to it is not trusted, even if it could be mended.
+    let Some(sums) = rounds.sums.clone().filter(|_| sound && rounds.equal && !rounds.in_doubt()) else {
+        return Err(Stop::Failed(Finding::new(
+            kind::GATE,
+            "the copy is not equal to the original",
+            "the VM runs on here; migrate again, and if it recurs test the memory of both hosts",
+        )));
+    };
+    destination.send(Request::Load(sums)).await?;
+    match destination.receive().await? {
+        Reply::Ready(_) => {}
+        other => return Err(violation(&format!("said {other:?} instead of being ready"))),
+    }
+    pause.ready_ms = since();
+    Ok((pause, saved.0))
+}
+
+/// Sends on what QEMU writes, to its end. Returns how many bytes it were.
+async fn pump(mut device: DeviceSource, destination: Sender) -> Result<u64, Stop> {
+    let failed = |e: std::io::Error| Stop::because("device-state", &e, "see the VM's log on the source");
+    while let Some(part) = device.next().await.map_err(failed)? {
+        destination.send(Request::DeviceState(part)).await?;
+    }
+    Ok(device.bytes())
+}
+
+/// Waits until QEMU has paused the guest for the switch-over. Returns when that was.
+async fn paused(events: &mut broadcast::Receiver<Event>, asked: Instant) -> Result<Instant, Stop> {
+    let mut stopped = asked;
+    loop {
+        let event = next(events).await?;
+        match (event.name.as_str(), event.data.get("status").and_then(|status| status.as_str())) {
+            ("STOP", _) => stopped = instant_of(&event, asked),
+            ("MIGRATION", Some("pre-switchover")) => return Ok(stopped),
+            ("MIGRATION", Some(status @ ("failed" | "cancelled" | "completed"))) => {
+                return Err(not_migrated(status));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Waits until QEMU has saved everything.
+async fn saved(events: &mut broadcast::Receiver<Event>) -> Result<(), Stop> {
+    loop {
+        let event = next(events).await?;
+        match (event.name.as_str(), event.data.get("status").and_then(|status| status.as_str())) {
+            ("MIGRATION", Some("completed")) => return Ok(()),
+            ("MIGRATION", Some(status @ ("failed" | "cancelled"))) => return Err(not_migrated(status)),
+            _ => {}
+        }
+    }
+}
+
+fn not_migrated(status: &str) -> Stop {
+    let message = format!("QEMU's stream of device state {status}");
+    Stop::Failed(Finding::new("device-state", message, "see the VM's log on the source"))
+}
+
+async fn next(events: &mut broadcast::Receiver<Event>) -> Result<Event, Stop> {
+    loop {
+        match events.recv().await {
+            Ok(event) if event.name == "SHUTDOWN" => {
+                return Err(Stop::Failed(Finding::new(
+                    "vm-ended",
+                    "the guest has shut down",
+                    "start the VM again",
+                )));
+            }
+            Ok(event) => return Ok(event),
+            Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => {
+                return Err(Stop::Failed(Finding::new("qemu-gone", "QEMU has ended", "see the VM's log")));
+            }
+        }
+    }
+}
+
+/// When QEMU says that the event was. Its stamp is of the same host's clock; where that clock was set in between, the
+/// event is taken to be as old as it can be: the downtime is never less than the truth.
+fn instant_of(event: &Event, asked: Instant) -> Instant {
+    let age = SystemTime::now().duration_since(event.timestamp).ok();
+    let at = age.and_then(|age| Instant::now().checked_sub(age));
+    at.filter(|at| (asked..=event.received).contains(at)).unwrap_or(asked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(timestamp: SystemTime) -> Event {
+        Event { name: "STOP".into(), timestamp, received: Instant::now(), data: serde_json::Value::Null }
+    }
+
+    #[test]
+    fn a_clock_that_was_set_never_makes_the_downtime_less_than_the_truth() {
+        let asked = Instant::now() - Duration::from_millis(100);
+        let stamped = |age_ms: i64| {
+            let age = Duration::from_millis(age_ms.unsigned_abs());
+            let now = SystemTime::now();
+            event(if age_ms < 0 { now + age } else { now - age })
+        };
+        let at = instant_of(&stamped(50), asked);
+        assert!(at > asked && at < Instant::now() - Duration::from_millis(49), "the stamp is believed");
+        for age in [-5000, 5000, 101_000] {
+            assert_eq!(instant_of(&stamped(age), asked), asked, "{age} ms");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! Synchronise and verify: rounds until the switch-over may begin, and every doubt settled.
+
+use std::time::{Duration, Instant};
+
+use mirror::memory::round::Guest;
+use tokio::sync::{broadcast, oneshot};
+
+use super::controller::{Controller, nothing_held};
+use super::estimate::Advice;
+use super::stop::Stop;
+use crate::failure::Finding;
+use crate::options::Goal;
+use crate::report::{Verdict, Verification};
+
+/// Between the rounds of a mirror that is in sync and stays so.
+const STANDING: Duration = Duration::from_millis(100);
+/// A deadline for what has none.
+const FAR: Duration = Duration::from_secs(86_400);
+/// Rounds that may be needed to settle what the audit has put in doubt.
+const SETTLING_ROUNDS: usize = 8;
+
+impl Controller {
+    /// Rounds, until the switch-over may begin: when the predicted downtime is low enough, or for a standing mirror when
+    /// it is ordered.
+    pub(super) async fn synchronize(&mut self) -> Result<(), Stop> {
+        let mut events = self.vm.qmp.events();
+        // A round may take long; a machine that ends meanwhile ends it.
+        let mut watch = self.vm.qmp.events();
+        let timeout_at = self.begin + self.options.timeout;
+        let mut ordered_at = None;
+        loop {
+            let deadline = match self.goal {
+                Goal::Migrate => Some(timeout_at),
+                Goal::Mirror => ordered_at.map(|at: Instant| at + self.options.timeout),
+            };
+            let late = tokio::time::sleep_until(deadline.unwrap_or_else(|| Instant::now() + FAR).into());
+            let stopped = tokio::select! {
+                done = self.round(Guest::Running) => {
+                    done?;
+                    None
+                }
+                stop = ended(&mut watch) => Some(stop),
+                () = late, if deadline.is_some() => Some(self.out_of_time()),
+            };
+            if let Some(stop) = stopped {
+                return Err(stop);
+            }
+            if self.observe(&mut events)? {
+                self.audit_after_balloon().await?;
+            }
+            let advice = self.rounds()?.estimate.advice(&self.options);
+            self.publish(Some(advice));
+            while let Ok(answer) = self.orders.verify.try_recv() {
+                self.full_audit(answer).await?;
+            }
+            let switching = self.goal == Goal::Migrate || self.orders.switch.is_cancelled();
+            if self.goal == Goal::Mirror && switching {
+                ordered_at.get_or_insert_with(Instant::now);
+            }
+            let ready = matches!(advice, Advice::Switch | Advice::SwitchWithinLimit);
+            if switching && ready {
+                return Ok(());
+            }
+            if switching && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(self.not_converged());
+            }
+            if !switching && ready {
+                self.stand(&mut events).await?;
+            }
+        }
+    }
+
+    /// The time for a round is over. Before two rounds are done, that is all that can be said.
+    pub(super) fn out_of_time(&self) -> Stop {
+        if self.held.rounds.as_ref().is_some_and(|rounds| rounds.estimate.downtime().is_some()) {
+            return self.not_converged();
+        }
+        let message = format!("the memory was not copied within {:?}", self.options.timeout);
+        Stop::Failed(Finding::new("timeout", message, "raise --timeout or --bandwidth, or see to the link"))
+    }
+
+    pub(super) fn not_converged(&self) -> Stop {
+        let estimate = self.held.rounds.as_ref().map(|rounds| rounds.estimate.clone()).unwrap_or_default();
+        let mib = |bytes: f64| bytes / f64::from(1 << 20);
+        let message = format!(
+            "the guest dirties {:.0} MiB/s and {:.0} MiB/s can be sent: a downtime of {:?} cannot be had, {:?} was predicted",
+            mib(estimate.dirty_rate),
+            mib(estimate.throughput),
+            self.options.max_downtime,
+            estimate.downtime().unwrap_or_default(),
+        );
+        Stop::Failed(Finding::new(
+            "not-converged",
+            message,
+            "raise --bandwidth, --max-downtime or --timeout, or migrate when the guest is less busy",
+        ))
+    }
+
+    /// Waits until it is time for the next round of a standing mirror, or until something is ordered.
+    pub(super) async fn stand(&mut self, events: &mut broadcast::Receiver<qemu::Event>) -> Result<(), Stop> {
+        let wake = Instant::now() + STANDING;
+        let switch = self.orders.switch.clone();
+        loop {
+            let Some((destination, rounds)) = self.held.both() else { return Err(nothing_held()) };
+            tokio::select! {
+                () = tokio::time::sleep_until(wake.into()) => return Ok(()),
+                () = switch.cancelled() => return Ok(()),
+                Some(answer) = self.orders.verify.recv() => return self.full_audit(answer).await,
+                reply = destination.receive() => rounds.note(reply?),
+                event = events.recv() => {
+                    let balloon = event.as_ref().is_ok_and(|event| event.name == "BALLOON_CHANGE");
+                    seen(event)?;
+                    if balloon {
+                        return self.audit_after_balloon().await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// A balloon punches holes behind pages, which the tracking does not see where a page was protected: what differs
+    /// from the ledger is found by comparing everything.
+    pub(super) async fn audit_after_balloon(&mut self) -> Result<(), Stop> {
+        let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
+        rounds.audit(destination).await?;
+        self.settle_doubts().await
+    }
+
+    /// Takes in what QEMU has said since the last look. Returns whether the balloon has changed.
+    pub(super) fn observe(&mut self, events: &mut broadcast::Receiver<qemu::Event>) -> Result<bool, Stop> {
+        use broadcast::error::{RecvError, TryRecvError};
+        let mut balloon = false;
+        loop {
+            match events.try_recv() {
+                Ok(event) => {
+                    balloon |= event.name == "BALLOON_CHANGE";
+                    seen(Ok(event))?;
+                }
+                Err(TryRecvError::Empty) => return Ok(balloon),
+                Err(TryRecvError::Lagged(_)) => {}
+                Err(TryRecvError::Closed) => return seen(Err(RecvError::Closed)).map(|()| false),
+            }
+        }
+    }
+
+    /// `vmirror verify`: both sides compare everything, what differs is repaired, and the answer says what was found.
+    pub(super) async fn full_audit(
+        &mut self,
+        answer: oneshot::Sender<Result<Verification, Finding>>,
+    ) -> Result<(), Stop> {
+        let before = self.rounds()?.verification();
+        let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
+        rounds.read_back(destination).await?;
+        rounds.audit(destination).await?;
+        self.settle_doubts().await?;
+        let after = self.rounds()?.verification();
+        let gate = if self.rounds()?.equal { Verdict::Match } else { Verdict::Mismatch };
+        let found = Verification {
+            audited_pages: after.audited_pages - before.audited_pages,
+            repaired_pages: after.repaired_pages - before.repaired_pages,
+            gate,
+            ..Verification::default()
+        };
+        let _ = answer.send(Ok(found));
+        Ok(())
+    }
+
+    /// Rounds until every doubt that the audit has raised is settled.
+    pub(super) async fn settle_doubts(&mut self) -> Result<(), Stop> {
+        // One round at the least: the doubts are told apart by what the next scan says.
+        for _ in 0..SETTLING_ROUNDS {
+            self.round(Guest::Running).await?;
+            if !self.rounds()?.in_doubt() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the audit has put in doubt is settled before the guest is paused.
+    pub(super) async fn verify(&mut self) -> Result<(), Stop> {
+        if self.rounds()?.in_doubt() {
+            self.settle_doubts().await?;
+        }
+        self.publish(None);
+        Ok(())
+    }
+}
+
+/// Waits until the machine has ended, or cannot be mirrored any more.
+async fn ended(events: &mut broadcast::Receiver<qemu::Event>) -> Stop {
+    loop {
+        if let Err(stop) = seen(events.recv().await) {
+            return stop;
+        }
+    }
+}
+
+/// What an event of QEMU means for a mirror. A guest that reboots is mirrored on.
+fn seen(event: Result<qemu::Event, broadcast::error::RecvError>) -> Result<(), Stop> {
+    let ended = |kind: &str, message: String| {
+        Err(Stop::Failed(Finding::new(kind, message, "migrate the VM when it runs again")))
+    };
+    match event {
+        Ok(event) => match event.name.as_str() {
+            "SHUTDOWN" => ended("vm-ended", "the guest has shut down".to_owned()),
+            "GUEST_PANICKED" => ended("vm-panicked", "the guest has panicked".to_owned()),
+            "STOP" => ended("vm-paused", "the VM was paused by somebody else".to_owned()),
+            _ => Ok(()),
+        },
+        Err(broadcast::error::RecvError::Lagged(_)) => Ok(()),
+        Err(broadcast::error::RecvError::Closed) => ended("qemu-gone", "QEMU has ended".to_owned()),
+    }
+}

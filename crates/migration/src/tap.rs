@@ -1,0 +1,223 @@
+//! Tap interfaces: as they are at the source, and made alike at the destination.
+//!
+//! A tap that is made here is persistent, so that it can be a port of its bridge before QEMU opens it, and stays down
+//! until the machine is this host's: until then no frame of the guest's network reaches it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+
+use futures::TryStreamExt;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::{Handle, LinkUnspec};
+
+/// Longest name of an interface that the kernel takes.
+pub(crate) const MAX_NAME: usize = 15;
+
+/// A tap interface as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Tap {
+    pub(crate) bridge: Option<String>,
+    pub(crate) mtu: u32,
+    pub(crate) up: bool,
+}
+
+/// Why an interface could not be looked at or made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TapError {
+    /// The kernel's networking cannot be talked to.
+    #[error("cannot talk to the kernel's networking")]
+    Netlink(#[source] io::Error),
+    /// A request was refused.
+    #[error("cannot {action} interface {name}")]
+    Request {
+        /// What was asked for.
+        action: &'static str,
+        /// For which interface.
+        name: String,
+        /// Why not.
+        #[source]
+        source: rtnetlink::Error,
+    },
+    /// No such interface.
+    #[error("there is no interface {0}")]
+    Missing(String),
+    /// `/dev/net/tun` would not have it.
+    #[error("cannot make tap interface {name}")]
+    Make {
+        /// The interface.
+        name: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The kernel's networking, in the network namespace of this agent.
+#[derive(Debug)]
+pub(crate) struct Interfaces {
+    handle: Handle,
+    connection: tokio::task::JoinHandle<()>,
+}
+
+impl Interfaces {
+    pub(crate) fn open() -> Result<Interfaces, TapError> {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(TapError::Netlink)?;
+        Ok(Interfaces { handle, connection: tokio::spawn(connection) })
+    }
+
+    async fn find(&self, name: &str) -> Result<Option<LinkMessage>, TapError> {
+        if name.is_empty() || name.len() > MAX_NAME {
+            return Ok(None);
+        }
+        match self.handle.link().get().match_name(name).execute().try_next().await {
+            Ok(link) => Ok(link),
+            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -libc::ENODEV => Ok(None),
+            Err(source) => Err(TapError::Request { action: "find", name: name.to_owned(), source }),
+        }
+    }
+
+    /// An interface, if there is one of the name.
+    pub(crate) async fn describe(&self, name: &str) -> Result<Option<Tap>, TapError> {
+        let Some(link) = self.find(name).await? else { return Ok(None) };
+        let mut tap = Tap { bridge: None, mtu: 1500, up: link.header.flags.contains(LinkFlags::Up) };
+        for attribute in &link.attributes {
+            match attribute {
+                LinkAttribute::Mtu(mtu) => tap.mtu = *mtu,
+                LinkAttribute::Controller(index) => tap.bridge = self.name_of(*index).await?,
+                _ => {}
+            }
+        }
+        Ok(Some(tap))
+    }
+
+    async fn name_of(&self, index: u32) -> Result<Option<String>, TapError> {
+        let found = self.handle.link().get().match_index(index).execute().try_next().await;
+        let failed = |source| TapError::Request { action: "find", name: format!("number {index}"), source };
+        let name = |link: LinkMessage| {
+            link.attributes.into_iter().find_map(|attribute| match attribute {
+                LinkAttribute::IfName(name) => Some(name),
+                _ => None,
+            })
+        };
+        Ok(found.map_err(failed)?.and_then(name))
+    }
+
+    /// Whether there is an interface of the name.
+    pub(crate) async fn exists(&self, name: &str) -> Result<bool, TapError> {
+        Ok(self.find(name).await?.is_some())
+    }
+
+    /// Makes a tap, joins it to its bridge, and leaves it down.
+    pub(crate) async fn make(
+        &self,
+        name: &str,
+        bridge: Option<&str>,
+        mtu: u32,
+        multi_queue: bool,
+    ) -> Result<(), TapError> {
+        let failed = |source| TapError::Make { name: name.to_owned(), source };
+        ioctl::make_persistent(name, multi_queue).map_err(failed)?;
+        let prepared = self.prepare(name, bridge, mtu).await;
+        if prepared.is_err() {
+            // Nothing half-made is left; why it was not whole is the error that counts.
+            let _ = self.remove(name).await;
+        }
+        prepared
+    }
+
+    async fn prepare(&self, name: &str, bridge: Option<&str>, mtu: u32) -> Result<(), TapError> {
+        let mut change = LinkUnspec::new_with_index(self.index(name).await?).mtu(mtu);
+        if let Some(bridge) = bridge {
+            change = change.controller(self.index(bridge).await?);
+        }
+        self.change("set up", name, change.build()).await
+    }
+
+    /// Lets frames through.
+    pub(crate) async fn raise(&self, name: &str) -> Result<(), TapError> {
+        let change = LinkUnspec::new_with_index(self.index(name).await?).up().build();
+        self.change("raise", name, change).await
+    }
+
+    /// Removes a tap, if it is there.
+    pub(crate) async fn remove(&self, name: &str) -> Result<(), TapError> {
+        let Some(link) = self.find(name).await? else { return Ok(()) };
+        let removed = self.handle.link().del(link.header.index).execute().await;
+        removed.map_err(|source| TapError::Request { action: "remove", name: name.to_owned(), source })
+    }
+
+    async fn index(&self, name: &str) -> Result<u32, TapError> {
+        Ok(self.find(name).await?.ok_or_else(|| TapError::Missing(name.to_owned()))?.header.index)
+    }
+
+    async fn change(&self, action: &'static str, name: &str, change: LinkMessage) -> Result<(), TapError> {
+        let changed = self.handle.link().set(change).execute().await;
+        changed.map_err(|source| TapError::Request { action, name: name.to_owned(), source })
+    }
+}
+
+impl Drop for Interfaces {
+    fn drop(&mut self) {
+        self.connection.abort();
+    }
+}
+
+/// Whether a tap that exists is free: no process has it open.
+pub(crate) fn is_free(name: &str, multi_queue: bool) -> io::Result<bool> {
+    match ioctl::attach(name, multi_queue, false) {
+        Ok(_attached) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// The requests of `/dev/net/tun` (linux/if_tun.h), which have no netlink form.
+mod ioctl {
+    use super::{AsRawFd, File, MAX_NAME, OpenOptions, io};
+
+    /// `struct ifreq` as TUNSETIFF reads it: a name and flags, 40 bytes in all.
+    #[repr(C)]
+    struct Request {
+        name: [u8; MAX_NAME + 1],
+        flags: u16,
+        rest: [u8; 22],
+    }
+
+    const TAP: u16 = 0x0002;
+    const MULTI_QUEUE: u16 = 0x0100;
+    const NO_PACKET_INFORMATION: u16 = 0x1000;
+    const VIRTIO_HEADER: u16 = 0x4000;
+    const EXCLUSIVE: u16 = 0x8000;
+
+    /// Opens a queue of a tap; with `new`, of one that must not have been there.
+    pub(super) fn attach(name: &str, multi_queue: bool, new: bool) -> io::Result<File> {
+        let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+        let mut flags = TAP | NO_PACKET_INFORMATION | VIRTIO_HEADER;
+        if multi_queue {
+            flags |= MULTI_QUEUE;
+        }
+        if new {
+            flags |= EXCLUSIVE;
+        }
+        let mut request = Request { name: [0; MAX_NAME + 1], flags, rest: [0; 22] };
+        if name.len() > MAX_NAME {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which the request is laid out as and outlives the call.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+        Ok(file)
+    }
+
+    pub(super) fn make_persistent(name: &str, multi_queue: bool) -> io::Result<()> {
+        let file = attach(name, multi_queue, true)?;
+        // SAFETY: TUNSETPERSIST takes its argument by value.
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST, 1) })
+    }
+
+    fn check(result: libc::c_int) -> io::Result<()> {
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}

@@ -1,0 +1,179 @@
+//! A virtual machine as an agent keeps it: what must survive the agent, and the live connection.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use qemu::{Process, Qmp, Spec};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// The name of a virtual machine: 1 to 48 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
+/// It becomes part of file names, so nothing else is let in.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VmName(String);
+
+/// A name that cannot be a machine's.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} cannot name a VM: use 1 to 48 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+)]
+pub struct BadName(pub String);
+
+impl TryFrom<String> for VmName {
+    type Error = BadName;
+    fn try_from(name: String) -> Result<VmName, BadName> {
+        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        let begins = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if begins && name.len() <= 48 && name.chars().all(fits) {
+            Ok(VmName(name))
+        } else {
+            Err(BadName(name))
+        }
+    }
+}
+
+impl FromStr for VmName {
+    type Err = BadName;
+    fn from_str(name: &str) -> Result<VmName, BadName> {
+        VmName::try_from(name.to_owned())
+    }
+}
+
+impl From<VmName> for String {
+    fn from(name: VmName) -> String {
+        name.0
+    }
+}
+
+impl fmt::Display for VmName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl AsRef<str> for VmName {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Which side of a hand-over this host is on. The number beside it in [`Record`] makes a stale side powerless.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ownership {
+    /// The machine is this host's.
+    Owner,
+    /// This host holds a copy that may not run until the source commits.
+    Incoming {
+        /// The migration.
+        session: Uuid,
+        /// Name of the source agent.
+        from: String,
+        /// The copy is complete and paused; from here on only the source or a person decides.
+        ready: bool,
+    },
+    /// This host has given the machine away and never resumes it by itself.
+    HandedOver {
+        /// The migration.
+        session: Uuid,
+        /// Name of the destination agent.
+        to: String,
+        /// Its address.
+        address: String,
+    },
+}
+
+/// How the machine came to this host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Origin {
+    /// `vmirror run`.
+    Run,
+    /// `vmirror adopt`.
+    Adopted,
+    /// A migration.
+    Arrived,
+}
+
+/// What this agent has made for the machine on this host, and so removes when the machine leaves.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Made {
+    /// RAM files, sockets, pid files.
+    pub files: Vec<PathBuf>,
+    /// Tap interfaces.
+    pub taps: Vec<String>,
+}
+
+/// A switch-over under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outgoing {
+    /// The migration.
+    pub session: Uuid,
+    /// Address of the destination's agent.
+    pub address: String,
+}
+
+/// Everything about a machine that must survive the agent.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// The machine.
+    pub name: VmName,
+    /// Grows by one with every hand-over.
+    pub generation: u64,
+    /// Which side of a hand-over this host is on.
+    pub ownership: Ownership,
+    /// How it came here.
+    pub origin: Origin,
+    /// The migration by which it came, so that its source can be told so again.
+    pub arrived_by: Option<Uuid>,
+    /// Name of the agent that it came from.
+    #[serde(default)]
+    pub arrived_from: Option<String>,
+    /// The switch-over that this host is the source of: where a copy may wait that is worthless if it is not handed over.
+    #[serde(default)]
+    pub outgoing: Option<Outgoing>,
+    /// This host owns it but may not have resumed it yet: a crash fell between the two.
+    pub resuming: bool,
+    /// The QEMU process; none until it has been launched.
+    pub process: Option<Process>,
+    /// Its command line.
+    pub argv: Vec<String>,
+    /// Its QMP socket.
+    pub qmp_socket: PathBuf,
+    /// Its guest RAM, in bytes.
+    pub memory: u64,
+    /// What to remove when it leaves.
+    pub made: Made,
+}
+
+/// A machine that this host owns, with a live connection to its QEMU.
+#[derive(Debug, Clone)]
+pub struct Vm {
+    /// What is on disk about it.
+    pub record: Record,
+    /// Its command line, understood.
+    pub spec: Spec,
+    /// The connection.
+    pub qmp: Qmp,
+}
+
+/// How long QEMU may take to go away after `quit` before it is killed.
+pub(crate) const QUIT_GRACE: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_leave_the_directory_are_refused() {
+        for bad in ["", ".", "..", "../x", "a/b", "-rf", ".hidden", "a b", "ä", &"x".repeat(49)] {
+            assert_eq!(VmName::from_str(bad), Err(BadName(bad.to_owned())), "{bad:?}");
+        }
+        for good in ["web1", "a.b-c_d", "0", &"x".repeat(48)] {
+            assert_eq!(VmName::from_str(good).unwrap().to_string(), *good);
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! What two controllers say to each other over the link's control connection. See `docs/protocol.md`.
+//!
+//! These types are the wire format and nothing else: the controllers turn them into their own types where they come
+//! in, and check every length and number there. A field is never given another meaning and a tag never used again; new
+//! fields are optional, and a peer that does not know them ignores them. A message without a known kind is a
+//! violation. The link bounds a whole message to 1 MiB before any of it is decoded.
+
+use prost::{Message, Oneof};
+
+/// From source to destination.
+#[derive(Clone, PartialEq, Message)]
+pub struct ToDestination {
+    /// One of them.
+    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    pub request: Option<Request>,
+}
+
+/// What the source asks for.
+#[derive(Clone, PartialEq, Oneof)]
+#[expect(clippy::large_enum_variant, reason = "the large one is sent once in a session, the others are few")]
+pub enum Request {
+    /// Set aside what this machine needs. First message of a session.
+    #[prost(message, tag = "1")]
+    Reserve(Reserve),
+    /// Device state from here on waits until RAM is complete.
+    #[prost(message, tag = "2")]
+    HoldDevices(Nothing),
+    /// A part of QEMU's stream.
+    #[prost(bytes = "vec", tag = "3")]
+    DeviceState(Vec<u8>),
+    /// Compare the whole copy with the ledger now.
+    #[prost(message, tag = "4")]
+    Audit(Nothing),
+    /// Everything has been sent: if the sums are equal, load the device state.
+    #[prost(message, tag = "5")]
+    Load(Sums),
+    /// The machine is yours. In a session, or as the first message of a connection that settles one.
+    #[prost(message, tag = "6")]
+    Commit(Commit),
+    /// The source has given everything back; tell how the machine does.
+    #[prost(message, tag = "7")]
+    Release(Nothing),
+    /// Throw the copy away. In a session, or as the first message of a connection about one that broke.
+    #[prost(message, tag = "8")]
+    Cancel(Commit),
+}
+
+/// From destination to source.
+#[derive(Clone, PartialEq, Message)]
+pub struct ToSource {
+    /// One of them.
+    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    pub reply: Option<Reply>,
+}
+
+/// What the destination answers or reports.
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Reply {
+    /// Everything is set aside; the data streams may come.
+    #[prost(message, tag = "1")]
+    Reserved(Nothing),
+    /// It cannot be done; for a rehearsal, an empty list says that it could.
+    #[prost(message, tag = "2")]
+    Refused(Findings),
+    /// All streams have applied everything before this barrier.
+    #[prost(message, tag = "3")]
+    Barrier(Sums),
+    /// These pages are not what they should be at the destination: send them again.
+    #[prost(message, tag = "4")]
+    Mismatch(Pages),
+    /// The whole copy was compared.
+    #[prost(message, tag = "5")]
+    Audited(Audited),
+    /// Memory and devices are complete, the machine is paused.
+    #[prost(message, tag = "6")]
+    Ready(Nothing),
+    /// It failed; the copy is gone or going.
+    #[prost(message, tag = "7")]
+    Failed(Findings),
+    /// The machine runs here.
+    #[prost(message, tag = "8")]
+    Running(Nothing),
+    /// How the machine did while it was watched.
+    #[prost(message, tag = "9")]
+    Health(Health),
+    /// The copy is gone and nothing of it is left.
+    #[prost(message, tag = "10")]
+    Cancelled(Nothing),
+}
+
+/// No content.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Nothing {}
+
+/// A machine, and what it needs.
+#[derive(Clone, PartialEq, Message)]
+pub struct Reserve {
+    /// The migration's identity, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// Name of the machine.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// How often it has changed owner.
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+    /// QEMU's command line, paths absolute.
+    #[prost(string, repeated, tag = "4")]
+    pub argv: Vec<String>,
+    /// Versioned machine type.
+    #[prost(string, tag = "5")]
+    pub machine: String,
+    /// The source's QEMU.
+    #[prost(string, tag = "6")]
+    pub qemu_version: String,
+    /// Features that the guest's CPUs have, by name; only where they have no CPUID.
+    #[prost(string, repeated, tag = "7")]
+    pub cpu_features: Vec<String>,
+    /// RAM blocks in the layout's order.
+    #[prost(message, repeated, tag = "8")]
+    pub ram: Vec<RamBlock>,
+    /// Disks.
+    #[prost(message, repeated, tag = "9")]
+    pub disks: Vec<Disk>,
+    /// Tap interfaces.
+    #[prost(message, repeated, tag = "10")]
+    pub taps: Vec<Tap>,
+    /// Number of data streams.
+    #[prost(uint32, tag = "11")]
+    pub streams: u32,
+    /// Key material of the content hashes.
+    #[prost(bytes = "vec", tag = "12")]
+    pub secret: Vec<u8>,
+    /// Only find out, and give everything back at once.
+    #[prost(bool, tag = "13")]
+    pub rehearsal: bool,
+    /// CPUID feature words of the guest's CPUs.
+    #[prost(message, repeated, tag = "14")]
+    pub cpuid: Vec<CpuidWord>,
+}
+
+/// A word of CPUID.
+#[derive(Clone, PartialEq, Message)]
+pub struct CpuidWord {
+    /// EAX when the instruction is executed.
+    #[prost(uint32, tag = "1")]
+    pub leaf: u32,
+    /// ECX, where the leaf has sub-leaves.
+    #[prost(uint32, optional, tag = "2")]
+    pub subleaf: Option<u32>,
+    /// Name of the register with the answer.
+    #[prost(string, tag = "3")]
+    pub register: String,
+    /// A bit for each feature.
+    #[prost(fixed32, tag = "4")]
+    pub features: u32,
+}
+
+/// A RAM block.
+#[derive(Clone, PartialEq, Message)]
+pub struct RamBlock {
+    /// Its backend's id.
+    #[prost(string, tag = "1")]
+    pub id: String,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub size: u64,
+}
+
+/// A disk.
+#[derive(Clone, PartialEq, Message)]
+pub struct Disk {
+    /// Path of the image or device.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// A file beside it that the source has just made; the destination sees it where the storage is shared.
+    #[prost(string, tag = "2")]
+    pub probe: String,
+    /// The probe's content.
+    #[prost(bytes = "vec", tag = "3")]
+    pub nonce: Vec<u8>,
+}
+
+/// A tap interface as it is at the source.
+#[derive(Clone, PartialEq, Message)]
+pub struct Tap {
+    /// The back end that uses it.
+    #[prost(string, tag = "1")]
+    pub netdev: String,
+    /// Name of the interface.
+    #[prost(string, tag = "2")]
+    pub ifname: String,
+    /// The bridge it is a port of; empty for none.
+    #[prost(string, tag = "3")]
+    pub bridge: String,
+    /// Bytes.
+    #[prost(uint32, tag = "4")]
+    pub mtu: u32,
+    /// More than one queue.
+    #[prost(bool, tag = "5")]
+    pub multi_queue: bool,
+}
+
+/// Ledger sums of all streams at a barrier.
+#[derive(Clone, PartialEq, Message)]
+pub struct Sums {
+    /// The barrier.
+    #[prost(uint32, tag = "1")]
+    pub barrier: u32,
+    /// For each stream 16 bytes, little-endian.
+    #[prost(bytes = "vec", tag = "2")]
+    pub sums: Vec<u8>,
+    /// Pages that the destination's audit has compared so far.
+    #[prost(uint64, tag = "3")]
+    pub audited: u64,
+}
+
+/// Page indices.
+#[derive(Clone, PartialEq, Message)]
+pub struct Pages {
+    /// The pages.
+    #[prost(uint64, repeated, tag = "1")]
+    pub pages: Vec<u64>,
+}
+
+/// What a full audit found.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Audited {
+    /// Pages compared.
+    #[prost(uint64, tag = "1")]
+    pub pages: u64,
+    /// Pages that were not what they should be.
+    #[prost(uint64, tag = "2")]
+    pub differing: u64,
+}
+
+/// Which hand-over is meant.
+#[derive(Clone, PartialEq, Message)]
+pub struct Commit {
+    /// The migration's identity, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// Name of the machine.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// Generation of the machine at its new owner.
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+}
+
+/// Reasons.
+#[derive(Clone, PartialEq, Message)]
+pub struct Findings {
+    /// The reasons.
+    #[prost(message, repeated, tag = "1")]
+    pub findings: Vec<Finding>,
+    /// Where CPU features are missing, those that there are, by name: the source can tell which ones it misses.
+    #[prost(string, repeated, tag = "2")]
+    pub cpu_features: Vec<String>,
+}
+
+/// A reason.
+#[derive(Clone, PartialEq, Message)]
+pub struct Finding {
+    /// Stable name of the kind.
+    #[prost(string, tag = "1")]
+    pub kind: String,
+    /// What is wrong.
+    #[prost(string, tag = "2")]
+    pub message: String,
+    /// What to do.
+    #[prost(string, tag = "3")]
+    pub hint: String,
+}
+
+/// How a machine did while it was watched.
+#[derive(Clone, PartialEq, Message)]
+pub struct Health {
+    /// Milliseconds.
+    #[prost(double, tag = "1")]
+    pub watched_ms: f64,
+    /// Virtual CPUs.
+    #[prost(uint32, tag = "2")]
+    pub vcpus: u32,
+    /// Those that used CPU time.
+    #[prost(uint32, tag = "3")]
+    pub progressing: u32,
+    /// QEMU's word for the machine's state at the end.
+    #[prost(string, tag = "4")]
+    pub status: String,
+}
+
+impl From<Request> for ToDestination {
+    fn from(request: Request) -> ToDestination {
+        ToDestination { request: Some(request) }
+    }
+}
+
+impl From<Reply> for ToSource {
+    fn from(reply: Reply) -> ToSource {
+        ToSource { reply: Some(reply) }
+    }
+}
+
+impl From<crate::Finding> for Finding {
+    fn from(finding: crate::Finding) -> Finding {
+        Finding { kind: finding.kind, message: finding.message, hint: finding.hint }
+    }
+}
+
+impl From<Finding> for crate::Finding {
+    fn from(finding: Finding) -> crate::Finding {
+        crate::Finding { kind: finding.kind, message: finding.message, hint: finding.hint }
+    }
+}
+
+impl From<Vec<crate::Finding>> for Findings {
+    fn from(findings: Vec<crate::Finding>) -> Findings {
+        Findings { findings: findings.into_iter().map(Into::into).collect(), cpu_features: Vec::new() }
+    }
+}
+
+impl Sums {
+    /// Sums of all streams, for the wire.
+    pub fn new(barrier: u32, sums: &[mirror::ledger::Sum], audited: u64) -> Sums {
+        Sums { barrier, sums: sums.iter().flat_map(|sum| sum.0.to_le_bytes()).collect(), audited }
+    }
+
+    /// The sums, when there is one for each of so many streams.
+    pub fn decode(&self, streams: usize) -> Option<Vec<mirror::ledger::Sum>> {
+        let (sums, rest) = self.sums.as_chunks::<16>();
+        let whole = rest.is_empty() && sums.len() == streams;
+        whole.then(|| sums.iter().map(|sum| mirror::ledger::Sum(u128::from_le_bytes(*sum))).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mirror::ledger::Sum;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn sums_come_back_and_another_number_of_streams_does_not(sums in prop::collection::vec(any::<u128>(), 0..9), barrier: u32) {
+            let sums: Vec<Sum> = sums.into_iter().map(Sum).collect();
+            let wire = Sums::decode(&Sums::decode_wire(&Sums::new(barrier, &sums, 7).encode_to_vec()), sums.len());
+            prop_assert_eq!(wire, Some(sums.clone()));
+            prop_assert_eq!(Sums::new(barrier, &sums, 7).decode(sums.len() + 1), None);
+        }
+
+        #[test]
+        fn arbitrary_bytes_are_an_error_or_a_message_but_never_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = ToDestination::decode(&bytes[..]);
+            let _ = ToSource::decode(&bytes[..]);
+        }
+    }
+
+    impl Sums {
+        fn decode_wire(bytes: &[u8]) -> Sums {
+            <Sums as Message>::decode(bytes).unwrap()
+        }
+    }
+}
