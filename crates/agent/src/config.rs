@@ -1,0 +1,138 @@
+//! The agent's configuration file.
+//!
+//! TOML, every key known by name: a key that is not is refused with its line, so that a misspelt
+//! limit can never be an absent one. Relative paths are taken from the file's own directory.
+
+mod file;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use migration::Allow;
+
+/// Longest path of a unix socket, in bytes: `sun_path` of `sockaddr_un` holds 108 with its final zero.
+const LONGEST_SOCKET_PATH: usize = 107;
+
+/// What an agent is told when it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// This agent's name, the same as in its certificate.
+    pub name: String,
+    /// Where the link listens. Port 0 lets the kernel choose.
+    pub listen: SocketAddr,
+    /// The API's unix socket.
+    pub api: PathBuf,
+    /// Journal and history: what must survive a reboot.
+    pub state_dir: PathBuf,
+    /// Sockets and QEMU's output: what need not.
+    pub run_dir: PathBuf,
+    /// A tmpfs or hugetlbfs for guest RAM.
+    pub ram_dir: PathBuf,
+    /// Who this agent is, and whom it believes.
+    pub tls: Tls,
+    /// What peers may ask this host to run. By default nobody may ask for anything.
+    pub allow: Allow,
+}
+
+/// The `[tls]` table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// The authority whose certificates are believed.
+    pub ca: PathBuf,
+    /// This agent's certificate.
+    pub cert: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+}
+
+/// Why a configuration file cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{}:{line}: {message}", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// What the parser says.
+        message: String,
+    },
+    /// A key that no version knows.
+    #[error("{}:{line}: unknown key {key:?}; known here: {}", path.display(), known.join(", "))]
+    UnknownKey {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key, with the tables it is in.
+        key: String,
+        /// The keys that would be known in its place.
+        known: Vec<String>,
+    },
+    /// A key of a later version.
+    #[error("{}:{line}: {key} is not yet available in this version", path.display())]
+    NotYet {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key.
+        key: &'static str,
+    },
+    /// A key that must be there is not.
+    #[error("{}: {key} is missing", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The key, with the table it belongs to.
+        key: String,
+    },
+    /// A value that makes no sense.
+    #[error("{}:{line}: {key}: {problem}", path.display())]
+    Value {
+        /// The file.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The key, with the tables it is in.
+        key: String,
+        /// What is wrong with the value, naming it.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// [`ConfigError`], always with the file, and with the line and key where there is one.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Config::parse(path, &text)
+    }
+
+    /// Understands the text of a configuration file; `path` is for messages and as the place that relative
+    /// paths are relative to.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+        file::parse(path, text)
+    }
+}
+
+#[cfg(test)]
+mod tests;

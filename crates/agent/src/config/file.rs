@@ -1,0 +1,202 @@
+//! The file's own shape, and its errors in words that name file, line and key.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use bytesize::ByteSize;
+use migration::Allow;
+use serde::de::{Error as _, IgnoredAny};
+use serde::{Deserialize, Deserializer};
+use toml::Spanned;
+
+use super::{Config, ConfigError, LONGEST_SOCKET_PATH, Tls};
+
+/// Every table and the keys it knows, for the message about an unknown one.
+const KEYS: [(&str, &[&str]); 3] = [
+    ("", &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "tls", "allow"]),
+    ("tls", &["ca", "cert", "key"]),
+    ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu"]),
+];
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    name: Spanned<String>,
+    listen: SocketAddr,
+    #[serde(default = "default_api")]
+    api: Spanned<PathBuf>,
+    #[serde(default = "default_state_dir")]
+    state_dir: PathBuf,
+    #[serde(default = "default_run_dir")]
+    run_dir: PathBuf,
+    #[serde(default = "default_ram_dir")]
+    ram_dir: PathBuf,
+    tls: TlsTable,
+    allow: Option<AllowTable>,
+    /// Named here only to be refused in words of its own.
+    metrics: Option<Spanned<IgnoredAny>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TlsTable {
+    ca: PathBuf,
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AllowTable {
+    peers: Vec<String>,
+    #[serde(default = "nothing")]
+    disk_dirs: Spanned<Vec<PathBuf>>,
+    #[serde(default)]
+    bridges: Vec<String>,
+    #[serde(deserialize_with = "size")]
+    max_memory: u64,
+    qemu: Spanned<Vec<PathBuf>>,
+}
+
+fn nothing() -> Spanned<Vec<PathBuf>> {
+    Spanned::new(0..0, Vec::new())
+}
+
+fn default_api() -> Spanned<PathBuf> {
+    Spanned::new(0..0, PathBuf::from("/run/vmirror/api.sock"))
+}
+
+fn default_state_dir() -> PathBuf {
+    PathBuf::from("/var/lib/vmirror")
+}
+
+fn default_run_dir() -> PathBuf {
+    PathBuf::from("/run/vmirror")
+}
+
+fn default_ram_dir() -> PathBuf {
+    PathBuf::from("/dev/shm")
+}
+
+/// A size such as `"16GiB"`, in bytes.
+fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    ByteSize::from_str(&text)
+        .map(|size| size.as_u64())
+        .map_err(|_| D::Error::custom(format!("{text:?} is not a size such as \"16GiB\"")))
+}
+
+/// The file being read, for positions in messages.
+struct Source<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Source<'_> {
+    /// The line, from 1, of a byte offset.
+    fn line(&self, offset: usize) -> usize {
+        let before = self.text.as_bytes().iter().take(offset);
+        1 + before.filter(|byte| **byte == b'\n').count()
+    }
+
+    fn syntax(&self, error: &toml::de::Error) -> ConfigError {
+        let line = self.line(error.span().map_or(0, |span| span.start));
+        ConfigError::Syntax { path: self.path.to_owned(), line, message: error.message().trim().to_owned() }
+    }
+
+    fn value(&self, at: usize, key: &str, problem: String) -> ConfigError {
+        ConfigError::Value { path: self.path.to_owned(), line: self.line(at), key: key.to_owned(), problem }
+    }
+
+    /// An error of the shape: which key it is about is known from the path that was being read, and what kind
+    /// it is from the parser's words.
+    fn shape(&self, error: &serde_path_to_error::Error<toml::de::Error>) -> ConfigError {
+        let inner = error.inner();
+        let at = inner.span().map_or(0, |span| span.start);
+        // `Spanned` reads its value from a field of a made-up name.
+        let place = error.path().to_string().replace(".$__serde_spanned_private_value", "");
+        let place = if place == "." { "" } else { &place };
+        let message = inner.message().trim();
+        if let Some(key) = quoted_after(message, "missing field ") {
+            let key = joined(place, key);
+            return ConfigError::Missing { path: self.path.to_owned(), key };
+        }
+        if let Some(key) = quoted_after(message, "unknown field ") {
+            let table = place.strip_suffix(key).unwrap_or(place).trim_end_matches('.');
+            let known = KEYS.iter().find(|(name, _)| *name == table).map_or(&[][..], |(_, keys)| keys);
+            return ConfigError::UnknownKey {
+                path: self.path.to_owned(),
+                line: self.line(at),
+                key: joined(table, key),
+                known: known.iter().map(|key| (*key).to_owned()).collect(),
+            };
+        }
+        if place.is_empty() { self.syntax(inner) } else { self.value(at, place, message.to_owned()) }
+    }
+}
+
+/// The word in backquotes after `prefix`.
+fn quoted_after<'m>(message: &'m str, prefix: &str) -> Option<&'m str> {
+    message.strip_prefix(prefix)?.strip_prefix('`')?.split('`').next()
+}
+
+fn joined(table: &str, key: &str) -> String {
+    if table.is_empty() { key.to_owned() } else { format!("{table}.{key}") }
+}
+
+pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+    let source = Source { path, text };
+    let deserializer = toml::Deserializer::parse(text).map_err(|error| source.syntax(&error))?;
+    let file: File = serde_path_to_error::deserialize(deserializer).map_err(|error| source.shape(&error))?;
+    if let Some(metrics) = file.metrics {
+        let line = source.line(metrics.span().start);
+        return Err(ConfigError::NotYet { path: path.to_owned(), line, key: "[metrics]" });
+    }
+
+    let name = file.name.get_ref();
+    if name.is_empty() || name.len() > 64 || name.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        let problem = format!("{name:?} cannot name an agent: use 1 to 64 characters without spaces");
+        return Err(source.value(file.name.span().start, "name", problem));
+    }
+
+    let base = std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned));
+    let base = base.unwrap_or_else(|| PathBuf::from("/"));
+    let api = base.join(file.api.get_ref());
+    if api.as_os_str().len() > LONGEST_SOCKET_PATH {
+        let problem = format!(
+            "{} is too long for a unix socket: {} bytes, at most {LONGEST_SOCKET_PATH} fit",
+            api.display(),
+            api.as_os_str().len()
+        );
+        return Err(source.value(file.api.span().start, "api", problem));
+    }
+
+    Ok(Config {
+        name: file.name.into_inner(),
+        listen: file.listen,
+        api,
+        state_dir: base.join(file.state_dir),
+        run_dir: base.join(file.run_dir),
+        ram_dir: base.join(file.ram_dir),
+        tls: Tls { ca: base.join(file.tls.ca), cert: base.join(file.tls.cert), key: base.join(file.tls.key) },
+        allow: file.allow.map_or(Ok(Allow::default()), |table| allow(&source, table))?,
+    })
+}
+
+/// The `[allow]` table. What it lists is compared with what a peer names, so everything in it is absolute.
+fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
+    for (key, paths) in [("allow.disk_dirs", &table.disk_dirs), ("allow.qemu", &table.qemu)] {
+        if let Some(relative) = paths.get_ref().iter().find(|path| path.is_relative()) {
+            let problem = format!("{} is not an absolute path", relative.display());
+            return Err(source.value(paths.span().start, key, problem));
+        }
+    }
+    Ok(Allow {
+        peers: table.peers,
+        disk_dirs: table.disk_dirs.into_inner(),
+        bridges: table.bridges,
+        max_memory: table.max_memory,
+        qemu: table.qemu.into_inner(),
+    })
+}

@@ -1,0 +1,124 @@
+use super::*;
+
+const FULL: &str = r#"name = "host-a"
+listen = "10.9.0.2:7600"
+api = "/run/vmirror-a/api.sock"
+state_dir = "/srv/state"
+run_dir = "/run/vmirror-a"
+ram_dir = "/dev/hugepages"
+[tls]
+ca = "ca.pem"
+cert = "host-a.pem"
+key = "/etc/keys/host-a-key.pem"
+[allow]
+peers = ["host-b", "host-c"]
+disk_dirs = ["/var/lib/vms"]
+bridges = ["br0"]
+max_memory = "16GiB"
+qemu = ["/usr/bin/qemu-system-x86_64"]
+"#;
+
+const LEAST: &str = "name = \"a\"\nlisten = \"[::1]:0\"\n[tls]\nca = \"c\"\ncert = \"d\"\nkey = \"e\"\n";
+
+fn refused(text: &str) -> String {
+    Config::parse(Path::new("/etc/vmirror/agent.toml"), text).unwrap_err().to_string()
+}
+
+/// `FULL` with one line put in the place of the one that begins with `key`.
+fn with(key: &str, line: &str) -> String {
+    let changed = FULL.lines().map(|old| if old.starts_with(key) { line } else { old });
+    changed.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_example_of_the_contract_is_understood() {
+    let config = Config::parse(Path::new("/etc/vmirror/agent.toml"), FULL).unwrap();
+    assert_eq!(config.name, "host-a");
+    assert_eq!(config.listen.to_string(), "10.9.0.2:7600");
+    assert_eq!(config.tls.ca, Path::new("/etc/vmirror/ca.pem"), "relative to the file");
+    assert_eq!(config.tls.key, Path::new("/etc/keys/host-a-key.pem"));
+    assert_eq!(config.ram_dir, Path::new("/dev/hugepages"));
+    assert_eq!(config.allow.max_memory, 16 << 30);
+    assert_eq!(config.allow.peers, ["host-b", "host-c"]);
+}
+
+#[test]
+fn defaults_are_those_of_the_contract_and_allow_nobody_anything() {
+    let config = Config::parse(Path::new("/etc/vmirror/agent.toml"), LEAST).unwrap();
+    assert_eq!(config.api, Path::new("/run/vmirror/api.sock"));
+    assert_eq!(config.state_dir, Path::new("/var/lib/vmirror"));
+    assert_eq!(config.run_dir, Path::new("/run/vmirror"));
+    assert_eq!(config.ram_dir, Path::new("/dev/shm"));
+    assert_eq!(config.allow, Allow::default());
+}
+
+#[test]
+fn unknown_keys_are_refused_by_name_and_line() {
+    let top = refused(&with("ram_dir", "ram_dirs = \"/dev/shm\""));
+    assert!(top.contains("agent.toml:6: unknown key \"ram_dirs\""), "{top}");
+    assert!(top.contains("ram_dir,"), "{top}");
+    let nested = refused(&with("bridges", "bridge = [\"br0\"]"));
+    assert!(nested.contains("agent.toml:14: unknown key \"allow.bridge\""), "{nested}");
+    assert!(nested.contains("peers, disk_dirs, bridges"), "{nested}");
+    let table = refused(&format!("{FULL}[tsl]\nca = 1\n"));
+    assert!(table.contains("agent.toml:17: unknown key \"tsl\""), "{table}");
+}
+
+#[test]
+fn metrics_are_refused_in_words() {
+    let message = refused(&format!("{FULL}[metrics]\nlisten = \"127.0.0.1:7601\"\n"));
+    assert!(message.contains("agent.toml:17: [metrics] is not yet available in this version"), "{message}");
+}
+
+#[test]
+fn missing_keys_are_named() {
+    for (key, name) in [
+        ("name", "name"),
+        ("listen", "listen"),
+        ("ca", "tls.ca"),
+        ("cert", "tls.cert"),
+        ("key", "tls.key"),
+        ("peers", "allow.peers"),
+        ("max_memory", "allow.max_memory"),
+        ("qemu", "allow.qemu"),
+    ] {
+        let message = refused(&with(key, ""));
+        assert!(message.ends_with(&format!("{name} is missing")), "{name}: {message}");
+    }
+    assert!(refused("name = \"a\"\nlisten = \"127.0.0.1:1\"\n").ends_with("tls is missing"));
+}
+
+#[test]
+fn bad_values_name_the_key_the_line_and_the_value() {
+    for (key, line, expected) in [
+        ("name", "name = \"\"", "1: name: \"\" cannot name an agent"),
+        ("name", "name = \"two words\"", "1: name: \"two words\" cannot name"),
+        ("name", "name = 5", "1: name: invalid type: integer `5`"),
+        ("listen", "listen = \"host-a\"", "2: listen: "),
+        ("listen", "listen = \"10.9.0.2\"", "2: listen: "),
+        ("state_dir", "state_dir = true", "4: state_dir: invalid type: boolean `true`"),
+        ("peers", "peers = \"host-b\"", "12: allow.peers: invalid type: string \"host-b\""),
+        ("peers", "peers = [\"host-b\", 7]", "12: allow.peers[1]: invalid type: integer `7`"),
+        ("disk_dirs", "disk_dirs = [\"vms\"]", "13: allow.disk_dirs: vms is not an absolute path"),
+        ("max_memory", "max_memory = \"lots\"", "15: allow.max_memory: \"lots\" is not a size"),
+        ("max_memory", "max_memory = 17", "15: allow.max_memory: invalid type: integer `17`"),
+        ("qemu", "qemu = [\"qemu-system-x86_64\"]", "16: allow.qemu: qemu-system-x86_64 is not an abs"),
+    ] {
+        let message = refused(&with(key, line));
+        assert!(message.contains(&format!("agent.toml:{expected}")), "{line}: {message}");
+    }
+    let long = format!("api = \"/{}\"", "x".repeat(LONGEST_SOCKET_PATH));
+    assert!(refused(&with("api", &long)).contains("too long for a unix socket: 108 bytes"));
+}
+
+#[test]
+fn what_is_not_toml_is_refused_with_its_line() {
+    assert!(refused("name = \"a\"\nlisten = \n").contains("agent.toml:2: "));
+    assert!(refused("name = \"a\"\nname = \"b\"\n").contains("agent.toml:2: "));
+}
+
+#[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Config::load(Path::new("/nonexistent/agent.toml")).unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/agent.toml"));
+}

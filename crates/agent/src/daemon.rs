@@ -1,0 +1,272 @@
+//! The agent itself: what it opens, in which order, and how it ends.
+
+mod socket;
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use link::{Deadlines, Endpoint, Identity, Incoming, Listener, ListenerLimits, Peer, Purpose};
+use migration::destination::{self, DataConnections};
+use migration::{Host, Journal, lifecycle};
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::api::{self, Api};
+use crate::config::Config;
+use crate::events::{Events, unix_ms};
+use crate::history::{History, HistoryError};
+use crate::lock::{self, Lock, LockError};
+use crate::vms::Vms;
+
+/// How long outgoing migrations may take to end when the agent goes down, before it goes without them.
+const ENDING: Duration = Duration::from_secs(30);
+
+/// An agent that is ready: it listens on its link and its API, and has found its machines again.
+#[derive(Debug)]
+pub struct Daemon {
+    config: Config,
+    vms: Vms,
+    listener: Listener,
+    data: DataConnections,
+    api: UnixListener,
+    closing: CancellationToken,
+    /// Held until the end.
+    _locks: [Lock; 2],
+}
+
+/// Why an agent cannot start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A directory cannot be made.
+    #[error("cannot make the directory {}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The directory for guest RAM is not there.
+    #[error("ram_dir {} is not a directory", .0.display())]
+    RamDir(PathBuf),
+    /// Another agent runs on the same directories.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The certificates cannot be used.
+    #[error("the certificates of [tls] cannot be used")]
+    Identity(#[source] link::IdentityError),
+    /// The certificate is another agent's.
+    #[error("the certificate {} is of {in_certificate:?}, and this agent is to be {configured:?}", path.display())]
+    Name {
+        /// The certificate's file.
+        path: PathBuf,
+        /// The name in it.
+        in_certificate: String,
+        /// The name in the configuration.
+        configured: String,
+    },
+    /// The link cannot be made from the certificates.
+    #[error("the link cannot be set up")]
+    Endpoint(#[source] link::EndpointError),
+    /// The link's address cannot be listened on.
+    #[error("cannot listen on {address} for the link")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The API's socket cannot be made.
+    #[error("cannot listen on {} for the API", path.display())]
+    Api {
+        /// The socket.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The journal cannot be read.
+    #[error("the journal in {} cannot be read", path.display())]
+    Journal {
+        /// The state directory.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: migration::JournalError,
+    },
+    /// The history cannot be opened.
+    #[error(transparent)]
+    History(#[from] HistoryError),
+}
+
+impl Daemon {
+    /// Opens everything, finds the machines again, and listens.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is left behind but empty directories and lock files.
+    pub async fn start(config: Config) -> Result<Daemon, StartError> {
+        let identity = identity(&config)?;
+        for directory in [Some(&*config.state_dir), Some(&*config.run_dir), config.api.parent()] {
+            make_private(directory.unwrap_or(Path::new("/")))?;
+        }
+        if !config.ram_dir.is_dir() {
+            return Err(StartError::RamDir(config.ram_dir));
+        }
+        let locks = [
+            lock::take(&config.state_dir.join("agent.lock"))?,
+            lock::take(&socket::beside(&config.api, "lock"))?,
+        ];
+
+        let endpoint = Endpoint::new(&identity, Deadlines::default()).map_err(StartError::Endpoint)?;
+        let journal = Journal::open(&config.state_dir)
+            .map_err(|source| StartError::Journal { path: config.state_dir.clone(), source })?;
+        let history = History::open(&config.state_dir.join("history.db"))?;
+        let host = Host {
+            name: config.name.clone(),
+            endpoint: endpoint.clone(),
+            journal: Arc::new(journal),
+            run_dir: config.run_dir.clone(),
+            ram_dir: config.ram_dir.clone(),
+            allow: config.allow.clone(),
+        };
+
+        let closing = CancellationToken::new();
+        let vms = Vms::new(Arc::new(host), history, Events::default(), closing.clone());
+        vms.recover().await;
+
+        let data = DataConnections::new();
+        let expected = data.clone();
+        // Control is for every agent of our authority: what it may ask is decided, and told, where it asks. Data is
+        // only for a session that awaits it.
+        let admission = move |peer: &Peer, purpose: &Purpose| match purpose {
+            Purpose::Control => Ok(()),
+            Purpose::Data(hello) if expected.expects(&peer.name, hello) => Ok(()),
+            Purpose::Data(hello) => {
+                Err(format!("no session {} awaits data from {}", hello.session, peer.name))
+            }
+        };
+        let address = config.listen.to_string();
+        let listener = Listener::bind_with(&endpoint, &address, ListenerLimits::default(), admission)
+            .await
+            .map_err(|source| StartError::Listen { address: config.listen, source })?;
+        let api = socket::listen(&config.api)
+            .map_err(|source| StartError::Api { path: config.api.clone(), source })?;
+        Ok(Daemon { config, vms, listener, data, api, closing, _locks: locks })
+    }
+
+    /// Where the link listens, with the port that was chosen where none was asked for.
+    #[must_use]
+    pub fn link(&self) -> SocketAddr {
+        self.listener.local_addr()
+    }
+
+    /// Its machines.
+    #[must_use]
+    pub fn vms(&self) -> &Vms {
+        &self.vms
+    }
+
+    /// The API's socket.
+    #[must_use]
+    pub fn api(&self) -> &Path {
+        &self.config.api
+    }
+
+    /// Serves until `end` is ready. Then migrations from here are cancelled and waited for, those to here are
+    /// dropped, and the machines run on.
+    pub async fn run(self, end: impl Future<Output = ()> + Send) {
+        let Daemon { config, vms, listener, data, api, closing, _locks } = self;
+        let streams = CancellationToken::new();
+        let served = TaskTracker::new();
+        let router = api::router(Api {
+            vms: vms.clone(),
+            link: listener.local_addr().to_string().into(),
+            started_unix_ms: unix_ms(),
+            closing: streams.clone(),
+        });
+        let stop_serving = streams.clone();
+        served.spawn(async move {
+            let served = axum::serve(api, router).with_graceful_shutdown(stop_serving.cancelled_owned());
+            if let Err(error) = served.await {
+                tracing::error!(%error, "the API has failed");
+            }
+        });
+
+        tokio::select! {
+            () = end => {}
+            () = accept(listener, data, vms.clone()) => {}
+        }
+
+        tracing::info!("going down; VMs keep running");
+        lifecycle::forget_incomplete(vms.host()).await;
+        vms.cancel_all().await;
+        let sessions = vms.sessions();
+        closing.cancel();
+        if tokio::time::timeout(ENDING, vms.idle()).await.is_err() {
+            tracing::warn!("a migration did not end in time; its VM is found again by the next agent");
+        }
+        drop(sessions);
+        streams.cancel();
+        served.close();
+        if tokio::time::timeout(Duration::from_secs(2), served.wait()).await.is_err() {
+            tracing::debug!("a client was still connected");
+        }
+        // The next agent would remove it too, but until then it would look as if one ran.
+        let _ = std::fs::remove_file(&config.api);
+    }
+}
+
+fn identity(config: &Config) -> Result<Identity, StartError> {
+    let tls = &config.tls;
+    let identity = Identity::load(&tls.ca, &tls.cert, &tls.key).map_err(StartError::Identity)?;
+    if identity.name() != config.name {
+        return Err(StartError::Name {
+            path: tls.cert.clone(),
+            in_certificate: identity.name().to_owned(),
+            configured: config.name.clone(),
+        });
+    }
+    Ok(identity)
+}
+
+/// Makes a directory that only its owner may enter; one that is there is left as it is.
+fn make_private(path: &Path) -> Result<(), StartError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|source| StartError::Directory { path: path.to_owned(), source })
+}
+
+/// Accepts peers for ever; when dropped, so is every migration to here.
+async fn accept(listener: Listener, data: DataConnections, vms: Vms) {
+    let mut incoming = tokio::task::JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(Incoming::Control(control, peer)) => {
+                    let (host, vms, data) = (Arc::clone(vms.host()), vms.clone(), data.clone());
+                    incoming.spawn(async move {
+                        let name = peer.name.clone();
+                        let keep = vms.clone();
+                        destination::serve(host, control, peer, data, move |vm| keep.arrived(vm)).await;
+                        vms.doubt_copies_from(&name);
+                    });
+                }
+                Ok(Incoming::Data(receiver, _, hello)) => data.deliver(&hello, receiver),
+                Err(link::AcceptError::Closed) => return tracing::error!("the link's listener has ended"),
+                Err(error) => {
+                    tracing::info!(error = crate::error::chain(&error), "a connection to the link was refused");
+                }
+            },
+            Some(ended) = incoming.join_next() => if let Err(error) = ended {
+                tracing::error!(%error, "the handling of a peer failed");
+            },
+        }
+    }
+}

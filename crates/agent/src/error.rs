@@ -1,0 +1,92 @@
+//! Why the agent does not do what it was asked.
+
+pub use migration::failure::chain;
+use migration::{BadName, Failure, Finding, JournalError, OptionError};
+use uuid::Uuid;
+
+use crate::api::types::Doubt;
+use crate::history::HistoryError;
+
+/// Why the agent does not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    /// No machine has this name.
+    #[error("no VM is called {name:?}; {}", listed(known))]
+    UnknownVm {
+        /// What was asked for.
+        name: String,
+        /// The names there are.
+        known: Vec<String>,
+    },
+    /// The name cannot be a machine's.
+    #[error(transparent)]
+    BadName(#[from] BadName),
+    /// A machine has the name already.
+    #[error("a VM called {0:?} is here already")]
+    NameTaken(String),
+    /// It is in a migration.
+    #[error("{vm} is being migrated to {to}")]
+    InSession {
+        /// The machine.
+        vm: String,
+        /// Where to.
+        to: String,
+    },
+    /// Something else is being done to it.
+    #[error("{vm} is being {doing}")]
+    Held {
+        /// The machine.
+        vm: String,
+        /// What is done to it.
+        doing: &'static str,
+    },
+    /// It is not in a migration.
+    #[error("{0} has no mirror and is not being migrated")]
+    NoSession(String),
+    /// The migration ended before the command reached it.
+    #[error("the migration of {0} has already ended")]
+    SessionEnded(String),
+    /// Nobody knows where it should run.
+    #[error("{vm} was {doubt}")]
+    Uncertain {
+        /// The machine.
+        vm: String,
+        /// Why.
+        doubt: Doubt,
+    },
+    /// There is nothing to decide.
+    #[error("it is certain that {0} runs here: there is nothing to resolve")]
+    NotUncertain(String),
+    /// The request is not what this version understands.
+    #[error("{0}")]
+    BadRequest(String),
+    /// An option makes no sense.
+    #[error(transparent)]
+    Option(#[from] OptionError),
+    /// The destination is not an address.
+    #[error("{0:?} is not the address of an agent's link")]
+    Address(String),
+    /// No such migration is under way or in the history.
+    #[error("no migration has the id {0}")]
+    UnknownSession(Uuid),
+    /// The agent is going down.
+    #[error("the agent is shutting down")]
+    ShuttingDown,
+    /// The machine could not be started, taken in or stopped; the finding says why.
+    #[error("{}", .0.message)]
+    Refused(Finding),
+    /// A migration's own refusal.
+    #[error("{}", .0.finding.message)]
+    Migration(Box<Failure>),
+    /// The history has no answer.
+    #[error(transparent)]
+    History(#[from] HistoryError),
+    /// The journal cannot be read or written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "there are none".to_owned() } else { format!("there are: {}", names.join(", ")) }
+}

@@ -1,0 +1,117 @@
+//! Why a machine could not be started, taken in, stopped or resumed, with what to do about it.
+
+use migration::lifecycle::RunError;
+use migration::{Finding, JournalError};
+use qemu::{AdoptError, LaunchError, QmpError};
+
+use crate::error::chain;
+
+/// What a failed start, adoption or resumption comes to.
+pub(crate) fn of_run(error: &RunError) -> Finding {
+    let (kind, hint) = match error {
+        RunError::Journal(JournalError::NameTaken(_)) => {
+            ("name-taken", "choose another name, or stop that VM first")
+        }
+        RunError::Journal(_) => {
+            ("journal-unusable", "see the agent's log; the disk of state_dir may be full or damaged")
+        }
+        RunError::Parse(_) => ("command-line", "correct the QEMU command line"),
+        RunError::NotMirrorable(_) => ("not-mirrorable", "start the VM without that"),
+        RunError::Size(_) => ("memory-size", "correct -m"),
+        RunError::Launch(error) => return of_launch(error),
+        RunError::Adopt(error) => return of_adopt(error),
+        RunError::AlreadyHere { .. } => ("already-here", "use the name that it has here"),
+        RunError::Qmp(error) => return of_qmp(error),
+        RunError::NoRoom { .. } => ("no-room", "make room in ram_dir, or give the VM less memory"),
+        _ => ("run-failed", "see the agent's log"),
+    };
+    Finding::new(kind, chain(error), hint)
+}
+
+fn of_launch(error: &LaunchError) -> Finding {
+    let (kind, hint) = match error {
+        LaunchError::Run { .. } => ("qemu-missing", "install QEMU, or give its path"),
+        LaunchError::Ended { .. } => ("qemu-ended", "correct what QEMU complains of"),
+        LaunchError::Silent { .. } => ("qemu-silent", "see whether the host is overloaded"),
+        _ => ("qemu-start", "see the agent's log"),
+    };
+    Finding::new(kind, chain(error), hint)
+}
+
+fn of_adopt(error: &AdoptError) -> Finding {
+    let (kind, hint) = match error {
+        AdoptError::Qmp(error) => return of_qmp(error),
+        // How to start it is in the message itself, made for this very machine.
+        AdoptError::PrivateRam { .. } => ("private-ram", "nothing was changed; the VM runs on as it is"),
+        AdoptError::NotMirrorable(_) => ("not-mirrorable", "start the VM without that"),
+        AdoptError::NotOnCommandLine { .. } => {
+            ("not-its-socket", "name a QMP socket of QEMU itself, not of a proxy")
+        }
+        AdoptError::UnknownDirectory { .. } => {
+            ("relative-path", "nothing was changed; the VM runs on as it is")
+        }
+        AdoptError::NotInUse { .. } => ("not-in-use", "adopt it once it runs or is paused"),
+        AdoptError::HotPlugged { .. } => ("hot-plugged", "unplug it, or start the VM with it"),
+        AdoptError::Parse(_) => ("command-line", "nothing was changed; the VM runs on as it is"),
+        _ => ("adopt-failed", "nothing was changed; see that the agent may look at that process"),
+    };
+    Finding::new(kind, chain(error), hint)
+}
+
+/// What a QEMU that does not do as told comes to.
+pub(crate) fn of_qmp(error: &QmpError) -> Finding {
+    let (kind, hint) = match error {
+        QmpError::Connect { .. } => ("qmp-unreachable", "name the QMP socket of a QEMU that runs"),
+        QmpError::Taken { .. } => ("qmp-taken", "nothing was changed"),
+        QmpError::NotQmp { .. } => {
+            ("not-qmp", "name the QMP socket, not the human monitor's or the serial line's")
+        }
+        QmpError::Gone { .. } => ("qemu-gone", "see `vmirror list`"),
+        QmpError::Deadline { .. } => ("qemu-silent", "see whether the host is overloaded"),
+        _ => ("qemu-refused", "see the agent's log"),
+    };
+    Finding::new(kind, chain(error), hint)
+}
+
+/// A guest that was asked to power off and did not.
+pub(crate) fn still_runs(name: &migration::VmName) -> Finding {
+    Finding::new(
+        "still-runs",
+        format!("the guest of {name} was asked to power off and has not"),
+        format!("wait for it, or end it with `vmirror stop {name} --force`"),
+    )
+}
+
+/// A machine whose QEMU does not answer.
+pub(crate) fn silent(name: &migration::VmName, why: &str) -> Finding {
+    Finding::new(
+        "qemu-silent",
+        format!("the QEMU of {name} does not answer: {why}"),
+        format!("it is asked again from time to time; `vmirror stop {name} --force` ends it"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_finding_says_what_to_do() {
+        let name: migration::VmName = "web1".parse().unwrap();
+        let socket = std::path::PathBuf::from("/run/web1.qmp");
+        let taken = RunError::Qmp(QmpError::Taken { socket });
+        let name_taken = RunError::Journal(JournalError::NameTaken(name.clone()));
+        for (finding, kind) in [
+            (of_run(&taken), "qmp-taken"),
+            (of_run(&name_taken), "name-taken"),
+            (of_run(&RunError::AlreadyHere { pid: 7, name: name.clone() }), "already-here"),
+            (of_run(&RunError::Launch(LaunchError::NoQmp)), "qemu-start"),
+            (still_runs(&name), "still-runs"),
+            (silent(&name, "no"), "qemu-silent"),
+        ] {
+            assert_eq!(finding.kind, kind);
+            assert!(!finding.hint.is_empty() && !finding.message.is_empty(), "{finding:?}");
+        }
+        assert!(of_run(&taken).message.contains("/run/web1.qmp"));
+    }
+}

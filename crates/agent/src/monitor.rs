@@ -1,0 +1,80 @@
+//! What QEMU says of itself: its state when asked, and what happens to it by itself.
+
+use std::time::Duration;
+
+use qemu::Qmp;
+
+use crate::api::types::{EventKind, VmState};
+
+/// How long QEMU may take to say how it is. Its main thread may be busy, but not for this long.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// Process id of a QEMU.
+pub(crate) fn pid(process: &qemu::Process) -> u32 {
+    process.pid
+}
+
+/// What the machine does now, with QEMU's own word for it.
+pub(crate) async fn state(qmp: &Qmp) -> (VmState, Option<String>) {
+    match tokio::time::timeout(ANSWER, qmp.status()).await {
+        Ok(Ok(state)) => (state_of(&state.status), Some(state.status)),
+        Ok(Err(_)) | Err(_) => (VmState::Unreachable, None),
+    }
+}
+
+/// QEMU's run states, from `qapi/run-state.json` of QEMU 10.
+fn state_of(status: &str) -> VmState {
+    match status {
+        "running" => VmState::Running,
+        "guest-panicked" => VmState::Panicked,
+        "io-error" | "internal-error" | "watchdog" => VmState::Broken,
+        // debug, inmigrate, postmigrate, prelaunch, finish-migrate, paused, restore-vm, save-vm, shutdown,
+        // suspended, colo: none of them runs the guest, and none is an accident.
+        _ => VmState::Paused,
+    }
+}
+
+/// Tells what happens to the machine until QEMU's monitor closes.
+pub(crate) async fn listen(qmp: &Qmp, tell: impl Fn(EventKind)) {
+    let mut events = qmp.events();
+    loop {
+        match events.recv().await {
+            Ok(event) => {
+                if let Some(kind) = kind(&event.name) {
+                    tell(kind);
+                }
+            }
+            Err(tokio::sync::broadcast::error::RecvError::Lagged(missed)) => {
+                tracing::debug!(missed, "events of QEMU came faster than they were looked at");
+            }
+            Err(tokio::sync::broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
+
+/// Which of our events one of QEMU's is.
+fn kind(name: &str) -> Option<EventKind> {
+    match name {
+        "STOP" => Some(EventKind::VmPaused),
+        "RESUME" => Some(EventKind::VmResumed),
+        "GUEST_PANICKED" => Some(EventKind::VmPanicked),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_that_does_not_run_is_never_called_running() {
+        for status in
+            ["paused", "prelaunch", "inmigrate", "postmigrate", "finish-migrate", "shutdown", "suspended"]
+        {
+            assert_eq!(state_of(status), VmState::Paused, "{status}");
+        }
+        assert_eq!(state_of("running"), VmState::Running);
+        assert_eq!(state_of("guest-panicked"), VmState::Panicked);
+        assert_eq!(state_of("io-error"), VmState::Broken);
+    }
+}

@@ -1,0 +1,308 @@
+//! The machines of this host: which there are, what is being done to each, and what follows from that.
+//!
+//! The journal decides who owns what and survives the agent; this is the live side of it. Every change of a
+//! machine goes through here, so that no two things are done to one machine at a time.
+
+mod here;
+mod sessions;
+mod silent;
+mod uncertain;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use futures::future::join_all;
+use migration::{Host, Origin, Ownership, Record, Vm, VmName};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::api::types::{Doubt, EventKind, RemovalReason, VmState, VmView};
+use crate::error::AgentError;
+use crate::events::Events;
+use crate::findings;
+use crate::history::History;
+use crate::monitor;
+use crate::sessions::Active;
+
+/// The machines of this host. Clones are handles to the same.
+#[derive(Debug, Clone)]
+pub struct Vms {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    host: Arc<Host>,
+    history: History,
+    events: Events,
+    entries: Mutex<BTreeMap<VmName, Entry>>,
+    /// Cancelled when the agent goes down: nothing new begins, background work ends.
+    closing: CancellationToken,
+    /// Everything that must have ended before the agent may.
+    tasks: TaskTracker,
+}
+
+/// One name that is taken.
+#[derive(Debug)]
+enum Entry {
+    /// Being started or taken in.
+    Starting(Origin),
+    /// A machine that is this host's.
+    Here(Box<Here>),
+    /// In the middle of a hand-over whose end is not known. The token ends the attempts to find out.
+    Uncertain(Box<Record>, CancellationToken),
+    /// This host's, but its QEMU does not answer. The token ends the attempts to reach it.
+    Silent(Box<Silent>, CancellationToken),
+}
+
+/// A machine whose QEMU does not answer.
+#[derive(Debug)]
+struct Silent {
+    record: Record,
+    why: String,
+}
+
+/// A machine that is this host's.
+#[derive(Debug)]
+struct Here {
+    vm: Vm,
+    /// The migration it is in.
+    session: Option<Arc<Active>>,
+    /// What else is being done to it, as in "web1 is being stopped".
+    held: Option<&'static str>,
+    /// Ends the task that listens to its QEMU.
+    monitor: CancellationToken,
+}
+
+impl Vms {
+    /// No machines yet: [`Vms::recover`] finds those of the journal.
+    #[must_use]
+    pub fn new(host: Arc<Host>, history: History, events: Events, closing: CancellationToken) -> Vms {
+        let entries = Mutex::default();
+        let tasks = TaskTracker::new();
+        Vms { inner: Arc::new(Inner { host, history, events, entries, closing, tasks }) }
+    }
+
+    /// The host they are on.
+    #[must_use]
+    pub fn host(&self) -> &Arc<Host> {
+        &self.inner.host
+    }
+
+    /// What happens to them.
+    #[must_use]
+    pub fn events(&self) -> &Events {
+        &self.inner.events
+    }
+
+    /// The migrations that have ended.
+    #[must_use]
+    pub fn history(&self) -> &History {
+        &self.inner.history
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.entries().len()
+    }
+
+    /// All of them, by name.
+    pub async fn views(&self) -> Vec<VmView> {
+        let shots: Vec<Shot> = {
+            let entries = self.entries();
+            let standing = entries.iter().filter(|(_, entry)| self.stands(entry));
+            standing.map(|(name, entry)| Shot::of(name, entry)).collect()
+        };
+        join_all(shots.into_iter().map(Shot::view)).await
+    }
+
+    /// One of them.
+    ///
+    /// # Errors
+    /// [`AgentError::UnknownVm`].
+    pub async fn view(&self, name: &VmName) -> Result<VmView, AgentError> {
+        let shot =
+            self.entries().get(name).filter(|entry| self.stands(entry)).map(|entry| Shot::of(name, entry));
+        match shot {
+            Some(shot) => Ok(shot.view().await),
+            None => Err(self.unknown(name)),
+        }
+    }
+
+    /// Whether what is in doubt still is: the journal knows sooner than who looks after the entry.
+    fn stands(&self, entry: &Entry) -> bool {
+        let Entry::Uncertain(record, _) = entry else { return true };
+        let now = self.host().journal.get(&record.name);
+        now.is_some_and(|now| now.arrived_by == record.arrived_by && now.ownership == record.ownership)
+    }
+
+    /// Waits until everything that was begun here has ended. Nothing new begins once the token given to
+    /// [`Vms::new`] is cancelled.
+    pub async fn idle(&self) {
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<VmName, Entry>> {
+        // Every change under this lock is a single assignment: a panic leaves nothing half done.
+        self.inner.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, name: &VmName, kind: EventKind) {
+        self.inner.events.tell(Some(name.as_ref()), kind);
+    }
+
+    fn open(&self) -> Result<(), AgentError> {
+        if self.inner.closing.is_cancelled() { Err(AgentError::ShuttingDown) } else { Ok(()) }
+    }
+
+    fn unknown(&self, name: &VmName) -> AgentError {
+        let known = self.entries().keys().map(ToString::to_string).collect();
+        AgentError::UnknownVm { name: name.to_string(), known }
+    }
+
+    /// Changes a machine that is here and that nothing is being done to.
+    fn with_idle<T>(&self, name: &VmName, change: impl FnOnce(&mut Here) -> T) -> Result<T, AgentError> {
+        self.open()?;
+        let mut entries = self.entries();
+        match entries.get_mut(name) {
+            Some(Entry::Here(here)) => {
+                if let Some(session) = &here.session {
+                    return Err(AgentError::InSession { vm: name.to_string(), to: session.to.clone() });
+                }
+                if let Some(doing) = here.held {
+                    return Err(AgentError::Held { vm: name.to_string(), doing });
+                }
+                Ok(change(here))
+            }
+            other => Err(match other.as_deref() {
+                Some(entry) => not_here(name, entry),
+                None => {
+                    drop(entries);
+                    self.unknown(name)
+                }
+            }),
+        }
+    }
+
+    /// Puts a machine that runs here under its name and listens to its QEMU.
+    fn keep(&self, vm: Vm) {
+        let name = vm.record.name.clone();
+        let monitor = self.listen(&vm);
+        self.put(name, Entry::Here(Box::new(Here { vm, session: None, held: None, monitor })));
+    }
+
+    /// Puts something under a name, and ends the tasks of what was there.
+    fn put(&self, name: VmName, entry: Entry) {
+        if let Some(token) = self.entries().insert(name, entry).as_ref().and_then(Entry::token) {
+            token.cancel();
+        }
+    }
+
+    fn drop_entry(&self, name: &VmName, reason: RemovalReason) {
+        let entry = self.entries().remove(name);
+        if let Some(token) = entry.as_ref().and_then(Entry::token) {
+            token.cancel();
+        }
+        self.tell(name, EventKind::VmRemoved { reason });
+    }
+}
+
+/// Why nothing can be done to an entry that is not a machine of this host.
+fn not_here(name: &VmName, entry: &Entry) -> AgentError {
+    let vm = name.to_string();
+    match entry {
+        Entry::Starting(Origin::Adopted) => AgentError::Held { vm, doing: "taken in" },
+        Entry::Starting(_) => AgentError::Held { vm, doing: "started" },
+        Entry::Here(_) => AgentError::NotUncertain(vm),
+        Entry::Silent(silent, _) => AgentError::Refused(findings::silent(name, &silent.why)),
+        Entry::Uncertain(record, _) => match doubt(record) {
+            Some(doubt) => AgentError::Uncertain { vm, doubt },
+            None => AgentError::Held { vm, doing: "resolved" },
+        },
+    }
+}
+
+/// What is in doubt about a machine, going by its record.
+fn doubt(record: &Record) -> Option<Doubt> {
+    match &record.ownership {
+        Ownership::Owner => None,
+        Ownership::HandedOver { session, to, address } => {
+            Some(Doubt::HandedOver { session: *session, to: to.clone(), address: address.clone() })
+        }
+        Ownership::Incoming { session, from, .. } => {
+            Some(Doubt::Received { session: *session, from: from.clone() })
+        }
+    }
+}
+
+impl Entry {
+    /// What ends the tasks that look after it.
+    fn token(&self) -> Option<&CancellationToken> {
+        match self {
+            Entry::Starting(_) => None,
+            Entry::Here(here) => Some(&here.monitor),
+            Entry::Uncertain(_, token) | Entry::Silent(_, token) => Some(token),
+        }
+    }
+}
+
+/// What is known of an entry without asking its QEMU.
+struct Shot {
+    name: VmName,
+    record: Option<Record>,
+    origin: Origin,
+    state: VmState,
+    live: Option<qemu::Qmp>,
+    session: Option<Arc<Active>>,
+}
+
+impl Shot {
+    fn of(name: &VmName, entry: &Entry) -> Shot {
+        let shot = |record: Option<&Record>, origin, state| Shot {
+            name: name.clone(),
+            record: record.cloned(),
+            origin,
+            state,
+            live: None,
+            session: None,
+        };
+        match entry {
+            Entry::Starting(origin) => shot(None, *origin, VmState::Starting),
+            Entry::Uncertain(record, _) => shot(Some(record), record.origin, VmState::Uncertain),
+            Entry::Silent(silent, _) => {
+                shot(Some(&silent.record), silent.record.origin, VmState::Unreachable)
+            }
+            Entry::Here(here) => Shot {
+                live: Some(here.vm.qmp.clone()),
+                session: here.session.clone(),
+                ..shot(Some(&here.vm.record), here.vm.record.origin, VmState::Unreachable)
+            },
+        }
+    }
+
+    async fn view(self) -> VmView {
+        let (state, qemu_status) = match &self.live {
+            Some(qmp) => monitor::state(qmp).await,
+            None => (self.state, None),
+        };
+        let record = self.record.as_ref();
+        VmView {
+            name: self.name.to_string(),
+            state,
+            qemu_status,
+            origin: self.origin,
+            generation: record.map_or(0, |record| record.generation),
+            pid: record.and_then(|record| record.process.as_ref()).map(monitor::pid),
+            memory: record.map_or(0, |record| record.memory),
+            qmp_socket: record.map_or_else(PathBuf::new, |record| record.qmp_socket.clone()),
+            argv: record.map_or_else(Vec::new, |record| record.argv.clone()),
+            files: record.map_or_else(Vec::new, |record| record.made.files.clone()),
+            taps: record.map_or_else(Vec::new, |record| record.made.taps.clone()),
+            session: self.session.map(|active| active.session.progress().borrow().clone()),
+            doubt: record.and_then(doubt),
+        }
+    }
+}

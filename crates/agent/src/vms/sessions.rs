@@ -1,0 +1,220 @@
+//! Migrations of this host's machines: begun, steered, ended.
+
+use std::num::NonZeroU64;
+use std::sync::Arc;
+
+use migration::report::Verification;
+use migration::source::Readiness;
+use migration::{Command, Goal, Options, Outcome, Ownership, Report, VmName};
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use super::{Entry, Vms, not_here};
+use crate::api::types::{EventKind, RemovalReason};
+use crate::error::AgentError;
+use crate::sessions::Active;
+
+impl Vms {
+    /// Begins a migration or a mirror, and returns at once with its identity.
+    ///
+    /// # Errors
+    /// When the machine is not here or something is being done to it, or an option makes no sense. Whatever the
+    /// destination refuses comes later, in the report.
+    pub fn migrate(&self, name: &VmName, goal: Goal, to: &str, options: Options) -> Result<Uuid, AgentError> {
+        options.validate()?;
+        address(to)?;
+        let host = Arc::clone(self.host());
+        let active = self.with_idle(name, |here| {
+            let session = migration::source::start(host, here.vm.clone(), to.to_owned(), goal, options);
+            let active = Arc::new(Active::new(name.clone(), to.to_owned(), session));
+            here.session = Some(Arc::clone(&active));
+            active
+        })?;
+        let id = active.id();
+        tracing::info!(vm = %name, session = %id, to, ?goal, "migration begun");
+        self.tell(name, EventKind::SessionStarted { session: id, goal, to: to.to_owned() });
+        let vms = self.clone();
+        self.inner.tasks.spawn(async move {
+            let report = active.follow(vms.events()).await;
+            vms.session_ended(&active, report).await;
+        });
+        Ok(id)
+    }
+
+    /// Every reason why a migration would fail, without beginning one.
+    ///
+    /// # Errors
+    /// When the machine is not here, or the destination could not even be asked.
+    pub async fn check(&self, name: &VmName, to: &str, options: &Options) -> Result<Readiness, AgentError> {
+        options.validate()?;
+        address(to)?;
+        // Held: at the destination a rehearsal takes the same name as a migration.
+        let vm = self.with_idle(name, |here| {
+            here.held = Some("checked");
+            here.vm.clone()
+        })?;
+        let host = Arc::clone(self.host());
+        let readiness = migration::source::check(host, vm, to, options).await;
+        if let Some(Entry::Here(here)) = self.entries().get_mut(name) {
+            here.held = None;
+        }
+        readiness.map_err(|failure| AgentError::Migration(Box::new(failure)))
+    }
+
+    /// The migrations under way.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<Arc<Active>> {
+        let entries = self.entries();
+        let of = |entry: &Entry| match entry {
+            Entry::Here(here) => here.session.clone(),
+            Entry::Starting(_) | Entry::Uncertain(..) | Entry::Silent(..) => None,
+        };
+        entries.values().filter_map(of).collect()
+    }
+
+    /// The migration under way that has this identity.
+    #[must_use]
+    pub fn session(&self, id: Uuid) -> Option<Arc<Active>> {
+        self.sessions().into_iter().find(|active| active.id() == id)
+    }
+
+    /// Switches a machine over now.
+    ///
+    /// # Errors
+    /// [`AgentError::NoSession`] when it has no mirror, [`AgentError::SessionEnded`] when that is over.
+    pub async fn switch(&self, name: &VmName) -> Result<Uuid, AgentError> {
+        self.command(name, Command::Switch).await
+    }
+
+    /// Ends a migration; the machine stays here.
+    ///
+    /// # Errors
+    /// As [`Vms::switch`].
+    pub async fn cancel(&self, name: &VmName) -> Result<Uuid, AgentError> {
+        self.command(name, Command::Cancel).await
+    }
+
+    /// Changes the bandwidth limit of a migration.
+    ///
+    /// # Errors
+    /// As [`Vms::switch`], or when the limit is too low to make sense.
+    pub async fn bandwidth(&self, name: &VmName, limit: Option<NonZeroU64>) -> Result<Uuid, AgentError> {
+        Options { bandwidth: limit, ..Options::default() }.validate()?;
+        self.command(name, Command::Bandwidth(limit)).await
+    }
+
+    /// Compares every page on both sides with the ledgers.
+    ///
+    /// # Errors
+    /// As [`Vms::switch`], or why the comparison could not be made.
+    pub async fn verify(&self, name: &VmName) -> Result<Verification, AgentError> {
+        let (answer, answered) = oneshot::channel();
+        self.command(name, Command::Verify(answer)).await?;
+        match answered.await {
+            Ok(result) => result.map_err(AgentError::Refused),
+            Err(_) => Err(AgentError::SessionEnded(name.to_string())),
+        }
+    }
+
+    /// Ends every migration, as when the agent goes down: the machines stay here.
+    pub async fn cancel_all(&self) {
+        for active in self.sessions() {
+            tracing::info!(vm = %active.vm, session = %active.id(), "cancelled: the agent is going down");
+            // One that has ended meanwhile needs no cancelling.
+            let _ = active.session.command(Command::Cancel).await;
+        }
+    }
+
+    async fn command(&self, name: &VmName, command: Command) -> Result<Uuid, AgentError> {
+        let active = self.session_of(name)?;
+        let sent = active.session.command(command).await;
+        sent.map_err(|_| AgentError::SessionEnded(name.to_string()))?;
+        Ok(active.id())
+    }
+
+    fn session_of(&self, name: &VmName) -> Result<Arc<Active>, AgentError> {
+        let entries = self.entries();
+        match entries.get(name) {
+            Some(Entry::Here(here)) => {
+                here.session.clone().ok_or_else(|| AgentError::NoSession(name.to_string()))
+            }
+            Some(entry) => Err(not_here(name, entry)),
+            None => {
+                drop(entries);
+                Err(self.unknown(name))
+            }
+        }
+    }
+
+    /// Puts the report into the history, makes the list of machines true again, and only then lets those who
+    /// wait go on. In this order there is no moment at which the migration is in neither.
+    async fn session_ended(&self, active: &Active, report: Arc<Report>) {
+        let name = &active.vm;
+        let (history, kept) = (self.history().clone(), Arc::clone(&report));
+        match tokio::task::spawn_blocking(move || history.add(&kept)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(session = %active.id(), %error, "the report could not be kept"),
+            Err(error) => tracing::error!(session = %active.id(), %error, "the report could not be kept"),
+        }
+        // The journal, not the report, decides where the machine is: it is what a restart would go by.
+        match self.host().journal.get(name) {
+            None => self.drop_entry(name, RemovalReason::Migrated),
+            Some(record) if matches!(record.ownership, Ownership::HandedOver { .. }) => self.doubt(record),
+            Some(record) => {
+                let vm = match self.entries().get_mut(name) {
+                    Some(Entry::Here(here)) => {
+                        here.vm.record = record;
+                        Some(here.vm.clone())
+                    }
+                    _ => None,
+                };
+                // Listening begins anew, for a QEMU that ended meanwhile was not cleaned up after.
+                if let Some(vm) = vm {
+                    self.keep(vm);
+                }
+            }
+        }
+        let (outcome, error) = (report.outcome, report.error.clone());
+        let why = error.as_ref().map(|failure| failure.finding.message.as_str());
+        match outcome {
+            Outcome::Completed => {
+                tracing::info!(vm = %name, session = %active.id(), downtime_ms = report.downtime_ms, "migrated");
+            }
+            _ => tracing::warn!(vm = %name, session = %active.id(), ?outcome, why, "migration ended"),
+        }
+        let downtime_ms = report.downtime_ms;
+        let kind = EventKind::SessionFinished { session: active.id(), outcome, downtime_ms, error };
+        self.tell(name, kind);
+        active.end(report);
+    }
+}
+
+/// Whether this could be the address of an agent's link.
+fn address(to: &str) -> Result<(), AgentError> {
+    let fits = to.rsplit_once(':').is_some_and(|(host, port)| {
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        let host_fits = match bare {
+            Some(inner) => inner.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => !host.is_empty() && !host.contains([':', '/', ' ']),
+        };
+        host_fits && port.parse::<u16>().is_ok_and(|port| port != 0)
+    });
+    if fits { Ok(()) } else { Err(AgentError::Address(to.to_owned())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::address;
+
+    #[test]
+    fn addresses_without_a_host_or_a_port_are_refused() {
+        for good in ["10.9.0.3:7600", "host-b:7600", "[::1]:7600", "host.example.org:1"] {
+            assert!(address(good).is_ok(), "{good}");
+        }
+        for bad in
+            ["", "host-b", ":7600", "host-b:", "host-b:0", "host-b:65536", "::1:7600", "[x]:1", "http://a:1"]
+        {
+            assert!(address(bad).is_err(), "{bad}");
+        }
+    }
+}

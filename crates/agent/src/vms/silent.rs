@@ -1,0 +1,62 @@
+//! Machines whose QEMU is there but does not answer: another program may have its monitor, or it hangs.
+
+use std::time::Duration;
+
+use migration::lifecycle::{self, Recovered};
+use migration::{Record, VmName};
+
+use super::{Entry, Silent, Vms};
+use crate::api::types::RemovalReason;
+
+/// First and longest wait between two attempts to reach it.
+const TRY_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
+impl Vms {
+    /// Keeps a machine whose QEMU does not answer, and tries again until it does or is gone.
+    pub(super) fn silent(&self, record: Record, why: String) {
+        let name = record.name.clone();
+        tracing::warn!(vm = %name, why, "its QEMU is there but does not answer");
+        let until = self.inner.closing.child_token();
+        let silent = Silent { record: record.clone(), why };
+        self.put(name, Entry::Silent(Box::new(silent), until.clone()));
+        let vms = self.clone();
+        self.inner.tasks.spawn(async move {
+            tokio::select! {
+                () = until.cancelled() => {}
+                () = vms.reach(record) => {}
+            }
+        });
+    }
+
+    async fn reach(&self, record: Record) {
+        let name = record.name.clone();
+        let (mut wait, longest) = TRY_AGAIN;
+        loop {
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(longest);
+            match lifecycle::recover(self.host(), record.clone()).await {
+                Recovered::Silent(..) => {}
+                Recovered::Running(vm) => {
+                    tracing::info!(vm = %name, "its QEMU answers again");
+                    return self.keep(*vm);
+                }
+                Recovered::Gone(_) => {
+                    tracing::info!(vm = %name, "its QEMU is gone");
+                    return self.drop_entry(&name, RemovalReason::Ended);
+                }
+                Recovered::Uncertain(record) => return self.doubt(record),
+            }
+        }
+    }
+
+    /// The record of a machine that does not answer; from now on nobody tries to reach it.
+    pub(super) fn take_silent(&self, name: &VmName) -> Option<Record> {
+        match self.entries().get(name) {
+            Some(Entry::Silent(silent, reaching)) if !reaching.is_cancelled() => {
+                reaching.cancel();
+                Some(silent.record.clone())
+            }
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,362 @@
+//! The command line.
+
+use std::num::{NonZeroU16, NonZeroU64};
+use std::path::PathBuf;
+use std::str::FromStr as _;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use migration::{Disks, Options, Verify, VmName};
+
+/// Moves running virtual machines between hosts by keeping a verified mirror of them.
+#[derive(Debug, Parser)]
+#[command(name = "vmirror", version, propagate_version = true, max_term_width = 100)]
+pub(crate) struct Cli {
+    /// The local agent's API socket
+    #[arg(
+        long = "agent",
+        value_name = "SOCKET",
+        global = true,
+        env = "VMIRROR_AGENT",
+        default_value = "/run/vmirror/api.sock"
+    )]
+    pub(crate) socket: PathBuf,
+    /// Print JSON on stdout: one document, or one per line for streams
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress and no summary, only errors
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the agent in the foreground; SIGTERM ends it, VMs keep running
+    Agent {
+        /// The configuration (TOML)
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Make certificates for the link between agents
+    #[command(subcommand)]
+    Cert(Cert),
+    /// Start a VM under the agent: your own command line, made mirrorable
+    Run {
+        /// What to call it
+        name: VmName,
+        /// The QEMU command line
+        #[arg(last = true, required = true, value_name = "QEMU COMMAND LINE")]
+        argv: Vec<String>,
+    },
+    /// Take in a QEMU that is already running
+    Adopt {
+        /// What to call it
+        name: VmName,
+        /// A QMP socket of that QEMU that nobody else uses
+        #[arg(long, value_name = "SOCKET")]
+        qmp: PathBuf,
+    },
+    /// List the VMs of this host
+    List,
+    /// Show everything about one VM
+    Show {
+        /// The VM
+        name: VmName,
+    },
+    /// Power a VM off
+    Stop {
+        /// The VM
+        name: VmName,
+        /// End QEMU at once instead of asking the guest
+        #[arg(long)]
+        force: bool,
+    },
+    /// Dry run: every reason why a migration would fail, at once
+    Check(Migrate),
+    /// Mirror a VM to another host, then switch over
+    Migrate(Migrate),
+    /// Mirror a VM to another host, and stay in sync until told
+    Mirror {
+        #[command(flatten)]
+        migrate: Migrate,
+        /// Return once the mirror is in sync; it stays standing
+        #[arg(long)]
+        detach: bool,
+    },
+    /// Switch over a standing mirror now
+    Switch {
+        /// The VM
+        name: VmName,
+    },
+    /// Audit a standing mirror in full, now
+    Verify {
+        /// The VM
+        name: VmName,
+    },
+    /// Show migrations and mirrors under way
+    Status {
+        /// Of this VM only
+        name: Option<VmName>,
+        /// Keep showing
+        #[arg(long, short)]
+        watch: bool,
+    },
+    /// Show what happened on this host
+    Events {
+        /// Keep showing what happens
+        #[arg(long, short)]
+        follow: bool,
+    },
+    /// End a migration or a mirror; the VM stays where it is
+    Cancel {
+        /// The VM
+        name: VmName,
+    },
+    /// Decide about a VM whose hand-over is uncertain
+    #[command(group = ArgGroup::new("decision").required(true))]
+    Resolve {
+        /// The VM
+        name: VmName,
+        /// It does not run at the destination and never will: resume it here
+        #[arg(long, group = "decision")]
+        run_here: bool,
+        /// It runs at the destination: remove what is left of it here
+        #[arg(long, group = "decision")]
+        give_up: bool,
+    },
+    /// List migrations that have ended, newest first
+    History {
+        /// Of this VM only
+        #[arg(long, value_name = "NAME")]
+        vm: Option<VmName>,
+        /// At most this many
+        #[arg(long, short = 'n', value_name = "N", default_value_t = 20)]
+        limit: u32,
+    },
+    /// Show the report of a migration
+    Report {
+        /// Its id, or the beginning of it
+        #[arg(value_parser = id)]
+        id: String,
+        /// Write it as a page to look at, with everything in one file
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Cert {
+    /// A new certificate authority: ca.pem, ca-key.pem
+    Init {
+        /// Where to put it
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+    },
+    /// NAME.pem and NAME-key.pem for one agent
+    Issue {
+        /// Where the authority is, and where to put them
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+        /// The agent's name
+        #[arg(long, value_name = "HOST")]
+        name: String,
+        /// An address that the agent is reached at; may be given more than once
+        #[arg(long = "address", value_name = "ADDR", required = true)]
+        addresses: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Migrate {
+    /// The VM
+    pub(crate) name: VmName,
+    /// The destination agent's link
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) options: MigrateOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MigrateOptions {
+    /// Switch over when the predicted downtime is at most this
+    #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = humantime::parse_duration)]
+    downtime: Duration,
+    /// Accept a predicted downtime up to this when rounds stop shrinking
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
+    max_downtime: Duration,
+    /// Limit of all data streams together, such as 500MiB/s [default: none]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    bandwidth: Option<NonZeroU64>,
+    /// Number of data connections [default: chosen from the cores]
+    #[arg(long, value_name = "N")]
+    streams: Option<NonZeroU16>,
+    /// Give up when the switch-over has not begun by then
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+    /// What is compared: both ledgers before the hand-over; in addition all of the frozen source after it; or, in
+    /// addition to both, all of the destination's copy read back during the pause
+    #[arg(long, value_enum, default_value_t = VerifyChoice::Proof)]
+    verify: VerifyChoice,
+    /// What to do with disks: find out whether they are on shared storage, or take your word that all are
+    #[arg(long, value_enum, default_value_t = DisksChoice::Auto)]
+    disks: DisksChoice,
+    /// What carries the memory
+    #[arg(long, value_enum, default_value_t = Engine::Mirror)]
+    engine: Engine,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum VerifyChoice {
+    Gate,
+    Proof,
+    Strict,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DisksChoice {
+    Auto,
+    Shared,
+}
+
+/// There is one engine in this version; the option is there so that scripts can name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Engine {
+    Mirror,
+}
+
+impl From<MigrateOptions> for Options {
+    fn from(given: MigrateOptions) -> Options {
+        let Engine::Mirror = given.engine;
+        Options {
+            downtime: given.downtime,
+            max_downtime: given.max_downtime,
+            bandwidth: given.bandwidth,
+            streams: given.streams,
+            timeout: given.timeout,
+            verify: match given.verify {
+                VerifyChoice::Gate => Verify::Gate,
+                VerifyChoice::Proof => Verify::Proof,
+                VerifyChoice::Strict => Verify::Strict,
+            },
+            disks: match given.disks {
+                DisksChoice::Auto => Disks::Auto,
+                DisksChoice::Shared => Disks::Shared,
+            },
+        }
+    }
+}
+
+/// A rate such as `500MiB/s`, in bytes per second.
+fn rate(text: &str) -> Result<NonZeroU64, String> {
+    let size = text.trim().strip_suffix("/s").unwrap_or(text);
+    let size = ByteSize::from_str(size).map_err(|_| format!("{text:?} is not a rate such as 500MiB/s"))?;
+    NonZeroU64::new(size.as_u64()).ok_or_else(|| "at this rate nothing would ever move".to_owned())
+}
+
+/// The beginning of a migration's id.
+fn id(text: &str) -> Result<String, String> {
+    let fits =
+        !text.is_empty() && text.len() <= 36 && text.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+    if fits { Ok(text.to_ascii_lowercase()) } else { Err("an id has digits, a to f, and dashes".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn migrate(arguments: &[&str]) -> Result<Options, clap::Error> {
+        let line = ["vmirror", "migrate", "web1", "--to", "b:7600"];
+        let cli = Cli::try_parse_from(line.iter().chain(arguments))?;
+        let Command::Migrate(migrate) = cli.command else { panic!("not migrate") };
+        Ok(migrate.options.into())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_left_out_are_those_of_the_controller() {
+        assert_eq!(migrate(&[]).unwrap(), Options::default());
+    }
+
+    #[test]
+    fn options_mean_what_they_say() {
+        let options = migrate(&[
+            "--downtime",
+            "20ms",
+            "--max-downtime",
+            "300ms",
+            "--bandwidth",
+            "500MiB/s",
+            "--streams",
+            "3",
+            "--timeout",
+            "1h",
+            "--verify",
+            "gate",
+            "--disks",
+            "shared",
+            "--engine",
+            "mirror",
+        ]);
+        let options = options.unwrap();
+        assert_eq!(options.downtime, Duration::from_millis(20));
+        assert_eq!(options.max_downtime, Duration::from_millis(300));
+        assert_eq!(options.bandwidth.unwrap().get(), 500 << 20);
+        assert_eq!(options.streams.unwrap().get(), 3);
+        assert_eq!(options.timeout, Duration::from_secs(3600));
+        assert_eq!((options.verify, options.disks), (Verify::Gate, Disks::Shared));
+    }
+
+    #[test]
+    fn rates_and_ids_that_make_no_sense_are_refused() {
+        for bad in ["", "fast", "0", "-5MiB", "5MiB/h"] {
+            assert!(rate(bad).is_err(), "{bad}");
+        }
+        assert_eq!(rate("100MB").unwrap().get(), 100_000_000);
+        for bad in ["", "xyz", "../a", "a%20"] {
+            assert!(id(bad).is_err(), "{bad}");
+        }
+        assert_eq!(id("0B9E-").unwrap(), "0b9e-");
+    }
+
+    #[test]
+    fn what_this_version_cannot_do_is_not_offered() {
+        for arguments in [
+            ["--disks", "mirror"],
+            ["--engine", "qemu"],
+            ["--on-diverge", "throttle"],
+            ["--compress", "zstd"],
+        ] {
+            assert!(migrate(&arguments).is_err(), "{arguments:?}");
+        }
+        for command in ["protect", "failover"] {
+            assert!(Cli::try_parse_from(["vmirror", command, "web1"]).is_err(), "{command}");
+        }
+    }
+
+    #[test]
+    fn a_command_line_after_the_dashes_is_taken_as_it_is() {
+        let line = ["vmirror", "run", "web1", "--", "qemu-system-x86_64", "-m", "1G", "--json", "-agent"];
+        let cli = Cli::try_parse_from(line).unwrap();
+        assert!(!cli.json);
+        let Command::Run { argv, .. } = cli.command else { panic!("not run") };
+        assert_eq!(argv, ["qemu-system-x86_64", "-m", "1G", "--json", "-agent"]);
+    }
+
+    #[test]
+    fn resolve_wants_exactly_one_decision() {
+        for decisions in [&[][..], &["--run-here", "--give-up"]] {
+            assert!(Cli::try_parse_from(["vmirror", "resolve", "web1"].iter().chain(decisions)).is_err());
+        }
+        assert!(Cli::try_parse_from(["vmirror", "resolve", "web1", "--give-up"]).is_ok());
+    }
+}

@@ -1,0 +1,138 @@
+//! `vmirror check`, `migrate`, `mirror`, `switch`, `cancel`, `verify`.
+
+use agent::api::types::{CheckReply, MigrateRequest, SessionRef};
+use migration::report::Verification;
+use migration::{Goal, Options, Outcome, VmName};
+
+use super::follow::{Followed, Manner, conclude, follow};
+use crate::cli::Migrate;
+use crate::client::Client;
+use crate::failure::{Exit, Failure};
+use crate::format::count;
+use crate::output::Output;
+use crate::summary;
+
+/// The request, once the options are known to make sense together: what is wrong with them the agent would say
+/// too, but only if one runs.
+fn request(asked: Migrate) -> Result<(VmName, MigrateRequest), Failure> {
+    let options = Options::from(asked.options);
+    options
+        .validate()
+        .map_err(|error| Failure::refused("bad-option", error.to_string(), "see `vmirror migrate --help`"))?;
+    Ok((asked.name, MigrateRequest { to: asked.to, options }))
+}
+
+pub(super) async fn check(client: &Client, asked: Migrate, output: &Output) -> Result<Exit, Failure> {
+    let (name, request) = request(asked)?;
+    let reply: CheckReply = client.post(&format!("/v1/vms/{name}/check"), &request).await?;
+    output.result(&reply, findings);
+    Ok(if reply.findings.is_empty() { Exit::Done } else { Exit::Refused })
+}
+
+fn findings(reply: &CheckReply) -> String {
+    if reply.findings.is_empty() {
+        return format!("{} can move to {}", reply.vm, reply.destination);
+    }
+    let mut text = match reply.findings.len() {
+        1 => format!("{} cannot move to {}:\n", reply.vm, reply.destination),
+        n => format!("{} cannot move to {}, for {n} reasons:\n", reply.vm, reply.destination),
+    };
+    for finding in &reply.findings {
+        text.push_str(&format!("\n  {}  [{}]\n    → {}\n", finding.message, finding.kind, finding.hint));
+    }
+    text
+}
+
+pub(super) async fn begin(
+    client: &Client,
+    goal: Goal,
+    asked: Migrate,
+    detach: bool,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let (name, request) = request(asked)?;
+    let verb = match goal {
+        Goal::Migrate => "migrate",
+        Goal::Mirror => "mirror",
+    };
+    let session: SessionRef = client.post(&format!("/v1/vms/{name}/{verb}"), &request).await?;
+    let manner = Manner { cancels: Some(&name), until_in_sync: detach };
+    let (followed, interrupted) = follow(client, session.id, manner, output).await?;
+    Ok(conclude(followed, interrupted, Some(&request.to), output))
+}
+
+pub(super) async fn switch(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
+    let session: SessionRef = client.post(&format!("/v1/vms/{name}/switch"), &()).await?;
+    let manner = Manner { cancels: Some(name), until_in_sync: false };
+    let (followed, interrupted) = follow(client, session.id, manner, output).await?;
+    Ok(conclude(followed, interrupted, None, output))
+}
+
+pub(super) async fn cancel(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
+    let session: SessionRef = client.post(&format!("/v1/vms/{name}/cancel"), &()).await?;
+    let manner = Manner { cancels: None, until_in_sync: false };
+    let (followed, _) = follow(client, session.id, manner, output).await?;
+    let Followed::Ended(report) = followed else { return Ok(Exit::Interrupted) };
+    output.done(&*report, |report| match report.outcome {
+        Outcome::Completed => summary::of(report, None),
+        _ => format!("the migration of {} to {} has ended", report.vm, report.destination),
+    });
+    match report.outcome {
+        Outcome::Cancelled | Outcome::Failed => Ok(Exit::Done),
+        Outcome::Completed => {
+            let message = format!("it was too late to cancel: {name} runs on {}", report.destination);
+            output.complain(&Failure::refused("too-late", message, "migrate it back from there"));
+            Ok(Exit::Refused)
+        }
+        Outcome::Uncertain => {
+            output.complain(&Failure::ended(&report));
+            Ok(Exit::Uncertain)
+        }
+    }
+}
+
+pub(super) async fn verify(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
+    let found: Verification = client.post(&format!("/v1/vms/{name}/verify"), &()).await?;
+    output.done(&found, |found| {
+        format!(
+            "{} pages of {name} compared, {} repaired",
+            count(found.audited_pages),
+            count(found.repaired_pages)
+        )
+    });
+    Ok(Exit::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use migration::Finding;
+
+    use super::*;
+
+    #[test]
+    fn a_check_shows_every_reason_with_what_to_do() {
+        let finding = |kind: &str, message: &str, hint: &str| Finding::new(kind, message, hint);
+        let reply = CheckReply {
+            vm: "web1".to_owned(),
+            destination: "host-b".to_owned(),
+            findings: vec![
+                finding("cpu-feature-missing", "host-b lacks avx512f", "start the VM with -cpu Haswell"),
+                finding(
+                    "no-room",
+                    "ram_dir of host-b has 1.0 GiB free, 2.0 GiB are needed",
+                    "make room there",
+                ),
+            ],
+        };
+        insta::assert_snapshot!(findings(&reply), @r"
+        web1 cannot move to host-b, for 2 reasons:
+
+          host-b lacks avx512f  [cpu-feature-missing]
+            → start the VM with -cpu Haswell
+
+          ram_dir of host-b has 1.0 GiB free, 2.0 GiB are needed  [no-room]
+            → make room there
+        ");
+        assert_eq!(findings(&CheckReply { findings: Vec::new(), ..reply }), "web1 can move to host-b");
+    }
+}

@@ -1,0 +1,276 @@
+//! A report as one page to look at: no script, and nothing from elsewhere.
+
+mod timeline;
+
+use std::fmt::{Display, Write as _};
+
+use migration::report::Verdict;
+use migration::{Outcome, Report};
+
+use crate::format::{bytes, count, moment, ms};
+use crate::summary::{headline, outcome, verdict};
+
+const STYLE: &str = include_str!("html/style.css");
+
+/// The page.
+pub(crate) fn page(report: &Report) -> String {
+    let mut page = String::new();
+    let title = format!("Migration of {} to {}", report.vm, report.destination);
+    let parts = [
+        header(report),
+        reasons(report),
+        figures(report),
+        section("Phases", &timeline::phases(report)),
+        if report.outcome == Outcome::Completed {
+            section("The pause", &timeline::pause(report))
+        } else {
+            String::new()
+        },
+        if report.rounds.is_empty() { String::new() } else { section("Rounds", &rounds(report)) },
+        section("Verification", &verification(report)),
+        if report.disks.is_empty() { String::new() } else { section("Disks", &disks(report)) },
+        footer(report),
+    ];
+    put(
+        &mut page,
+        format_args!(
+            "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{}</main>\n</body>\n</html>\n",
+            escape(&title),
+            parts.concat()
+        ),
+    );
+    page
+}
+
+/// Text that may come from a peer or a guest, made harmless in elements and in attributes.
+pub(crate) fn escape(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => safe.push_str("&amp;"),
+            '<' => safe.push_str("&lt;"),
+            '>' => safe.push_str("&gt;"),
+            '"' => safe.push_str("&quot;"),
+            '\'' => safe.push_str("&#39;"),
+            c => safe.push(c),
+        }
+    }
+    safe
+}
+
+/// Appends; a `String` takes everything.
+fn put(page: &mut String, text: std::fmt::Arguments<'_>) {
+    let _ = page.write_fmt(text);
+}
+
+fn section(title: &str, content: &str) -> String {
+    format!("<section>\n<h2>{title}</h2>\n{content}</section>\n")
+}
+
+fn header(report: &Report) -> String {
+    format!(
+        "<header>\n<p class=\"kicker\">{} <span class=\"arrow\">→</span> {}</p>\n\
+         <h1>{}</h1>\n<p class=\"badge {outcome}\">{outcome}</p>\n</header>\n",
+        escape(&report.source),
+        escape(&report.destination),
+        escape(&headline(report)),
+        outcome = outcome(report.outcome),
+    )
+}
+
+fn reasons(report: &Report) -> String {
+    let Some(failure) = &report.error else { return String::new() };
+    let mut list = String::from("<ul class=\"reasons\">\n");
+    for finding in std::iter::once(&failure.finding).chain(&failure.more) {
+        put(
+            &mut list,
+            format_args!(
+                "<li><strong>{}</strong><br>{}</li>\n",
+                escape(&finding.message),
+                escape(&finding.hint)
+            ),
+        );
+    }
+    list + "</ul>\n"
+}
+
+fn figure(value: impl Display, name: &str, note: impl Display) -> String {
+    format!("<div class=\"figure\"><b>{value}</b><span>{name}</span><small>{note}</small></div>\n")
+}
+
+fn figures(report: &Report) -> String {
+    let mut all = String::from("<div class=\"figures\">\n");
+    if report.outcome == Outcome::Completed {
+        let note =
+            format!("{} asked, {} predicted", ms(report.downtime_asked_ms), ms(report.downtime_predicted_ms));
+        all += &figure(ms(report.downtime_ms), "downtime", note);
+    }
+    let held = if report.tracking_hold_ms > 0.0 {
+        format!("{} held when tracking began", ms(report.tracking_hold_ms))
+    } else {
+        String::new()
+    };
+    all += &figure(ms(report.total_ms), "total time", held);
+    let memory = &report.memory;
+    if memory.pages > 0 {
+        let guest = memory.pages.saturating_mul(memory.page_size);
+        all += &figure(bytes(guest), "guest memory", format!("{} pages", count(memory.pages)));
+        let share = memory.wire_bytes as f64 / memory.raw_bytes.max(1) as f64 * 100.0;
+        let share = if share < 1.0 { "less than 1".to_owned() } else { format!("{share:.0}") };
+        all += &figure(bytes(memory.wire_bytes), "sent", format!("{share} % of what was read"));
+    }
+    if let Some(health) = &report.health {
+        let value = format!("{}/{}", health.vcpus_progressing, health.vcpus);
+        all += &figure(value, "vCPUs in progress", format!("watched for {}", ms(health.watched_ms)));
+    }
+    all + "</div>\n"
+}
+
+fn rounds(report: &Report) -> String {
+    let most = report.rounds.iter().map(|round| round.dirty_pages).max().unwrap_or(0).max(1);
+    let mut table = String::from(
+        "<div class=\"scroll\"><table>\n<thead><tr><th>round<th>dirty pages<th class=\"bar\"><th>zero<th>same<th>delta\
+         <th>plain<th>sent<th>scan<th>took</tr></thead>\n<tbody>\n",
+    );
+    for round in &report.rounds {
+        // The least width of a bar must not show pages where there are none.
+        let shown = if round.dirty_pages == 0 { "hidden" } else { "visible" };
+        let width = round.dirty_pages as f64 / most as f64 * 100.0;
+        let paused = if round.paused { " class=\"paused\" title=\"while the guest was paused\"" } else { "" };
+        put(
+            &mut table,
+            format_args!(
+                "<tr{paused}><td>{}<td>{}<td class=\"bar\"><i style=\"width:{width:.2}%;visibility:{shown}\"></i><td>{}<td>{}<td>{}<td>{}\
+             <td>{}<td>{}<td>{}</tr>\n",
+                round.n,
+                count(round.dirty_pages),
+                count(round.zero),
+                count(round.unchanged),
+                count(round.delta),
+                count(round.plain),
+                bytes(round.wire_bytes),
+                ms(round.scan_ms),
+                ms(round.duration_ms),
+            ),
+        );
+    }
+    let note = if report.rounds.iter().any(|round| round.paused) {
+        "<p class=\"note\">Highlighted rounds were made while the guest was paused.</p>\n"
+    } else {
+        ""
+    };
+    format!("{table}</tbody>\n</table></div>\n{note}")
+}
+
+fn verification(report: &Report) -> String {
+    let found = &report.verification;
+    let card = |name: &str, result: Verdict, text: String| {
+        let class = match result {
+            Verdict::Match => "match",
+            Verdict::Mismatch => "mismatch",
+            Verdict::NotMade => "not-made",
+        };
+        format!("<div class=\"check {class}\"><b>{name}</b><em>{}</em><p>{text}</p></div>\n", verdict(result))
+    };
+    let audit = match (found.audited_pages, found.repaired_pages) {
+        (0, _) => Verdict::NotMade,
+        _ => Verdict::Match,
+    };
+    let proof = match found.proof {
+        Verdict::Mismatch => {
+            format!("{} of {} pages differ", count(found.mismatches), count(found.proof_pages))
+        }
+        _ => format!("{} pages of the frozen source hashed again after the pause", count(found.proof_pages)),
+    };
+    format!(
+        "<div class=\"checks\">\n{}{}{}</div>\n",
+        card(
+            "Audit",
+            audit,
+            format!(
+                "{} pages read back, {} repaired",
+                count(found.audited_pages),
+                count(found.repaired_pages)
+            )
+        ),
+        card("Gate", found.gate, "both ledgers compared before the hand-over".to_owned()),
+        card("Proof", found.proof, proof),
+    )
+}
+
+fn disks(report: &Report) -> String {
+    let mut table = String::from(
+        "<div class=\"scroll\"><table>\n<thead><tr><th class=\"text\">disk<th>size<th>mode</tr></thead>\n<tbody>\n",
+    );
+    for disk in &report.disks {
+        let migration::report::DiskMode::Shared = disk.mode;
+        put(
+            &mut table,
+            format_args!(
+                "<tr><td class=\"text\">{}<td>{}<td>shared</tr>\n",
+                escape(&disk.name),
+                bytes(disk.size)
+            ),
+        );
+    }
+    table + "</tbody>\n</table></div>\n"
+}
+
+fn footer(report: &Report) -> String {
+    format!(
+        "<footer>Migration {} · begun {} · engine {} · device state {}</footer>\n",
+        escape(&report.id),
+        moment(report.started_unix_ms),
+        escape(&report.engine),
+        bytes(report.device_state_bytes)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::summary::tests::{refused, report};
+
+    #[test]
+    fn names_cannot_become_markup() {
+        let mut hostile = refused();
+        hostile.vm = "<script>alert('vm')</script>".to_owned();
+        hostile.destination = "\"><img src=x onerror=alert(1)>".to_owned();
+        if let Some(failure) = &mut hostile.error {
+            failure.finding.message = "</ul><b>&".to_owned();
+        }
+        let page = page(&hostile);
+        for markup in ["<script", "<img", "</ul><b>"] {
+            assert!(!page.contains(markup), "{markup}");
+        }
+        assert!(page.contains("&lt;script&gt;alert(&#39;vm&#39;)&lt;/script&gt;"));
+        assert_eq!(escape("a&b<c>\"d'"), "a&amp;b&lt;c&gt;&quot;d&#39;");
+    }
+
+    #[test]
+    fn nothing_is_loaded_from_elsewhere() {
+        let page = page(&report());
+        for loading in ["src=", "href=", "url(", "@import", "http"] {
+            assert!(!page.contains(loading), "{loading}");
+        }
+    }
+
+    #[test]
+    fn a_page_has_every_phase_and_round_and_the_verdicts() {
+        let page = page(&report());
+        for text in
+            ["switch-over", "8.7 ms", "131,072", "Proof</b><em>match", "paused", "<svg", "loaded there"]
+        {
+            assert!(page.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn one_that_was_refused_shows_why_and_claims_nothing() {
+        let page = page(&refused());
+        assert!(page.contains("ram_dir of host-b has 1.0 GiB free"));
+        assert!(!page.contains("The pause") && !page.contains("<em>match"), "{page}");
+    }
+}

@@ -1,0 +1,210 @@
+//! A migration's report in words: short at its end, in full when asked for.
+
+use migration::report::Verdict;
+use migration::{Outcome, Report};
+
+use crate::format::{bytes, count, moment, ms, short};
+use crate::table::Table;
+
+/// The name of an outcome.
+pub(crate) fn outcome(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Completed => "completed",
+        Outcome::Failed => "failed",
+        Outcome::Cancelled => "cancelled",
+        Outcome::Uncertain => "uncertain",
+    }
+}
+
+/// The name of a verdict.
+pub(crate) fn verdict(verdict: Verdict) -> &'static str {
+    match verdict {
+        Verdict::Match => "match",
+        Verdict::Mismatch => "MISMATCH",
+        Verdict::NotMade => "not made",
+    }
+}
+
+/// Where the machine runs, in a sentence.
+pub(crate) fn headline(report: &Report) -> String {
+    let Report { vm, source, destination, .. } = report;
+    match report.outcome {
+        Outcome::Completed => format!("{vm} now runs on {destination}"),
+        Outcome::Failed => format!("{vm} was not moved to {destination}; it runs on {source} as before"),
+        Outcome::Cancelled => format!("the migration of {vm} was cancelled; it runs on {source} as before"),
+        Outcome::Uncertain => format!("nobody can tell whether {vm} should run on {source} or {destination}"),
+    }
+}
+
+/// A few lines at the end of a migration; `to` is the address that was asked for.
+pub(crate) fn of(report: &Report, to: Option<&str>) -> String {
+    let mut text = headline(report);
+    if let (Outcome::Completed, Some(to)) = (report.outcome, to) {
+        text.push_str(&format!(" ({to})"));
+    }
+    text.push('\n');
+    for (name, fact) in facts(report) {
+        text.push_str(&format!("  {name:<9} {fact}\n"));
+    }
+    text.push_str(&format!("  report    vmirror report {}", short(&report.id)));
+    text
+}
+
+/// What matters, one fact a line. A migration that did not come to something has no fact about it.
+fn facts(report: &Report) -> Vec<(&'static str, String)> {
+    let mut facts = Vec::new();
+    if report.outcome == Outcome::Completed {
+        facts.push((
+            "downtime",
+            format!(
+                "{} ({} asked, {} predicted)",
+                ms(report.downtime_ms),
+                ms(report.downtime_asked_ms),
+                ms(report.downtime_predicted_ms)
+            ),
+        ));
+    }
+    facts.push(("total", ms(report.total_ms)));
+    let memory = &report.memory;
+    if memory.pages > 0 {
+        let guest = memory.pages.saturating_mul(memory.page_size);
+        let rounds = report.rounds.len();
+        facts.push((
+            "memory",
+            format!(
+                "{} in {rounds} round{}, {} sent",
+                bytes(guest),
+                if rounds == 1 { "" } else { "s" },
+                bytes(memory.wire_bytes)
+            ),
+        ));
+    }
+    if report.device_state_bytes > 0 {
+        facts.push(("devices", bytes(report.device_state_bytes)));
+    }
+    let found = &report.verification;
+    if found.gate == Verdict::NotMade && found.audited_pages > 0 {
+        let (audited, repaired) = (count(found.audited_pages), count(found.repaired_pages));
+        facts.push(("audited", format!("{audited} pages, {repaired} repaired")));
+    } else if found.gate != Verdict::NotMade {
+        let proof = match found.proof {
+            Verdict::NotMade => "proof not made".to_owned(),
+            Verdict::Match => format!("proof match over {} pages", count(found.proof_pages)),
+            Verdict::Mismatch => {
+                format!("proof MISMATCH in {} of {} pages", count(found.mismatches), count(found.proof_pages))
+            }
+        };
+        facts.push((
+            "verified",
+            format!(
+                "gate {}, {proof}; {} audited, {} repaired",
+                verdict(found.gate),
+                count(found.audited_pages),
+                count(found.repaired_pages)
+            ),
+        ));
+    }
+    let network = &report.network;
+    if network.frames_forwarded + network.frames_dropped > 0 {
+        facts.push((
+            "network",
+            format!(
+                "{} frames forwarded, {} dropped",
+                count(network.frames_forwarded),
+                count(network.frames_dropped)
+            ),
+        ));
+    }
+    if let Some(health) = &report.health {
+        facts.push((
+            "health",
+            format!(
+                "{} of {} vCPUs made progress in {}",
+                health.vcpus_progressing,
+                health.vcpus,
+                ms(health.watched_ms)
+            ),
+        ));
+    }
+    facts
+}
+
+/// Everything, for reading.
+pub(crate) fn in_full(report: &Report) -> String {
+    let mut text = format!("{}\n", headline(report));
+    if let Some(failure) = &report.error {
+        for finding in std::iter::once(&failure.finding).chain(&failure.more) {
+            text.push_str(&format!("  because   {}\n            {}\n", finding.message, finding.hint));
+        }
+    }
+    text.push_str(&format!("  id        {}\n  begun     {}\n", report.id, moment(report.started_unix_ms)));
+    text.push_str(&format!("  engine    {}\n", report.engine));
+    for (name, fact) in facts(report) {
+        text.push_str(&format!("  {name:<9} {fact}\n"));
+    }
+    if report.tracking_hold_ms > 0.0 {
+        text.push_str(&format!("  held      {} when tracking began\n", ms(report.tracking_hold_ms)));
+    }
+
+    if !report.phases.is_empty() {
+        let mut table = Table::new(&["PHASE", "BEGAN", "TOOK"], &[1, 2]);
+        for phase in &report.phases {
+            table.row([phase.name.name().to_owned(), ms(phase.start_ms), ms(phase.duration_ms)]);
+        }
+        text.push_str(&format!("\n{}", table.render()));
+    }
+    if report.outcome == Outcome::Completed {
+        let mut table = Table::new(&["IN THE PAUSE", "AT"], &[1]);
+        for (name, at) in pause(report) {
+            table.row([name.to_owned(), ms(at)]);
+        }
+        text.push_str(&format!("\n{}", table.render()));
+    }
+    if !report.rounds.is_empty() {
+        let headings =
+            ["ROUND", "DIRTY", "ZERO", "SAME", "DELTA", "PLAIN", "READ", "SENT", "SCAN", "TOOK", ""];
+        let mut table = Table::new(&headings, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        for round in &report.rounds {
+            table.row([
+                round.n.to_string(),
+                count(round.dirty_pages),
+                count(round.zero),
+                count(round.unchanged),
+                count(round.delta),
+                count(round.plain),
+                bytes(round.raw_bytes),
+                bytes(round.wire_bytes),
+                ms(round.scan_ms),
+                ms(round.duration_ms),
+                if round.paused { "paused".to_owned() } else { String::new() },
+            ]);
+        }
+        text.push_str(&format!("\n{}", table.render()));
+    }
+    if !report.disks.is_empty() {
+        let mut table = Table::new(&["DISK", "SIZE", "MODE"], &[1]);
+        for disk in &report.disks {
+            let migration::report::DiskMode::Shared = disk.mode;
+            table.row([disk.name.clone(), bytes(disk.size), "shared".to_owned()]);
+        }
+        text.push_str(&format!("\n{}", table.render()));
+    }
+    text
+}
+
+/// The parts of the downtime, each with when it was over.
+pub(crate) fn pause(report: &Report) -> [(&'static str, f64); 7] {
+    let pause = &report.pause;
+    [
+        ("stop seen", pause.stopped_ms),
+        ("last pages there", pause.last_round_ms),
+        ("device state saved", pause.device_state_ms),
+        ("gate passed", pause.gate_ms),
+        ("loaded there", pause.ready_ms),
+        ("handed over", pause.handed_over_ms),
+        ("runs there", pause.running_ms),
+    ]
+}
+
+#[cfg(test)]
+pub(crate) mod tests;
