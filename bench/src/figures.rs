@@ -1,0 +1,297 @@
+//! The figures of a run, held against the goals.
+//!
+//! Everything is judged by its median. Where a goal is relative to QEMU's own migration, the better of its two settings
+//! counts, unless the goal names one.
+
+use migration::Report;
+use serde::Serialize;
+
+use crate::measure::Spread;
+use crate::number;
+use crate::record::{Method, Record, Sample};
+
+/// Most downtime of an idle guest of 1 GiB, in milliseconds.
+const DOWNTIME_MS: f64 = 15.0;
+/// Most downtime as a part of that of QEMU's defaults.
+const DOWNTIME_OF_QEMU: f64 = 0.5;
+/// Longest hold of QEMU's main thread when tracking begins, in milliseconds.
+const HOLD_MS: f64 = 2.0;
+/// Longest scan of a GiB of clean memory, in milliseconds.
+const SCAN_MS: f64 = 1.0;
+/// Most CPU time as a part of that of QEMU's migration threads.
+const CPU_OF_QEMU: f64 = 1.3;
+/// Memory counts as clean when a scan finds at most this part of it written.
+const CLEAN: f64 = 0.01;
+
+/// What a figure counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Unit {
+    /// Milliseconds.
+    Ms,
+    /// Bytes.
+    Bytes,
+    /// Things.
+    Count,
+}
+
+impl Unit {
+    /// A number of it, for people.
+    #[must_use]
+    pub fn show(self, number: f64) -> String {
+        match self {
+            Unit::Ms => number::ms(number),
+            Unit::Bytes => number::bytes(number),
+            Unit::Count => number::count(number.round() as u64),
+        }
+    }
+}
+
+/// What a figure is held against.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Goal {
+    /// In words.
+    pub text: String,
+    /// The most that vmirror's median may be; none where what it is relative to was not measured.
+    pub limit: Option<f64>,
+    /// Whether it is; none where one of both was not measured.
+    pub reached: Option<bool>,
+}
+
+/// One figure, by method.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Figure {
+    /// What it is.
+    pub name: String,
+    /// What it counts.
+    pub unit: Unit,
+    /// By method, in the order of [`Method::ALL`]; none where the method has no such figure.
+    pub by: [Option<Spread>; 3],
+    /// The same without any migration.
+    pub unmigrated: Option<f64>,
+    /// What it is held against.
+    pub goals: Vec<Goal>,
+}
+
+impl Figure {
+    fn new(name: &str, unit: Unit, by: [Option<Spread>; 3]) -> Self {
+        Self { name: name.to_owned(), unit, by, unmigrated: None, goals: Vec::new() }
+    }
+
+    /// A figure that only vmirror has.
+    fn own(name: &str, unit: Unit, values: impl IntoIterator<Item = f64>) -> Self {
+        Self::new(name, unit, [Spread::of(values), None, None])
+    }
+
+    fn goal(mut self, text: String, limit: Option<f64>) -> Self {
+        let reached = self.median(Method::Vmirror).zip(limit).map(|(median, limit)| median <= limit);
+        self.goals.push(Goal { text, limit, reached });
+        self
+    }
+
+    fn at_most(self, limit: f64) -> Self {
+        let text = format!("≤ {}", short(self.unit, limit));
+        self.goal(text, Some(limit))
+    }
+
+    fn at_most_of(self, part: f64, words: &str, limit: Option<f64>) -> Self {
+        let limit = limit.map(|limit| limit * part);
+        let shown = limit.map_or_else(|| "not measured".to_owned(), |limit| self.unit.show(limit));
+        self.goal(format!("≤ {words} ({shown})"), limit)
+    }
+
+    /// The median by one method.
+    #[must_use]
+    pub fn median(&self, method: Method) -> Option<f64> {
+        self.by[method as usize].map(|spread| spread.median)
+    }
+
+    fn better_qemu(&self) -> Option<f64> {
+        let medians = [self.median(Method::QemuDefault), self.median(Method::QemuTuned)];
+        medians.into_iter().flatten().min_by(f64::total_cmp)
+    }
+}
+
+/// A limit without digits that say nothing: `15 ms`.
+fn short(unit: Unit, limit: f64) -> String {
+    match unit {
+        Unit::Ms => format!("{limit} ms"),
+        Unit::Bytes | Unit::Count => unit.show(limit),
+    }
+}
+
+/// Every figure of a run, in the order to show them.
+#[must_use]
+pub fn of(record: &Record) -> Vec<Figure> {
+    let by = |value: fn(&Sample) -> Option<f64>| {
+        Method::ALL.map(|method| Spread::of(record.by(method).filter_map(value)))
+    };
+    let downtime = Figure::new("downtime", Unit::Ms, by(|sample| Some(sample.downtime_ms)));
+    let of_default = downtime.median(Method::QemuDefault);
+    let downtime =
+        downtime.at_most(DOWNTIME_MS).at_most_of(DOWNTIME_OF_QEMU, "half of QEMU's default", of_default);
+    let hold = Figure::own("tracking hold", Unit::Ms, record.reports().map(|report| report.tracking_hold_ms));
+    let scans = |paused| record.reports().flat_map(move |report| clean_scans(report, paused));
+    let total = Figure::new("total time", Unit::Ms, by(|sample| Some(sample.total_ms)));
+    let qemu_total = total.better_qemu();
+    let cpu = Figure::new("CPU time of both sides", Unit::Ms, by(|sample| Some(sample.cpu_ms())));
+    let qemu_cpu = cpu.better_qemu();
+    let mut figures = vec![
+        downtime,
+        hold.at_most(HOLD_MS),
+        Figure::own("scan of a clean GiB, guest running", Unit::Ms, scans(false)).at_most(SCAN_MS),
+        Figure::own("scan of a clean GiB, guest paused", Unit::Ms, scans(true)).at_most(SCAN_MS),
+        total.at_most_of(1.0, "QEMU's own", qemu_total),
+        cpu.at_most_of(CPU_OF_QEMU, "QEMU's + 30 %", qemu_cpu),
+    ];
+    if record.network {
+        let mut gap = Figure::new(
+            "longest heartbeat gap",
+            Unit::Ms,
+            by(|sample| sample.heartbeats.and_then(|beats| beats.gap_ms())),
+        );
+        gap.unmigrated = record.unmigrated.and_then(|beats| beats.gap_ms());
+        let mut lost = Figure::new(
+            "heartbeats lost",
+            Unit::Count,
+            by(|sample| sample.heartbeats.map(|beats| beats.lost as f64)),
+        );
+        lost.unmigrated = record.unmigrated.map(|beats| beats.lost as f64);
+        figures.extend([gap, lost]);
+    }
+    figures.extend([
+        Figure::new("until it runs there", Unit::Ms, by(|sample| Some(sample.until_running_ms))),
+        Figure::new("CPU time at the source", Unit::Ms, by(|sample| Some(sample.cpu_source_ms))),
+        Figure::new("CPU time at the destination", Unit::Ms, by(|sample| Some(sample.cpu_destination_ms))),
+        Figure::new("memory sent", Unit::Bytes, by(|sample| Some(sample.sent_bytes as f64))),
+        Figure::new(
+            "downtime as QEMU counts it",
+            Unit::Ms,
+            by(|sample| sample.qemu.as_ref().map(|qemu| qemu.downtime_ms)),
+        ),
+    ]);
+    figures
+}
+
+/// Times of the scans that found memory clean, for each GiB of it, in milliseconds. The first scan is of everything and
+/// finds everything.
+fn clean_scans(report: &Report, paused: bool) -> impl Iterator<Item = f64> {
+    let pages = report.memory.pages as f64;
+    let gib = pages * report.memory.page_size as f64 / f64::from(1 << 30);
+    report
+        .rounds
+        .iter()
+        .filter(move |round| {
+            round.n > 0 && round.paused == paused && gib > 0.0 && round.dirty_pages as f64 <= pages * CLEAN
+        })
+        .map(move |round| round.scan_ms / gib)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::measure::Beats;
+    use serde_json::json;
+
+    /// A run of two rounds with round numbers.
+    pub(crate) fn record() -> Record {
+        let sample = |method, downtime_ms, total_ms, cpu: f64| Sample {
+            method,
+            round: 0,
+            from: "host-a".into(),
+            to: "host-b".into(),
+            total_ms,
+            until_running_ms: total_ms - 100.0,
+            downtime_ms,
+            cpu_source_ms: cpu / 2.0,
+            cpu_destination_ms: cpu / 2.0,
+            sent_bytes: 300 << 20,
+            heartbeats: Some(Beats {
+                sent: 2000,
+                lost: 0,
+                longest_gap_ms: downtime_ms + 3.0,
+                heard_again: true,
+            }),
+            report: None,
+            qemu: None,
+        };
+        let report = json!({
+            "id": "0b9e", "vm": "web1", "source": "host-a", "destination": "host-b", "started_unix_ms": 0, "engine": "mirror",
+            "outcome": "completed", "error": null, "total_ms": 900.0, "downtime_ms": 8.0, "downtime_asked_ms": 50.0,
+            "downtime_predicted_ms": 9.0,
+            "pause": {"stopped_ms": 0.5, "last_round_ms": 2.0, "device_state_ms": 3.0, "gate_ms": 4.0, "ready_ms": 6.0,
+                      "handed_over_ms": 6.5, "running_ms": 8.0},
+            "tracking_hold_ms": 0.4,
+            "phases": [{"name": "reserve", "start_ms": 0.0, "duration_ms": 300.0},
+                       {"name": "synchronize", "start_ms": 300.0, "duration_ms": 590.0}],
+            "rounds": [
+                {"n": 0, "dirty_pages": 262_144, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
+                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 90.0, "paused": false},
+                {"n": 1, "dirty_pages": 100, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
+                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 0.5, "paused": false},
+                {"n": 2, "dirty_pages": 30_000, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
+                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 7.0, "paused": false},
+                {"n": 3, "dirty_pages": 50, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
+                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 1.5, "paused": true}],
+            "memory": {"pages": 262_144, "page_size": 4096, "raw_bytes": 1, "wire_bytes": 1}, "disks": [],
+            "network": {"frames_forwarded": 0, "frames_dropped": 0}, "device_state_bytes": 1,
+            "verification": {"audited_pages": 1, "repaired_pages": 0, "gate": "match", "proof": "match",
+                             "proof_pages": 262_144, "mismatches": 0},
+            "health": null,
+        });
+        let mut first = sample(Method::Vmirror, 8.0, 900.0, 1400.0);
+        first.report = Some(serde_json::from_value(report).unwrap());
+        Record {
+            network: true,
+            unmigrated: Some(Beats { sent: 4000, lost: 0, longest_gap_ms: 2.5, heard_again: true }),
+            samples: vec![
+                first,
+                sample(Method::QemuDefault, 30.0, 3000.0, 1100.0),
+                sample(Method::QemuTuned, 12.0, 1000.0, 1000.0),
+                sample(Method::Vmirror, 10.0, 1000.0, 1600.0),
+                sample(Method::QemuDefault, 40.0, 3200.0, 1100.0),
+                sample(Method::QemuTuned, 12.0, 1100.0, 1000.0),
+            ],
+            ..Record::default()
+        }
+    }
+
+    fn goals<'a>(figures: &'a [Figure], name: &str) -> &'a [Goal] {
+        &figures.iter().find(|figure| figure.name == name).unwrap().goals
+    }
+
+    #[test]
+    fn goals_are_judged_by_medians_and_by_the_better_of_qemus_settings() {
+        let figures = of(&record());
+        let downtime = goals(&figures, "downtime");
+        assert_eq!(downtime.iter().map(|goal| goal.reached).collect::<Vec<_>>(), [Some(true), Some(true)]);
+        assert_eq!(downtime[1].limit, Some(17.5));
+        assert_eq!(goals(&figures, "total time")[0].limit, Some(1050.0));
+        assert_eq!(goals(&figures, "total time")[0].reached, Some(true));
+        // 1500 against 1000 + 30 %.
+        assert_eq!(goals(&figures, "CPU time of both sides")[0].reached, Some(false));
+        assert_eq!(goals(&figures, "tracking hold")[0].reached, Some(true));
+    }
+
+    #[test]
+    fn only_scans_of_clean_memory_count_and_paused_ones_apart() {
+        let figures = of(&record());
+        assert_eq!(goals(&figures, "scan of a clean GiB, guest running")[0].reached, Some(true));
+        assert_eq!(goals(&figures, "scan of a clean GiB, guest paused")[0].reached, Some(false));
+        let report = record().samples[0].report.clone().unwrap();
+        assert_eq!(clean_scans(&report, false).collect::<Vec<_>>(), [0.5]);
+    }
+
+    #[test]
+    fn nothing_is_claimed_that_was_not_measured() {
+        let mut record = record();
+        record.samples.retain(|sample| sample.method == Method::Vmirror);
+        let figures = of(&record);
+        assert_eq!(goals(&figures, "total time")[0].reached, None);
+        assert_eq!(goals(&figures, "total time")[0].text, "≤ QEMU's own (not measured)");
+        assert_eq!(goals(&figures, "downtime")[0].reached, Some(true));
+        assert!(
+            of(&Record::default()).iter().flat_map(|figure| &figure.goals).all(|goal| goal.reached.is_none())
+        );
+    }
+}

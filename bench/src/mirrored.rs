@@ -1,0 +1,233 @@
+//! The guest that vmirror moves: started, migrated and looked at with the program that a user has.
+
+use std::io::{BufRead as _, BufReader};
+use std::process::{Child, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+use migration::{Outcome, Phase, Report};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use testbed::{GuestSpec, Host, cpu};
+
+use crate::measure::ms;
+use crate::record::{Method, Sample};
+use crate::{BenchError, Interrupt};
+
+/// The guest's name.
+pub const NAME: &str = "web1";
+/// How long a command may take besides a migration's own deadline.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Starts the guest under a host's agent.
+///
+/// # Errors
+/// What `vmirror run` says.
+pub fn run(host: &Host, spec: &GuestSpec) -> Result<(), BenchError> {
+    let line = spec.command_line();
+    let mut arguments = vec!["run", NAME, "--json", "--"];
+    arguments.extend(line.iter().map(String::as_str));
+    succeeded("vmirror run", host.vmirror(&arguments)?).map(drop)
+}
+
+/// Process id of the guest's QEMU on this host.
+///
+/// # Errors
+/// What `vmirror show` says.
+pub fn pid(host: &Host) -> Result<u64, BenchError> {
+    let shown: Value =
+        document("vmirror show", &succeeded("vmirror show", host.vmirror(&["show", NAME, "--json"])?)?)?;
+    Ok(shown["pid"].as_u64().unwrap_or_default())
+}
+
+/// Migrates the guest and measures what that takes. `entered` hears of each phase as it begins.
+///
+/// A migration that does not complete is no error here: the report says so.
+///
+/// # Errors
+/// Where the command fails without a report; [`BenchError::Interrupted`].
+pub fn migrate(
+    from: &Host,
+    to: &Host,
+    interrupt: &Interrupt,
+    mut entered: impl FnMut(Phase),
+) -> Result<Sample, BenchError> {
+    let phases = Phases::follow(from)?;
+    let agents = [from, to].map(Host::agent_pid);
+    let cpu = || agents.map(|agent| agent.and_then(cpu::process_time).unwrap_or_default());
+    let before = cpu();
+    let report = migrate_and_report(from, to, interrupt, || phases.heard().for_each(&mut entered))?;
+    let after = cpu();
+    phases.heard().for_each(entered);
+    let used = [0, 1].map(|side: usize| ms(after[side].saturating_sub(before[side])));
+    let resumed = report.phases.iter().find(|phase| phase.name == Phase::Resume);
+    Ok(Sample {
+        method: Method::Vmirror,
+        round: 0,
+        from: from.name().to_owned(),
+        to: to.name().to_owned(),
+        total_ms: report.total_ms,
+        until_running_ms: resumed.map_or(report.total_ms, |phase| phase.start_ms),
+        downtime_ms: report.downtime_ms,
+        cpu_source_ms: used[0],
+        cpu_destination_ms: used[1],
+        sent_bytes: report.memory.wire_bytes,
+        heartbeats: None,
+        report: Some(report),
+        qemu: None,
+    })
+}
+
+fn migrate_and_report(
+    from: &Host,
+    to: &Host,
+    interrupt: &Interrupt,
+    mut meanwhile: impl FnMut(),
+) -> Result<Report, BenchError> {
+    const COMMAND: &str = "vmirror migrate";
+    let mut command = vmirror(from);
+    let to = to.listen().to_string();
+    command.args(["migrate", NAME, "--to", &to, "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = Ends(command.spawn().map_err(BenchError::file(COMMAND))?);
+    // What it prints is one document, which fits no pipe: read while it runs.
+    let output = child.0.stdout.take();
+    let complaint = child.0.stderr.take();
+    let read = |pipe: Option<Box<dyn std::io::Read + Send>>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let read = pipe.map_or(Ok(0), |mut pipe| pipe.read_to_end(&mut bytes));
+            read.map(|_| bytes)
+        })
+    };
+    let output = read(output.map(|pipe| Box::new(pipe) as _));
+    let complaint = read(complaint.map(|pipe| Box::new(pipe) as _));
+    let status = interrupt.wait(COMMAND, PATIENCE, || {
+        meanwhile();
+        child.0.try_wait().map_err(BenchError::file(COMMAND))
+    })?;
+    let bytes = |reader: thread::JoinHandle<std::io::Result<Vec<u8>>>| {
+        reader
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            .map_err(BenchError::file(COMMAND))
+    };
+    let output = Output { status, stdout: bytes(output)?, stderr: bytes(complaint)? };
+    match document::<Report>(COMMAND, &output.stdout) {
+        Ok(report) => Ok(report),
+        Err(error) => Err(succeeded(COMMAND, output).err().unwrap_or(error)),
+    }
+}
+
+/// vmirror's own page about a migration.
+///
+/// # Errors
+/// What `vmirror report` says.
+pub fn page(host: &Host, report: &Report) -> Result<String, BenchError> {
+    let file = host.directory().join(format!("{}.html", report.id));
+    let path = file.to_string_lossy();
+    succeeded("vmirror report", host.vmirror(&["report", &report.id, "--html", &path])?)?;
+    std::fs::read_to_string(&file).map_err(BenchError::file(&file))
+}
+
+/// Whether a report is of a migration that completed with everything proved.
+#[must_use]
+pub fn is_proved(report: &Report) -> bool {
+    use migration::report::Verdict;
+    report.outcome == Outcome::Completed
+        && report.verification.gate == Verdict::Match
+        && report.verification.proof == Verdict::Match
+        && report.verification.proof_pages == report.memory.pages
+        && report.verification.mismatches == 0
+}
+
+/// The phases of migrations away from a host, as its agent tells of them.
+struct Phases {
+    _child: Ends,
+    heard: Receiver<Phase>,
+}
+
+impl Phases {
+    fn follow(host: &Host) -> Result<Self, BenchError> {
+        let mut command = vmirror(host);
+        command.args(["events", "--follow", "--json"]).stdout(Stdio::piped()).stderr(Stdio::null());
+        let since = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        let mut child = Ends(command.spawn().map_err(BenchError::file("vmirror events"))?);
+        let (tell, heard) = channel();
+        if let Some(output) = child.0.stdout.take() {
+            thread::spawn(move || {
+                for line in BufReader::new(output).lines().map_while(Result::ok) {
+                    // Whoever listened may be gone, which ends this.
+                    if phase_since(&line, since).is_some_and(|phase| tell.send(phase).is_err()) {
+                        break;
+                    }
+                }
+            });
+        }
+        Ok(Self { _child: child, heard })
+    }
+
+    fn heard(&self) -> impl Iterator<Item = Phase> {
+        self.heard.try_iter()
+    }
+}
+
+/// The phase that an event of this guest is about, if it is of that time or later.
+fn phase_since(line: &str, since_unix_ms: u64) -> Option<Phase> {
+    let event: Value = serde_json::from_str(line).ok()?;
+    let fits = event["vm"] == NAME
+        && event["event"] == "phase-entered"
+        && event["at_unix_ms"].as_u64() >= Some(since_unix_ms);
+    if fits { serde_json::from_value(event["phase"].clone()).ok() } else { None }
+}
+
+/// A process that does not outlive its use.
+struct Ends(Child);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The output of a command that succeeded.
+fn succeeded(command: &str, output: Output) -> Result<Vec<u8>, BenchError> {
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let message = if message.is_empty() { output.status.to_string() } else { message };
+    Err(BenchError::Vmirror { command: command.to_owned(), message })
+}
+
+fn document<T: DeserializeOwned>(command: &str, output: &[u8]) -> Result<T, BenchError> {
+    serde_json::from_slice(output)
+        .map_err(|source| BenchError::Document { command: command.to_owned(), source })
+}
+
+fn vmirror(host: &Host) -> std::process::Command {
+    let program = testbed::Programs::find().vmirror.unwrap_or_else(|| "vmirror".into());
+    host.command(program)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_phases_of_this_guest_and_this_time_are_heard() {
+        let line = |vm: &str, event: &str| {
+            format!(
+                r#"{{"seq":7,"at_unix_ms":1000,"vm":"{vm}","event":"{event}","session":"x","phase":"switch-over"}}"#
+            )
+        };
+        assert_eq!(phase_since(&line(NAME, "phase-entered"), 1000), Some(Phase::SwitchOver));
+        assert_eq!(phase_since(&line(NAME, "phase-entered"), 1001), None);
+        assert_eq!(phase_since(&line("other", "phase-entered"), 0), None);
+        assert_eq!(phase_since(&line(NAME, "vm-paused"), 0), None);
+        assert_eq!(phase_since("nonsense", 0), None);
+    }
+}

@@ -1,0 +1,180 @@
+//! Everything that was seen in a run: what `report.json` holds.
+
+use migration::Report;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::measure::Beats;
+use crate::surroundings::Surroundings;
+
+/// A way of moving a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// `vmirror migrate`.
+    Vmirror,
+    /// QEMU's own pre-copy migration as it is without any setting.
+    QemuDefault,
+    /// The same without a limit of bandwidth.
+    QemuTuned,
+}
+
+impl Method {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Vmirror, Self::QemuDefault, Self::QemuTuned];
+
+    /// Its name for people.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vmirror => "vmirror",
+            Self::QemuDefault => "QEMU, defaults",
+            Self::QemuTuned => "QEMU, tuned",
+        }
+    }
+}
+
+/// What QEMU itself says about a migration of its own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct QemuReport {
+    /// `total-time`, in milliseconds.
+    pub total_ms: f64,
+    /// `downtime`, in milliseconds: until the source had sent everything, not until the guest ran again.
+    pub downtime_ms: f64,
+    /// `setup-time`, in milliseconds.
+    pub setup_ms: Option<f64>,
+    /// Its figures about RAM.
+    pub ram: Value,
+    /// The migration parameters that were set.
+    pub settings: Value,
+}
+
+/// One migration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// How the guest was moved.
+    pub method: Method,
+    /// Number of the round that it belongs to, from 0: in each, every method has its turn.
+    pub round: u32,
+    /// Name of the source.
+    pub from: String,
+    /// Name of the destination.
+    pub to: String,
+    /// In milliseconds; see the [crate].
+    pub total_ms: f64,
+    /// From the command until the guest ran at the destination, in milliseconds.
+    pub until_running_ms: f64,
+    /// In milliseconds; see the [crate].
+    pub downtime_ms: f64,
+    /// CPU time at the source, in milliseconds.
+    pub cpu_source_ms: f64,
+    /// CPU time at the destination, in milliseconds.
+    pub cpu_destination_ms: f64,
+    /// Bytes that memory took on the link.
+    pub sent_bytes: u64,
+    /// What the client noticed.
+    pub heartbeats: Option<Beats>,
+    /// vmirror's report.
+    pub report: Option<Report>,
+    /// QEMU's.
+    pub qemu: Option<QemuReport>,
+}
+
+impl Sample {
+    /// CPU time of both sides, in milliseconds.
+    #[must_use]
+    pub fn cpu_ms(&self) -> f64 {
+        self.cpu_source_ms + self.cpu_destination_ms
+    }
+}
+
+/// Something that must hold for the run to have succeeded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// What.
+    pub name: String,
+    /// Whether it does.
+    pub held: bool,
+    /// What was found.
+    pub found: String,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    /// Since the beginning, in milliseconds.
+    pub at_ms: f64,
+    /// What.
+    pub text: String,
+}
+
+/// The guests.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestFacts {
+    /// Memory, in MiB.
+    pub memory_mib: u64,
+    /// Of that, filled with pages that the guest checks itself, in MiB.
+    pub fill_mib: u64,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// What runs them.
+    pub accelerator: String,
+    /// Command line of the guest that vmirror moves, as given to `vmirror run`.
+    pub command_line: Vec<String>,
+}
+
+/// A run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// When it began.
+    pub started: String,
+    /// How long it took, in milliseconds.
+    pub took_ms: f64,
+    /// The machine and the programs.
+    pub surroundings: Surroundings,
+    /// The guests; none if none was started.
+    pub guest: Option<GuestFacts>,
+    /// Whether there was a network, with a client on it.
+    pub network: bool,
+    /// Heartbeats of the guest before it was moved for the first time.
+    pub unmigrated: Option<Beats>,
+    /// Every migration, in order.
+    pub samples: Vec<Sample>,
+    /// What had to hold.
+    pub checks: Vec<Check>,
+    /// What happened.
+    pub steps: Vec<Step>,
+    /// Why the run did not come to its end.
+    pub failure: Option<String>,
+}
+
+impl Record {
+    /// Whether the run came to its end and everything held that had to. Goals that were missed do not matter here.
+    #[must_use]
+    pub fn succeeded(&self) -> bool {
+        self.failure.is_none() && !self.checks.is_empty() && self.checks.iter().all(|check| check.held)
+    }
+
+    /// The migrations by one method.
+    pub fn by(&self, method: Method) -> impl Iterator<Item = &Sample> {
+        self.samples.iter().filter(move |sample| sample.method == method)
+    }
+
+    /// The reports of vmirror.
+    pub fn reports(&self) -> impl Iterator<Item = &Report> {
+        self.samples.iter().filter_map(|sample| sample.report.as_ref())
+    }
+
+    /// vmirror's report with the median downtime: of an even number, the shorter of the two in the middle.
+    #[must_use]
+    pub fn typical(&self) -> Option<&Report> {
+        let mut reports: Vec<&Report> = self.reports().collect();
+        reports.sort_by(|a, b| a.downtime_ms.total_cmp(&b.downtime_ms));
+        reports.get(reports.len().saturating_sub(1) / 2).copied()
+    }
+
+    /// Notes whether something held that had to.
+    pub fn check(&mut self, name: impl Into<String>, held: bool, found: impl Into<String>) {
+        self.checks.push(Check { name: name.into(), held, found: found.into() });
+    }
+}

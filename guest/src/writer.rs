@@ -1,0 +1,115 @@
+//! The workload: dirties the working set at a set rate.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::memory::Memory;
+use crate::status::Counters;
+use crate::workload::Order;
+
+/// How often the writer looks whether writes are due.
+const TICK: Duration = Duration::from_millis(5);
+/// What a writer that fell behind, or stood still with the machine, makes up for at most: so a pause is not followed by a burst.
+const BACKLOG: Duration = Duration::from_millis(100);
+
+/// What the writer is told while it runs.
+#[derive(Debug)]
+pub struct Control {
+    /// Pages to write per second.
+    pub rate: AtomicU64,
+    /// Whether to write none for now.
+    pub paused: AtomicBool,
+}
+
+impl Control {
+    /// At that rate, not paused.
+    pub fn new(rate: u64) -> Self {
+        Self { rate: AtomicU64::new(rate), paused: AtomicBool::new(false) }
+    }
+}
+
+/// Writes due by the clock.
+#[derive(Debug)]
+struct Pace {
+    since: Instant,
+}
+
+impl Pace {
+    /// How many writes are due at `now` at that rate; the time they stand for counts as spent.
+    fn due(&mut self, now: Instant, rate: u64) -> u64 {
+        let elapsed = now.saturating_duration_since(self.since);
+        if elapsed > BACKLOG {
+            self.since = now - BACKLOG;
+        }
+        let owed = now.saturating_duration_since(self.since);
+        let due = (owed.as_nanos() * u128::from(rate) / 1_000_000_000) as u64;
+        if let Some(spent) = (u128::from(due) * 1_000_000_000).checked_div(u128::from(rate)) {
+            self.since += Duration::from_nanos(spent as u64);
+        }
+        due
+    }
+}
+
+/// Writes pages in that order, for ever.
+pub fn run(memory: &Memory, mut order: Order, control: &Control, counters: &Counters) -> ! {
+    let mut pace = Pace { since: Instant::now() };
+    loop {
+        let due = pace.due(Instant::now(), control.rate.load(Relaxed));
+        if !control.paused.load(Relaxed) {
+            write(memory, &mut order, due, counters);
+        }
+        std::thread::sleep(TICK);
+    }
+}
+
+fn write(memory: &Memory, order: &mut Order, pages: u64, counters: &Counters) {
+    for _ in 0..pages {
+        let generation = memory.write(order.next_page());
+        counters.writes.fetch_add(1, Relaxed);
+        counters.generation_max.fetch_max(generation, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::Content;
+    use crate::workload::Pattern;
+
+    #[test]
+    fn the_rate_holds_over_uneven_ticks() {
+        let start = Instant::now();
+        let mut pace = Pace { since: start };
+        let total: u64 = [3, 9, 10, 50, 51, 99, 120, 200]
+            .into_iter()
+            .map(|at| pace.due(start + Duration::from_millis(at), 1000))
+            .sum();
+        assert_eq!(total, 200);
+    }
+
+    #[test]
+    fn a_pause_is_not_followed_by_a_burst() {
+        let start = Instant::now();
+        let mut pace = Pace { since: start };
+        assert_eq!(pace.due(start + Duration::from_secs(3600), 1000), 100);
+    }
+
+    #[test]
+    fn no_rate_no_writes() {
+        let start = Instant::now();
+        let mut pace = Pace { since: start };
+        assert_eq!(pace.due(start + Duration::from_secs(1), 0), 0);
+    }
+
+    #[test]
+    fn writes_are_counted_and_leave_the_area_whole() {
+        let memory = crate::memory::tests::memory(10, Content::Noise);
+        let counters = Counters::default();
+        write(&memory, &mut Order::new(Pattern::Sequential, 5, 1), 12, &counters);
+        let status = counters.status("", 0, 10);
+        assert_eq!((status.writes, status.generation_max), (12, 4));
+        for page in 0..10 {
+            assert_eq!(memory.check(page), Ok(()));
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! The client host: measures from the network what a guest's users would notice.
+
+mod echo;
+mod heartbeats;
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use guest::service::{CONTROL_PORT, ECHO_PORT, HEARTBEAT_PORT};
+use guest::status::Status;
+
+pub use echo::{Echo, EchoReport};
+pub use heartbeats::{HeartbeatReport, Heartbeats};
+
+use crate::TestbedError;
+use crate::namespace::Namespace;
+
+/// How long an answer to a question may take before it is asked again, and how often it is.
+const ANSWER: Duration = Duration::from_secs(1);
+const ATTEMPTS: usize = 10;
+/// How long the answer to a command may take that cannot be given again: a guest told twice would reboot twice.
+const LAST_ANSWER: Duration = Duration::from_secs(10);
+
+/// The client host.
+#[derive(Debug)]
+pub struct Client {
+    namespace: Arc<Namespace>,
+}
+
+impl Client {
+    pub(crate) fn in_namespace(namespace: Arc<Namespace>) -> Self {
+        Self { namespace }
+    }
+
+    /// Sends that many heartbeats per second to a guest (1000 show a pause to the millisecond) and notes what comes back.
+    ///
+    /// # Errors
+    /// Where there is no socket to be had.
+    pub fn heartbeats(&self, guest: Ipv4Addr, per_second: u32) -> Result<Heartbeats, TestbedError> {
+        let socket = self.socket(guest, HEARTBEAT_PORT)?;
+        Heartbeats::start(socket, per_second).map_err(TestbedError::Network)
+    }
+
+    /// Opens that many TCP connections to a guest, each sending a pattern and comparing what comes back.
+    ///
+    /// # Errors
+    /// Where one cannot be opened.
+    pub fn echo(&self, guest: Ipv4Addr, connections: usize) -> Result<Echo, TestbedError> {
+        let address = SocketAddrV4::new(guest, ECHO_PORT).into();
+        self.namespace.enter(|| Echo::start(address, connections))?.map_err(TestbedError::Network)
+    }
+
+    /// The guest's status, from itself.
+    ///
+    /// # Errors
+    /// As [`Client::tell`].
+    pub fn status(&self, guest: Ipv4Addr) -> Result<Status, TestbedError> {
+        self.tell(guest, "status")
+    }
+
+    /// Gives the guest a command (`pause`, `resume`, `rate N`, `poweroff`, `reboot`, `panic`); gives back the status it answers with.
+    ///
+    /// # Errors
+    /// Where no answer comes, or one that is no status, as to a command it does not know.
+    pub fn tell(&self, guest: Ipv4Addr, command: &str) -> Result<Status, TestbedError> {
+        let socket = self.socket(guest, CONTROL_PORT)?;
+        let answer = ask(&socket, command).map_err(TestbedError::Network)?;
+        serde_json::from_str(&answer).map_err(|_| TestbedError::Answer(answer))
+    }
+
+    /// A UDP socket of the client, connected to a port of the guest.
+    ///
+    /// # Errors
+    /// Where there is none to be had.
+    pub fn socket(&self, guest: Ipv4Addr, port: u16) -> Result<UdpSocket, TestbedError> {
+        let connect = || -> io::Result<UdpSocket> {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            socket.connect((guest, port))?;
+            Ok(socket)
+        };
+        self.namespace.enter(connect)?.map_err(TestbedError::Network)
+    }
+}
+
+/// Asks until there is an answer: a datagram may get lost, and every command but those that end the guest can be given twice.
+fn ask(socket: &UdpSocket, question: &str) -> io::Result<String> {
+    let once = matches!(question, "reboot" | "poweroff" | "panic");
+    let (attempts, patience) = if once { (1, LAST_ANSWER) } else { (ATTEMPTS, ANSWER) };
+    socket.set_read_timeout(Some(patience))?;
+    let mut answer = [0; 2048];
+    let mut last = io::Error::from(io::ErrorKind::TimedOut);
+    for _ in 0..attempts {
+        // Refused while nothing listens, as before the guest is ready: worth another attempt, as silence is.
+        match socket.send(question.as_bytes()).and_then(|_| socket.recv(&mut answer)) {
+            Ok(length) => return Ok(String::from_utf8_lossy(&answer[..length]).into_owned()),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}

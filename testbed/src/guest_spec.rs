@@ -1,0 +1,259 @@
+//! The QEMU command line of a test guest.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+pub use guest::workload::Pattern;
+
+use crate::accelerator::Accelerator;
+use crate::programs::{self, Programs};
+use crate::{GUEST_PREFIX, TestbedError};
+
+/// A test guest to be: change the fields that matter, leave the rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GuestSpec {
+    /// The QEMU to run it with.
+    pub qemu: PathBuf,
+    /// What runs its CPUs.
+    pub accelerator: Accelerator,
+    /// The machine type, with options if need be.
+    pub machine: String,
+    /// The CPU model, where not the accelerator's usual one.
+    pub cpu: Option<String>,
+    /// Its memory, in MiB.
+    pub memory_mib: u64,
+    /// Its CPUs.
+    pub cpus: u32,
+    /// Where its memory lies.
+    pub ram: Ram,
+    /// How much of it is filled and checked, in MiB.
+    pub fill_mib: u64,
+    /// How much of that is dirtied, in MiB; all of it where not given.
+    pub working_set_mib: Option<u64>,
+    /// How much is dirtied per second, in pages.
+    pub rate: u64,
+    /// How it is dirtied.
+    pub pattern: Pattern,
+    /// Whether it checks itself.
+    pub check: bool,
+    /// How much it checks per second at most, in pages; what the guest thinks right where not given.
+    pub check_rate: Option<u64>,
+    /// Its network interface.
+    pub nic: Option<Nic>,
+    /// The file its serial console is appended to.
+    pub serial: PathBuf,
+    /// A unix socket for QMP.
+    pub qmp: Option<PathBuf>,
+    /// Whether QEMU ends when the guest reboots.
+    pub no_reboot: bool,
+    /// More arguments for QEMU.
+    pub extra: Vec<String>,
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// Its initramfs.
+    pub initramfs: PathBuf,
+}
+
+/// Where a guest's memory lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ram {
+    /// In QEMU's own memory, out of reach: what a plain command line gives.
+    Private,
+    /// In a named file that can be shared.
+    File(PathBuf),
+}
+
+/// A virtio network interface on a tap device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nic {
+    /// The tap device's name.
+    pub tap: String,
+    /// The interface's hardware address.
+    pub mac: String,
+    /// Its address in the guests' network.
+    pub address: Ipv4Addr,
+}
+
+impl Nic {
+    /// An interface on that tap, the guest's number (1 to 254) in its addresses: 10.88.0.N and 52:54:00:88:00:N.
+    pub fn new(tap: &str, number: u8) -> Self {
+        Self {
+            tap: tap.to_owned(),
+            mac: format!("52:54:00:88:00:{number:02x}"),
+            address: Ipv4Addr::new(10, 88, 0, number),
+        }
+    }
+}
+
+impl GuestSpec {
+    /// A guest of 512 MiB that fills 256 of them and writes nothing, without network, its console appended to `serial`.
+    ///
+    /// # Errors
+    /// [`TestbedError::NotSetUp`] where the guest's images are missing.
+    pub fn new(serial: impl Into<PathBuf>) -> Result<Self, TestbedError> {
+        let qemu = Programs::find().qemu;
+        Ok(Self {
+            accelerator: Accelerator::detect(&qemu)?,
+            ..Self::accelerated(qemu, Accelerator::Tcg, serial)?
+        })
+    }
+
+    /// The same, without finding out what accelerates it.
+    pub(crate) fn accelerated(
+        qemu: PathBuf,
+        accelerator: Accelerator,
+        serial: impl Into<PathBuf>,
+    ) -> Result<Self, TestbedError> {
+        let (kernel, initramfs) = programs::guest_images()?;
+        Ok(Self {
+            qemu,
+            accelerator,
+            machine: "q35".into(),
+            cpu: None,
+            memory_mib: 512,
+            cpus: 1,
+            ram: Ram::Private,
+            fill_mib: 256,
+            working_set_mib: None,
+            rate: 0,
+            pattern: Pattern::Random,
+            check: true,
+            check_rate: None,
+            nic: None,
+            serial: serial.into(),
+            qmp: None,
+            no_reboot: false,
+            extra: Vec::new(),
+            kernel,
+            initramfs,
+        })
+    }
+
+    /// The command line, program first.
+    pub fn command_line(&self) -> Vec<String> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let mut words = vec![text(&self.qemu), "-accel".into(), self.accelerator.name().into()];
+        if let Some(cpu) = self.cpu.as_deref().or(self.accelerator.cpu()) {
+            words.extend(["-cpu".into(), cpu.to_owned()]);
+        }
+        match &self.ram {
+            Ram::Private => words.extend(["-machine".into(), self.machine.clone()]),
+            Ram::File(path) => {
+                let backend = format!(
+                    "memory-backend-file,id=ram0,size={}M,mem-path={},share=on",
+                    self.memory_mib,
+                    escape(path)
+                );
+                words.extend(["-object".into(), backend]);
+                words.extend(["-machine".into(), format!("{},memory-backend=ram0", self.machine)]);
+            }
+        }
+        words.extend(["-m".into(), self.memory_mib.to_string(), "-smp".into(), self.cpus.to_string()]);
+        words.extend(["-nodefaults", "-display", "none"].map(str::to_owned));
+        let serial = format!("file,id=serial0,path={},append=on", escape(&self.serial));
+        words.extend(["-chardev".into(), serial, "-serial".into(), "chardev:serial0".into()]);
+        if let Some(nic) = &self.nic {
+            let netdev = format!("tap,id=net0,ifname={},script=no,downscript=no", nic.tap);
+            // No boot ROM: the guest never boots from the network, and ROMs of two QEMU versions need not be alike.
+            let device = format!("virtio-net-pci,id=nic0,netdev=net0,mac={},romfile=", nic.mac);
+            words.extend(["-netdev".into(), netdev, "-device".into(), device]);
+        }
+        if let Some(qmp) = &self.qmp {
+            words.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", escape(qmp))]);
+        }
+        if self.no_reboot {
+            words.push("-no-reboot".into());
+        }
+        words.extend(["-kernel".into(), text(&self.kernel), "-initrd".into(), text(&self.initramfs)]);
+        words.extend(["-append".into(), self.kernel_command_line()]);
+        words.extend(self.extra.iter().cloned());
+        words
+    }
+
+    fn kernel_command_line(&self) -> String {
+        // A panic restarts the machine at once: QEMU then ends, or the guest's next boot shows that there was one. Mitigations of
+        // CPU faults would only slow an emulated guest down.
+        let mut line = format!(
+            "console=ttyS0 quiet panic=-1 mitigations=off vmirror.fill={} vmirror.rate={} vmirror.pattern={}",
+            self.fill_mib,
+            self.rate,
+            self.pattern.name()
+        );
+        let mut add = |name: &str, value: String| line.push_str(&format!(" vmirror.{name}={value}"));
+        if let Some(mib) = self.working_set_mib {
+            add("workset", mib.to_string());
+        }
+        if !self.check {
+            add("check", "off".into());
+        }
+        if let Some(rate) = self.check_rate {
+            add("check_rate", rate.to_string());
+        }
+        if let Some(nic) = &self.nic {
+            add("ip", format!("{}/{GUEST_PREFIX}", nic.address));
+        }
+        line
+    }
+}
+
+/// A path inside a comma-separated option: QEMU reads a doubled comma as one.
+fn escape(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use guest::parameters::Parameters;
+
+    fn spec() -> GuestSpec {
+        GuestSpec {
+            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            accelerator: Accelerator::Tcg,
+            machine: "q35".into(),
+            cpu: None,
+            memory_mib: 512,
+            cpus: 2,
+            ram: Ram::File("/dev/shm/a,b".into()),
+            fill_mib: 200,
+            working_set_mib: Some(20),
+            rate: 300,
+            pattern: Pattern::Counter,
+            check: true,
+            check_rate: Some(1000),
+            nic: Some(Nic::new("tap7", 10)),
+            serial: "/tmp/serial".into(),
+            qmp: Some("/tmp/qmp".into()),
+            no_reboot: true,
+            extra: vec!["-S".into()],
+            kernel: "/k".into(),
+            initramfs: "/i".into(),
+        }
+    }
+
+    #[test]
+    fn the_guest_reads_from_its_command_line_what_the_spec_says() {
+        let words = spec().command_line();
+        let append = words.iter().position(|word| word == "-append").unwrap() + 1;
+        let parameters = Parameters::parse(&words[append]).unwrap();
+        assert_eq!(parameters.address, Some((Ipv4Addr::new(10, 88, 0, 10), 24)));
+        assert_eq!((parameters.fill_mib, parameters.working_set_mib), (200, Some(20)));
+        assert_eq!((parameters.rate, parameters.pattern), (300, Pattern::Counter));
+        assert_eq!((parameters.check, parameters.check_rate), (true, 1000));
+    }
+
+    #[test]
+    fn qemu_gets_every_part() {
+        let line = spec().command_line().join(" ");
+        for part in [
+            "/usr/bin/qemu-system-x86_64 -accel tcg ",
+            "-object memory-backend-file,id=ram0,size=512M,mem-path=/dev/shm/a,,b,share=on -machine q35,memory-backend=ram0 -m 512 -smp 2",
+            "-chardev file,id=serial0,path=/tmp/serial,append=on",
+            "-netdev tap,id=net0,ifname=tap7,script=no,downscript=no -device virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:88:00:0a,romfile=",
+            "-qmp unix:/tmp/qmp,server=on,wait=off -no-reboot -kernel /k -initrd /i -append ",
+        ] {
+            assert!(line.contains(part), "{part} in {line}");
+        }
+        assert!(line.ends_with(" -S"));
+    }
+}

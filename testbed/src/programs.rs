@@ -1,0 +1,86 @@
+//! The programs and images a testbed works with, and where they are found.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use crate::TestbedError;
+
+/// The programs a testbed runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Programs {
+    /// The vmirror to test; none where it has not been built, as when the testbed tests only itself.
+    pub vmirror: Option<PathBuf>,
+    /// The QEMU to run guests with.
+    pub qemu: PathBuf,
+}
+
+impl Programs {
+    /// `VMIRROR`, or the vmirror built beside the running program or under `target/release`; `QEMU`, or the machine's
+    /// `qemu-system-x86_64`.
+    pub fn find() -> Self {
+        let vmirror = env::var_os("VMIRROR").map(PathBuf::from).or_else(|| {
+            // A test runs in target/PROFILE/deps, a binary in target/PROFILE.
+            let running = env::current_exe().unwrap_or_default();
+            let beside = running.ancestors().skip(1).take(2).map(|directory| directory.join("vmirror"));
+            beside.chain([target().join("release/vmirror")]).find(|path| path.is_file())
+        });
+        let qemu = env::var_os("QEMU").map_or_else(|| "qemu-system-x86_64".into(), PathBuf::from);
+        Self { vmirror, qemu: resolve(qemu) }
+    }
+
+    /// The QEMU unpacked from backports, if that was possible; if not, says on standard error that `what` is skipped, and why.
+    pub fn qemu_10_or_skip(what: &str) -> Option<PathBuf> {
+        let directory = target().join("qemu-10");
+        let qemu = directory.join("qemu-system-x86_64");
+        if qemu.is_file() {
+            return Some(qemu);
+        }
+        let why = std::fs::read_to_string(directory.join("unavailable"))
+            .unwrap_or_else(|_| "`make setup` has not run".into());
+        eprintln!("SKIPPED {what}: no QEMU 10: {}", why.lines().last().unwrap_or_default());
+        None
+    }
+}
+
+/// The test guest's kernel and initramfs.
+///
+/// # Errors
+/// [`TestbedError::NotSetUp`] where they have not been built.
+pub fn guest_images() -> Result<(PathBuf, PathBuf), TestbedError> {
+    let directory = target().join("guest");
+    let image = |name: &str| {
+        let path = directory.join(name);
+        if path.is_file() { Ok(path) } else { Err(TestbedError::NotSetUp { path }) }
+    };
+    Ok((image("vmlinuz")?, image("initramfs.cpio")?))
+}
+
+/// The workspace's `target` directory, where set-up leaves what it makes.
+pub fn target() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target")
+}
+
+/// An absolute path for a program named as on a command line; unchanged where it is not found, so that running it says so.
+fn resolve(program: PathBuf) -> PathBuf {
+    if program.components().count() > 1 {
+        return std::path::absolute(&program).unwrap_or(program);
+    }
+    let paths = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&paths)
+        .map(|directory| directory.join(&program))
+        .find(|path| path.is_file())
+        .unwrap_or(program)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_found_as_a_shell_would() {
+        assert_eq!(resolve("sh".into()).file_name(), Some("sh".as_ref()));
+        assert!(resolve("sh".into()).is_absolute());
+        assert_eq!(resolve("/bin/sh".into()), Path::new("/bin/sh"));
+        assert_eq!(resolve("no-such-program".into()), Path::new("no-such-program"));
+    }
+}
