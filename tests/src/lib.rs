@@ -1,0 +1,27 @@
+//! What the end-to-end tests share: two hosts with agents, guests that judge every migration, and the assertions that hold
+//! for each of them.
+//!
+//! A test's story reads: a [`Pair`] of hosts; a [`Guest`] that runs on one of them; [`Pair::migrate`], which must complete;
+//! [`Guest::sound_since`], the guest's own word that its memory survived; [`accounted`], the report's. Everything is removed
+//! when the pair is dropped, however the test ends.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod accounting;
+mod guest;
+mod pair;
+mod refusal;
+mod said;
+mod under_way;
+
+pub use accounting::{PAGE, PHASES, accounted};
+pub use guest::Guest;
+pub use pair::{Pair, until, vmirror};
+pub use refusal::Refusal;
+pub use said::Said;
+pub use under_way::UnderWay;
+
+use std::time::Duration;
+
+/// How long anything may take that is waited for. Nothing takes nearly as long, except on a machine that does something else.
+pub const PATIENCE: Duration = Duration::from_secs(120);
