@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 use end_to_end::{Guest, PATIENCE, Pair, accounted, until, vmirror};
 use serde_json::Value;
 use testbed::Host;
-use testbed::guest_spec::{GuestSpec, Ram};
+use testbed::guest_spec::{GuestSpec, Pattern, Ram};
 
 /// The parts of a guest started by hand: its own QMP socket, and RAM in a file of the user's.
 fn by_hand(pair: &Pair, host: &Host, name: &str) -> (GuestSpec, PathBuf) {
     let qmp = host.directory().join(format!("{name}-own.qmp"));
     let ram = Ram::File(host.ram_dir().join(format!("own-{name}")));
-    (GuestSpec { ram, qmp: Some(qmp.clone()), rate: 1000, ..pair.spec(name, 256) }, qmp)
+    let pattern = Pattern::Incompressible;
+    (GuestSpec { ram, qmp: Some(qmp.clone()), rate: 1000, pattern, ..pair.spec(name, 256) }, qmp)
 }
 
 fn adopt(host: &Host, name: &str, qmp: &Path) {

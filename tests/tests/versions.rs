@@ -7,11 +7,11 @@ use std::process::Command;
 
 use end_to_end::{Guest, Pair, accounted};
 use migration::{Outcome, Stage};
-use testbed::guest_spec::GuestSpec;
+use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Host, Programs, Testbed, root_or_skip};
 
 /// Hops of each story.
-const HOPS: usize = 6;
+const HOPS: usize = 20;
 
 /// Moves the guest back and forth, A first, and checks it after each hop.
 fn back_and_forth(pair: &Pair, guest: &Guest, hops: usize) {
@@ -91,7 +91,7 @@ fn no_page_is_lost_between_two_qemus_of_version_10() {
         return;
     };
     let pair = Pair::start_with(&Programs { qemu: qemu.clone(), ..Programs::find() });
-    let spec = GuestSpec { qemu, rate: 1000, ..pair.spec("vm", 256) };
+    let spec = GuestSpec { qemu, rate: 2000, pattern: Pattern::Counter, ..pair.spec("vm", 512) };
     let guest = pair.run(pair.a(), "vm", &spec);
     assert_eq!(major(&runs_with(&pair, pair.a(), "vm")), 10);
     back_and_forth(&pair, &guest, HOPS);
@@ -103,7 +103,13 @@ fn no_page_is_lost_on_the_way_to_another_version_and_back() {
     let Some((old, new)) = both_or_skip(name) else { return };
     let pair = mixed(&old, &new);
     // An alias, as most people have it: at the other end it would mean another machine.
-    let spec = GuestSpec { qemu: old.clone(), machine: "q35".into(), rate: 1000, ..pair.spec("vm", 256) };
+    let spec = GuestSpec {
+        qemu: old.clone(),
+        machine: "q35".into(),
+        rate: 2000,
+        pattern: Pattern::Sequential,
+        ..pair.spec("vm", 512)
+    };
     let guest = pair.run(pair.a(), "vm", &spec);
     back_and_forth(&pair, &guest, 1);
     let there = runs_with(&pair, pair.b(), "vm");

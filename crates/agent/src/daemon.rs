@@ -135,6 +135,7 @@ impl Daemon {
             run_dir: config.run_dir.clone(),
             ram_dir: config.ram_dir.clone(),
             allow: config.allow.clone(),
+            switch_cost: Arc::default(),
         };
 
         let closing = CancellationToken::new();

@@ -30,7 +30,7 @@ pub mod wire;
 
 pub use destination::DataConnections;
 pub use failure::{Failure, Finding, Stage};
-pub use host::{Allow, Host};
+pub use host::{Allow, Host, SwitchCost};
 pub use journal::{Journal, JournalError};
 pub use lifecycle::{Recovered, Resolution, RunError, Stopped};
 pub use options::{Disks, Goal, OptionError, Options, Verify};

@@ -13,13 +13,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 
-use dirty_tracker::{DescriptorSource, Scan, Tracker};
+use dirty_tracker::{DescriptorSource, Tracker};
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::ledger::Sum;
 use mirror::memory::destination::{Event, MemoryDestination};
 use mirror::memory::round::{Guest, Sent};
-use mirror::memory::source::{MemorySource, TrackedRange};
+use mirror::memory::source::{MemorySource, Scanning, TrackedRange};
 use mirror::memory::{Ram, RamFile};
 
 const WRITER: &str = "MIRROR_TEST_WRITER";
@@ -125,7 +125,8 @@ impl Rig {
         let tracker = Tracker::attach(self.child.id(), &[range], DescriptorSource::Injected).unwrap();
         let ranges = vec![TrackedRange { block: 0, offset: 0 }];
         let source =
-            MemorySource::start(ram(&self.source), secret, tracker, ranges, Scan::TwoStep, sinks).unwrap();
+            MemorySource::start(ram(&self.source), secret, tracker, ranges, Scanning::Quickest, sinks)
+                .unwrap();
         Mirror { source, destination, events, mismatches: Vec::new() }
     }
 }

@@ -201,6 +201,7 @@ impl Controller {
         let address = self.destination()?.address().to_owned();
         let (endpoint, session, streams) = (self.host.endpoint.clone(), self.id, layout.streams());
         let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let switch_cost = self.host.switch_cost.expected();
         let Some(process) = self.vm.record.process.clone() else {
             return Err(Stop::Failed(Finding::new(
                 "qemu-gone",
@@ -222,7 +223,7 @@ impl Controller {
                 sinks.push(sink);
             }
             let (pid, ram, kvm) = (process.pid, machine.ram, machine.kvm);
-            Rounds::begin(Begin { pid, ram, layout, secret, kvm, sinks, aborts })
+            Rounds::begin(Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost })
         }));
         let begun = preparing.await;
         self.held.preparing = None;

@@ -10,9 +10,6 @@ use mirror::memory::round::Sent;
 
 use crate::options::Options;
 
-/// What a switch-over costs beside the last pages: QEMU's saving and loading of devices, the messages, the journal.
-/// Measured: 6 to 9 ms with the demo's guest.
-const FIXED: Duration = Duration::from_millis(9);
 /// Rounds of fewer pages say more about latency than about throughput.
 const TELLING_PAGES: u64 = 256;
 /// So many rounds in a row that did not shrink mean that they will not.
@@ -27,6 +24,8 @@ pub(super) struct Estimate {
     pub(super) throughput: f64,
     /// In bytes per second.
     pub(super) dirty_rate: f64,
+    /// What a switch-over costs beside the last pages.
+    fixed: Duration,
     last_round: Duration,
     stubborn: usize,
     last_due: Option<u64>,
@@ -47,6 +46,11 @@ pub(super) enum Advice {
 }
 
 impl Estimate {
+    /// Before any round. `fixed` is what a switch-over costs beside the last pages.
+    pub(super) fn new(fixed: Duration) -> Estimate {
+        Estimate { fixed, ..Estimate::default() }
+    }
+
     /// Takes in a round that the destination has acknowledged. `took` is from its scan to the acknowledgement,
     /// `since` from the scan before to this one's.
     pub(super) fn learn(&mut self, sent: &Sent, took: Duration, since: Option<Duration>) {
@@ -77,7 +81,7 @@ impl Estimate {
         if self.rounds < 2 || self.throughput <= 0.0 {
             return None;
         }
-        Some(FIXED + Duration::from_secs_f64((self.remaining() / self.throughput).min(1e6)))
+        Some(self.fixed + Duration::from_secs_f64((self.remaining() / self.throughput).min(1e6)))
     }
 
     /// What to do next.
@@ -111,7 +115,8 @@ mod tests {
 
     /// A guest that dirties `rate` pages a second, over a link of `speed` pages a second.
     fn advice_after(rounds: usize, rate: f64, speed: f64, options: &Options) -> Advice {
-        let (mut estimate, mut due, mut since) = (Estimate::default(), 262_144.0, None);
+        let mut estimate = Estimate::new(Duration::from_millis(9));
+        let (mut due, mut since) = (262_144.0, None);
         for _ in 0..rounds {
             let took = Duration::from_secs_f64(due / speed + 0.001);
             let scanned = since.map_or(due, |since: Duration| since.as_secs_f64() * rate);

@@ -14,7 +14,7 @@ use crate::failure::{Finding, chain};
 use crate::health;
 use crate::lifecycle::{self};
 use crate::options::Verify;
-use crate::report::{Health, Outcome, Phase, Verdict};
+use crate::report::{Health, Outcome, Pause, Phase, Verdict};
 use crate::vm::Ownership;
 use crate::wire::{Reply, Request};
 
@@ -27,6 +27,12 @@ const SETTLE_PAUSE: Duration = Duration::from_secs(5);
 const CANCEL: Duration = Duration::from_secs(15);
 /// How long a destination may take to report on the machine's health.
 const HEALTH: Duration = Duration::from_secs(15);
+
+/// What a pause has cost beside the last pages: they travel while devices are saved, so only what they take longer is theirs.
+fn cost(pause: &Pause) -> Duration {
+    let pages = (pause.last_round_ms - pause.device_state_ms).max(0.0);
+    Duration::from_secs_f64((pause.running_ms - pages).max(0.0) / 1e3)
+}
 
 impl Controller {
     /// The two-step change of ownership. From the journal's entry on the machine is not this host's any more.
@@ -68,13 +74,17 @@ impl Controller {
             }
         };
         let told = timeout(RUNNING, running).await;
-        if !matches!(told, Ok(Ok(()))) {
+        let heard = matches!(told, Ok(Ok(())));
+        if !heard {
             tracing::warn!(vm = %self.vm.record.name, ?told, "no word that the VM runs at the destination");
             self.held.destination = None;
             self.settle(owned).await?;
         }
         self.report.pause.running_ms = since();
         self.report.downtime_ms = since();
+        if heard {
+            self.host.switch_cost.measured(cost(&self.report.pause));
+        }
         // Into the other slot too: not even a journal that loses its newer half may say that the machine is here.
         if let Err(e) = self.host.journal.update(&self.vm.record) {
             tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");

@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use dirty_tracker::{DescriptorSource, Scan, Tracker};
+use dirty_tracker::{DescriptorSource, Tracker};
 use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::memory::round::{Guest, Sent};
-use mirror::memory::source::{MemorySource, Proof, SourceError, TrackedRange};
+use mirror::memory::source::{MemorySource, Proof, Scanning, SourceError, TrackedRange};
 use mirror::memory::{Ram, RamFile};
 use qemu::RamBlock;
 use tokio::sync::oneshot;
@@ -54,12 +54,13 @@ pub(super) struct Begin<W> {
     pub(super) kvm: bool,
     pub(super) sinks: Vec<W>,
     pub(super) aborts: Vec<AbortHandle>,
+    pub(super) switch_cost: Duration,
 }
 
 impl Rounds {
     /// Begins tracking: from here on nothing that the guest writes is missed. Blocks.
     pub(super) fn begin<W: std::io::Write + Send + 'static>(begin: Begin<W>) -> Result<Rounds, Stop> {
-        let Begin { pid, ram, layout, secret, kvm, sinks, aborts } = begin;
+        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost } = begin;
         let streams = sinks.len();
         let (mut addresses, mut ranges) = (Vec::new(), Vec::new());
         for (block, ram) in ram.iter().enumerate() {
@@ -79,9 +80,9 @@ impl Rounds {
         };
         let ram = Ram::new(layout, ram.into_iter().map(file).collect())
             .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
-        let scan = if kvm { Scan::TwoStep } else { Scan::OneStep };
+        let scanning = if kvm { Scanning::AlwaysSparing } else { Scanning::Quickest };
         let memory =
-            MemorySource::start(ram, secret, tracker, ranges, scan, sinks).map_err(|e| broken(&e))?;
+            MemorySource::start(ram, secret, tracker, ranges, scanning, sinks).map_err(|e| broken(&e))?;
         Ok(Rounds {
             memory: Some(memory),
             busy: None,
@@ -94,7 +95,7 @@ impl Rounds {
             repaired: 0,
             equal: false,
             sums: None,
-            estimate: Estimate::default(),
+            estimate: Estimate::new(switch_cost),
             report: Vec::new(),
             totals,
             hold,

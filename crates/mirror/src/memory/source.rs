@@ -21,6 +21,21 @@ use crate::ledger::{Ledger, Ledgers, Sum};
 /// Runs of at least this many pages are asked for holes before they are read: below it, reading costs less.
 const HOLE_SEARCH_PAGES: u64 = 64;
 
+/// Where a scan found more than one page in so many written, the next is made in one step: two steps cost a call for
+/// each neighbourhood of written pages. Measured for 1 GiB: with nothing written 0.4 ms in two steps and 1.1 ms in one,
+/// with 18,000 regions written 4.0 and 1.6 ms.
+const SCATTERED: u64 = 64;
+
+/// How to scan while the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scanning {
+    /// Nothing but the neighbourhood of what was written is protected again, whatever it takes: with KVM, which drops
+    /// all its mappings of a range that is protected as a whole.
+    AlwaysSparing,
+    /// Whichever way is the quicker one.
+    Quickest,
+}
+
 /// Which part of guest RAM one of the tracker's ranges is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrackedRange {
@@ -93,8 +108,9 @@ pub struct MemorySource {
     /// Suspects that differed still after a scan that did not name them. The next scan decides.
     doubtful: Vec<PageIndex>,
     regions: Vec<Region>,
-    /// How to scan while the guest runs.
-    running_scan: Scan,
+    scanning: Scanning,
+    /// Pages that the last scan found; none has been made before the first.
+    last_found: u64,
     /// Found by a scan and not yet acknowledged by the destination.
     owed: PageSet,
     round: u32,
@@ -118,8 +134,8 @@ enum Job {
 impl MemorySource {
     /// Begins a mirror towards a destination whose RAM is all zero. Every page is due in the first round.
     ///
-    /// `ranges` says, for each of the tracker's ranges, which part of RAM it is. `running_scan` is how to scan while
-    /// the guest runs. `sinks` has one stream for each of the layout.
+    /// `ranges` says, for each of the tracker's ranges, which part of RAM it is. `sinks` has one stream for each of the
+    /// layout.
     ///
     /// # Errors
     /// [`SourceError::Thread`].
@@ -128,7 +144,7 @@ impl MemorySource {
         secret: Secret,
         tracker: Tracker,
         ranges: Vec<TrackedRange>,
-        running_scan: Scan,
+        scanning: Scanning,
         sinks: Vec<W>,
     ) -> Result<MemorySource, SourceError> {
         let layout = ram.layout().clone();
@@ -149,7 +165,7 @@ impl MemorySource {
             owed.insert(block.pages.clone());
         }
         let regions = Vec::new();
-        let (round, missed) = (0, 0);
+        let (round, missed, last_found) = (0, 0, 0);
         Ok(MemorySource {
             subject,
             tracker,
@@ -159,7 +175,8 @@ impl MemorySource {
             suspects,
             doubtful: Vec::new(),
             regions,
-            running_scan,
+            scanning,
+            last_found,
             owed,
             round,
             missed,
@@ -215,7 +232,11 @@ impl MemorySource {
         let scan = match guest {
             // All is due, so all is protected, and a list of it would tell nothing.
             Guest::Running if self.round == 0 => Scan::OneStep,
-            Guest::Running => self.running_scan,
+            Guest::Running if self.scanning == Scanning::AlwaysSparing => Scan::TwoStep,
+            Guest::Running if self.last_found < self.subject.ram.layout().page_count() / SCATTERED => {
+                Scan::TwoStep
+            }
+            Guest::Running => Scan::OneStep,
             Guest::Paused => Scan::List,
         };
         self.regions.clear();
@@ -230,6 +251,7 @@ impl MemorySource {
             found += pages.end - pages.start;
             self.owed.insert(pages);
         }
+        self.last_found = found;
         Ok(found)
     }
 
