@@ -1,7 +1,5 @@
 //! Guests that move at the same time must not get in each other's way.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use end_to_end::{Pair, accounted};
 use testbed::guest_spec::{GuestSpec, Pattern};
 

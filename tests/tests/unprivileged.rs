@@ -1,7 +1,5 @@
 //! Moving a guest must not take privileges that it does not need.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::process::Command;
 
 use end_to_end::{Pair, accounted};
