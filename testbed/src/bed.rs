@@ -206,6 +206,7 @@ impl Drop for Testbed {
         for host in &self.hosts {
             host.clear();
         }
+        remove(self.a().consoles());
         remove(&self.directory);
     }
 }

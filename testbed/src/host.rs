@@ -41,6 +41,8 @@ pub struct Host {
     listen: SocketAddr,
     directory: PathBuf,
     ram_dir: PathBuf,
+    /// Of both hosts.
+    consoles: PathBuf,
     vmirror: Option<PathBuf>,
     agent: Mutex<Option<Child>>,
 }
@@ -87,12 +89,15 @@ impl Host {
             listen,
             directory: directory.join(letter),
             ram_dir: Path::new("/dev/shm").join(&mark),
+            consoles: Path::new("/dev/shm").join(format!("{testbed}-consoles")),
             mark,
             vmirror: programs.vmirror.clone(),
             agent: Mutex::new(None),
         };
-        // From here on `Drop` of the host cleans up. Both hosts share one directory.
-        fs::create_dir_all(host.shared_dir()).map_err(TestbedError::file(host.shared_dir()))?;
+        // From here on `Drop` of the host cleans up. Both hosts share these.
+        for directory in [&host.shared_dir(), &host.consoles] {
+            fs::create_dir_all(directory).map_err(TestbedError::file(directory))?;
+        }
         for directory in
             [host.directory.clone(), host.state_dir(), host.run_dir(), host.disk_dir(), host.ram_dir.clone()]
         {
@@ -409,9 +414,14 @@ impl Host {
 
     /// Where the serial console of the guest of that name goes, whichever host it runs on.
     ///
-    /// QEMU appends to it, so after a migration one file has all that the guest ever said.
+    /// QEMU appends to it, so after a migration one file has all that the guest ever said. It is in memory: QEMU's vCPU
+    /// thread writes it, and a disk that is busy with something else would stop the guest for seconds.
     pub fn serial(&self, guest: &str) -> PathBuf {
-        self.shared_dir().join(format!("{guest}.serial"))
+        self.consoles.join(format!("{guest}.serial"))
+    }
+
+    pub(crate) fn consoles(&self) -> &Path {
+        &self.consoles
     }
 
     /// Starts a guest by hand on this host, without its agent. It is killed when the result is dropped.

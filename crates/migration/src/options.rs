@@ -40,6 +40,21 @@ pub enum Disks {
     Shared,
 }
 
+/// Whether what is sent is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compress {
+    /// Whatever moves the memory soonest, by measured speed of the CPU and the link.
+    #[default]
+    Auto,
+    /// Nothing is.
+    Off,
+    /// With LZ4, always.
+    Lz4,
+    /// With Zstandard, always.
+    Zstd,
+}
+
 /// Options of `vmirror migrate` and `vmirror mirror`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -61,6 +76,8 @@ pub struct Options {
     pub verify: Verify,
     /// What happens to disks.
     pub disks: Disks,
+    /// Whether what is sent is compressed.
+    pub compress: Compress,
 }
 
 impl Default for Options {
@@ -73,6 +90,7 @@ impl Default for Options {
             timeout: Duration::from_secs(600),
             verify: Verify::default(),
             disks: Disks::default(),
+            compress: Compress::default(),
         }
     }
 }

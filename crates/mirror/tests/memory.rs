@@ -17,9 +17,10 @@ use dirty_tracker::{DescriptorSource, Tracker};
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::ledger::Sum;
+use mirror::memory::compress::Compression;
 use mirror::memory::destination::{Event, MemoryDestination};
 use mirror::memory::round::{Guest, Sent};
-use mirror::memory::source::{MemorySource, Scanning, TrackedRange};
+use mirror::memory::source::{How, MemorySource, Scanning, TrackedRange};
 use mirror::memory::{Ram, RamFile};
 
 const WRITER: &str = "MIRROR_TEST_WRITER";
@@ -103,6 +104,10 @@ impl Rig {
     }
 
     fn mirror(&self, streams: u16) -> Mirror {
+        self.mirror_with(streams, Compression::Auto)
+    }
+
+    fn mirror_with(&self, streams: u16, compression: Compression) -> Mirror {
         let layout = Layout::new([("ram", SIZE)], streams).unwrap();
         let secret = Secret::random().unwrap();
         let ram = |path: &Path| {
@@ -124,9 +129,8 @@ impl Rig {
         let range = self.address..self.address + SIZE;
         let tracker = Tracker::attach(self.child.id(), &[range], DescriptorSource::Injected).unwrap();
         let ranges = vec![TrackedRange { block: 0, offset: 0 }];
-        let source =
-            MemorySource::start(ram(&self.source), secret, tracker, ranges, Scanning::Quickest, sinks)
-                .unwrap();
+        let how = How { scanning: Scanning::Quickest, compression };
+        let source = MemorySource::start(ram(&self.source), secret, tracker, ranges, how, sinks).unwrap();
         Mirror { source, destination, events, mismatches: Vec::new() }
     }
 }
@@ -189,14 +193,18 @@ fn allocated(path: &Path) -> u64 {
 
 #[test]
 fn no_write_of_a_running_process_is_lost() {
-    for streams in [1, 3] {
+    for (streams, compression) in
+        [(1, Compression::Auto), (3, Compression::Off), (2, Compression::Lz4), (2, Compression::Zstd)]
+    {
         let rig = Rig::new();
-        let mut mirror = rig.mirror(streams);
+        let mut mirror = rig.mirror_with(streams, compression);
         let (first, _) = mirror.round(Guest::Running);
         assert_eq!(first.due, PAGES, "the first round is everything");
+        let mut deltas = 0;
         for _ in 0..40 {
-            mirror.round(Guest::Running);
+            deltas += mirror.round(Guest::Running).0.counts.delta;
         }
+        assert!(deltas > 0, "pages that change by some words are sent as deltas");
         rig.signal(libc::SIGSTOP);
         let (sent, sums) = mirror.round(Guest::Paused);
         assert_eq!(sent.sums, sums, "the gate");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use migration::{Disks, Options, Verify, VmName};
+use migration::{Compress, Disks, Options, Verify, VmName};
 
 /// Moves running virtual machines between hosts by keeping a verified mirror of them.
 #[derive(Debug, Parser)]
@@ -204,6 +204,9 @@ pub(crate) struct MigrateOptions {
     /// What to do with disks: find out whether they are on shared storage, or take your word that all are
     #[arg(long, value_enum, default_value_t = DisksChoice::Auto)]
     disks: DisksChoice,
+    /// Compress what is sent: whatever moves the memory soonest by measured speed of CPU and link; never; always so
+    #[arg(long, value_enum, default_value_t = CompressChoice::Auto)]
+    compress: CompressChoice,
     /// What carries the memory
     #[arg(long, value_enum, default_value_t = Engine::Mirror)]
     engine: Engine,
@@ -220,6 +223,14 @@ enum VerifyChoice {
 enum DisksChoice {
     Auto,
     Shared,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CompressChoice {
+    Auto,
+    Off,
+    Lz4,
+    Zstd,
 }
 
 /// There is one engine in this version; the option is there so that scripts can name it.
@@ -245,6 +256,12 @@ impl From<MigrateOptions> for Options {
             disks: match given.disks {
                 DisksChoice::Auto => Disks::Auto,
                 DisksChoice::Shared => Disks::Shared,
+            },
+            compress: match given.compress {
+                CompressChoice::Auto => Compress::Auto,
+                CompressChoice::Off => Compress::Off,
+                CompressChoice::Lz4 => Compress::Lz4,
+                CompressChoice::Zstd => Compress::Zstd,
             },
         }
     }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use link::{AbortHandle, Bandwidth, DataSender};
 use mirror::hash::Secret;
 use mirror::layout::Layout;
+use mirror::memory::compress::Compression;
 use mirror::memory::round::Guest;
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -20,7 +21,7 @@ use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::machine::Machine;
-use crate::options::{Goal, Options};
+use crate::options::{Compress, Goal, Options};
 use crate::progress::Progress;
 use crate::report::{Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
@@ -202,6 +203,12 @@ impl Controller {
         let (endpoint, session, streams) = (self.host.endpoint.clone(), self.id, layout.streams());
         let bandwidth = Arc::clone(&self.orders.bandwidth);
         let switch_cost = self.host.switch_cost.expected();
+        let compression = match self.options.compress {
+            Compress::Auto => Compression::Auto,
+            Compress::Off => Compression::Off,
+            Compress::Lz4 => Compression::Lz4,
+            Compress::Zstd => Compression::Zstd,
+        };
         let Some(process) = self.vm.record.process.clone() else {
             return Err(Stop::Failed(Finding::new(
                 "qemu-gone",
@@ -223,7 +230,7 @@ impl Controller {
                 sinks.push(sink);
             }
             let (pid, ram, kvm) = (process.pid, machine.ram, machine.kvm);
-            Rounds::begin(Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost })
+            Rounds::begin(Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression })
         }));
         let begun = preparing.await;
         self.held.preparing = None;

@@ -7,8 +7,9 @@ use dirty_tracker::{DescriptorSource, Tracker};
 use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
+use mirror::memory::compress::Compression;
 use mirror::memory::round::{Guest, Sent};
-use mirror::memory::source::{MemorySource, Proof, Scanning, SourceError, TrackedRange};
+use mirror::memory::source::{How, MemorySource, Proof, Scanning, SourceError, TrackedRange};
 use mirror::memory::{Ram, RamFile};
 use qemu::RamBlock;
 use tokio::sync::oneshot;
@@ -55,12 +56,13 @@ pub(super) struct Begin<W> {
     pub(super) sinks: Vec<W>,
     pub(super) aborts: Vec<AbortHandle>,
     pub(super) switch_cost: Duration,
+    pub(super) compression: Compression,
 }
 
 impl Rounds {
     /// Begins tracking: from here on nothing that the guest writes is missed. Blocks.
     pub(super) fn begin<W: std::io::Write + Send + 'static>(begin: Begin<W>) -> Result<Rounds, Stop> {
-        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost } = begin;
+        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression } = begin;
         let streams = sinks.len();
         let (mut addresses, mut ranges) = (Vec::new(), Vec::new());
         for (block, ram) in ram.iter().enumerate() {
@@ -81,8 +83,8 @@ impl Rounds {
         let ram = Ram::new(layout, ram.into_iter().map(file).collect())
             .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
         let scanning = if kvm { Scanning::AlwaysSparing } else { Scanning::Quickest };
-        let memory =
-            MemorySource::start(ram, secret, tracker, ranges, scanning, sinks).map_err(|e| broken(&e))?;
+        let memory = MemorySource::start(ram, secret, tracker, ranges, How { scanning, compression }, sinks)
+            .map_err(|e| broken(&e))?;
         Ok(Rounds {
             memory: Some(memory),
             busy: None,
@@ -190,7 +192,7 @@ impl Rounds {
             dirty_pages: sent.due,
             zero: sent.counts.zero,
             unchanged: sent.counts.unchanged,
-            delta: 0,
+            delta: sent.counts.delta,
             plain: sent.counts.plain,
             raw_bytes: sent.counts.raw_bytes,
             wire_bytes: sent.counts.wire_bytes,

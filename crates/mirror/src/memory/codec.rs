@@ -4,8 +4,8 @@
 //!
 //! ```text
 //!  header, 16 bytes   kind u8 · encoding u8 · reserved u16 (0) · entries u32 · payload u32 · number u32
-//!  table              entries × 24 bytes: what u64 (class in the top byte, page index below) · value u128
-//!  payload            the plain pages of the table, in its order
+//!  table              entries × 24 bytes: what u64 (class 8 bits, length 16, page index 40, from the top) · value u128
+//!  payload            the plain pages and deltas of the table, in its order, encoded as a whole
 //! ```
 //!
 //! | kind | meaning | `number` | table and payload |
@@ -14,16 +14,25 @@
 //! | 1 | pages | the round | as below |
 //! | 2 | barrier | the barrier | none |
 //!
-//! | class | meaning | value | payload |
-//! | --- | --- | --- | --- |
-//! | 0 | invalid | | |
-//! | 1 | zero run | how many pages | none |
-//! | 2 | plain page | the content hash | 4096 bytes |
+//! | class | meaning | length | value | payload |
+//! | --- | --- | --- | --- | --- |
+//! | 0 | invalid | | | |
+//! | 1 | zero run | 0 | how many pages | none |
+//! | 2 | plain page | 0 | the content hash | 4096 bytes |
+//! | 3 | delta | of the delta | the content hash that results | the [delta](super::delta) |
+//!
+//! | encoding | of the payload |
+//! | --- | --- |
+//! | 0 | as it is |
+//! | 1 | one LZ4 block |
+//! | 2 | one Zstandard frame |
 //!
 //! Every count is held against its limit before anything is allocated or read for it.
 
 use std::io::{self, Read, Write};
 
+use super::compress::Encoding;
+use super::delta::MAX_DELTA;
 use crate::hash::ContentHash;
 use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
 
@@ -31,17 +40,19 @@ use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
 pub const HEADER_LENGTH: usize = 16;
 /// Bytes of a table entry.
 const ENTRY_LENGTH: usize = 24;
-/// Most plain pages of a frame: 1 MiB.
+/// Most plain pages and deltas of a frame: 1 MiB.
 pub const MAX_PLAIN: usize = 256;
 /// Most entries of a frame.
 pub const MAX_ENTRIES: usize = 4096;
 
 const KIND_PAGES: u8 = 1;
 const KIND_BARRIER: u8 = 2;
-const ENCODING_NONE: u8 = 0;
+const ENCODINGS: [Encoding; 3] = [Encoding::None, Encoding::Lz4, Encoding::Zstd];
 const CLASS_ZERO: u8 = 1;
 const CLASS_PLAIN: u8 = 2;
-const PAGE_BITS: u32 = 56;
+const CLASS_DELTA: u8 = 3;
+const CLASS_SHIFT: u32 = 56;
+const PAGE_BITS: u32 = 40;
 
 /// What a frame says about one page, or one run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,6 +71,26 @@ pub enum Entry {
         /// The hash of its content.
         hash: ContentHash,
     },
+    /// What the page has become, given what it was, is in the payload.
+    Delta {
+        /// The page.
+        page: PageIndex,
+        /// The hash of the content that results.
+        hash: ContentHash,
+        /// Length of the delta in bytes.
+        length: u16,
+    },
+}
+
+impl Entry {
+    /// Bytes of the payload, before it is encoded as a whole.
+    fn payload(&self) -> usize {
+        match self {
+            Entry::Zero { .. } => 0,
+            Entry::Plain { .. } => PAGE_SIZE,
+            Entry::Delta { length, .. } => usize::from(*length),
+        }
+    }
 }
 
 /// A frame's header, as far as it is understood.
@@ -71,7 +102,9 @@ pub enum Header {
         round: u32,
         /// Entries of the table.
         entries: usize,
-        /// Bytes of the payload.
+        /// How the payload is encoded.
+        encoding: Encoding,
+        /// Bytes of the payload, as encoded.
         payload: usize,
     },
     /// Everything before this is to be applied before it is acknowledged.
@@ -111,38 +144,48 @@ pub enum FrameError {
         count: u128,
     },
     /// Table and payload disagree.
-    #[error("{plain} plain pages but {payload} bytes of payload")]
+    #[error("a table of {described} bytes of payload, of which {payload} come")]
     Payload {
-        /// Plain pages of the table.
-        plain: usize,
+        /// What the table describes.
+        described: usize,
         /// Bytes of the payload.
         payload: usize,
     },
+    /// A delta longer than one may be.
+    #[error("a delta of {0} bytes")]
+    Delta(usize),
 }
 
-/// Appends a pages frame's header and table to `out`. The payload is to follow on the stream.
-pub fn encode_pages(out: &mut Vec<u8>, round: u32, entries: &[Entry]) {
-    let plain = entries.iter().filter(|entry| matches!(entry, Entry::Plain { .. })).count();
-    debug_assert!(plain <= MAX_PLAIN && entries.len() <= MAX_ENTRIES);
+/// Appends a pages frame's header and table to `out`. The payload, of so many bytes, is to follow on the stream.
+pub fn encode_pages(out: &mut Vec<u8>, round: u32, entries: &[Entry], encoding: Encoding, payload: usize) {
     let bounded = |n: usize| u32::try_from(n).expect("a frame is bounded");
-    header(out, KIND_PAGES, bounded(entries.len()), bounded(plain * PAGE_SIZE), round);
+    debug_assert!(payload <= MAX_PLAIN * PAGE_SIZE && entries.len() <= MAX_ENTRIES);
+    header(out, KIND_PAGES, encoding, bounded(entries.len()), bounded(payload), round);
     for entry in entries {
-        let (class, page, value) = match *entry {
-            Entry::Zero { page, count } => (CLASS_ZERO, page, u128::from(count)),
-            Entry::Plain { page, hash } => (CLASS_PLAIN, page, hash.bits()),
+        let (class, page, length, value) = match *entry {
+            Entry::Zero { page, count } => (CLASS_ZERO, page, 0, u128::from(count)),
+            Entry::Plain { page, hash } => (CLASS_PLAIN, page, 0, hash.bits()),
+            Entry::Delta { page, hash, length } => (CLASS_DELTA, page, length, hash.bits()),
         };
-        out.extend_from_slice(&(u64::from(class) << PAGE_BITS | page.0).to_le_bytes());
+        let what = u64::from(class) << CLASS_SHIFT | u64::from(length) << PAGE_BITS | page.0;
+        out.extend_from_slice(&what.to_le_bytes());
         out.extend_from_slice(&value.to_le_bytes());
     }
 }
 
-/// Appends a barrier frame to `out`.
-pub fn encode_barrier(out: &mut Vec<u8>, barrier: u32) {
-    header(out, KIND_BARRIER, 0, 0, barrier);
+/// Bytes of the payload that a table describes, before it is encoded as a whole.
+#[must_use]
+pub fn payload_of(entries: &[Entry]) -> usize {
+    entries.iter().map(Entry::payload).sum()
 }
 
-fn header(out: &mut Vec<u8>, kind: u8, entries: u32, payload: u32, number: u32) {
-    out.extend_from_slice(&[kind, ENCODING_NONE, 0, 0]);
+/// Appends a barrier frame to `out`.
+pub fn encode_barrier(out: &mut Vec<u8>, barrier: u32) {
+    header(out, KIND_BARRIER, Encoding::None, 0, 0, barrier);
+}
+
+fn header(out: &mut Vec<u8>, kind: u8, encoding: Encoding, entries: u32, payload: u32, number: u32) {
+    out.extend_from_slice(&[kind, encoding as u8, 0, 0]);
     for field in [entries, payload, number] {
         out.extend_from_slice(&field.to_le_bytes());
     }
@@ -156,9 +199,7 @@ pub fn decode_header(bytes: &[u8; HEADER_LENGTH]) -> Result<Header, FrameError> 
     let [kind, encoding, r0, r1, rest @ ..] = *bytes;
     let field = |n: usize| u32::from_le_bytes(std::array::from_fn(|i| rest[n * 4 + i]));
     let (entries, payload, number) = (field(0), field(1), field(2));
-    if encoding != ENCODING_NONE {
-        return Err(FrameError::Encoding(encoding));
-    }
+    let encoding = *ENCODINGS.get(usize::from(encoding)).ok_or(FrameError::Encoding(encoding))?;
     match u16::from_le_bytes([r0, r1]) {
         0 => {}
         reserved => return Err(FrameError::Reserved(reserved)),
@@ -169,7 +210,8 @@ pub fn decode_header(bytes: &[u8; HEADER_LENGTH]) -> Result<Header, FrameError> 
             Err(too_long)
         }
         KIND_PAGES => {
-            Ok(Header::Pages { round: number, entries: entries as usize, payload: payload as usize })
+            let (entries, payload) = (entries as usize, payload as usize);
+            Ok(Header::Pages { round: number, entries, encoding, payload })
         }
         KIND_BARRIER if entries != 0 || payload != 0 => Err(too_long),
         KIND_BARRIER => Ok(Header::Barrier(number)),
@@ -177,7 +219,8 @@ pub fn decode_header(bytes: &[u8; HEADER_LENGTH]) -> Result<Header, FrameError> 
     }
 }
 
-/// Understands a table, and checks that its pages are RAM of this stream and match the payload's length.
+/// Understands a table, and checks that its pages are RAM of this stream. Returns the bytes of payload that it
+/// describes, at most 1 MiB.
 ///
 /// # Errors
 /// [`FrameError`] for the first entry that is wrong.
@@ -185,33 +228,39 @@ pub fn decode_table(
     bytes: &[u8],
     layout: &Layout,
     stream: u16,
-    payload: usize,
     entries: &mut Vec<Entry>,
-) -> Result<(), FrameError> {
+) -> Result<usize, FrameError> {
     entries.clear();
-    let mut plain = 0;
+    let mut described = 0;
     for bytes in bytes.chunks_exact(ENTRY_LENGTH) {
         let (what, value) = bytes.split_at(8);
         let what = u64::from_le_bytes(what.try_into().expect("8 bytes were split off"));
         let value = u128::from_le_bytes(value.try_into().expect("16 of 24 bytes are left"));
         let page = PageIndex(what & ((1 << PAGE_BITS) - 1));
-        let (entry, count) = match u8::try_from(what >> PAGE_BITS).expect("8 bits are left") {
+        let length = (what >> PAGE_BITS & u64::from(u16::MAX)) as u16;
+        let hash = ContentHash::from_bits(value);
+        let (entry, count) = match (what >> CLASS_SHIFT) as u8 {
             CLASS_ZERO => {
                 let count = u64::try_from(value).ok().filter(|&count| count <= CHUNK_PAGES);
                 (Entry::Zero { page, count: count.unwrap_or(0) }, count.unwrap_or(0))
             }
-            CLASS_PLAIN => {
-                plain += 1;
-                (Entry::Plain { page, hash: ContentHash::from_bits(value) }, 1)
+            CLASS_PLAIN => (Entry::Plain { page, hash }, 1),
+            CLASS_DELTA if usize::from(length) > MAX_DELTA => {
+                return Err(FrameError::Delta(usize::from(length)));
             }
+            CLASS_DELTA => (Entry::Delta { page, hash, length }, 1),
             class => return Err(FrameError::Class(class)),
         };
         if !layout.in_one_chunk(page, count) || layout.stream_of(page) != stream {
             return Err(FrameError::Pages { page: page.0, count: value });
         }
+        described += entry.payload();
+        if described > MAX_PLAIN * PAGE_SIZE {
+            return Err(FrameError::Payload { described, payload: MAX_PLAIN * PAGE_SIZE });
+        }
         entries.push(entry);
     }
-    if plain * PAGE_SIZE == payload { Ok(()) } else { Err(FrameError::Payload { plain, payload }) }
+    Ok(described)
 }
 
 /// Reads a header. `None` at the stream's orderly end.
@@ -282,8 +331,13 @@ mod tests {
         let page = prop_oneof![0u64..500, 1024u64..1490].prop_map(PageIndex);
         prop_oneof![
             (page.clone(), 1u64..10).prop_map(|(page, count)| Entry::Zero { page, count }),
-            (page, 1u128..)
+            (page.clone(), 1u128..)
                 .prop_map(|(page, hash)| Entry::Plain { page, hash: ContentHash::from_bits(hash) }),
+            (page, 1u128.., 0..=MAX_DELTA as u16).prop_map(|(page, hash, length)| Entry::Delta {
+                page,
+                hash: ContentHash::from_bits(hash),
+                length
+            }),
         ]
     }
 
@@ -291,27 +345,28 @@ mod tests {
         #[test]
         fn what_was_encoded_is_decoded(entries in prop::collection::vec(entry(), 0..200), round: u32) {
             let mut bytes = Vec::new();
-            encode_pages(&mut bytes, round, &entries);
+            let payload = payload_of(&entries);
+            encode_pages(&mut bytes, round, &entries, Encoding::Zstd, payload);
             let (head, table) = bytes.split_at(HEADER_LENGTH);
-            let plain = entries.iter().filter(|e| matches!(e, Entry::Plain { .. })).count();
             let header = decode_header(head.try_into().unwrap()).unwrap();
-            prop_assert_eq!(header, Header::Pages { round, entries: entries.len(), payload: plain * PAGE_SIZE });
+            prop_assert_eq!(header, Header::Pages { round, entries: entries.len(), encoding: Encoding::Zstd, payload });
             let mut decoded = Vec::new();
-            decode_table(table, &layout(), 0, plain * PAGE_SIZE, &mut decoded).unwrap();
+            prop_assert_eq!(decode_table(table, &layout(), 0, &mut decoded).unwrap(), payload);
             prop_assert_eq!(decoded, entries);
         }
 
         #[test]
         fn no_bytes_of_a_peer_make_a_frame_beyond_the_limits(
-            head: [u8; HEADER_LENGTH], table in prop::collection::vec(any::<u8>(), 0..240), payload in 0usize..9000,
+            head: [u8; HEADER_LENGTH], table in prop::collection::vec(any::<u8>(), 0..240),
         ) {
             if let Ok(Header::Pages { entries, payload, .. }) = decode_header(&head) {
                 prop_assert!(entries <= MAX_ENTRIES && payload <= MAX_PLAIN * PAGE_SIZE);
             }
             let (layout, mut entries) = (layout(), Vec::new());
-            if decode_table(&table, &layout, 0, payload, &mut entries).is_ok() {
+            if let Ok(payload) = decode_table(&table, &layout, 0, &mut entries) {
+                prop_assert!(payload <= MAX_PLAIN * PAGE_SIZE);
                 for entry in entries {
-                    let (page, count) = match entry { Entry::Zero { page, count } => (page, count), Entry::Plain { page, .. } => (page, 1) };
+                    let (page, count) = match entry { Entry::Zero { page, count } => (page, count), Entry::Plain { page, .. } | Entry::Delta { page, .. } => (page, 1) };
                     prop_assert!(layout.in_one_chunk(page, count) && layout.stream_of(page) == 0);
                 }
             }
@@ -332,8 +387,8 @@ mod tests {
         assert_eq!(head(2, 0, 0, 1), Err(FrameError::Length { entries: 1, payload: 0 }));
         let table = |entry| {
             let mut bytes = Vec::new();
-            encode_pages(&mut bytes, 0, &[entry]);
-            decode_table(&bytes[HEADER_LENGTH..], &layout(), 0, 0, &mut Vec::new())
+            encode_pages(&mut bytes, 0, &[entry], Encoding::None, 0);
+            decode_table(&bytes[HEADER_LENGTH..], &layout(), 0, &mut Vec::new())
         };
         let page = PageIndex(600);
         assert!(
@@ -346,6 +401,7 @@ mod tests {
             "beyond a chunk"
         );
         let hash = ContentHash::from_bits(5);
-        assert_eq!(table(Entry::Plain { page, hash }), Err(FrameError::Payload { plain: 1, payload: 0 }));
+        assert_eq!(table(Entry::Plain { page, hash }), Ok(PAGE_SIZE));
+        assert_eq!(table(Entry::Delta { page, hash, length: 2049 }), Err(FrameError::Delta(2049)));
     }
 }

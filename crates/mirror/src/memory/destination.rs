@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use super::codec::{self, Entry, FrameError, Header};
+use super::compress::{DecodeError, Decoder, Encoding};
+use super::delta::{self, DeltaError};
 use super::{Ram, RamError};
 use crate::audit::{Audit, Auditor, Busy, Subject};
-use crate::hash::Secret;
+use crate::hash::{ContentHash, Secret, is_zero};
 use crate::layout::{PAGE_SIZE, PageIndex};
 use crate::ledger::{Ledger, Ledgers, Sum};
 
@@ -51,6 +53,12 @@ pub enum DestinationError {
     /// The peer does not keep to the protocol.
     #[error("the data stream carries what it must not")]
     Frame(#[from] FrameError),
+    /// A payload that does not decode.
+    #[error("the data stream carries what it must not")]
+    Payload(#[from] DecodeError),
+    /// A delta that does not fit a page.
+    #[error("the data stream carries what it must not")]
+    Delta(#[from] DeltaError),
     /// The copy could not be written.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -107,7 +115,9 @@ impl MemoryDestination {
             busy: self.auditor.busy(),
             entries: Vec::new(),
             table: Vec::new(),
+            encoded: Vec::new(),
             pages: Vec::new(),
+            decoder: Decoder::default(),
         };
         let thread =
             std::thread::Builder::new().name(format!("copy-{stream}")).spawn(move || receiver.work())?;
@@ -148,7 +158,10 @@ struct StreamReceiver<R> {
     busy: Busy,
     entries: Vec<Entry>,
     table: Vec<u8>,
+    /// The payload as it came, where it is compressed.
+    encoded: Vec<u8>,
     pages: Vec<u8>,
+    decoder: Decoder,
 }
 
 impl<R: Read> StreamReceiver<R> {
@@ -164,11 +177,10 @@ impl<R: Read> StreamReceiver<R> {
     fn receive(&mut self) -> Result<(), DestinationError> {
         while let Some(head) = codec::read_header(&mut self.source).map_err(DestinationError::Stream)? {
             match codec::decode_header(&head)? {
-                Header::Pages { entries, payload, .. } => {
+                Header::Pages { entries, encoding, payload, .. } => {
                     self.busy.set(true);
-                    codec::read_body(&mut self.source, entries, payload, &mut self.table, &mut self.pages)
-                        .map_err(DestinationError::Stream)?;
-                    self.apply(payload)?;
+                    self.take(entries, encoding, payload)?;
+                    self.apply()?;
                 }
                 Header::Barrier(number) => {
                     self.busy.set(false);
@@ -182,10 +194,24 @@ impl<R: Read> StreamReceiver<R> {
         Ok(())
     }
 
+    /// Reads a frame's table and payload, and decodes both.
+    fn take(&mut self, entries: usize, encoding: Encoding, payload: usize) -> Result<(), DestinationError> {
+        let into = if encoding == Encoding::None { &mut self.pages } else { &mut self.encoded };
+        codec::read_body(&mut self.source, entries, payload, &mut self.table, into)
+            .map_err(DestinationError::Stream)?;
+        let layout = self.subject.ram.layout();
+        let described = codec::decode_table(&self.table, layout, self.stream, &mut self.entries)?;
+        if encoding != Encoding::None {
+            self.decoder.decode(encoding, &self.encoded, described, &mut self.pages)?;
+        } else if payload != described {
+            return Err(FrameError::Payload { described, payload }.into());
+        }
+        Ok(())
+    }
+
     /// Checks and writes one frame. The ledger is locked meanwhile, so the audit sees content and entry together.
-    fn apply(&mut self, payload: usize) -> Result<(), DestinationError> {
+    fn apply(&mut self) -> Result<(), DestinationError> {
         let Subject { ram, ledgers, secret } = &self.subject;
-        codec::decode_table(&self.table, ram.layout(), self.stream, payload, &mut self.entries)?;
         let mut ledger = ledgers.lock(self.stream);
         // Neighbouring plain pages are written in one call: where in the payload they begin, and the first page.
         let mut run: Option<(usize, PageIndex)> = None;
@@ -193,6 +219,17 @@ impl<R: Read> StreamReceiver<R> {
         let write = |run: Option<(usize, PageIndex)>, end: usize| match run {
             Some((start, first)) => ram.write(first, &self.pages[start..end]),
             None => Ok(()),
+        };
+        // What is recorded is what will be written, whatever the sender said; where they differ the page is asked for
+        // again.
+        let record = |ledger: &mut Ledger, page: PageIndex, content: &[u8], hash: ContentHash| {
+            let found = if is_zero(content) { secret.zero_page() } else { secret.hash(content) };
+            if found == hash {
+                ledger.record(page, hash);
+            } else {
+                ledger.forget(page);
+                (self.events)(Event::Mismatch(page));
+            }
         };
         for entry in &self.entries {
             match *entry {
@@ -203,15 +240,18 @@ impl<R: Read> StreamReceiver<R> {
                         write(run, at)?;
                         run = Some((at, page));
                     }
-                    // What is recorded is what will be written, whatever the sender said; where they differ the
-                    // page is asked for again.
-                    if secret.hash(&self.pages[at..at + PAGE_SIZE]) == hash {
-                        ledger.record(page, hash);
-                    } else {
-                        ledger.forget(page);
-                        (self.events)(Event::Mismatch(page));
-                    }
+                    record(&mut ledger, page, &self.pages[at..at + PAGE_SIZE], hash);
                     at += PAGE_SIZE;
+                }
+                Entry::Delta { page, hash, length } => {
+                    write(run.take(), at)?;
+                    let end = at + usize::from(length);
+                    let mut content = [0; PAGE_SIZE];
+                    ram.read(page, &mut content)?;
+                    delta::apply(&self.pages[at..end], &mut content)?;
+                    record(&mut ledger, page, &content, hash);
+                    ram.write(page, &content)?;
+                    at = end;
                 }
                 Entry::Zero { page, count } => {
                     write(run.take(), at)?;

@@ -2,14 +2,18 @@
 //!
 //! Workers are plain threads, one per stream and side. On the source a worker takes the dirty runs of its chunks,
 //! reads them into a buffer of its own (so hash and copy see the same bytes, whatever the guest does meanwhile),
-//! classifies each page against the ledger and writes a batch. On the destination a worker checks each page's hash,
+//! classifies each page against the ledger and what was last sent of it ([`delta`]), and writes a batch, compressed
+//! where that is worth it ([`compress`]). On the destination a worker checks each page's hash,
 //! writes it with `pwrite` and records it. The formats in between are in [`codec`].
 
 pub mod codec;
+pub mod compress;
+pub mod delta;
 pub mod destination;
 pub mod pages;
 mod ram;
 pub mod round;
+mod sent;
 pub mod source;
 
 pub use ram::{Ram, RamError, RamFile};

@@ -11,6 +11,8 @@ pub struct Counts {
     pub zero: u64,
     /// Not sent: the destination holds this content already.
     pub unchanged: u64,
+    /// Sent as what has changed since they were last sent.
+    pub delta: u64,
     /// Sent whole.
     pub plain: u64,
     /// Bytes of guest memory that were looked at.
@@ -24,6 +26,7 @@ impl Counts {
     pub fn add(&mut self, other: &Counts) {
         self.zero += other.zero;
         self.unchanged += other.unchanged;
+        self.delta += other.delta;
         self.plain += other.plain;
         self.raw_bytes += other.raw_bytes;
         self.wire_bytes += other.wire_bytes;
@@ -32,7 +35,7 @@ impl Counts {
     /// Every page is exactly one of these.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.zero + self.unchanged + self.plain
+        self.zero + self.unchanged + self.delta + self.plain
     }
 }
 

@@ -10,8 +10,11 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use dirty_tracker::{Region, Scan, ScanError, Tracker};
 
 use super::codec::{self, Entry, MAX_PLAIN};
+use super::compress::{Compression, Encoder, Encoding};
+use super::delta;
 use super::pages::PageSet;
 use super::round::{Counts, Guest, Sent};
+use super::sent::LastSent;
 use super::{Ram, RamError};
 use crate::audit::{Audit, Auditor, Subject};
 use crate::hash::{Secret, is_zero};
@@ -35,6 +38,18 @@ pub enum Scanning {
     /// Whichever way is the quicker one.
     Quickest,
 }
+
+/// How to go about a mirror.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct How {
+    /// How to scan while the guest runs.
+    pub scanning: Scanning,
+    /// Whether what is sent is compressed.
+    pub compression: Compression,
+}
+
+/// Most memory that the last sent content of hot pages takes, of all streams together, in bytes.
+const LAST_SENT: usize = 96 << 20;
 
 /// Which part of guest RAM one of the tracker's ranges is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -144,7 +159,7 @@ impl MemorySource {
         secret: Secret,
         tracker: Tracker,
         ranges: Vec<TrackedRange>,
-        scanning: Scanning,
+        how: How,
         sinks: Vec<W>,
     ) -> Result<MemorySource, SourceError> {
         let layout = ram.layout().clone();
@@ -158,7 +173,7 @@ impl MemorySource {
         .map_err(SourceError::Thread)?;
         let mut workers = Vec::with_capacity(sinks.len());
         for (stream, sink) in (0..).zip(sinks) {
-            workers.push(Worker::start(stream, sink, subject.clone())?);
+            workers.push(Worker::start(stream, sink, subject.clone(), how.compression)?);
         }
         let mut owed = PageSet::new(layout.end());
         for block in layout.blocks() {
@@ -175,7 +190,7 @@ impl MemorySource {
             suspects,
             doubtful: Vec::new(),
             regions,
-            scanning,
+            scanning: how.scanning,
             last_found,
             owed,
             round,
@@ -350,8 +365,13 @@ impl Worker {
         stream: u16,
         sink: W,
         subject: Subject,
+        compression: Compression,
     ) -> Result<Worker, SourceError> {
         let (jobs, receiver) = bounded(1);
+        let layout = subject.ram.layout();
+        let streams = layout.streams();
+        let pages = usize::try_from(layout.page_count()).unwrap_or(usize::MAX).min(LAST_SENT / PAGE_SIZE);
+        let last_sent = LastSent::new(pages / usize::from(streams.max(1)), streams);
         let mut sender = StreamSender {
             stream,
             sink,
@@ -361,6 +381,10 @@ impl Worker {
             filled: 0,
             entries: Vec::new(),
             head: Vec::new(),
+            last_sent,
+            encoder: Encoder::new(compression),
+            deltas: Vec::new(),
+            joined: Vec::new(),
             counts: Counts::default(),
         };
         let thread = std::thread::Builder::new()
@@ -395,6 +419,12 @@ struct StreamSender<W> {
     filled: usize,
     entries: Vec<Entry>,
     head: Vec<u8>,
+    last_sent: LastSent,
+    encoder: Encoder,
+    /// The deltas of the frame under way.
+    deltas: Vec<u8>,
+    /// A payload that is to be compressed, in one piece.
+    joined: Vec<u8>,
     counts: Counts,
 }
 
@@ -485,10 +515,23 @@ impl<W: Write> StreamSender<W> {
 
     /// Classifies what is in the buffer and writes it as one frame.
     fn flush(&mut self, number: u32) -> Result<(), SourceError> {
+        let parts = self.classify(number);
+        self.counts.raw_bytes += (self.filled * PAGE_SIZE) as u64;
+        self.runs.clear();
+        self.filled = 0;
+        if self.entries.is_empty() {
+            return Ok(());
+        }
+        self.send(number, &parts)?;
+        self.entries.clear();
+        Ok(())
+    }
+
+    /// Turns what is in the buffer into entries of a table. Returns their payload, in pieces.
+    fn classify(&mut self, number: u32) -> Vec<Part> {
         let secret = &self.subject.secret;
         let zero = secret.zero_page();
-        // The parts of the buffer to send, as byte ranges; neighbours are one.
-        let mut parts: Vec<Range<usize>> = Vec::new();
+        let mut parts = Vec::new();
         let mut at = 0;
         let pages = self.runs.iter().cloned().flatten().map(PageIndex);
         let hashes = self.buffer[..self.filled * PAGE_SIZE]
@@ -497,10 +540,12 @@ impl<W: Write> StreamSender<W> {
         // Hashed before the ledger is locked, so that the audit never waits for a megabyte's hashing.
         let hashed: Vec<_> = pages.zip(hashes).collect();
         let mut ledger = self.subject.ledgers.lock(self.stream);
+        self.deltas.clear();
         for (page, hash) in hashed {
             let bytes = at..at + PAGE_SIZE;
             at = bytes.end;
-            if ledger.get(page) == Some(hash) {
+            let known = ledger.get(page);
+            if known == Some(hash) {
                 self.counts.unchanged += 1;
                 continue;
             }
@@ -510,26 +555,62 @@ impl<W: Write> StreamSender<W> {
                 push_zero(&mut self.entries, page);
                 continue;
             }
-            self.counts.plain += 1;
-            self.entries.push(Entry::Plain { page, hash });
-            match parts.last_mut() {
-                Some(last) if last.end == bytes.start => last.end = bytes.end,
-                _ => parts.push(bytes),
+            // What is sent for the first time is mostly sent for the last time.
+            let hot = number > 0;
+            let content = &self.buffer[bytes.clone()];
+            let begin = self.deltas.len();
+            let old = known.filter(|_| hot).and_then(|known| self.last_sent.get(page, known));
+            let delta = old.and_then(|old| delta::encode(old, content, &mut self.deltas));
+            if hot {
+                self.last_sent.keep(page, hash, number, content);
+            }
+            match delta.and_then(|length| u16::try_from(length).ok()) {
+                Some(length) => {
+                    self.counts.delta += 1;
+                    self.entries.push(Entry::Delta { page, hash, length });
+                    parts.push(Part::Delta(begin..self.deltas.len()));
+                }
+                None => {
+                    self.counts.plain += 1;
+                    self.entries.push(Entry::Plain { page, hash });
+                    match parts.last_mut() {
+                        Some(Part::Plain(last)) if last.end == bytes.start => last.end = bytes.end,
+                        _ => parts.push(Part::Plain(bytes)),
+                    }
+                }
             }
         }
-        drop(ledger);
-        self.counts.raw_bytes += (self.filled * PAGE_SIZE) as u64;
-        self.runs.clear();
-        self.filled = 0;
-        if self.entries.is_empty() {
-            return Ok(());
-        }
+        parts
+    }
+
+    /// Writes the entries and their payload as one frame.
+    fn send(&mut self, number: u32, parts: &[Part]) -> Result<(), SourceError> {
+        let length = codec::payload_of(&self.entries);
+        let piece = |part: &Part| match part {
+            Part::Plain(bytes) => &self.buffer[bytes.clone()],
+            Part::Delta(bytes) => &self.deltas[bytes.clone()],
+        };
+        let attempt = self.encoder.wants(length);
+        let encoded = attempt.and_then(|attempt| {
+            self.joined.clear();
+            parts.iter().for_each(|part| self.joined.extend_from_slice(piece(part)));
+            self.encoder.encode(&attempt, &self.joined)
+        });
         self.head.clear();
-        codec::encode_pages(&mut self.head, number, &self.entries);
-        self.entries.clear();
-        let payload = parts.into_iter().map(|part| &self.buffer[part]);
-        self.counts.wire_bytes +=
-            codec::write_frame(&mut self.sink, &self.head, payload).map_err(Self::broken(self.stream))?;
+        let begin = Instant::now();
+        let written = match encoded {
+            Some((encoding, encoded)) => {
+                codec::encode_pages(&mut self.head, number, &self.entries, encoding, encoded.len());
+                codec::write_frame(&mut self.sink, &self.head, std::iter::once(encoded))
+            }
+            None => {
+                codec::encode_pages(&mut self.head, number, &self.entries, Encoding::None, length);
+                codec::write_frame(&mut self.sink, &self.head, parts.iter().map(piece))
+            }
+        };
+        let written = written.map_err(Self::broken(self.stream))?;
+        self.encoder.written(written, begin.elapsed());
+        self.counts.wire_bytes += written;
         Ok(())
     }
 
@@ -557,6 +638,14 @@ impl<W: Write> StreamSender<W> {
         }
         Ok(proof)
     }
+}
+
+/// A piece of a payload.
+enum Part {
+    /// These bytes of the buffer: neighbouring plain pages.
+    Plain(Range<usize>),
+    /// These bytes of the frame's deltas.
+    Delta(Range<usize>),
 }
 
 /// Adds a zero page to a table, in the last entry if it follows on there within the same chunk.
