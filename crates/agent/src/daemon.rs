@@ -119,6 +119,10 @@ impl Daemon {
         if !config.ram_dir.is_dir() {
             return Err(StartError::RamDir(config.ram_dir));
         }
+        if !is_tmpfs(&config.ram_dir) {
+            let ram_dir = config.ram_dir.display();
+            tracing::warn!(%ram_dir, "ram_dir is not on a tmpfs: guest RAM will be written to a disk");
+        }
         let locks = [
             lock::take(&config.state_dir.join("agent.lock"))?,
             lock::take(&socket::beside(&config.api, "lock"))?,
@@ -270,4 +274,11 @@ async fn accept(listener: Listener, data: DataConnections, vms: Vms) {
             },
         }
     }
+}
+
+/// Whether a directory is on a tmpfs.
+fn is_tmpfs(directory: &Path) -> bool {
+    /// `TMPFS_MAGIC` of linux/magic.h.
+    const MAGIC: u64 = 0x0102_1994;
+    rustix::fs::statfs(directory).is_ok_and(|found| found.f_type as u64 == MAGIC)
 }

@@ -12,12 +12,15 @@ use crate::output::Output;
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// Shows progress where there is somebody to see it.
+/// How often a warning is repeated while it lasts; its figures change with every round.
+const WARN_EVERY: Duration = Duration::from_secs(30);
+
 #[derive(Debug)]
 pub(crate) struct Live {
     output: Output,
     bar: Option<ProgressBar>,
     told: Option<(Phase, bool, Instant)>,
-    warned: Option<String>,
+    warned: Option<Instant>,
 }
 
 impl Live {
@@ -34,9 +37,9 @@ impl Live {
 
     pub(crate) fn show(&mut self, progress: &Progress) {
         if let Some(warning) = &progress.warning
-            && self.warned.as_ref() != Some(warning)
+            && self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY)
         {
-            self.warned = Some(warning.clone());
+            self.warned = Some(Instant::now());
             self.say(&format!("warning: {warning}"));
         }
         if let Some(bar) = &self.bar {

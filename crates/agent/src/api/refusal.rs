@@ -57,7 +57,9 @@ impl From<AgentError> for Refusal {
             AgentError::InSession { vm, .. } => told(
                 StatusCode::CONFLICT,
                 "in-migration",
-                &format!("wait for its end, or end it with `vmirror cancel {vm}`"),
+                &format!(
+                    "wait for its end, or end it with `vmirror cancel {vm}`; a standing mirror is finished with `vmirror switch {vm}`"
+                ),
             ),
             AgentError::Held { .. } => told(StatusCode::CONFLICT, "busy", "try again when that has ended"),
             AgentError::NoSession(vm) => told(

@@ -1,9 +1,12 @@
 //! The account that a migration gives of itself: progress while it goes on, the report at its end.
 
 use std::collections::BTreeSet;
-use std::time::SystemTime;
+use std::convert::Infallible;
+use std::time::{Duration, Instant, SystemTime};
 
 use mirror::layout::PAGE_SIZE;
+use mirror::memory::round::Flow;
+use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::controller::Controller;
@@ -12,8 +15,38 @@ use super::stop::Stop;
 use crate::failure::Stage;
 use crate::host::Host;
 use crate::options::Options;
+use crate::progress::Progress;
 use crate::report::{Memory, Network, Outcome, Pause, Phase, PhaseTime, Report, Verification};
 use crate::vm::Vm;
+
+/// How often progress is shown while a round is under way.
+const SHOWN_EVERY: Duration = Duration::from_millis(250);
+
+/// Shows what goes through while a round is under way. In the first, which is a copy of everything, it also says what is
+/// left; later the estimate does.
+pub(super) async fn follow(
+    progress: &watch::Sender<Progress>,
+    begin: Instant,
+    flow: &Flow,
+    first: bool,
+) -> Infallible {
+    let (began, before) = (Instant::now(), flow.raw_bytes());
+    loop {
+        tokio::time::sleep(SHOWN_EVERY).await;
+        let raw_bytes = flow.raw_bytes();
+        progress.send_modify(|progress| {
+            progress.elapsed_ms = begin.elapsed().as_secs_f64() * 1e3;
+            progress.raw_bytes = raw_bytes;
+            progress.wire_bytes = flow.wire_bytes();
+            if first {
+                progress.remaining_bytes = progress.total_bytes.saturating_sub(raw_bytes);
+                progress.throughput = (raw_bytes - before) as f64 / began.elapsed().as_secs_f64();
+                progress.time_left_ms = (progress.throughput > 0.0)
+                    .then(|| progress.remaining_bytes as f64 / progress.throughput * 1e3);
+            }
+        });
+    }
+}
 
 impl Controller {
     pub(super) fn enter(&mut self, phase: Phase) {

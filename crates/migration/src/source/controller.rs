@@ -280,6 +280,9 @@ impl Controller {
             self.report.verification.repaired_pages = repaired_pages;
             self.report.rounds = rounds.report.clone();
             self.report.memory = rounds.totals.clone();
+            // More than the rounds where the last one was not finished.
+            self.report.memory.raw_bytes = rounds.flow.raw_bytes();
+            self.report.memory.wire_bytes = rounds.flow.wire_bytes();
             rounds.end().await;
         }
     }
@@ -292,8 +295,13 @@ impl Controller {
     }
 
     pub(super) async fn round(&mut self, guest: Guest) -> Result<(), Stop> {
+        let (progress, begin) = (self.progress.clone(), self.begin);
         let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
-        rounds.round(destination, guest).await
+        let (flow, first) = (Arc::clone(&rounds.flow), rounds.report.is_empty());
+        tokio::select! {
+            done = rounds.round(destination, guest) => done,
+            never = super::account::follow(&progress, begin, &flow, first) => match never {},
+        }
     }
 
     pub(super) fn destination(&mut self) -> Result<&mut Destination, Stop> {

@@ -25,7 +25,7 @@ pub(super) struct Estimate {
     /// In bytes per second.
     pub(super) dirty_rate: f64,
     /// What a switch-over costs beside the last pages.
-    fixed: Duration,
+    pub(super) fixed: Duration,
     last_round: Duration,
     stubborn: usize,
     last_due: Option<u64>,

@@ -1,6 +1,7 @@
 //! The memory's rounds: one after the other, each acknowledged before the next.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dirty_tracker::{DescriptorSource, Tracker};
@@ -8,7 +9,7 @@ use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::memory::compress::Compression;
-use mirror::memory::round::{Guest, Sent};
+use mirror::memory::round::{Flow, Guest, Sent};
 use mirror::memory::source::{How, MemorySource, Proof, Scanning, SourceError, TrackedRange};
 use mirror::memory::{Ram, RamFile};
 use qemu::RamBlock;
@@ -44,6 +45,8 @@ pub(super) struct Rounds {
     pub(super) report: Vec<Round>,
     pub(super) totals: Memory,
     pub(super) hold: Duration,
+    /// What has gone through, a round under way included.
+    pub(super) flow: Arc<Flow>,
 }
 
 /// What the rounds begin with.
@@ -86,6 +89,7 @@ impl Rounds {
         let memory = MemorySource::start(ram, secret, tracker, ranges, How { scanning, compression }, sinks)
             .map_err(|e| broken(&e))?;
         Ok(Rounds {
+            flow: memory.flow(),
             memory: Some(memory),
             busy: None,
             aborts,

@@ -66,6 +66,9 @@ impl Controller {
             }
             if !switching && ready {
                 self.stand(&mut events).await?;
+            } else if advice == Advice::DoesNotConverge {
+                // More rounds at once would not help; the guest's next quiet moment might.
+                tokio::time::sleep(STANDING).await;
             }
         }
     }
@@ -81,9 +84,16 @@ impl Controller {
 
     pub(super) fn not_converged(&self) -> Stop {
         let estimate = self.held.rounds.as_ref().map(|rounds| rounds.estimate.clone()).unwrap_or_default();
+        if estimate.fixed > self.options.max_downtime {
+            let message = format!(
+                "a switch-over away from this host takes {:.1?} beside any memory: a downtime of {:?} cannot be had",
+                estimate.fixed, self.options.max_downtime,
+            );
+            return Stop::Failed(Finding::new("not-converged", message, "raise --max-downtime"));
+        }
         let mib = |bytes: f64| bytes / f64::from(1 << 20);
         let message = format!(
-            "the guest dirties {:.0} MiB/s and {:.0} MiB/s can be sent: a downtime of {:?} cannot be had, {:?} was predicted",
+            "the guest dirties {:.0} MiB/s and {:.0} MiB/s can be sent: a downtime of {:?} cannot be had, {:.1?} was predicted",
             mib(estimate.dirty_rate),
             mib(estimate.throughput),
             self.options.max_downtime,

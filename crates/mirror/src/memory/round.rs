@@ -1,5 +1,6 @@
 //! Rounds: what one scan found and what became of it.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::ledger::Sum;
@@ -36,6 +37,32 @@ impl Counts {
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.zero + self.unchanged + self.delta + self.plain
+    }
+}
+
+/// What has gone through a mirror so far, rounds under way included. Counted by the workers, batch by batch.
+#[derive(Debug, Default)]
+pub struct Flow {
+    raw_bytes: AtomicU64,
+    wire_bytes: AtomicU64,
+}
+
+impl Flow {
+    pub(super) fn add(&self, raw_bytes: u64, wire_bytes: u64) {
+        self.raw_bytes.fetch_add(raw_bytes, Ordering::Relaxed);
+        self.wire_bytes.fetch_add(wire_bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes of guest memory that were looked at.
+    #[must_use]
+    pub fn raw_bytes(&self) -> u64 {
+        self.raw_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Bytes written to the streams, before encryption.
+    #[must_use]
+    pub fn wire_bytes(&self) -> u64 {
+        self.wire_bytes.load(Ordering::Relaxed)
     }
 }
 

@@ -13,7 +13,7 @@ use super::codec::{self, Entry, MAX_PLAIN};
 use super::compress::{Compression, Encoder, Encoding};
 use super::delta;
 use super::pages::PageSet;
-use super::round::{Counts, Guest, Sent};
+use super::round::{Counts, Flow, Guest, Sent};
 use super::sent::LastSent;
 use super::{Ram, RamError};
 use crate::audit::{Audit, Auditor, Subject};
@@ -117,6 +117,7 @@ pub struct MemorySource {
     tracker: Tracker,
     ranges: Vec<TrackedRange>,
     workers: Vec<Worker>,
+    flow: Arc<Flow>,
     auditor: Auditor,
     /// Pages whose content differed from the ledger when the audit looked: written by the guest, or missed.
     suspects: Arc<Mutex<Vec<PageIndex>>>,
@@ -172,8 +173,9 @@ impl MemorySource {
         })
         .map_err(SourceError::Thread)?;
         let mut workers = Vec::with_capacity(sinks.len());
+        let flow = Arc::new(Flow::default());
         for (stream, sink) in (0..).zip(sinks) {
-            workers.push(Worker::start(stream, sink, subject.clone(), how.compression)?);
+            workers.push(Worker::start(stream, sink, subject.clone(), how.compression, Arc::clone(&flow))?);
         }
         let mut owed = PageSet::new(layout.end());
         for block in layout.blocks() {
@@ -186,6 +188,7 @@ impl MemorySource {
             tracker,
             ranges,
             workers,
+            flow,
             auditor,
             suspects,
             doubtful: Vec::new(),
@@ -297,6 +300,12 @@ impl MemorySource {
         Ok(())
     }
 
+    /// What has been looked at and sent so far; it can be followed while a round is under way.
+    #[must_use]
+    pub fn flow(&self) -> Arc<Flow> {
+        Arc::clone(&self.flow)
+    }
+
     /// The destination has applied everything up to the barrier of the last round.
     pub fn acknowledge(&mut self) {
         self.owed.clear();
@@ -366,6 +375,7 @@ impl Worker {
         sink: W,
         subject: Subject,
         compression: Compression,
+        flow: Arc<Flow>,
     ) -> Result<Worker, SourceError> {
         let (jobs, receiver) = bounded(1);
         let layout = subject.ram.layout();
@@ -386,6 +396,7 @@ impl Worker {
             deltas: Vec::new(),
             joined: Vec::new(),
             counts: Counts::default(),
+            flow,
         };
         let thread = std::thread::Builder::new()
             .name(format!("mirror-{stream}"))
@@ -426,6 +437,7 @@ struct StreamSender<W> {
     /// A payload that is to be compressed, in one piece.
     joined: Vec<u8>,
     counts: Counts,
+    flow: Arc<Flow>,
 }
 
 impl<W: Write> StreamSender<W> {
@@ -466,8 +478,10 @@ impl<W: Write> StreamSender<W> {
         self.flush(number)?;
         self.head.clear();
         codec::encode_barrier(&mut self.head, number);
-        self.counts.wire_bytes += codec::write_frame(&mut self.sink, &self.head, std::iter::empty())
+        let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty())
             .map_err(Self::broken(self.stream))?;
+        self.counts.wire_bytes += written;
+        self.flow.add(0, written);
         self.sink.flush().map_err(Self::broken(self.stream))?;
         Ok((self.counts, self.subject.ledgers.lock(self.stream).sum()))
     }
@@ -496,7 +510,9 @@ impl<W: Write> StreamSender<W> {
     }
 
     fn note_hole(&mut self, number: u32, run: Range<u64>) -> Result<(), SourceError> {
-        self.counts.raw_bytes += (run.end - run.start) * PAGE_SIZE as u64;
+        let raw = (run.end - run.start) * PAGE_SIZE as u64;
+        self.counts.raw_bytes += raw;
+        self.flow.add(raw, 0);
         let zero = self.subject.secret.zero_page();
         let mut ledger = self.subject.ledgers.lock(self.stream);
         for page in run.map(PageIndex) {
@@ -516,7 +532,9 @@ impl<W: Write> StreamSender<W> {
     /// Classifies what is in the buffer and writes it as one frame.
     fn flush(&mut self, number: u32) -> Result<(), SourceError> {
         let parts = self.classify(number);
-        self.counts.raw_bytes += (self.filled * PAGE_SIZE) as u64;
+        let raw = (self.filled * PAGE_SIZE) as u64;
+        self.counts.raw_bytes += raw;
+        self.flow.add(raw, 0);
         self.runs.clear();
         self.filled = 0;
         if self.entries.is_empty() {
@@ -610,6 +628,7 @@ impl<W: Write> StreamSender<W> {
         };
         let written = written.map_err(Self::broken(self.stream))?;
         self.encoder.written(written, begin.elapsed());
+        self.flow.add(0, written);
         self.counts.wire_bytes += written;
         Ok(())
     }

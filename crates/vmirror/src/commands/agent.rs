@@ -1,5 +1,6 @@
 //! `vmirror agent`: the daemon in the foreground.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 
 use agent::error::chain;
@@ -74,7 +75,7 @@ fn hint(error: &StartError) -> &'static str {
         StartError::Name { .. } => "correct `name`, or issue a certificate of that name",
         StartError::Listen { .. } => "choose an address of this host and a free port for `listen`",
         StartError::Api { .. } => "choose another path for `api`",
-        StartError::RamDir(_) => "choose a tmpfs or hugetlbfs that is mounted",
+        StartError::RamDir(_) => "choose a tmpfs that is mounted, such as /dev/shm",
         StartError::History(_) | StartError::Journal { .. } => "look after it, or move it out of state_dir",
         _ => "choose directories that this user may write to",
     }
@@ -89,6 +90,7 @@ fn log() -> Result<(), Failure> {
             "try info, or agent=debug",
         )
     })?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     Ok(())
 }
