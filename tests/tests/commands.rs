@@ -46,7 +46,7 @@ fn a_mirror_is_shown_verified_and_ended(pair: &Pair, guest: &Guest) {
     has(&words(a, &["list"]), &["vm", "running", "host-b"]);
     assert_eq!(document(a, &["show", "vm"])["session"]["id"], standing["id"]);
     assert!(document(a, &["verify", "vm"])["audited_pages"].as_u64().unwrap() >= guest.pages());
-    has(&words(a, &["verify", "vm"]), &["pages of vm compared, 0 repaired"]);
+    has(&words(a, &["verify", "vm"]), &["vm was compared with its copy on both hosts", "0 repaired"]);
 
     // A second one is refused, and the first does not mind.
     let second = vmirror(a, &["mirror", "vm", "--to", &to, "--json"]).refusal();

@@ -119,14 +119,14 @@ impl Daemon {
         if !config.ram_dir.is_dir() {
             return Err(StartError::RamDir(config.ram_dir));
         }
-        if !is_tmpfs(&config.ram_dir) {
-            let ram_dir = config.ram_dir.display();
-            tracing::warn!(%ram_dir, "ram_dir is not on a tmpfs: guest RAM will be written to a disk");
-        }
         let locks = [
             lock::take(&config.state_dir.join("agent.lock"))?,
             lock::take(&socket::beside(&config.api, "lock"))?,
         ];
+        if !is_tmpfs(&config.ram_dir) {
+            let ram_dir = config.ram_dir.display();
+            tracing::warn!(%ram_dir, "ram_dir is not on a tmpfs: guest RAM will be written to a disk");
+        }
 
         let endpoint = Endpoint::new(&identity, Deadlines::default()).map_err(StartError::Endpoint)?;
         let journal = Journal::open(&config.state_dir)

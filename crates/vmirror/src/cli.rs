@@ -185,9 +185,9 @@ pub(crate) struct MigrateOptions {
     /// Switch over when the predicted downtime is at most this
     #[arg(long, value_name = "TIME", default_value = "50ms", value_parser = humantime::parse_duration)]
     downtime: Duration,
-    /// Accept a predicted downtime up to this when rounds stop shrinking
-    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
-    max_downtime: Duration,
+    /// Accept a predicted downtime up to this when rounds stop shrinking [default: 1s, or --downtime if that is more]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    max_downtime: Option<Duration>,
     /// Limit of all data streams together, such as 500MiB/s [default: none]
     #[arg(long, value_name = "RATE", value_parser = rate)]
     bandwidth: Option<NonZeroU64>,
@@ -244,7 +244,7 @@ impl From<MigrateOptions> for Options {
         let Engine::Mirror = given.engine;
         Options {
             downtime: given.downtime,
-            max_downtime: given.max_downtime,
+            max_downtime: given.max_downtime.unwrap_or(Options::default().max_downtime.max(given.downtime)),
             bandwidth: given.bandwidth,
             streams: given.streams,
             timeout: given.timeout,
@@ -305,6 +305,13 @@ mod tests {
     }
 
     #[test]
+    fn one_default_does_not_contradict_what_was_asked_for() {
+        let options = migrate(&["--downtime", "2s"]).unwrap();
+        assert_eq!(options.max_downtime, Duration::from_secs(2));
+        options.validate().unwrap();
+    }
+
+    #[test]
     fn options_mean_what_they_say() {
         let options = migrate(&[
             "--downtime",
@@ -351,7 +358,7 @@ mod tests {
             ["--disks", "mirror"],
             ["--engine", "qemu"],
             ["--on-diverge", "throttle"],
-            ["--compress", "zstd"],
+            ["--compress", "gzip"],
         ] {
             assert!(migrate(&arguments).is_err(), "{arguments:?}");
         }

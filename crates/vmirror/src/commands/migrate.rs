@@ -95,7 +95,7 @@ pub(super) async fn verify(client: &Client, name: &VmName, output: &Output) -> R
     let found: Verification = client.post(&format!("/v1/vms/{name}/verify"), &()).await?;
     output.done(&found, |found| {
         format!(
-            "{} pages of {name} compared, {} repaired",
+            "{name} was compared with its copy on both hosts: {} pages looked at, {} repaired",
             count(found.audited_pages),
             count(found.repaired_pages)
         )

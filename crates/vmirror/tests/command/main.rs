@@ -77,7 +77,10 @@ fn bad_usage_is_refused_before_anything_is_asked() {
     assert!(to(&["--downtime", "50"]).contains("invalid value '50' for '--downtime <TIME>'"));
     assert!(to(&["--bandwidth", "much"]).contains("\"much\" is not a rate such as 500MiB/s"));
     assert!(to(&["--streams", "0"]).contains("--streams"));
-    assert!(to(&["--downtime", "3s"]).contains("--max-downtime 1s is below --downtime 3s"));
+    assert!(
+        to(&["--downtime", "3s", "--max-downtime", "1s"])
+            .contains("--max-downtime 1s is below --downtime 3s")
+    );
     assert!(to(&["--timeout", "1ms"]).contains("--timeout"));
     assert!(to(&["--disks", "mirror"]).contains("possible values: auto, shared"));
     assert!(to(&["--on-diverge", "fail"]).contains("unexpected argument '--on-diverge'"));
