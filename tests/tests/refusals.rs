@@ -357,7 +357,11 @@ fn a_kernel_without_dirty_tracking_is_refused_by_naming_what_it_lacks() {
 fn options_that_make_no_sense_are_refused_by_name() {
     let pair = pair();
     for (options, kind, words) in [
-        (&["--downtime", "2s"][..], "bad-option", &["--max-downtime 1s", "--downtime 2s"][..]),
+        (
+            &["--downtime", "2s", "--max-downtime", "1s"][..],
+            "bad-option",
+            &["--max-downtime 1s", "--downtime 2s"][..],
+        ),
         (&["--max-downtime", "1ms"], "bad-option", &["--max-downtime 1ms", "--downtime 50ms"]),
         (&["--bandwidth", "1"], "bad-option", &["--bandwidth 1 bytes/s"]),
         (&["--bandwidth", "0"], "usage", &["--bandwidth", "nothing would ever move"]),
