@@ -55,6 +55,19 @@ pub enum Compress {
     Zstd,
 }
 
+/// What to do when the guest dirties its memory faster than the mirror can follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDiverge {
+    /// The guest's CPUs are slowed, step by step, until the mirror follows.
+    #[default]
+    Throttle,
+    /// Switch over at once; what is missing at the destination is sent when the guest asks for it, and in the background.
+    PostCopy,
+    /// The migration fails, and says why. The machine stays.
+    Fail,
+}
+
 /// Options of `vmirror migrate` and `vmirror mirror`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -78,6 +91,8 @@ pub struct Options {
     pub disks: Disks,
     /// Whether what is sent is compressed.
     pub compress: Compress,
+    /// What to do when rounds do not shrink.
+    pub on_diverge: OnDiverge,
 }
 
 impl Default for Options {
@@ -91,6 +106,7 @@ impl Default for Options {
             verify: Verify::default(),
             disks: Disks::default(),
             compress: Compress::default(),
+            on_diverge: OnDiverge::default(),
         }
     }
 }
