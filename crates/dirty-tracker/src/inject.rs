@@ -1,4 +1,4 @@
-//! Has another process make a userfaultfd for us: the only place that uses ptrace.
+//! Has another process make a userfaultfd for us, or close one: the only place that uses ptrace.
 //!
 //! The descriptor must be made *inside* the process, since it governs the address space of its maker.
 //! [`sequence`] says how that is done without a trace; here it is prepared, started and answered for.
@@ -16,7 +16,7 @@ use rustix::net::{
     socketpair,
 };
 use rustix::process::{WaitId, WaitIdOptions, waitid};
-use sequence::{Plan, Report, Step};
+use sequence::{Plan, Report, Step, Then};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
@@ -171,21 +171,78 @@ pub enum InjectError {
     },
 }
 
+/// Whose a descriptor is that was made inside another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keep {
+    /// Ours alone: what it governs is free as soon as we close it, or end.
+    Ours,
+    /// The process's too: what it governs stays as it is when we end.
+    Both,
+}
+
 /// A userfaultfd of another process.
 #[derive(Debug)]
 pub(crate) struct Obtained {
-    /// The only descriptor of it there is.
+    /// Our descriptor of it.
     pub(crate) descriptor: OwnedFd,
+    /// Its number inside the process; free again there unless it was to be kept.
+    pub(crate) number: i32,
     /// For how long the main thread of the process was held.
     pub(crate) hold: Duration,
 }
 
-/// Has process `pid`, which `pidfd` stands for, make a userfaultfd.
+/// Has process `pid`, which `pidfd` stands for, make a userfaultfd: for tracking where it is to be ours alone, for
+/// being asked for missing pages where it is to be both's.
 pub(crate) fn descriptor(
     pid: u32,
     pidfd: BorrowedFd<'_>,
     source: DescriptorSource,
+    keep: Keep,
 ) -> Result<Obtained, InjectError> {
+    let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK).cast_unsigned();
+    let (call, arguments) = match (source, keep) {
+        (DescriptorSource::Injected, Keep::Ours) => {
+            let flags = flags | userfaultfd::USER_MODE_ONLY.cast_unsigned();
+            (libc::SYS_userfaultfd, [flags.into(), 0, 0])
+        }
+        // To be asked for what is missing, faults of the kernel have to wait as well.
+        (DescriptorSource::Injected, Keep::Both) => (libc::SYS_userfaultfd, [flags.into(), 0, 0]),
+        (DescriptorSource::Device { fd_in_process }, _) => {
+            let device = u64::from(fd_in_process.cast_unsigned());
+            (libc::SYS_ioctl, [device, userfaultfd::IOC_NEW, flags.into()])
+        }
+    };
+    let then = if keep == Keep::Both { Then::Share } else { Then::Take };
+    match inject(pid, pidfd, Call { call, arguments, then }, source)? {
+        (report, Some(descriptor)) => {
+            Ok(Obtained { descriptor, number: report.number, hold: Duration::from_nanos(report.held) })
+        }
+        (_, None) => Err(InjectError::NoReport { pid }),
+    }
+}
+
+/// Has process `pid` close one of its descriptors.
+pub(crate) fn close(pid: u32, pidfd: BorrowedFd<'_>, number: i32) -> Result<(), InjectError> {
+    let arguments = [u64::from(number.cast_unsigned()), 0, 0];
+    let call = Call { call: libc::SYS_close, arguments, then: Then::Nothing };
+    inject(pid, pidfd, call, DescriptorSource::Injected).map(drop)
+}
+
+/// A call to be made inside a process.
+#[derive(Clone, Copy)]
+struct Call {
+    call: i64,
+    arguments: [u64; 3],
+    then: Then,
+}
+
+/// Has process `pid`, which `pidfd` stands for, make a call.
+fn inject(
+    pid: u32,
+    pidfd: BorrowedFd<'_>,
+    call: Call,
+    source: DescriptorSource,
+) -> Result<(Report, Option<OwnedFd>), InjectError> {
     let number = i32::try_from(pid).map_err(|_| InjectError::Gone { pid })?;
     if let Some(tracer) = tracer(pid) {
         return Err(InjectError::AlreadyTraced { pid, tracer });
@@ -193,7 +250,7 @@ pub(crate) fn descriptor(
     let instruction = find_instruction(pid)?;
     let mut attempts = 0;
     loop {
-        let outcome = attempt(pid, number, pidfd, instruction, source);
+        let outcome = attempt(pid, number, pidfd, instruction, call, source);
         // Whether we may trace it at all is settled by now: its memory was open to us, by the same rule. So it
         // had a tracer a moment ago, and none now to name.
         let tracer_left =
@@ -211,19 +268,10 @@ fn attempt(
     number: i32,
     pidfd: BorrowedFd<'_>,
     instruction: u64,
+    call: Call,
     source: DescriptorSource,
-) -> Result<Obtained, InjectError> {
-    let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK).cast_unsigned();
-    let (call, arguments) = match source {
-        DescriptorSource::Injected => {
-            let flags = flags | userfaultfd::USER_MODE_ONLY.cast_unsigned();
-            (libc::SYS_userfaultfd, [flags.into(), 0, 0])
-        }
-        DescriptorSource::Device { fd_in_process } => {
-            let device = u64::from(fd_in_process.cast_unsigned());
-            (libc::SYS_ioctl, [device, userfaultfd::IOC_NEW, flags.into()])
-        }
-    };
+) -> Result<(Report, Option<OwnedFd>), InjectError> {
+    let Call { call, arguments, then } = call;
     let start = |error: Errno| InjectError::Start(error.into());
     let (ours, childs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(start)?;
@@ -234,16 +282,15 @@ fn attempt(
         instruction,
         call,
         arguments,
+        then,
     };
     let child = fork(&plan).map_err(InjectError::Start)?;
     drop(childs);
     let received = receive(ours.as_fd()).map_err(start)?;
     reap(child, received.is_some());
     let (report, descriptor) = received.ok_or(InjectError::NoReport { pid })?;
-    match (report.step, descriptor) {
-        (Step::Done, Some(descriptor)) => {
-            Ok(Obtained { descriptor, hold: Duration::from_nanos(report.held) })
-        }
+    match report.step {
+        Step::Done => Ok((report, descriptor)),
         _ => Err(explain(pid, source, report)),
     }
 }

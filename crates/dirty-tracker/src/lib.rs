@@ -50,11 +50,16 @@
 //!   the few others listed in signal(7) return `EINTR`.
 //! - It is not followed through `fork` or `execve`.
 //!
+//! # The other way round
+//! A process that was started without its memory can be given it while it runs: [`MissingPages`] has it wait at each
+//! page that is not there until that is supplied.
+//!
 //! # What it needs
 //! Linux 6.7 on `x86_64`; [`kernel_support`] finds out, and names what is missing.
 
 mod inject;
 mod maps;
+mod missing;
 mod page_size;
 mod pagemap;
 mod region;
@@ -64,6 +69,7 @@ mod userfaultfd;
 
 pub use inject::{DescriptorSource, InjectError};
 pub use maps::{Mapping, MapsError, mappings};
+pub use missing::{Fault, MissingPages, SupplyError};
 pub use region::Region;
 pub use support::{Unsupported, kernel_support};
 pub use tracker::{AttachError, DetachError, Scan, ScanError, ScanStats, Tracker};

@@ -1,6 +1,6 @@
 //! The tracker of one process: attach, scan, detach.
 
-use crate::inject::{self, DescriptorSource, InjectError};
+use crate::inject::{self, DescriptorSource, InjectError, Keep};
 use crate::maps::{Mapping, MapsError, mappings};
 use crate::pagemap::{Pagemap, Protection};
 use crate::region::{Region, push_joined};
@@ -105,6 +105,14 @@ pub enum AttachError {
         /// The first address in it without memory.
         address: u64,
     },
+    /// Pages larger than 4 KiB, where only those will do.
+    #[error("range {:#x}-{:#x} has pages of {page_size} bytes, which cannot be supplied one by one", .range.start, .range.end)]
+    HugePages {
+        /// The range.
+        range: Range<u64>,
+        /// The size of its pages.
+        page_size: u64,
+    },
     /// No userfaultfd could be had from the process.
     #[error("cannot get a userfaultfd from process {pid}")]
     Inject {
@@ -202,9 +210,9 @@ pub enum DetachError {
 
 /// One tracked range.
 #[derive(Debug)]
-struct Tracked {
-    range: Range<u64>,
-    page_size: u64,
+pub(crate) struct Tracked {
+    pub(crate) range: Range<u64>,
+    pub(crate) page_size: u64,
 }
 
 /// Tracks what one process writes to some of its memory, from outside it.
@@ -249,16 +257,17 @@ impl Tracker {
             error => AttachError::Open { pid, source: error.into() },
         })?;
         let tracked = check_ranges(pid, ranges)?;
-        let obtained = inject::descriptor(pid, pidfd.as_fd(), source).map_err(|source| match source {
-            InjectError::Gone { pid } => AttachError::Gone { pid },
-            source => AttachError::Inject { pid, source },
-        })?;
+        let obtained =
+            inject::descriptor(pid, pidfd.as_fd(), source, Keep::Ours).map_err(|source| match source {
+                InjectError::Gone { pid } => AttachError::Gone { pid },
+                source => AttachError::Inject { pid, source },
+            })?;
         let features = userfaultfd::WP_HUGETLBFS_SHMEM | userfaultfd::WP_UNPOPULATED | userfaultfd::WP_ASYNC;
         userfaultfd::negotiate(obtained.descriptor.as_fd(), features)
             .map_err(|source| Unsupported::Userfaultfd { source })?;
         for Tracked { range, .. } in &tracked {
             // On failure the descriptor is dropped, and with it what has been registered so far.
-            userfaultfd::register(obtained.descriptor.as_fd(), range)
+            userfaultfd::register(obtained.descriptor.as_fd(), range, userfaultfd::Mode::WriteProtect)
                 .map_err(|source| explain_register(pid, range, source))?;
         }
         let pagemap = Pagemap::open(pid).map_err(|source| AttachError::Pagemap { pid, source })?;
@@ -444,7 +453,7 @@ fn merge(neighbourhoods: &mut Vec<Range<u64>>, written: Range<u64>) {
 }
 
 /// Checks the ranges against what the process has mapped, and finds their page sizes.
-fn check_ranges(pid: u32, ranges: &[Range<u64>]) -> Result<Vec<Tracked>, AttachError> {
+pub(crate) fn check_ranges(pid: u32, ranges: &[Range<u64>]) -> Result<Vec<Tracked>, AttachError> {
     if ranges.is_empty() {
         return Err(AttachError::NoRanges);
     }
@@ -484,7 +493,7 @@ fn check_range(pid: u32, range: &Range<u64>, mapped: &[Mapping]) -> Result<Track
     Ok(Tracked { range: range.clone(), page_size: largest })
 }
 
-fn explain_register(pid: u32, range: &Range<u64>, source: io::Error) -> AttachError {
+pub(crate) fn explain_register(pid: u32, range: &Range<u64>, source: io::Error) -> AttachError {
     let range = range.clone();
     match source.raw_os_error() {
         Some(libc::EBUSY) => AttachError::Busy { pid, range },

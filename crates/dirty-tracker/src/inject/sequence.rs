@@ -48,10 +48,23 @@ pub(super) struct Plan {
     pub(super) report_to: RawFd,
     /// Where in the process there is a `syscall` instruction.
     pub(super) instruction: u64,
-    /// The call that makes the userfaultfd.
+    /// The call to have made.
     pub(super) call: i64,
     /// Its arguments.
     pub(super) arguments: [u64; 3],
+    /// What to do with what it returns.
+    pub(super) then: Then,
+}
+
+/// What becomes of the result of the call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Then {
+    /// It is a descriptor: bring it over, and have the process close its own.
+    Take,
+    /// It is a descriptor: bring it over, and leave the process its own.
+    Share,
+    /// Zero is success; there is nothing to bring over.
+    Nothing,
 }
 
 /// How far the sequence came.
@@ -90,19 +103,23 @@ pub(super) struct Report {
     pub(super) errno: Errno,
     /// For how long the thread was held, in nanoseconds.
     pub(super) held: u64,
+    /// What the call returned: the number of the descriptor inside the process.
+    pub(super) number: RawFd,
 }
 
 impl Report {
     /// Its size on the socket.
-    pub(super) const BYTES: usize = 16;
+    pub(super) const BYTES: usize = 20;
 
     fn encode(self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
         let (step, rest) = bytes.split_at_mut(4);
-        let (error, held) = rest.split_at_mut(4);
+        let (error, rest) = rest.split_at_mut(4);
+        let (held, number) = rest.split_at_mut(8);
         step.copy_from_slice(&(self.step as u32).to_ne_bytes());
         error.copy_from_slice(&self.errno.to_ne_bytes());
         held.copy_from_slice(&self.held.to_ne_bytes());
+        number.copy_from_slice(&self.number.to_ne_bytes());
         bytes
     }
 
@@ -111,13 +128,24 @@ impl Report {
         let (step, rest) = bytes.split_first_chunk::<4>()?;
         let (error, rest) = rest.split_first_chunk::<4>()?;
         let (held, rest) = rest.split_first_chunk::<8>()?;
+        let (number, rest) = rest.split_first_chunk::<4>()?;
         let step = *Step::ALL.get(usize::try_from(u32::from_ne_bytes(*step)).ok()?)?;
         rest.is_empty().then_some(Self {
             step,
             errno: Errno::from_ne_bytes(*error),
             held: u64::from_ne_bytes(*held),
+            number: RawFd::from_ne_bytes(*number),
         })
     }
+}
+
+/// What the sequence has made.
+#[derive(Clone, Copy, Default)]
+struct Made {
+    /// What the call returned.
+    number: RawFd,
+    /// The descriptor brought over.
+    descriptor: Option<RawFd>,
 }
 
 /// A step that failed, and why.
@@ -128,11 +156,11 @@ pub(super) fn run(plan: &Plan) -> ! {
     leave_the_agent(plan);
     let mut held = 0;
     let outcome = hold(plan, &mut held);
-    let (step, errno, descriptor) = match outcome {
-        Ok(descriptor) => (Step::Done, 0, Some(descriptor)),
-        Err((step, errno)) => (step, errno, None),
+    let (step, errno, made) = match outcome {
+        Ok(made) => (Step::Done, 0, made),
+        Err((step, errno)) => (step, errno, Made::default()),
     };
-    send(plan.report_to, Report { step, errno, held }.encode(), descriptor);
+    send(plan.report_to, Report { step, errno, held, number: made.number }.encode(), made.descriptor);
     // SAFETY: ends this process without running anything of the program it was forked from.
     unsafe { libc::_exit(0) }
 }
@@ -164,8 +192,8 @@ fn close_range(first: u32, last: u32, any: bool) {
     }
 }
 
-/// Holds the thread, has the descriptor made, fetches it, and leaves the thread as it was met.
-fn hold(plan: &Plan, held: &mut u64) -> Result<RawFd, Failure> {
+/// Holds the thread, has the call made, fetches the descriptor, and leaves the thread as it was met.
+fn hold(plan: &Plan, held: &mut u64) -> Result<Made, Failure> {
     let thread = Thread(plan.pid);
     thread.seize().map_err(|errno| (Step::Seize, errno))?;
     let begin = now();
@@ -226,9 +254,9 @@ fn in_restartable_sequence(thread: Thread) -> bool {
     }
 }
 
-/// Has the stopped thread make the descriptor, fetches it, and has it close its own copy: else the memory
-/// would stay registered when the tracker is gone, and the next one be refused.
-fn obtain(thread: Thread, plan: &Plan) -> Result<RawFd, Failure> {
+/// Has the stopped thread make the call, and fetches the descriptor. Where only we are to have it ([`Then::Take`]) the
+/// process closes its own: else the memory would stay registered when the tracker is gone, and the next one be refused.
+fn obtain(thread: Thread, plan: &Plan) -> Result<Made, Failure> {
     let met = thread.registers().map_err(|errno| (Step::Check, errno))?;
     if !registers::runs_64_bit(&met) {
         return Err((Step::Check, libc::ENOEXEC));
@@ -243,17 +271,25 @@ fn obtain(thread: Thread, plan: &Plan) -> Result<RawFd, Failure> {
     if number < 0 {
         return Err((Step::Call, number.wrapping_neg()));
     }
+    if plan.then == Then::Nothing {
+        return Ok(Made { number, descriptor: None });
+    }
     // SAFETY: takes two numbers and flags, and touches no memory.
     let fetched = unsafe { libc::syscall(libc::SYS_pidfd_getfd, plan.pidfd, number, 0) };
     let fetch_error = errno();
+    let fetched = RawFd::try_from(fetched).ok().filter(|&descriptor| descriptor >= 0);
+    // What could not be fetched is of no use to anybody, and is closed whatever was planned.
+    if plan.then == Then::Share && fetched.is_some() {
+        return Ok(Made { number, descriptor: fetched });
+    }
     let arguments = [u64::from(number.cast_unsigned()), 0, 0];
     let closed = call(thread, plan.instruction, libc::SYS_close, arguments)?;
     if closed != 0 {
         return Err((Step::Close, Errno::try_from(closed.wrapping_neg()).unwrap_or(libc::EIO)));
     }
-    match RawFd::try_from(fetched) {
-        Ok(descriptor) if descriptor >= 0 => Ok(descriptor),
-        _ => Err((Step::Fetch, fetch_error)),
+    match fetched {
+        Some(_) => Ok(Made { number, descriptor: fetched }),
+        None => Err((Step::Fetch, fetch_error)),
     }
 }
 
@@ -357,13 +393,13 @@ mod tests {
     #[test]
     fn reports_come_back_as_sent_and_nothing_else_does() {
         for step in Step::ALL {
-            let report = Report { step, errno: libc::EPERM, held: 1 << 40 };
+            let report = Report { step, errno: libc::EPERM, held: 1 << 40, number: 77 };
             assert_eq!(Report::decode(&report.encode()), Some(report));
         }
-        let mut unknown = Report { step: Step::Done, errno: 0, held: 0 }.encode();
+        let mut unknown = Report { step: Step::Done, errno: 0, held: 0, number: 0 }.encode();
         unknown[..4].copy_from_slice(&8_u32.to_ne_bytes());
         assert_eq!(Report::decode(&unknown), None);
-        assert_eq!(Report::decode(&unknown[..15]), None);
+        assert_eq!(Report::decode(&unknown[..19]), None);
         assert_eq!(Report::decode(&[]), None);
     }
 }

@@ -10,6 +10,7 @@ mod hugetlbfs;
 mod kernel_too_old;
 mod killed_agent;
 mod kvm_guest;
+mod missing;
 mod no_write_is_missed;
 mod tracee;
 mod unharmed;

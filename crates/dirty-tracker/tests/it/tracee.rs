@@ -165,7 +165,7 @@ pub(crate) fn map(path: &Path) -> &'static mut [u8] {
 }
 
 /// The role of memory that changes on command: `write PAGE`, `kernel PAGE` (the kernel writes it, by `read`),
-/// `read PAGE`,
+/// `read PAGE`, `byte PAGE` and `pipe PAGE` (which answer with its first byte, read by itself or by the kernel),
 /// `punch PAGE COUNT`, `drop PAGE COUNT` (from the page table only), `exec`.
 fn memory(path: &Path) {
     use rustix::mm::{Advice, madvise};
@@ -188,6 +188,19 @@ fn memory(path: &Path) {
             }
             "read" => {
                 std::hint::black_box(memory[number() * PAGE as usize]);
+            }
+            "byte" => {
+                println!("{}", memory[number() * PAGE as usize]);
+                continue;
+            }
+            "pipe" => {
+                let start = number() * PAGE as usize;
+                let (read, write) = rustix::pipe::pipe().unwrap();
+                rustix::io::write(write, &memory[start..start + 1]).unwrap();
+                let mut byte = [0];
+                rustix::io::read(read, &mut byte).unwrap();
+                println!("{}", byte[0]);
+                continue;
             }
             "punch" => {
                 let start = number() * PAGE as usize;
