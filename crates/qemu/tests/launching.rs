@@ -335,3 +335,16 @@ fn kernel_that_says_ok() -> Vec<u8> {
     kernel.resize(8192, 0);
     kernel
 }
+
+#[tokio::test]
+async fn a_descriptor_given_to_qemu_is_the_same_file_there_until_taken_back() {
+    let place = Place::new();
+    let (process, _, qmp) = place.start("a", &["-M", "q35", "-m", "64"]).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let given = qmp.give_descriptor(std::fs::File::open(file.path()).unwrap().into()).await.unwrap();
+    let there = format!("/proc/{}/fd/{}", process.pid, given.number);
+    assert_eq!(std::fs::read_link(&there).unwrap(), file.path());
+    qmp.take_descriptor_back(&given).await.unwrap();
+    assert_ne!(std::fs::read_link(&there).ok().as_deref(), Some(file.path()));
+    assert!(qmp.take_descriptor_back(&given).await.is_err());
+}

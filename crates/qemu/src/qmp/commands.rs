@@ -4,6 +4,7 @@
 //! (run states, migration states, CPU kinds).
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 
 use qapi::Command;
 use serde::{Deserialize, Serialize};
@@ -38,6 +39,17 @@ pub struct RunState {
     pub status: String,
     /// Whether vCPUs run.
     pub running: bool,
+}
+
+/// A descriptor that QEMU was given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct GivenDescriptor {
+    /// The set that it is in.
+    #[serde(rename = "fdset-id")]
+    pub set: i64,
+    /// Its number inside QEMU.
+    #[serde(rename = "fd")]
+    pub number: i32,
 }
 
 /// How a migration by QEMU stands.
@@ -339,6 +351,30 @@ impl Qmp {
     /// [`QmpError`]
     pub async fn announce_self(&self) -> Result<(), QmpError> {
         self.execute(AnnounceSelf { initial: 50, max: 550, rounds: 5, step: 100 }).await.map(drop)
+    }
+
+    /// Gives QEMU a descriptor. Returns its number inside QEMU, where it stays open until
+    /// [`take_descriptor_back`](Self::take_descriptor_back) or the end of the connection.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn give_descriptor(&self, descriptor: OwnedFd) -> Result<GivenDescriptor, QmpError> {
+        let answer = self.execute_with("add-fd", Value::Null, descriptor).await?;
+        GivenDescriptor::deserialize(&answer).map_err(|source| QmpError::Answer {
+            command: "add-fd",
+            answer: answer.to_string(),
+            source,
+        })
+    }
+
+    /// Has QEMU close a descriptor that it was given. It does so only while the guest runs.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn take_descriptor_back(&self, given: &GivenDescriptor) -> Result<(), QmpError> {
+        let GivenDescriptor { set, number } = given;
+        let arguments = serde_json::json!({ "fdset-id": set, "fd": number });
+        self.execute_raw("remove-fd", arguments).await.map(drop)
     }
 
     /// The vCPUs and their threads.

@@ -6,12 +6,15 @@
 use std::{
     collections::HashMap,
     io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
 use qapi::Command;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::{
@@ -145,6 +148,8 @@ struct Shared {
 
 struct Request {
     line: Vec<u8>,
+    /// Goes with the line.
+    descriptor: Option<OwnedFd>,
     id: u64,
     answer: oneshot::Sender<Answer>,
 }
@@ -219,7 +224,7 @@ impl Qmp {
     ) -> Result<C::Ok, QmpError> {
         let arguments =
             serde_json::to_value(&command).map_err(|source| QmpError::Encode { command: C::NAME, source })?;
-        let value = self.run(C::NAME, arguments, deadline).await?;
+        let value = self.run(C::NAME, arguments, None, deadline).await?;
         C::Ok::deserialize(&value).map_err(|source| {
             let answer = value.to_string().chars().take(200).collect();
             QmpError::Answer { command: C::NAME, answer, source }
@@ -231,13 +236,27 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub async fn execute_raw(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
-        self.run(command, arguments, COMMAND_DEADLINE).await
+        self.run(command, arguments, None, COMMAND_DEADLINE).await
+    }
+
+    /// Runs a command that takes a descriptor (SCM_RIGHTS), untyped.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub(super) async fn execute_with(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        descriptor: OwnedFd,
+    ) -> Result<Value, QmpError> {
+        self.run(command, arguments, Some(descriptor), COMMAND_DEADLINE).await
     }
 
     async fn run(
         &self,
         command: &'static str,
         arguments: Value,
+        descriptor: Option<OwnedFd>,
         deadline: Duration,
     ) -> Result<Value, QmpError> {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
@@ -250,7 +269,7 @@ impl Qmp {
         let mut line = request.to_string().into_bytes();
         line.push(b'\n');
         let (answer, answered) = oneshot::channel();
-        self.shared.requests.send(Request { line, id, answer }).map_err(|_| gone())?;
+        self.shared.requests.send(Request { line, descriptor, id, answer }).map_err(|_| gone())?;
         match timeout(deadline, answered).await {
             Ok(Ok(Answer::Return(value))) => Ok(value),
             Ok(Ok(Answer::Error(ErrorBody { class, desc }))) => {
@@ -317,19 +336,48 @@ async fn write_task(
     pending: Pending,
     closed: oneshot::Sender<()>,
 ) {
-    while let Some(Request { line, id, answer }) = requests.recv().await {
+    while let Some(Request { line, descriptor, id, answer }) = requests.recv().await {
         // Entered before it is sent, so that the answer cannot come first.
         match pending.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             Some(waiting) => waiting.insert(id, answer),
             None => break,
         };
-        if let Err(error) = write.write_all(&line).await {
+        let sent = match descriptor {
+            Some(descriptor) => write_with(&write, &line, &descriptor).await,
+            None => Ok(0),
+        };
+        let written = match sent {
+            Ok(sent) => write.write_all(line.get(sent..).unwrap_or_default()).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = written {
             tracing::debug!(%error, "QMP connection broke while writing");
             break;
         }
     }
     // The last handle is gone, or the connection is: the reader shall end too, which closes the socket.
     drop(closed);
+}
+
+/// Writes the beginning of a line, and a descriptor with it. Returns how much of the line has gone.
+async fn write_with(write: &OwnedWriteHalf, line: &[u8], descriptor: &OwnedFd) -> io::Result<usize> {
+    let stream: &UnixStream = write.as_ref();
+    loop {
+        stream.writable().await?;
+        let sent = stream.try_io(tokio::io::Interest::WRITABLE, || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            let descriptors = [descriptor.as_fd()];
+            // There is room for one.
+            ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+            let sent = sendmsg(stream, &[io::IoSlice::new(line)], &mut ancillary, SendFlags::NOSIGNAL);
+            sent.map_err(io::Error::from)
+        });
+        match sent {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            sent => return sent,
+        }
+    }
 }
 
 async fn read_task(

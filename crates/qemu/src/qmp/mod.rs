@@ -6,7 +6,7 @@
 mod commands;
 mod connection;
 
-pub use commands::{
+pub use commands::{GivenDescriptor, 
     Blocks, CpuidWord, MemoryDevice, MigrationState, QomProperty, RunState, VcpuThread, Version,
 };
 pub use connection::{Event, Qmp, QmpError};
