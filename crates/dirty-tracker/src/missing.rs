@@ -228,7 +228,7 @@ impl MissingPages {
     }
 
     /// Ends it: the process has everything, and what it lacks from now on reads as zeros. Its own descriptor is closed.
-    pub fn finish(self) {
+    pub fn finish(&self) {
         for range in &self.ranges {
             // Fails only where the process is gone or the range was never registered: nobody waits then.
             let _ = userfaultfd::unregister(self.userfaultfd.as_fd(), range);

@@ -13,6 +13,10 @@
 //! | 0 | invalid | | |
 //! | 1 | pages | the round | as below |
 //! | 2 | barrier | the barrier | none |
+//! | 3 | absent | the round | for each of `entries` chunks 72 bytes: first page u64 · a bit for each page, 64 bytes |
+//!
+//! The pages of an *absent* frame are ones that the destination is to be without: a switch-over with post-copy begins
+//! before they are there.
 //!
 //! | class | meaning | length | value | payload |
 //! | --- | --- | --- | --- | --- |
@@ -44,9 +48,14 @@ const ENTRY_LENGTH: usize = 24;
 pub const MAX_PLAIN: usize = 256;
 /// Most entries of a frame.
 pub const MAX_ENTRIES: usize = 4096;
+/// Bytes in which a chunk's absent pages are told.
+const ABSENT_LENGTH: usize = 72;
+/// Most chunks of an absent frame.
+pub const MAX_ABSENT: usize = 1024;
 
 const KIND_PAGES: u8 = 1;
 const KIND_BARRIER: u8 = 2;
+const KIND_ABSENT: u8 = 3;
 const ENCODINGS: [Encoding; 3] = [Encoding::None, Encoding::Lz4, Encoding::Zstd];
 const CLASS_ZERO: u8 = 1;
 const CLASS_PLAIN: u8 = 2;
@@ -93,6 +102,29 @@ impl Entry {
     }
 }
 
+/// The pages of one chunk that the destination is to be without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Absent {
+    /// The chunk's first page.
+    pub first: PageIndex,
+    /// A bit for each page of the chunk.
+    pub pages: [u64; (CHUNK_PAGES / 64) as usize],
+}
+
+impl Absent {
+    /// The runs of absent pages.
+    pub fn runs(&self) -> impl Iterator<Item = std::ops::Range<u64>> + '_ {
+        let is_absent = |at: u64| self.pages[(at / 64) as usize] & (1 << (at % 64)) != 0;
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let start = (at..CHUNK_PAGES).find(|&at| is_absent(at))?;
+            let end = (start..CHUNK_PAGES).find(|&at| !is_absent(at)).unwrap_or(CHUNK_PAGES);
+            at = end;
+            Some(self.first.0 + start..self.first.0 + end)
+        })
+    }
+}
+
 /// A frame's header, as far as it is understood.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Header {
@@ -109,6 +141,13 @@ pub enum Header {
     },
     /// Everything before this is to be applied before it is acknowledged.
     Barrier(u32),
+    /// Pages that the destination is to be without.
+    Absent {
+        /// The round they belong to.
+        round: u32,
+        /// How many chunks are told of.
+        chunks: usize,
+    },
 }
 
 /// A frame that breaks the protocol.
@@ -184,6 +223,45 @@ pub fn encode_barrier(out: &mut Vec<u8>, barrier: u32) {
     header(out, KIND_BARRIER, Encoding::None, 0, 0, barrier);
 }
 
+/// Appends an absent frame to `out`.
+pub fn encode_absent(out: &mut Vec<u8>, round: u32, chunks: &[Absent]) {
+    debug_assert!(chunks.len() <= MAX_ABSENT);
+    let count = u32::try_from(chunks.len()).expect("a frame is bounded");
+    header(out, KIND_ABSENT, Encoding::None, count, 0, round);
+    for chunk in chunks {
+        out.extend_from_slice(&chunk.first.0.to_le_bytes());
+        chunk.pages.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+    }
+}
+
+/// Reads the chunks of an absent frame, and checks that their pages are RAM of this stream.
+///
+/// # Errors
+/// Those of the reader; [`FrameError`] for the first chunk that is wrong, as its inner value.
+pub fn read_absent(
+    reader: &mut impl Read,
+    chunks: usize,
+    layout: &Layout,
+    stream: u16,
+) -> io::Result<Result<Vec<Absent>, FrameError>> {
+    let mut bytes = vec![0; chunks * ABSENT_LENGTH];
+    reader.read_exact(&mut bytes)?;
+    Ok(bytes.chunks_exact(ABSENT_LENGTH).map(|bytes| decode_absent(bytes, layout, stream)).collect())
+}
+
+fn decode_absent(bytes: &[u8], layout: &Layout, stream: u16) -> Result<Absent, FrameError> {
+    let word = |n: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[n * 8 + i]));
+    let absent = Absent { first: PageIndex(word(0)), pages: std::array::from_fn(|n| word(n + 1)) };
+    let is_stream = absent.first.0.is_multiple_of(CHUNK_PAGES) && layout.stream_of(absent.first) == stream;
+    let last = absent.runs().last();
+    let in_ram = |run: &std::ops::Range<u64>| layout.in_one_chunk(absent.first, run.end - absent.first.0);
+    if absent.first.0 < layout.end() && is_stream && last.as_ref().is_none_or(in_ram) {
+        Ok(absent)
+    } else {
+        Err(FrameError::Pages { page: absent.first.0, count: CHUNK_PAGES.into() })
+    }
+}
+
 fn header(out: &mut Vec<u8>, kind: u8, encoding: Encoding, entries: u32, payload: u32, number: u32) {
     out.extend_from_slice(&[kind, encoding as u8, 0, 0]);
     for field in [entries, payload, number] {
@@ -213,13 +291,15 @@ pub fn decode_header(bytes: &[u8; HEADER_LENGTH]) -> Result<Header, FrameError> 
             let (entries, payload) = (entries as usize, payload as usize);
             Ok(Header::Pages { round: number, entries, encoding, payload })
         }
+        KIND_ABSENT if payload != 0 || entries as usize > MAX_ABSENT => Err(too_long),
+        KIND_ABSENT => Ok(Header::Absent { round: number, chunks: entries as usize }),
         KIND_BARRIER if entries != 0 || payload != 0 => Err(too_long),
         KIND_BARRIER => Ok(Header::Barrier(number)),
         kind => Err(FrameError::Kind(kind)),
     }
 }
 
-/// Understands a table, and checks that its pages are RAM of this stream. Returns the bytes of payload that it
+/// Understands a table, and checks that its pages are RAM, of this stream where one is given. Returns the bytes of payload that it
 /// describes, at most 1 MiB.
 ///
 /// # Errors
@@ -227,7 +307,7 @@ pub fn decode_header(bytes: &[u8; HEADER_LENGTH]) -> Result<Header, FrameError> 
 pub fn decode_table(
     bytes: &[u8],
     layout: &Layout,
-    stream: u16,
+    stream: Option<u16>,
     entries: &mut Vec<Entry>,
 ) -> Result<usize, FrameError> {
     entries.clear();
@@ -251,7 +331,8 @@ pub fn decode_table(
             CLASS_DELTA => (Entry::Delta { page, hash, length }, 1),
             class => return Err(FrameError::Class(class)),
         };
-        if !layout.in_one_chunk(page, count) || layout.stream_of(page) != stream {
+        let foreign = || stream.is_some_and(|stream| layout.stream_of(page) != stream);
+        if !layout.in_one_chunk(page, count) || foreign() {
             return Err(FrameError::Pages { page: page.0, count: value });
         }
         described += entry.payload();
@@ -351,7 +432,7 @@ mod tests {
             let header = decode_header(head.try_into().unwrap()).unwrap();
             prop_assert_eq!(header, Header::Pages { round, entries: entries.len(), encoding: Encoding::Zstd, payload });
             let mut decoded = Vec::new();
-            prop_assert_eq!(decode_table(table, &layout(), 0, &mut decoded).unwrap(), payload);
+            prop_assert_eq!(decode_table(table, &layout(), Some(0), &mut decoded).unwrap(), payload);
             prop_assert_eq!(decoded, entries);
         }
 
@@ -363,11 +444,37 @@ mod tests {
                 prop_assert!(entries <= MAX_ENTRIES && payload <= MAX_PLAIN * PAGE_SIZE);
             }
             let (layout, mut entries) = (layout(), Vec::new());
-            if let Ok(payload) = decode_table(&table, &layout, 0, &mut entries) {
+            if let Ok(payload) = decode_table(&table, &layout, Some(0), &mut entries) {
                 prop_assert!(payload <= MAX_PLAIN * PAGE_SIZE);
                 for entry in entries {
                     let (page, count) = match entry { Entry::Zero { page, count } => (page, count), Entry::Plain { page, .. } | Entry::Delta { page, .. } => (page, 1) };
                     prop_assert!(layout.in_one_chunk(page, count) && layout.stream_of(page) == 0);
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn absent_pages_come_back_and_no_bytes_of_a_peer_name_others(
+            chunk in prop::sample::select(vec![0u64, 2]), pages: [u64; 8], bytes: [u8; 72],
+        ) {
+            let layout = layout();
+            let mut absent = Absent { first: PageIndex(chunk * CHUNK_PAGES), pages };
+            if chunk == 2 {
+                // The last chunk has 476 pages.
+                absent.pages[7] &= (1 << 28) - 1;
+            }
+            let mut frame = Vec::new();
+            encode_absent(&mut frame, 3, &[absent]);
+            let (head, mut body) = frame.split_at(HEADER_LENGTH);
+            prop_assert_eq!(decode_header(head.try_into().unwrap()), Ok(Header::Absent { round: 3, chunks: 1 }));
+            prop_assert_eq!(read_absent(&mut body, 1, &layout, 0).unwrap(), Ok(vec![absent]));
+            prop_assert_eq!(absent.runs().map(|run| run.end - run.start).sum::<u64>(),
+                absent.pages.iter().map(|word| u64::from(word.count_ones())).sum::<u64>());
+            if let Ok(absent) = read_absent(&mut &bytes[..], 1, &layout, 0).unwrap() {
+                for page in absent.iter().flat_map(|absent| absent.runs().flatten().collect::<Vec<_>>()) {
+                    prop_assert!(layout.locate(PageIndex(page)).is_some() && layout.stream_of(PageIndex(page)) == 0);
                 }
             }
         }
@@ -388,7 +495,7 @@ mod tests {
         let table = |entry| {
             let mut bytes = Vec::new();
             encode_pages(&mut bytes, 0, &[entry], Encoding::None, 0);
-            decode_table(&bytes[HEADER_LENGTH..], &layout(), 0, &mut Vec::new())
+            decode_table(&bytes[HEADER_LENGTH..], &layout(), Some(0), &mut Vec::new())
         };
         let page = PageIndex(600);
         assert!(

@@ -2,12 +2,13 @@
 
 use std::io::{self, Read};
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use super::codec::{self, Entry, FrameError, Header};
 use super::compress::{DecodeError, Decoder, Encoding};
 use super::delta::{self, DeltaError};
+use super::pages::PageSet;
 use super::{Ram, RamError};
 use crate::audit::{Audit, Auditor, Busy, Subject};
 use crate::hash::{ContentHash, Secret, is_zero};
@@ -70,6 +71,16 @@ pub struct MemoryDestination {
     auditor: Auditor,
     workers: Vec<JoinHandle<()>>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
+    /// Pages that the source withholds, if it withholds any.
+    absent: Arc<Mutex<Option<PageSet>>>,
+}
+
+/// What is left of a copy that is not kept up to date any more.
+#[derive(Debug)]
+pub struct Finished {
+    pub(super) subject: Subject,
+    /// Pages that were withheld.
+    pub(super) absent: PageSet,
 }
 
 impl MemoryDestination {
@@ -99,7 +110,8 @@ impl MemoryDestination {
             tell(Event::Mismatch(page));
         })
         .map_err(|source| RamError::Io { action: "start auditing", block: "all".into(), source })?;
-        Ok(MemoryDestination { subject, auditor, workers: Vec::new(), events })
+        let absent = Arc::default();
+        Ok(MemoryDestination { subject, auditor, workers: Vec::new(), events, absent })
     }
 
     /// Takes in one of the layout's data streams.
@@ -113,6 +125,7 @@ impl MemoryDestination {
             subject: self.subject.clone(),
             events: Arc::clone(&self.events),
             busy: self.auditor.busy(),
+            absent: Arc::clone(&self.absent),
             entries: Vec::new(),
             table: Vec::new(),
             encoded: Vec::new(),
@@ -140,13 +153,23 @@ impl MemoryDestination {
         self.auditor.all()
     }
 
+    /// How many pages the source withholds.
+    #[must_use]
+    pub fn absent(&self) -> u64 {
+        let absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        absent.as_ref().map_or(0, PageSet::len)
+    }
+
     /// Ends the copy's upkeep: no thread touches the RAM files any more once this has returned. The streams must
     /// have ended, or been aborted.
-    pub fn finish(self) {
+    pub fn finish(self) -> Finished {
         drop(self.auditor);
         for worker in self.workers {
             let _ = worker.join();
         }
+        let absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let absent = absent.unwrap_or_else(|| PageSet::new(self.subject.ram.layout().end()));
+        Finished { subject: self.subject, absent }
     }
 }
 
@@ -156,6 +179,7 @@ struct StreamReceiver<R> {
     subject: Subject,
     events: Arc<dyn Fn(Event) + Send + Sync>,
     busy: Busy,
+    absent: Arc<Mutex<Option<PageSet>>>,
     entries: Vec<Entry>,
     table: Vec<u8>,
     /// The payload as it came, where it is compressed.
@@ -182,6 +206,10 @@ impl<R: Read> StreamReceiver<R> {
                     self.take(entries, encoding, payload)?;
                     self.apply()?;
                 }
+                Header::Absent { chunks, .. } => {
+                    self.busy.set(true);
+                    self.give_up(chunks)?;
+                }
                 Header::Barrier(number) => {
                     self.busy.set(false);
                     // Told with the ledger locked, as the audit's findings are: their order is the order of the
@@ -200,11 +228,28 @@ impl<R: Read> StreamReceiver<R> {
         codec::read_body(&mut self.source, entries, payload, &mut self.table, into)
             .map_err(DestinationError::Stream)?;
         let layout = self.subject.ram.layout();
-        let described = codec::decode_table(&self.table, layout, self.stream, &mut self.entries)?;
+        let described = codec::decode_table(&self.table, layout, Some(self.stream), &mut self.entries)?;
         if encoding != Encoding::None {
             self.decoder.decode(encoding, &self.encoded, described, &mut self.pages)?;
         } else if payload != described {
             return Err(FrameError::Payload { described, payload }.into());
+        }
+        Ok(())
+    }
+
+    /// Gives up pages that are to be absent: they are holes, and not in the ledger.
+    fn give_up(&mut self, chunks: usize) -> Result<(), DestinationError> {
+        let Subject { ram, ledgers, .. } = &self.subject;
+        let chunks = codec::read_absent(&mut self.source, chunks, ram.layout(), self.stream)
+            .map_err(DestinationError::Stream)??;
+        for absent in chunks {
+            let mut ledger = ledgers.lock(self.stream);
+            for run in absent.runs() {
+                ram.punch(PageIndex(run.start), run.end - run.start)?;
+                run.clone().for_each(|page| ledger.forget(PageIndex(page)));
+                let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+                absent.get_or_insert_with(|| PageSet::new(ram.layout().end())).insert(run);
+            }
         }
         Ok(())
     }
@@ -259,7 +304,22 @@ impl<R: Read> StreamReceiver<R> {
                 }
             }
         }
-        Ok(write(run, at)?)
+        write(run, at)?;
+        drop(ledger);
+        self.no_longer_absent();
+        Ok(())
+    }
+
+    /// What comes after all is not absent.
+    fn no_longer_absent(&self) {
+        let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(absent) = absent.as_mut() else { return };
+        for entry in &self.entries {
+            match *entry {
+                Entry::Zero { page, count } => absent.remove(page.0..page.0 + count),
+                Entry::Plain { page, .. } | Entry::Delta { page, .. } => absent.remove(page.0..page.0 + 1),
+            }
+        }
     }
 }
 

@@ -10,10 +10,14 @@ pub mod codec;
 pub mod compress;
 pub mod delta;
 pub mod destination;
+mod heat;
 pub mod pages;
+pub mod post_copy;
 mod ram;
 pub mod round;
+mod sender;
 mod sent;
 pub mod source;
+mod writer;
 
 pub use ram::{Ram, RamError, RamFile};

@@ -35,6 +35,18 @@ impl PageSet {
         self.words.get((page / 64) as usize).is_some_and(|word| word & (1 << (page % 64)) != 0)
     }
 
+    /// The pages of the chunk that begins with page `first`, a bit for each.
+    #[must_use]
+    pub fn chunk(&self, first: u64) -> [u64; (CHUNK_PAGES / 64) as usize] {
+        let word = |n| self.words.get((first / 64) as usize + n).copied().unwrap_or(0);
+        std::array::from_fn(word)
+    }
+
+    /// Adds all pages of another set.
+    pub fn extend(&mut self, other: &PageSet) {
+        self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
+    }
+
     /// Empties the set.
     pub fn clear(&mut self) {
         self.words.fill(0);

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -140,5 +141,31 @@ impl Ram {
             Err(Errno::NXIO) => Ok(true),
             Err(e) => Err(self.error("find holes in", block, e.into())),
         }
+    }
+
+    /// The holes in a run of pages of one block: what was never written, or punched.
+    ///
+    /// # Errors
+    /// [`RamError::Io`].
+    pub fn holes(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, RamError> {
+        let mut holes = Vec::new();
+        let mut at = pages.start;
+        while at < pages.end {
+            let (block, offset) = self.place(PageIndex(at));
+            let file = self.files[block].file.as_fd();
+            let find = |what| match seek(file, what) {
+                Ok(found) => Ok(at + (found - offset) / PAGE_SIZE as u64),
+                Err(Errno::NXIO) => Ok(pages.end),
+                Err(e) => Err(self.error("find holes in", block, e.into())),
+            };
+            let data = find(SeekFrom::Data(offset))?.min(pages.end);
+            if data > at {
+                holes.push(at..data);
+                at = data;
+            } else {
+                at = find(SeekFrom::Hole(offset))?;
+            }
+        }
+        Ok(holes)
     }
 }

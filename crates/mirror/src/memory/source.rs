@@ -1,28 +1,23 @@
 //! The source's side of memory: scan, read, classify, send.
 
 use std::io::{self, Write};
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::unbounded;
 use dirty_tracker::{Region, Scan, ScanError, Tracker};
 
-use super::codec::{self, Entry, MAX_PLAIN};
-use super::compress::{Compression, Encoder, Encoding};
-use super::delta;
+use super::compress::Compression;
+use super::heat::Heat;
 use super::pages::PageSet;
+use super::post_copy::PostCopySource;
 use super::round::{Counts, Flow, Guest, Sent};
-use super::sent::LastSent;
+use super::sender::{Job, Worker};
 use super::{Ram, RamError};
 use crate::audit::{Audit, Auditor, Subject};
-use crate::hash::{Secret, is_zero};
+use crate::hash::Secret;
 use crate::layout::{PAGE_SIZE, PageIndex};
 use crate::ledger::{Ledger, Ledgers, Sum};
-
-/// Runs of at least this many pages are asked for holes before they are read: below it, reading costs less.
-const HOLE_SEARCH_PAGES: u64 = 64;
 
 /// Where a scan found more than one page in so many written, the next is made in one step: two steps cost a call for
 /// each neighbourhood of written pages. Measured for 1 GiB: with nothing written 0.4 ms in two steps and 1.1 ms in one,
@@ -47,9 +42,6 @@ pub struct How {
     /// Whether what is sent is compressed.
     pub compression: Compression,
 }
-
-/// Most memory that the last sent content of hot pages takes, of all streams together, in bytes.
-const LAST_SENT: usize = 96 << 20;
 
 /// Which part of guest RAM one of the tracker's ranges is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +94,7 @@ pub struct Proof {
 const EXAMPLES: usize = 16;
 
 impl Proof {
-    fn differs(&mut self, page: PageIndex) {
+    pub(super) fn differs(&mut self, page: PageIndex) {
         self.mismatches += 1;
         if self.examples.len() < EXAMPLES {
             self.examples.push(page);
@@ -125,26 +117,16 @@ pub struct MemorySource {
     doubtful: Vec<PageIndex>,
     regions: Vec<Region>,
     scanning: Scanning,
+    compression: Compression,
+    heat: Heat,
     /// Pages that the last scan found; none has been made before the first.
     last_found: u64,
     /// Found by a scan and not yet acknowledged by the destination.
     owed: PageSet,
+    /// What the destination was told to be without.
+    withheld: PageSet,
     round: u32,
     missed: u64,
-}
-
-#[derive(Debug)]
-struct Worker {
-    jobs: Sender<Job>,
-    thread: Option<JoinHandle<()>>,
-}
-
-/// Where a worker tells, with its stream's number, what its job came to.
-type Done<T> = Sender<(u16, Result<T, SourceError>)>;
-
-enum Job {
-    Round { number: u32, due: Arc<PageSet>, done: Done<(Counts, Sum)> },
-    Prove { done: Done<Proof> },
 }
 
 impl MemorySource {
@@ -194,7 +176,10 @@ impl MemorySource {
             doubtful: Vec::new(),
             regions,
             scanning: how.scanning,
+            compression: how.compression,
+            heat: Heat::new(layout.end()),
             last_found,
+            withheld: PageSet::new(layout.end()),
             owed,
             round,
             missed,
@@ -213,7 +198,64 @@ impl MemorySource {
         sent
     }
 
+    /// Scans, and sends nothing: what it finds is due in the next round. Returns how many pages were written since the
+    /// last scan.
+    ///
+    /// # Errors
+    /// [`SourceError::Scan`].
+    pub fn look(&mut self, guest: Guest) -> Result<u64, SourceError> {
+        self.scan(guest)
+    }
+
+    /// Begins to supply what was withheld, once the guest stands still here for good; or, to go on after a link was lost,
+    /// what the destination says is still missing.
+    ///
+    /// # Errors
+    /// [`SourceError::Thread`].
+    pub fn supply<W: Write + Send + 'static>(
+        &self,
+        missing: Option<PageSet>,
+        urgent: W,
+        bulk: Vec<W>,
+    ) -> Result<PostCopySource, SourceError> {
+        let unsent = missing.unwrap_or_else(|| self.withheld.clone());
+        let heat = |page| self.heat.of(page);
+        let flow = Arc::clone(&self.flow);
+        PostCopySource::with(self.subject.clone(), flow, self.compression, unsent, heat, urgent, bulk)
+    }
+
+    /// The ledger sums, by stream. At the destination they are the same once everything has come.
+    #[must_use]
+    pub fn sums(&self) -> Vec<Sum> {
+        let streams = 0..self.subject.ram.layout().streams();
+        streams.map(|stream| self.subject.ledgers.lock(stream).sum()).collect()
+    }
+
+    /// The key of the content hashes.
+    #[must_use]
+    pub fn secret(&self) -> &Secret {
+        &self.subject.secret
+    }
+
+    /// As [`round`](Self::round), but what is due is not sent: the destination is told to be without it. It stays owed
+    /// until it is supplied, by a [`PostCopySource`].
+    ///
+    /// # Errors
+    /// [`SourceError`]; the mirror cannot go on after any.
+    pub fn withhold(&mut self, guest: Guest) -> Result<Sent, SourceError> {
+        self.auditor.busy().set(true);
+        let sent = self.tell_due(guest, true);
+        self.auditor.busy().set(false);
+        let sent = sent?;
+        self.withheld.extend(&self.owed);
+        Ok(sent)
+    }
+
     fn send_due(&mut self, guest: Guest) -> Result<Sent, SourceError> {
+        self.tell_due(guest, false)
+    }
+
+    fn tell_due(&mut self, guest: Guest, withhold: bool) -> Result<Sent, SourceError> {
         let begin = Instant::now();
         let scanned = self.scan(guest)?;
         let scan = begin.elapsed();
@@ -221,7 +263,11 @@ impl MemorySource {
         let due = Arc::new(self.owed.clone());
         let (done, results) = unbounded();
         for worker in &self.workers {
-            let job = Job::Round { number: self.round, due: Arc::clone(&due), done: done.clone() };
+            let (number, due, done) = (self.round, Arc::clone(&due), done.clone());
+            let job = match withhold {
+                true => Job::Withhold { number, due, done },
+                false => Job::Round { number, due, done },
+            };
             worker.jobs.send(job).map_err(|_| SourceError::Ended)?;
         }
         drop(done);
@@ -261,12 +307,14 @@ impl MemorySource {
         self.tracker.scan(scan, &mut self.regions).map_err(SourceError::Scan)?;
         let layout = self.subject.ram.layout();
         let mut found = 0;
+        self.heat.next_scan();
         for region in &self.regions {
             let TrackedRange { block, offset } = &self.ranges[region.range];
             let first = layout.blocks()[*block].pages.start;
             let page = |at: u64| first + (offset + at) / PAGE_SIZE as u64;
             let pages = page(region.start)..page(region.end);
             found += pages.end - pages.start;
+            self.heat.found(pages.clone());
             self.owed.insert(pages);
         }
         self.last_found = found;
@@ -366,316 +414,5 @@ impl MemorySource {
             proof.examples.extend(part.examples.into_iter().take(room));
         }
         Ok(proof)
-    }
-}
-
-impl Worker {
-    fn start<W: Write + Send + 'static>(
-        stream: u16,
-        sink: W,
-        subject: Subject,
-        compression: Compression,
-        flow: Arc<Flow>,
-    ) -> Result<Worker, SourceError> {
-        let (jobs, receiver) = bounded(1);
-        let layout = subject.ram.layout();
-        let streams = layout.streams();
-        let pages = usize::try_from(layout.page_count()).unwrap_or(usize::MAX).min(LAST_SENT / PAGE_SIZE);
-        let last_sent = LastSent::new(pages / usize::from(streams.max(1)), streams);
-        let mut sender = StreamSender {
-            stream,
-            sink,
-            subject,
-            buffer: vec![0; MAX_PLAIN * PAGE_SIZE],
-            runs: Vec::new(),
-            filled: 0,
-            entries: Vec::new(),
-            head: Vec::new(),
-            last_sent,
-            encoder: Encoder::new(compression),
-            deltas: Vec::new(),
-            joined: Vec::new(),
-            counts: Counts::default(),
-            flow,
-        };
-        let thread = std::thread::Builder::new()
-            .name(format!("mirror-{stream}"))
-            .spawn(move || sender.work(&receiver))
-            .map_err(SourceError::Thread)?;
-        Ok(Worker { jobs, thread: Some(thread) })
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        // Without its channel the worker ends, once it is done with what it is at; a blocked write is ended by
-        // whoever holds the stream's abort handle.
-        self.jobs = bounded(0).0;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-/// One worker: reads and classifies the pages of its chunks, and writes them to its stream.
-struct StreamSender<W> {
-    stream: u16,
-    sink: W,
-    subject: Subject,
-    /// Content of the runs that wait to be sent.
-    buffer: Vec<u8>,
-    /// Those runs: page ranges whose content lies one after the other in the buffer.
-    runs: Vec<Range<u64>>,
-    /// Pages in the buffer.
-    filled: usize,
-    entries: Vec<Entry>,
-    head: Vec<u8>,
-    last_sent: LastSent,
-    encoder: Encoder,
-    /// The deltas of the frame under way.
-    deltas: Vec<u8>,
-    /// A payload that is to be compressed, in one piece.
-    joined: Vec<u8>,
-    counts: Counts,
-    flow: Arc<Flow>,
-}
-
-impl<W: Write> StreamSender<W> {
-    fn work(&mut self, jobs: &Receiver<Job>) {
-        while let Ok(job) = jobs.recv() {
-            let failed = match job {
-                Job::Round { number, due, done } => {
-                    let result = self.round(number, &due);
-                    let failed = result.is_err();
-                    let _ = done.send((self.stream, result));
-                    failed
-                }
-                Job::Prove { done } => {
-                    let result = self.prove();
-                    let failed = result.is_err();
-                    let _ = done.send((self.stream, result));
-                    failed
-                }
-            };
-            if failed {
-                return;
-            }
-        }
-    }
-
-    fn broken(stream: u16) -> impl Fn(io::Error) -> SourceError {
-        move |source| SourceError::Stream { stream, source }
-    }
-
-    fn round(&mut self, number: u32, due: &PageSet) -> Result<(Counts, Sum), SourceError> {
-        self.counts = Counts::default();
-        let ram = Arc::clone(&self.subject.ram);
-        for (_, chunk) in ram.layout().chunks(self.stream) {
-            for run in due.runs(chunk) {
-                self.gather(number, run)?;
-            }
-        }
-        self.flush(number)?;
-        self.head.clear();
-        codec::encode_barrier(&mut self.head, number);
-        let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty())
-            .map_err(Self::broken(self.stream))?;
-        self.counts.wire_bytes += written;
-        self.flow.add(0, written);
-        self.sink.flush().map_err(Self::broken(self.stream))?;
-        Ok((self.counts, self.subject.ledgers.lock(self.stream).sum()))
-    }
-
-    /// Takes up a run of due pages: holes are noted as zero, the rest is read into the buffer.
-    fn gather(&mut self, number: u32, mut run: Range<u64>) -> Result<(), SourceError> {
-        let count = run.end - run.start;
-        if count >= HOLE_SEARCH_PAGES && self.subject.ram.is_hole(PageIndex(run.start), count)? {
-            return self.note_hole(number, run);
-        }
-        while !run.is_empty() {
-            let room = (MAX_PLAIN - self.filled) as u64;
-            if room == 0 {
-                self.flush(number)?;
-                continue;
-            }
-            let part = run.start..run.end.min(run.start + room);
-            let pages = (part.end - part.start) as usize;
-            let bytes = self.filled * PAGE_SIZE..(self.filled + pages) * PAGE_SIZE;
-            self.subject.ram.read(PageIndex(part.start), &mut self.buffer[bytes])?;
-            self.filled += pages;
-            run.start = part.end;
-            self.runs.push(part);
-        }
-        Ok(())
-    }
-
-    fn note_hole(&mut self, number: u32, run: Range<u64>) -> Result<(), SourceError> {
-        let raw = (run.end - run.start) * PAGE_SIZE as u64;
-        self.counts.raw_bytes += raw;
-        self.flow.add(raw, 0);
-        let zero = self.subject.secret.zero_page();
-        let mut ledger = self.subject.ledgers.lock(self.stream);
-        for page in run.map(PageIndex) {
-            if ledger.get(page) == Some(zero) {
-                self.counts.unchanged += 1;
-            } else {
-                ledger.record(page, zero);
-                self.counts.zero += 1;
-                push_zero(&mut self.entries, page);
-            }
-        }
-        drop(ledger);
-        // Keeps a table of zero runs alone within its bound.
-        if self.entries.len() + MAX_PLAIN + 512 > codec::MAX_ENTRIES { self.flush(number) } else { Ok(()) }
-    }
-
-    /// Classifies what is in the buffer and writes it as one frame.
-    fn flush(&mut self, number: u32) -> Result<(), SourceError> {
-        let parts = self.classify(number);
-        let raw = (self.filled * PAGE_SIZE) as u64;
-        self.counts.raw_bytes += raw;
-        self.flow.add(raw, 0);
-        self.runs.clear();
-        self.filled = 0;
-        if self.entries.is_empty() {
-            return Ok(());
-        }
-        self.send(number, &parts)?;
-        self.entries.clear();
-        Ok(())
-    }
-
-    /// Turns what is in the buffer into entries of a table. Returns their payload, in pieces.
-    fn classify(&mut self, number: u32) -> Vec<Part> {
-        let secret = &self.subject.secret;
-        let zero = secret.zero_page();
-        let mut parts = Vec::new();
-        let mut at = 0;
-        let pages = self.runs.iter().cloned().flatten().map(PageIndex);
-        let hashes = self.buffer[..self.filled * PAGE_SIZE]
-            .chunks_exact(PAGE_SIZE)
-            .map(|page| if is_zero(page) { zero } else { secret.hash(page) });
-        // Hashed before the ledger is locked, so that the audit never waits for a megabyte's hashing.
-        let hashed: Vec<_> = pages.zip(hashes).collect();
-        let mut ledger = self.subject.ledgers.lock(self.stream);
-        self.deltas.clear();
-        for (page, hash) in hashed {
-            let bytes = at..at + PAGE_SIZE;
-            at = bytes.end;
-            let known = ledger.get(page);
-            if known == Some(hash) {
-                self.counts.unchanged += 1;
-                continue;
-            }
-            ledger.record(page, hash);
-            if hash == zero {
-                self.counts.zero += 1;
-                push_zero(&mut self.entries, page);
-                continue;
-            }
-            // What is sent for the first time is mostly sent for the last time.
-            let hot = number > 0;
-            let content = &self.buffer[bytes.clone()];
-            let begin = self.deltas.len();
-            let old = known.filter(|_| hot).and_then(|known| self.last_sent.get(page, known));
-            let delta = old.and_then(|old| delta::encode(old, content, &mut self.deltas));
-            if hot {
-                self.last_sent.keep(page, hash, number, content);
-            }
-            match delta.and_then(|length| u16::try_from(length).ok()) {
-                Some(length) => {
-                    self.counts.delta += 1;
-                    self.entries.push(Entry::Delta { page, hash, length });
-                    parts.push(Part::Delta(begin..self.deltas.len()));
-                }
-                None => {
-                    self.counts.plain += 1;
-                    self.entries.push(Entry::Plain { page, hash });
-                    match parts.last_mut() {
-                        Some(Part::Plain(last)) if last.end == bytes.start => last.end = bytes.end,
-                        _ => parts.push(Part::Plain(bytes)),
-                    }
-                }
-            }
-        }
-        parts
-    }
-
-    /// Writes the entries and their payload as one frame.
-    fn send(&mut self, number: u32, parts: &[Part]) -> Result<(), SourceError> {
-        let length = codec::payload_of(&self.entries);
-        let piece = |part: &Part| match part {
-            Part::Plain(bytes) => &self.buffer[bytes.clone()],
-            Part::Delta(bytes) => &self.deltas[bytes.clone()],
-        };
-        let attempt = self.encoder.wants(length);
-        let encoded = attempt.and_then(|attempt| {
-            self.joined.clear();
-            parts.iter().for_each(|part| self.joined.extend_from_slice(piece(part)));
-            self.encoder.encode(&attempt, &self.joined)
-        });
-        self.head.clear();
-        let begin = Instant::now();
-        let written = match encoded {
-            Some((encoding, encoded)) => {
-                codec::encode_pages(&mut self.head, number, &self.entries, encoding, encoded.len());
-                codec::write_frame(&mut self.sink, &self.head, std::iter::once(encoded))
-            }
-            None => {
-                codec::encode_pages(&mut self.head, number, &self.entries, Encoding::None, length);
-                codec::write_frame(&mut self.sink, &self.head, parts.iter().map(piece))
-            }
-        };
-        let written = written.map_err(Self::broken(self.stream))?;
-        self.encoder.written(written, begin.elapsed());
-        self.flow.add(0, written);
-        self.counts.wire_bytes += written;
-        Ok(())
-    }
-
-    fn prove(&mut self) -> Result<Proof, SourceError> {
-        let mut proof = Proof::default();
-        let Subject { ram, ledgers, secret } = &self.subject;
-        let zero = secret.zero_page();
-        let ledger = ledgers.lock(self.stream);
-        for (_, chunk) in ram.layout().chunks(self.stream) {
-            let hole = ram.is_hole(PageIndex(chunk.start), chunk.end - chunk.start)?;
-            for first in chunk.clone().step_by(MAX_PLAIN) {
-                let pages = first..chunk.end.min(first + MAX_PLAIN as u64);
-                let buffer = &mut self.buffer[..(pages.end - pages.start) as usize * PAGE_SIZE];
-                if !hole {
-                    ram.read(PageIndex(first), buffer)?;
-                }
-                for (page, bytes) in pages.map(PageIndex).zip(buffer.chunks_exact(PAGE_SIZE)) {
-                    let hash = if hole || is_zero(bytes) { zero } else { secret.hash(bytes) };
-                    proof.pages += 1;
-                    if ledger.get(page) != Some(hash) {
-                        proof.differs(page);
-                    }
-                }
-            }
-        }
-        Ok(proof)
-    }
-}
-
-/// A piece of a payload.
-enum Part {
-    /// These bytes of the buffer: neighbouring plain pages.
-    Plain(Range<usize>),
-    /// These bytes of the frame's deltas.
-    Delta(Range<usize>),
-}
-
-/// Adds a zero page to a table, in the last entry if it follows on there within the same chunk.
-fn push_zero(entries: &mut Vec<Entry>, page: PageIndex) {
-    use crate::layout::CHUNK_PAGES;
-    if let Some(Entry::Zero { page: first, count }) = entries.last_mut()
-        && first.0 + *count == page.0
-        && first.0 / CHUNK_PAGES == page.0 / CHUNK_PAGES
-    {
-        *count += 1;
-    } else {
-        entries.push(Entry::Zero { page, count: 1 });
     }
 }

@@ -1,0 +1,320 @@
+//! The source's side of post-copy: supplies what the guest waits for, and pushes the rest.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use super::NEIGHBOURHOOD;
+use crate::audit::Subject;
+use crate::hash::{Secret, is_zero};
+use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
+use crate::ledger::Ledgers;
+use crate::memory::codec::{Entry, MAX_PLAIN};
+use crate::memory::compress::Compression;
+use crate::memory::pages::PageSet;
+use crate::memory::round::Flow;
+use crate::memory::sender::push_zero;
+use crate::memory::source::SourceError;
+use crate::memory::writer::FrameWriter;
+use crate::memory::{Ram, RamError};
+
+/// Pages that are pushed in one frame: 128 KiB. What a guest waits for is never far behind.
+const PUSHED_AT_ONCE: u64 = 32;
+
+/// The source's side of one post-copy. The memory stands still: the guest does not run here any more. Ends when dropped;
+/// whatever blocks on a stream is ended by the stream's abort handle.
+#[derive(Debug)]
+pub struct PostCopySource {
+    shared: Arc<Shared>,
+    wants: Option<Sender<Vec<PageIndex>>>,
+    workers: Vec<JoinHandle<()>>,
+    results: Receiver<Result<(), SourceError>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    ram: Arc<Ram>,
+    ledgers: Arc<Ledgers>,
+    secret: Arc<Secret>,
+    flow: Arc<Flow>,
+    /// Not sent by anybody yet.
+    unsent: Mutex<PageSet>,
+    /// Chunks with unsent pages, in the order in which they are pushed, and how many were taken.
+    chunks: Vec<Range<u64>>,
+    taken: AtomicUsize,
+    gate: Gate,
+}
+
+/// Holds pushing back until it may begin.
+#[derive(Debug, Default)]
+struct Gate {
+    open: Mutex<bool>,
+    changed: Condvar,
+    ended: AtomicBool,
+}
+
+impl PostCopySource {
+    /// Begins to supply what is asked for, from `ram` to `urgent`, and, once told to [`push`](Self::push), the rest to
+    /// `bulk`. `heat` tells of a page how likely the guest is to want it soon.
+    ///
+    /// # Errors
+    /// [`SourceError::Thread`].
+    pub fn start<W: Write + Send + 'static>(
+        ram: Arc<Ram>,
+        secret: Secret,
+        unsent: PageSet,
+        heat: impl Fn(PageIndex) -> u32,
+        urgent: W,
+        bulk: Vec<W>,
+    ) -> Result<PostCopySource, SourceError> {
+        let ledgers = Arc::new(Ledgers::all_zero(ram.layout(), &secret));
+        let subject = Subject { ram, ledgers, secret: Arc::new(secret) };
+        Self::with(subject, Arc::default(), Compression::Auto, unsent, heat, urgent, bulk)
+    }
+
+    pub(in crate::memory) fn with<W: Write + Send + 'static>(
+        subject: Subject,
+        flow: Arc<Flow>,
+        compression: Compression,
+        unsent: PageSet,
+        heat: impl Fn(PageIndex) -> u32,
+        urgent: W,
+        bulk: Vec<W>,
+    ) -> Result<PostCopySource, SourceError> {
+        let Subject { ram, ledgers, secret } = subject;
+        let chunks = hottest_first(ram.layout(), &unsent, heat);
+        let shared = Arc::new(Shared {
+            ram,
+            ledgers,
+            secret,
+            flow,
+            unsent: Mutex::new(unsent),
+            chunks,
+            taken: AtomicUsize::new(0),
+            gate: Gate::default(),
+        });
+        let (wants, wanted) = unbounded();
+        let (tell, results) = unbounded();
+        let mut source =
+            PostCopySource { shared: Arc::clone(&shared), wants: Some(wants), workers: Vec::new(), results };
+        let first = shared.ram.layout().streams();
+        let mut start = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let worker = std::thread::Builder::new().name(name.into()).spawn(work);
+            worker.map(|worker| source.workers.push(worker)).map_err(SourceError::Thread)
+        };
+        let mut urgent = Supply::new(Arc::clone(&shared), first, urgent, Compression::Off);
+        let told = tell.clone();
+        start(
+            "supply",
+            Box::new(move || {
+                // A push ends by itself; this ends only with the link, or when nobody asks any more.
+                if let Err(error) = urgent.answer(&wanted) {
+                    let _ = told.send(Err(error));
+                }
+            }),
+        )?;
+        for (number, sink) in (first.saturating_add(1)..).zip(bulk) {
+            let mut bulk = Supply::new(Arc::clone(&shared), number, sink, compression);
+            let told = tell.clone();
+            start("push", Box::new(move || drop(told.send(bulk.push()))))?;
+        }
+        Ok(source)
+    }
+
+    /// The guest waits for these: they go first, with their neighbours, whether or not they were sent before.
+    pub fn supply(&self, pages: Vec<PageIndex>) {
+        if let Some(wants) = &self.wants {
+            let _ = wants.send(pages);
+        }
+    }
+
+    /// Begins to push what nobody has asked for.
+    pub fn push(&self) {
+        *lock(&self.shared.gate.open) = true;
+        self.shared.gate.changed.notify_all();
+    }
+
+    /// The failure of a stream, as soon as one has failed. Does not block.
+    #[must_use]
+    pub fn failure(&self) -> Option<SourceError> {
+        self.results.try_iter().find_map(Result::err)
+    }
+
+    /// Pages that were given to no stream yet.
+    #[must_use]
+    pub fn unsent(&self) -> u64 {
+        lock(&self.shared.unsent).len()
+    }
+}
+
+impl Drop for PostCopySource {
+    fn drop(&mut self) {
+        self.wants = None;
+        self.shared.gate.ended.store(true, Ordering::Relaxed);
+        self.push();
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The chunks that have pages to send, hottest first.
+fn hottest_first(layout: &Layout, unsent: &PageSet, heat: impl Fn(PageIndex) -> u32) -> Vec<Range<u64>> {
+    let all = layout.blocks().iter().flat_map(|block| {
+        let end = block.pages.end;
+        let first = block.pages.start / CHUNK_PAGES..end.div_ceil(CHUNK_PAGES);
+        first.map(move |chunk| chunk * CHUNK_PAGES..((chunk + 1) * CHUNK_PAGES).min(end))
+    });
+    let mut chunks: Vec<(u64, Range<u64>)> = all
+        .filter_map(|chunk| {
+            let pages = unsent.runs(chunk.clone()).flatten();
+            let (count, heat) =
+                pages.fold((0, 0), |(count, sum), page| (count + 1, sum + u64::from(heat(PageIndex(page)))));
+            (count > 0).then_some((heat, chunk))
+        })
+        .collect();
+    chunks.sort_by_key(|(heat, _)| std::cmp::Reverse(*heat));
+    chunks.into_iter().map(|(_, chunk)| chunk).collect()
+}
+
+/// One stream of supplied pages.
+struct Supply<W> {
+    shared: Arc<Shared>,
+    writer: FrameWriter<W>,
+    buffer: Vec<u8>,
+    entries: Vec<Entry>,
+    /// Which parts of the buffer are to be sent.
+    parts: Vec<Range<usize>>,
+    /// Bytes of the buffer that hold content.
+    filled: usize,
+}
+
+impl<W: Write> Supply<W> {
+    fn new(shared: Arc<Shared>, stream: u16, sink: W, compression: Compression) -> Supply<W> {
+        let writer = FrameWriter::new(stream, sink, compression, Arc::clone(&shared.flow));
+        Supply {
+            shared,
+            writer,
+            buffer: vec![0; MAX_PLAIN * PAGE_SIZE],
+            entries: Vec::new(),
+            parts: Vec::new(),
+            filled: 0,
+        }
+    }
+
+    /// Supplies what is asked for, until nobody can ask any more.
+    fn answer(&mut self, wanted: &Receiver<Vec<PageIndex>>) -> Result<(), SourceError> {
+        while let Ok(mut pages) = wanted.recv() {
+            pages.extend(wanted.try_iter().flatten());
+            let pages: BTreeSet<PageIndex> = pages.into_iter().collect();
+            for run in self.with_neighbours(&pages) {
+                self.gather(run)?;
+            }
+            self.send()?;
+            self.writer.flush()?;
+        }
+        Ok(())
+    }
+
+    /// What is wanted, and what is unsent around it; those are taken.
+    fn with_neighbours(&self, pages: &BTreeSet<PageIndex>) -> Vec<Range<u64>> {
+        let layout = self.shared.ram.layout();
+        let mut unsent = lock(&self.shared.unsent);
+        let mut taken = PageSet::new(layout.end());
+        let pages = pages.iter().filter(|page| layout.locate(**page).is_some());
+        let mut around = BTreeSet::new();
+        for page in pages {
+            let first = page.0 / NEIGHBOURHOOD * NEIGHBOURHOOD;
+            let neighbours = first..first + NEIGHBOURHOOD;
+            for run in unsent.runs(neighbours.clone()).collect::<Vec<_>>() {
+                unsent.remove(run.clone());
+                taken.insert(run);
+            }
+            taken.insert(page.0..page.0 + 1);
+            around.insert(neighbours.start);
+        }
+        around
+            .into_iter()
+            .flat_map(|first| taken.runs(first..first + NEIGHBOURHOOD).collect::<Vec<_>>())
+            .collect()
+    }
+
+    /// Pushes chunks that nobody else has taken, until there are none.
+    fn push(&mut self) -> Result<(), SourceError> {
+        let gate = &self.shared.gate;
+        let mut open = lock(&gate.open);
+        while !*open {
+            open = gate.changed.wait(open).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(open);
+        loop {
+            let next = self.shared.taken.fetch_add(1, Ordering::Relaxed);
+            let Some(chunk) = self.shared.chunks.get(next).cloned() else { break };
+            for first in chunk.clone().step_by(PUSHED_AT_ONCE as usize) {
+                if self.shared.gate.ended.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+                let window = first..chunk.end.min(first + PUSHED_AT_ONCE);
+                let mut unsent = lock(&self.shared.unsent);
+                let runs: Vec<_> = unsent.runs(window).collect();
+                runs.iter().for_each(|run| unsent.remove(run.clone()));
+                drop(unsent);
+                for run in runs {
+                    self.gather(run)?;
+                }
+                self.send()?;
+            }
+        }
+        self.writer.flush()
+    }
+
+    /// Reads a run of pages of one chunk into the frame under way.
+    fn gather(&mut self, run: Range<u64>) -> Result<(), SourceError> {
+        if self.filled + (run.end - run.start) as usize * PAGE_SIZE > self.buffer.len() {
+            self.send()?;
+        }
+        let bytes = self.filled..self.filled + (run.end - run.start) as usize * PAGE_SIZE;
+        let Shared { ram, ledgers, secret, .. } = &*self.shared;
+        let read: Result<(), RamError> = ram.read(PageIndex(run.start), &mut self.buffer[bytes.clone()]);
+        read?;
+        self.writer.looked_at(bytes.len() as u64);
+        self.filled = bytes.end;
+        let mut ledger = ledgers.lock(ram.layout().stream_of(PageIndex(run.start)));
+        for (page, start) in run.map(PageIndex).zip(bytes.step_by(PAGE_SIZE)) {
+            let content = &self.buffer[start..start + PAGE_SIZE];
+            if is_zero(content) {
+                ledger.record(page, secret.zero_page());
+                push_zero(&mut self.entries, page);
+                continue;
+            }
+            let hash = secret.hash(content);
+            ledger.record(page, hash);
+            self.entries.push(Entry::Plain { page, hash });
+            match self.parts.last_mut() {
+                Some(last) if last.end == start => last.end += PAGE_SIZE,
+                _ => self.parts.push(start..start + PAGE_SIZE),
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<(), SourceError> {
+        if !self.entries.is_empty() {
+            let payload = self.parts.iter().map(|part| &self.buffer[part.clone()]);
+            self.writer.pages(0, &self.entries, payload)?;
+        }
+        self.entries.clear();
+        self.parts.clear();
+        self.filled = 0;
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! Frames, written to one stream of the source.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::codec::{self, Absent, Entry};
+use super::compress::{Compression, Encoder, Encoding};
+use super::round::Flow;
+use super::source::SourceError;
+
+/// Writes frames to one stream: compressed where that is worth it, counted in any case.
+pub(super) struct FrameWriter<W> {
+    stream: u16,
+    sink: W,
+    encoder: Encoder,
+    head: Vec<u8>,
+    /// A payload that is to be compressed, in one piece.
+    joined: Vec<u8>,
+    flow: Arc<Flow>,
+}
+
+impl<W: Write> FrameWriter<W> {
+    pub(super) fn new(stream: u16, sink: W, compression: Compression, flow: Arc<Flow>) -> FrameWriter<W> {
+        FrameWriter {
+            stream,
+            sink,
+            encoder: Encoder::new(compression),
+            head: Vec::new(),
+            joined: Vec::new(),
+            flow,
+        }
+    }
+
+    /// So many bytes of guest memory were looked at.
+    pub(super) fn looked_at(&self, bytes: u64) {
+        self.flow.add(bytes, 0);
+    }
+
+    /// Writes entries, and the pieces of their payload. Returns how many bytes that took.
+    pub(super) fn pages<'a>(
+        &mut self,
+        round: u32,
+        entries: &[Entry],
+        payload: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<u64, SourceError> {
+        let length = codec::payload_of(entries);
+        let encoded = self.encoder.wants(length).and_then(|attempt| {
+            self.joined.clear();
+            payload.clone().for_each(|piece| self.joined.extend_from_slice(piece));
+            self.encoder.encode(&attempt, &self.joined)
+        });
+        self.head.clear();
+        let begin = Instant::now();
+        let written = match encoded {
+            Some((encoding, encoded)) => {
+                codec::encode_pages(&mut self.head, round, entries, encoding, encoded.len());
+                codec::write_frame(&mut self.sink, &self.head, std::iter::once(encoded))
+            }
+            None => {
+                codec::encode_pages(&mut self.head, round, entries, Encoding::None, length);
+                codec::write_frame(&mut self.sink, &self.head, payload)
+            }
+        };
+        let written = self.counted(written)?;
+        self.encoder.written(written, begin.elapsed());
+        Ok(written)
+    }
+
+    /// Writes which pages the destination is to be without. Returns how many bytes that took.
+    pub(super) fn absent(&mut self, round: u32, chunks: &[Absent]) -> Result<u64, SourceError> {
+        self.head.clear();
+        codec::encode_absent(&mut self.head, round, chunks);
+        let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty());
+        self.counted(written)
+    }
+
+    /// Writes a barrier, and sees that everything leaves. Returns how many bytes that took.
+    pub(super) fn barrier(&mut self, number: u32) -> Result<u64, SourceError> {
+        self.head.clear();
+        codec::encode_barrier(&mut self.head, number);
+        let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty());
+        let written = self.counted(written)?;
+        self.flush()?;
+        Ok(written)
+    }
+
+    /// Sees that everything written so far leaves.
+    pub(super) fn flush(&mut self) -> Result<(), SourceError> {
+        let stream = self.stream;
+        self.sink.flush().map_err(|source| SourceError::Stream { stream, source })
+    }
+
+    fn counted(&self, written: io::Result<u64>) -> Result<u64, SourceError> {
+        let stream = self.stream;
+        let written = written.map_err(|source| SourceError::Stream { stream, source })?;
+        self.flow.add(0, written);
+        Ok(written)
+    }
+}
