@@ -140,6 +140,7 @@ impl Daemon {
             ram_dir: config.ram_dir.clone(),
             allow: config.allow.clone(),
             switch_cost: Arc::default(),
+            post_copies: migration::PostCopies::default(),
         };
 
         let closing = CancellationToken::new();

@@ -125,6 +125,7 @@ fn vanished(last: &Progress) -> Report {
         device_state_bytes: 0,
         verification: last.verification.clone(),
         health: None,
+        post_copy: None,
     }
 }
 

@@ -97,6 +97,17 @@ impl DataSender {
         })
     }
 
+    /// Lets no more than about so many bytes be under way: not yet acknowledged by the peer's host. A write that would
+    /// exceed it waits. What other streams send is then not far behind this one's, however deep the queues between the
+    /// hosts are.
+    ///
+    /// # Errors
+    /// If the socket refuses.
+    pub fn limit_in_flight(&self, bytes: usize) -> io::Result<()> {
+        // The kernel doubles the figure for its own book-keeping, and that is about what it needs.
+        socket2::SockRef::from(&self.socket).set_send_buffer_size(bytes)
+    }
+
     /// Sends what is left and the mark of an orderly end.
     ///
     /// # Errors

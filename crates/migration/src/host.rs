@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::destination::PostCopies;
 use crate::journal::Journal;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.
@@ -42,6 +43,8 @@ pub struct Host {
     pub allow: Allow,
     /// What a switch-over away from here costs.
     pub switch_cost: Arc<SwitchCost>,
+    /// Machines here whose memory is not complete.
+    pub post_copies: PostCopies,
 }
 
 /// What a switch-over costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is

@@ -330,6 +330,8 @@ mod tests {
             arrived_by: None,
             arrived_from: None,
             outgoing: None,
+            post_copy: None,
+            supplies: false,
             resuming: false,
             process: None,
             argv: vec!["qemu".into(), "x".repeat(generation as usize * 10)],

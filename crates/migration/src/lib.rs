@@ -28,7 +28,7 @@ pub mod tap;
 pub mod vm;
 pub mod wire;
 
-pub use destination::DataConnections;
+pub use destination::{DataConnections, PostCopies};
 pub use failure::{Failure, Finding, Stage};
 pub use host::{Allow, Host, SwitchCost};
 pub use journal::{Journal, JournalError};

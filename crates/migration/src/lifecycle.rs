@@ -162,6 +162,8 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
         arrived_by: None,
         arrived_from: None,
         outgoing: None,
+        post_copy: None,
+        supplies: false,
         resuming: false,
         process: None,
         argv: spec.to_argv(),
@@ -223,6 +225,8 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         arrived_by: None,
         arrived_from: None,
         outgoing: None,
+        post_copy: None,
+        supplies: false,
         resuming: false,
         process: Some(adopted.vm.process),
         argv: adopted.vm.spec.to_argv(),
@@ -240,6 +244,9 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
 /// run it, because that is only done after the journal says so.
 pub async fn recover(host: &Host, record: Record) -> Recovered {
     let exists = record.process.as_ref().is_some_and(Process::exists);
+    if exists && let Err(why) = crate::destination::post_copy::recover(host, &record) {
+        return Recovered::Silent(record, why);
+    }
     match record.ownership {
         // A copy that was complete but whose QEMU is gone has never run and never will.
         Ownership::Incoming { ready, .. } if !ready || !exists => {
@@ -407,6 +414,9 @@ fn same_claim(a: &Record, b: &Record) -> bool {
 pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qmp>) {
     if let Some(process) = record.process.clone().or_else(|| unrecorded(record)) {
         end(record, &process, qmp).await;
+    }
+    if let Some(session) = record.arrived_by {
+        host.post_copies.remove(session);
     }
     let mut files = record.made.files.clone();
     if record.origin == Origin::Adopted && matches!(record.ownership, Ownership::HandedOver { .. }) {

@@ -242,6 +242,26 @@ pub struct Report {
     pub verification: Verification,
     /// How the machine did at the destination after it resumed.
     pub health: Option<Health>,
+    /// Where the machine was handed over before its memory was complete, how the rest came.
+    #[serde(default)]
+    pub post_copy: Option<PostCopy>,
+}
+
+/// How the memory came that was not there yet when the machine was handed over.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PostCopy {
+    /// Pages that were missing at the hand-over.
+    pub pages: u64,
+    /// Those that the guest had to wait for.
+    pub faults: u64,
+    /// Its longest wait for one, in milliseconds, from the kernel's word to the page in its place.
+    pub longest_fault_ms: f64,
+    /// Its mean wait, in milliseconds.
+    pub mean_fault_ms: f64,
+    /// From the hand-over until nothing was missing, in milliseconds.
+    pub duration_ms: f64,
+    /// Links that this took: more than one where the link was lost.
+    pub links: u32,
 }
 
 /// The machine's health after resume, watched by the destination.

@@ -9,6 +9,7 @@ use qemu::spec::{Destination, FilePurpose};
 use qemu::{LaunchError, Process, Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
+use crate::destination::post_copy;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::lifecycle::{self, Paths, own_ram_files};
@@ -40,6 +41,7 @@ pub(crate) struct Request {
     memory: u64,
     disks: Vec<wire::Disk>,
     taps: Vec<wire::Tap>,
+    post_copy: bool,
 }
 
 /// Bytes in a probe file.
@@ -111,6 +113,7 @@ impl Request {
             cpu_features: wire.cpu_features,
             disks: wire.disks,
             taps: wire.taps,
+            post_copy: wire.post_copy,
         })
     }
 
@@ -152,6 +155,8 @@ impl Request {
             arrived_by: Some(self.session),
             arrived_from: Some(peer.to_owned()),
             outgoing: None,
+            post_copy: None,
+            supplies: false,
             resuming: false,
             process: None,
             argv: spec.to_argv(),
@@ -428,6 +433,11 @@ impl Request {
         let monitor = Qmp::connect(&record.qmp_socket).await.map_err(qmp)?;
         self.compare(host, &monitor).await?;
         let ram = self.ram(host, &process, &spec)?;
+        if self.post_copy
+            && let Some(finding) = post_copy::impossible(host, &ram)
+        {
+            return Err(vec![finding].into());
+        }
         monitor.set_capabilities(&CAPABILITIES).await.map_err(qmp)?;
         let mut device = DeviceDestination::new(device);
         monitor.migrate_incoming(&device.uri()).await.map_err(qmp)?;

@@ -116,6 +116,15 @@ pub struct Outgoing {
     pub address: String,
 }
 
+/// A machine that runs, or may be run, before its memory is complete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PostCopy {
+    /// The number, inside QEMU, of the descriptor by which it waits for pages.
+    pub descriptor: i32,
+    /// The file that says what was missing when it began.
+    pub missing: PathBuf,
+}
+
 /// Everything about a machine that must survive the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
@@ -135,6 +144,12 @@ pub struct Record {
     /// The switch-over that this host is the source of: where a copy may wait that is worthless if it is not handed over.
     #[serde(default)]
     pub outgoing: Option<Outgoing>,
+    /// Its memory is not complete here: the rest is still at the host it came from.
+    #[serde(default)]
+    pub post_copy: Option<PostCopy>,
+    /// It was handed over before its memory was complete there: the rest is only here.
+    #[serde(default)]
+    pub supplies: bool,
     /// This host owns it but may not have resumed it yet: a crash fell between the two.
     pub resuming: bool,
     /// The QEMU process; none until it has been launched.

@@ -5,19 +5,19 @@
 //! fields are optional, and a peer that does not know them ignores them. A message without a known kind is a
 //! violation. The link bounds a whole message to 1 MiB before any of it is decoded.
 
+use mirror::memory::pages::PageSet;
 use prost::{Message, Oneof};
 
 /// From source to destination.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDestination {
     /// One of them.
-    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub request: Option<Request>,
 }
 
 /// What the source asks for.
 #[derive(Clone, PartialEq, Oneof)]
-#[expect(clippy::large_enum_variant, reason = "the large one is sent once in a session, the others are few")]
 pub enum Request {
     /// Set aside what this machine needs. First message of a session.
     #[prost(message, tag = "1")]
@@ -43,13 +43,19 @@ pub enum Request {
     /// Throw the copy away. In a session, or as the first message of a connection about one that broke.
     #[prost(message, tag = "8")]
     Cancel(Commit),
+    /// The machine will be handed over before its memory is complete: be ready to ask for what is missing.
+    #[prost(message, tag = "9")]
+    PostCopy(Nothing),
+    /// Go on with a post-copy whose link was lost. First message of a connection.
+    #[prost(message, tag = "10")]
+    Resume(Resume),
 }
 
 /// From destination to source.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToSource {
     /// One of them.
-    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub reply: Option<Reply>,
 }
 
@@ -86,6 +92,18 @@ pub enum Reply {
     /// The copy is gone and nothing of it is left.
     #[prost(message, tag = "10")]
     Cancelled(Nothing),
+    /// From here on what is missing is asked for.
+    #[prost(message, tag = "11")]
+    PostCopyReady(Nothing),
+    /// The guest waits for these pages.
+    #[prost(message, tag = "12")]
+    Wanted(Pages),
+    /// Nothing is missing any more.
+    #[prost(message, tag = "13")]
+    Supplied(Supplied),
+    /// What is still missing, in as many messages as it takes.
+    #[prost(message, tag = "14")]
+    Missing(Missing),
 }
 
 /// No content.
@@ -137,6 +155,9 @@ pub struct Reserve {
     /// CPUID feature words of the guest's CPUs.
     #[prost(message, repeated, tag = "14")]
     pub cpuid: Vec<CpuidWord>,
+    /// The machine may be handed over before its memory is complete.
+    #[prost(bool, tag = "21")]
+    pub post_copy: bool,
 }
 
 /// A word of CPUID.
@@ -248,6 +269,51 @@ pub struct Commit {
     pub generation: u64,
 }
 
+/// A post-copy that goes on.
+#[derive(Clone, PartialEq, Message)]
+pub struct Resume {
+    /// The hand-over that it followed.
+    #[prost(message, optional, tag = "1")]
+    pub commit: Option<Commit>,
+    /// Key material of the content hashes from here on.
+    #[prost(bytes = "vec", tag = "2")]
+    pub secret: Vec<u8>,
+    /// Number of data streams that push, besides the one for what is asked for.
+    #[prost(uint32, tag = "3")]
+    pub streams: u32,
+}
+
+/// How a post-copy went.
+#[derive(Clone, PartialEq, Message)]
+pub struct Supplied {
+    /// Ledger sums, for each stream 16 bytes, little-endian. Empty when another agent began it.
+    #[prost(bytes = "vec", tag = "1")]
+    pub sums: Vec<u8>,
+    /// Pages that the guest had to wait for.
+    #[prost(uint64, tag = "2")]
+    pub faults: u64,
+    /// Its longest wait, in microseconds.
+    #[prost(uint64, tag = "3")]
+    pub longest_us: u64,
+    /// All its waits together, in microseconds.
+    #[prost(uint64, tag = "4")]
+    pub total_us: u64,
+}
+
+/// A part of what is missing.
+#[derive(Clone, PartialEq, Message)]
+pub struct Missing {
+    /// The page of the first bit; a multiple of 64.
+    #[prost(uint64, tag = "1")]
+    pub first: u64,
+    /// A bit for each page, little-endian words of 8 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub bits: Vec<u8>,
+    /// More follows.
+    #[prost(bool, tag = "3")]
+    pub more: bool,
+}
+
 /// Reasons.
 #[derive(Clone, PartialEq, Message)]
 pub struct Findings {
@@ -320,6 +386,35 @@ impl From<Vec<crate::Finding>> for Findings {
     }
 }
 
+/// Bytes of bits in one [`Missing`]: 2 GiB worth of pages in 64 KiB.
+const MISSING_BYTES: usize = 64 << 10;
+
+impl Missing {
+    /// A set of pages, in as many messages as it takes.
+    pub fn of(pages: &PageSet) -> Vec<Missing> {
+        let bytes: Vec<u8> = pages.words().iter().flat_map(|word| word.to_le_bytes()).collect();
+        let mut first = 0;
+        let mut parts: Vec<Missing> = Vec::new();
+        for bits in bytes.chunks(MISSING_BYTES) {
+            parts.push(Missing { first, bits: bits.to_vec(), more: true });
+            first += bits.len() as u64 * 8;
+        }
+        match parts.last_mut() {
+            Some(last) => last.more = false,
+            None => parts.push(Missing::default()),
+        }
+        parts
+    }
+
+    /// Adds this part to a set. False when it names pages that the set cannot hold.
+    #[must_use]
+    pub fn add_to(&self, pages: &mut PageSet) -> bool {
+        let (words, rest) = self.bits.as_chunks::<8>();
+        let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        rest.is_empty() && self.first.is_multiple_of(64) && pages.insert_words(self.first, &words)
+    }
+}
+
 impl Sums {
     /// Sums of all streams, for the wire.
     pub fn new(barrier: u32, sums: &[mirror::ledger::Sum], audited: u64) -> Sums {
@@ -347,6 +442,19 @@ mod tests {
             let wire = Sums::decode(&Sums::decode_wire(&Sums::new(barrier, &sums, 7).encode_to_vec()), sums.len());
             prop_assert_eq!(wire, Some(sums.clone()));
             prop_assert_eq!(Sums::new(barrier, &sums, 7).decode(sums.len() + 1), None);
+        }
+
+        #[test]
+        fn what_is_missing_comes_back_whole(runs in prop::collection::vec((0u64..1_200_000, 1u64..200), 0..20)) {
+            let mut pages = PageSet::new(1_300_000);
+            runs.iter().for_each(|&(start, len)| pages.insert(start..start + len));
+            let parts = Missing::of(&pages);
+            prop_assert!(parts.iter().rev().skip(1).all(|part| part.more) && !parts.last().unwrap().more);
+            let mut back = PageSet::new(1_300_000);
+            prop_assert!(parts.iter().all(|part| part.add_to(&mut back)));
+            prop_assert_eq!(&back, &pages);
+            let mut small = PageSet::new(512);
+            prop_assert!(!parts.iter().all(|part| part.add_to(&mut small)), "beyond the set");
         }
 
         #[test]

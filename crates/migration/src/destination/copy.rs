@@ -1,17 +1,22 @@
 //! The copy while it is being mirrored: pages and device state applied, the gate, the load.
 
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use link::{AbortHandle, DataReceiver};
 use mirror::ledger::Sum;
-use mirror::memory::destination::{Event, MemoryDestination};
+use mirror::memory::destination::{Event, Finished, MemoryDestination};
+use mirror::memory::post_copy::Places;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::arrivals::Arrivals;
+use super::post_copy::{self, Tail, Waiting};
 use super::{End, Source, failed, qemu_gone, violation};
 use crate::failure::{Finding, kind};
+use crate::host::Host;
 use crate::reservation::Reservation;
 use crate::wire::{self, Reply, Request as Asked, ToDestination};
 /// How long QEMU may take to load its device state.
@@ -29,6 +34,12 @@ pub(super) struct Copy {
     pub(super) barrier: Option<Barrier>,
     /// The sums at the last barrier that all streams have reached, until the copy is found changed.
     pub(super) last: Option<Vec<Sum>>,
+    /// Where QEMU has guest RAM: addresses, and which part of it each is.
+    pub(super) places: (Vec<Range<u64>>, Places),
+    /// Where post-copy was asked for: QEMU, that waits for what is missing.
+    pub(super) waiting: Option<Waiting>,
+    /// Streams for what is missing, come before they are needed.
+    pub(super) supply: Vec<DataReceiver>,
 }
 
 pub(super) struct Barrier {
@@ -38,7 +49,7 @@ pub(super) struct Barrier {
 
 impl Copy {
     /// Applies what comes until the source says that everything has come and the gate holds.
-    pub(super) async fn run(&mut self, source: &mut Source, mut arrivals: Arrivals) -> Result<(), End> {
+    pub(super) async fn run(&mut self, source: &mut Source, arrivals: &mut Arrivals) -> Result<(), End> {
         let mut qemu = self.reservation.qmp.events();
         loop {
             tokio::select! {
@@ -54,6 +65,7 @@ impl Copy {
                             fed.map_err(|_| not_loaded("QEMU at the destination takes no device state"))?
                                 .map_err(|e| failed("device-state", &e))?;
                         }
+                        Asked::PostCopy(_) => self.wait_for_missing(source).await?,
                         Asked::Audit(_) => self.audit(source).await?,
                         Asked::Load(sums) => return self.gate(&sums),
                         Asked::Cancel(_) => return Err(End::Cancelled),
@@ -70,11 +82,25 @@ impl Copy {
     }
 
     fn attach(&mut self, stream: u16, receiver: DataReceiver) -> Result<(), End> {
+        if self.waiting.is_some() && usize::from(stream) >= self.streams {
+            self.supply.push(receiver);
+            return Ok(());
+        }
         let Upkeep { memory: Some(memory), aborts } = &mut self.memory else { return Ok(()) };
         let free = self.attached.get_mut(usize::from(stream)).filter(|attached| !**attached);
         *free.ok_or_else(|| violation("opened a data stream too many"))? = true;
         aborts.push(receiver.abort_handle().map_err(|e| failed("data-stream", &e))?);
         memory.attach(stream, receiver).map_err(|e| failed("data-stream", &e))
+    }
+
+    /// Has QEMU wait for pages that are not there: from here on the source may leave some out.
+    async fn wait_for_missing(&mut self, source: &mut Source) -> Result<(), End> {
+        let Reservation { record, qmp, .. } = &self.reservation;
+        let pid = record.process.as_ref().map_or(0, |process| process.pid);
+        let (addresses, places) = &self.places;
+        let waiting = post_copy::attach(qmp, pid, addresses, places.clone()).await;
+        self.waiting = Some(waiting.map_err(|finding| End::Failed(vec![finding]))?);
+        source.reply(Reply::PostCopyReady(wire::Nothing {})).await
     }
 
     async fn event(&mut self, event: Event, source: &mut Source) -> Result<(), End> {
@@ -129,11 +155,18 @@ impl Copy {
         )]))
     }
 
-    /// RAM is complete: nothing but QEMU touches it any more, and QEMU loads its devices.
+    /// RAM is complete, or will be asked for: nothing but QEMU touches what there is of it any more.
+    pub(super) fn memory_is_complete(&mut self, host: &Host) -> Result<Option<Arc<Tail>>, End> {
+        let finished = self.memory.end();
+        let (Some(waiting), Some(copy)) = (self.waiting.take(), finished) else { return Ok(None) };
+        let supply = std::mem::take(&mut self.supply);
+        Tail::begin(host, &mut self.reservation.record, copy, waiting, supply).map(Some)
+    }
+
+    /// QEMU loads its devices.
     pub(super) async fn load(&mut self) -> Result<(), End> {
-        self.memory.end();
         let Reservation { record, device, .. } = &self.reservation;
-        tracing::info!(vm = %record.name, bytes = device.bytes(), "memory is complete and equal; QEMU loads its devices");
+        tracing::info!(vm = %record.name, bytes = device.bytes(), "what there is of memory is equal; QEMU loads its devices");
         let mut events = self.reservation.qmp.events();
         let Reservation { qmp, device, .. } = &mut self.reservation;
         let loaded = async {
@@ -179,13 +212,12 @@ pub(super) struct Upkeep {
 
 impl Upkeep {
     /// Ends the streams, and with them the workers. Nothing touches the RAM files any more when this returns.
-    fn end(&mut self) {
+    fn end(&mut self) -> Option<Finished> {
         for abort in &self.aborts {
             abort.abort();
         }
-        if let Some(memory) = self.memory.take() {
-            tokio::task::block_in_place(|| memory.finish());
-        }
+        let memory = self.memory.take()?;
+        Some(tokio::task::block_in_place(|| memory.finish()))
     }
 }
 

@@ -14,8 +14,10 @@
 mod arrivals;
 mod copy;
 mod owner;
+pub(crate) mod post_copy;
 
 pub use arrivals::DataConnections;
+pub use post_copy::PostCopies;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,8 +26,9 @@ use link::{Control, ControlReceiver, ControlSender, Peer};
 use mirror::memory::destination::MemoryDestination;
 use mirror::memory::{Ram, RamFile};
 use qemu::{Qmp, Spec};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
 
 use arrivals::Arrivals;
 use copy::{Copy, Upkeep};
@@ -80,11 +83,13 @@ pub async fn serve(
         tracing::warn!(%peer, "a source connected and said nothing");
         return;
     };
-    let mut source = Source { host, peer, sender, receiver };
+    let sender = Sender(Arc::new(Mutex::new(sender)));
+    let mut source = Source { host, peer, sender, receiver, attending: None };
     let ended = match first {
         Asked::Reserve(reserve) => source.session(reserve, &data, &arrived).await,
         Asked::Commit(commit) => source.settle(&commit, &arrived).await,
         Asked::Cancel(commit) => source.abandon(&commit).await,
+        Asked::Resume(resume) => source.resume(resume, &data).await,
         _ => Err(violation("began with a message out of order")),
     };
     if let Err(end) = ended {
@@ -96,13 +101,25 @@ pub async fn serve(
 pub(super) struct Source {
     pub(super) host: Arc<Host>,
     pub(super) peer: Peer,
-    pub(super) sender: ControlSender,
+    pub(super) sender: Sender,
     pub(super) receiver: ControlReceiver,
+    /// Passes on what a guest asks for whose memory is not complete.
+    pub(super) attending: Option<AbortOnDropHandle<()>>,
+}
+
+/// The way to the source, for several tasks. A message is sent whole, one after the other.
+#[derive(Debug, Clone)]
+pub(super) struct Sender(Arc<Mutex<ControlSender>>);
+
+impl Sender {
+    pub(super) async fn send(&self, reply: Reply) -> Result<(), link::LinkError> {
+        self.0.lock().await.send(&ToSource::from(reply)).await
+    }
 }
 
 impl Source {
     pub(super) async fn reply(&mut self, reply: Reply) -> Result<(), End> {
-        Ok(self.sender.send(&ToSource::from(reply)).await?)
+        Ok(self.sender.send(reply).await?)
     }
 
     async fn tell(&mut self, end: End) {
@@ -188,8 +205,9 @@ impl Source {
         &mut self,
         request: &Request,
         mut reservation: Reservation,
-        arrivals: Arrivals,
+        mut arrivals: Arrivals,
     ) -> Result<(Record, Spec, Qmp), End> {
+        let places = post_copy::places(&reservation.ram);
         let files = reservation
             .ram
             .drain(..)
@@ -211,9 +229,15 @@ impl Source {
             attached: vec![false; usize::from(request.layout.streams())],
             barrier: None,
             last: None,
+            places,
+            waiting: None,
+            supply: Vec::new(),
         };
         self.reply(Reply::Reserved(wire::Nothing {})).await?;
-        copy.run(self, arrivals).await?;
+        copy.run(self, &mut arrivals).await?;
+        if let Some(tail) = copy.memory_is_complete(&self.host)? {
+            self.attending = Some(tail.attend(self.sender.clone(), arrivals));
+        }
         tokio::select! {
             loaded = copy.load() => loaded?,
             word = self.receiver.receive::<ToDestination>() => return Err(interrupted(word)),

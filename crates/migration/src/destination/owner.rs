@@ -107,6 +107,9 @@ impl Source {
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
         }
+        if let Some(session) = ready.arrived_by {
+            self.supplied(session, Some(&qmp)).await?;
+        }
         let health = health::watch(&qmp, process.as_ref()).await;
         self.reply(Reply::Health(health)).await?;
         // The source closes when it has given everything back.
@@ -204,7 +207,7 @@ impl Source {
         }
     }
 
-    fn meant(&self, commit: &wire::Commit) -> Option<(Record, Uuid)> {
+    pub(super) fn meant(&self, commit: &wire::Commit) -> Option<(Record, Uuid)> {
         let session = Uuid::from_slice(&commit.session).ok()?;
         let record = self.host.journal.get(&commit.name.parse().ok()?)?;
         let from_peer = record.arrived_from.as_ref() == Some(&self.peer.name);

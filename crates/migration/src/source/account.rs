@@ -138,5 +138,6 @@ pub(super) fn blank(id: Uuid, host: &Host, vm: &Vm, to: &str, options: &Options)
         device_state_bytes: 0,
         verification: Verification::default(),
         health: None,
+        post_copy: None,
     }
 }

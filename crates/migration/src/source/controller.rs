@@ -14,6 +14,7 @@ use uuid::Uuid;
 use super::account::blank;
 use super::orders::Orders;
 use super::peer::{self, Destination};
+use super::post_copy::Supplying;
 use super::rounds::{Begin, Rounds};
 use super::stop::Stop;
 use super::switch::{self, Prepared};
@@ -44,7 +45,10 @@ pub(super) struct Controller {
     pub(super) progress: watch::Sender<Progress>,
     pub(super) report: Report,
     pub(super) held: Held,
+    /// The machine is handed over before its memory is complete.
+    pub(super) post_copy: bool,
 }
+
 /// What must be given back, whatever happens.
 #[derive(Default)]
 pub(super) struct Held {
@@ -54,6 +58,8 @@ pub(super) struct Held {
     pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
     /// QEMU was told to migrate.
     pub(super) qemu: bool,
+    /// Memory that was left out, on its way.
+    pub(super) supplying: Option<Supplying>,
 }
 
 impl Controller {
@@ -104,6 +110,7 @@ impl Controller {
             progress,
             report,
             held: Held::default(),
+            post_copy: false,
         };
         tokio::spawn(async move {
             let report = controller.run().await;
@@ -181,7 +188,15 @@ impl Controller {
             .map_err(|e| Stop::because("ram", &e, "see the VM's command line"))?;
         let secret =
             Secret::random().map_err(|e| Stop::because("random", &e, "see to the host's random numbers"))?;
-        let request = peer::reserve_request(self.id, &self.vm, machine, streams, secret.as_bytes(), false);
+        let request = peer::reserve_request(
+            self.id,
+            &self.vm,
+            machine,
+            &self.options,
+            streams,
+            secret.as_bytes(),
+            false,
+        );
         self.report.disks = machine.reported_disks();
         self.report.memory.pages = layout.page_count();
         let qmp = self.vm.qmp.clone();
@@ -189,12 +204,8 @@ impl Controller {
         Ok((layout, secret))
     }
 
-    fn streams(&self) -> u16 {
-        let chosen = || {
-            let cores = std::thread::available_parallelism().map_or(1, usize::from);
-            u16::try_from(cores.min(CHOSEN_STREAMS)).unwrap_or(1)
-        };
-        self.options.streams.map_or_else(chosen, u16::from)
+    pub(super) fn streams(&self) -> u16 {
+        self.options.streams.map_or_else(chosen_streams, u16::from)
     }
 
     /// Data streams open, tracking begins.
@@ -249,9 +260,14 @@ impl Controller {
         let address = self.destination()?.address().to_owned();
         self.vm.record.outgoing = Some(Outgoing { session: self.id, address });
         self.host.journal.update(&self.vm.record)?;
+        let streams = match self.post_copy {
+            true => Some(self.prepare_post_copy().await?),
+            false => None,
+        };
         self.held.qemu = true;
         let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
-        let prepared = switch::prepare(&self.vm.qmp, rounds, destination, &socket, &self.options).await;
+        let prepared =
+            switch::prepare(&self.vm.qmp, rounds, destination, &socket, &self.options, streams).await;
         match prepared {
             Ok(prepared) => {
                 self.report.verification.gate = Verdict::Match;
@@ -317,6 +333,12 @@ impl Held {
     pub(super) fn both(&mut self) -> Option<(&mut Destination, &mut Rounds)> {
         Some((self.destination.as_mut()?, self.rounds.as_mut()?))
     }
+}
+
+/// As many data streams as there are cores, to a limit.
+pub(super) fn chosen_streams() -> u16 {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(cores.min(CHOSEN_STREAMS)).unwrap_or(1)
 }
 
 pub(super) fn nothing_held() -> Stop {

@@ -37,7 +37,7 @@ fn cost(pause: &Pause) -> Duration {
 impl Controller {
     /// The two-step change of ownership. From the journal's entry on the machine is not this host's any more.
     pub(super) async fn hand_over(&mut self, prepared: Prepared) -> Result<(), Stop> {
-        let Prepared { paused_at, pause, device_state_bytes, .. } = prepared;
+        let Prepared { paused_at, pause, device_state_bytes, supplying, .. } = prepared;
         self.report.pause = pause;
         self.report.device_state_bytes = device_state_bytes;
         let since = || paused_at.elapsed().as_secs_f64() * 1e3;
@@ -51,6 +51,8 @@ impl Controller {
         };
         record.generation += 1;
         record.outgoing = None;
+        record.supplies = supplying.is_some();
+        self.held.supplying = supplying;
         if let Err(e) = self.host.journal.update(record) {
             // What could not be written may be on the disk all the same. Only when it is overwritten is the machine
             // certainly this host's.
@@ -100,8 +102,12 @@ impl Controller {
                 Ok(Settled::RunsHere) => {
                     // It never will there. Back to this host, under a generation that no stale copy has.
                     let generation = self.vm.record.generation;
-                    self.vm.record =
-                        crate::vm::Record { generation: generation + 1, outgoing: None, ..owned };
+                    self.vm.record = crate::vm::Record {
+                        generation: generation + 1,
+                        outgoing: None,
+                        supplies: false,
+                        ..owned
+                    };
                     self.host.journal.update(&self.vm.record)?;
                     let message = "the destination lost its copy at the hand-over";
                     return Err(Stop::Failed(Finding::new(
@@ -128,7 +134,8 @@ impl Controller {
     /// The machine runs at the destination: prove, give everything back, hear how it does.
     pub(super) async fn after_hand_over(&mut self) {
         self.enter(Phase::Resume);
-        let proved = self.prove().await;
+        let supplied = self.supply_rest().await;
+        let proved = self.prove().await.and(supplied);
         self.enter(Phase::CleanUp);
         self.clean_up().await;
         self.enter(Phase::Complete);

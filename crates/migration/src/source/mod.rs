@@ -11,6 +11,7 @@ mod estimate;
 mod hand_over;
 mod orders;
 mod peer;
+mod post_copy;
 mod rounds;
 mod settlement;
 mod stop;
@@ -24,6 +25,7 @@ use qemu::{Qmp, QmpError};
 use uuid::Uuid;
 
 pub(crate) use peer::Withdrawal;
+pub use post_copy::supply;
 pub use settlement::{Settled, settle};
 pub(crate) use settlement::{abandon, withdraw};
 
@@ -67,8 +69,15 @@ pub async fn check(host: Arc<Host>, vm: Vm, to: &str, options: &Options) -> Resu
     let (machine, mut findings) = Machine::describe(&vm, options).await;
     let mut destination = connected.map_err(refused)?;
     if let Some(machine) = machine {
-        let request =
-            peer::reserve_request(Uuid::new_v4(), &vm, &machine, 1, &[0; mirror::hash::SECRET_LENGTH], true);
+        let request = peer::reserve_request(
+            Uuid::new_v4(),
+            &vm,
+            &machine,
+            options,
+            1,
+            &[0; mirror::hash::SECRET_LENGTH],
+            true,
+        );
         if machine.ram.is_empty() {
             // The destination cannot be asked about a machine without RAM; what was found says why there is none.
         } else {

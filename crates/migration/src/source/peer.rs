@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use link::{ConnectError, ControlReceiver, ControlSender, LinkError, TlsError};
+use mirror::layout::PageIndex;
 use qemu::Qmp;
 use qemu::qmp::CpuidWord;
 use tokio::sync::{Mutex, mpsc};
@@ -15,6 +16,7 @@ use super::stop::Stop;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::machine::{self, Machine};
+use crate::options::{OnDiverge, Options};
 use crate::reservation::CPU_FEATURE_MISSING;
 use crate::vm::Vm;
 use crate::wire::{self, Reply, Request, ToDestination, ToSource};
@@ -23,14 +25,17 @@ use crate::wire::{self, Reply, Request, ToDestination, ToSource};
 const RESERVE: Duration = Duration::from_secs(60);
 
 /// The destination's agent, in one session.
-#[derive(Debug)]
 pub(super) struct Destination {
     name: String,
     address: String,
     sender: Sender,
     inbox: mpsc::UnboundedReceiver<Result<Reply, LinkError>>,
+    /// Supplies pages that a guest there waits for.
+    supply: Option<Supply>,
     _reader: AbortOnDropHandle<()>,
 }
+
+type Supply = Box<dyn Fn(Vec<PageIndex>) + Send + Sync>;
 
 /// What became of the wish that a destination throw its copy away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +85,7 @@ impl Destination {
         let (tell, inbox) = mpsc::unbounded_channel();
         let reader = AbortOnDropHandle::new(tokio::spawn(read(receiver, tell)));
         let sender = Sender(Arc::new(Mutex::new(sender)));
-        Ok(Destination { name, address: address.to_owned(), sender, inbox, _reader: reader })
+        Ok(Destination { name, address: address.to_owned(), sender, inbox, supply: None, _reader: reader })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -99,9 +104,22 @@ impl Destination {
         self.sender.send(request).await
     }
 
+    /// From now on, what its guest waits for is supplied whenever the destination is listened to.
+    pub(super) fn supply(&mut self, supply: impl Fn(Vec<PageIndex>) + Send + Sync + 'static) {
+        self.supply = Some(Box::new(supply));
+    }
+
     /// What the destination says next. Nothing is lost when this is cancelled.
     pub(super) async fn receive(&mut self) -> Result<Reply, Stop> {
-        match self.inbox.recv().await {
+        let word = loop {
+            match (self.inbox.recv().await, &self.supply) {
+                (Some(Ok(Reply::Wanted(pages))), Some(supply)) => {
+                    supply(pages.pages.into_iter().map(PageIndex).collect());
+                }
+                (word, _) => break word,
+            }
+        };
+        match word {
             Some(Ok(Reply::Failed(findings))) => {
                 let mut findings = findings.findings.into_iter().map(Into::into);
                 let unknown = || Finding::new("destination", "the destination failed", "see its log");
@@ -223,6 +241,7 @@ pub(super) fn reserve_request(
     session: Uuid,
     vm: &Vm,
     machine: &Machine,
+    options: &Options,
     streams: u16,
     secret: &[u8; mirror::hash::SECRET_LENGTH],
     rehearsal: bool,
@@ -242,5 +261,6 @@ pub(super) fn reserve_request(
         streams: u32::from(streams),
         secret: secret.to_vec(),
         rehearsal,
+        post_copy: options.on_diverge == OnDiverge::PostCopy,
     }
 }

@@ -9,6 +9,8 @@ use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::memory::compress::Compression;
+use mirror::memory::pages::PageSet;
+use mirror::memory::post_copy::PostCopySource;
 use mirror::memory::round::{Flow, Guest, Sent};
 use mirror::memory::source::{How, MemorySource, Proof, Scanning, SourceError, TrackedRange};
 use mirror::memory::{Ram, RamFile};
@@ -21,6 +23,9 @@ use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::report::{Memory, Round, Verification};
 use crate::wire::{Reply, Request, Sums};
+
+/// How long to watch a guest to see how fast it dirties memory.
+const GLANCE: Duration = Duration::from_millis(30);
 
 /// The memory's side of a mirror: its state, and what has been measured.
 pub(super) struct Rounds {
@@ -38,6 +43,8 @@ pub(super) struct Rounds {
     /// Pages that the destination's audit has compared, as it last told.
     audited_there: u64,
     repaired: u64,
+    /// Pages that the destination is without.
+    pub(super) withheld: u64,
     /// Whether both ledgers were equal after the last round.
     pub(super) equal: bool,
     pub(super) sums: Option<Sums>,
@@ -99,6 +106,7 @@ impl Rounds {
             last_scan: None,
             audited_there: 0,
             repaired: 0,
+            withheld: 0,
             equal: false,
             sums: None,
             estimate: Estimate::new(switch_cost),
@@ -166,13 +174,29 @@ impl Rounds {
 
     /// One round, up to the destination's acknowledgement.
     pub(super) async fn round(&mut self, destination: &mut Destination, guest: Guest) -> Result<(), Stop> {
+        self.exchange(destination, guest, MemorySource::round).await
+    }
+
+    /// A round in which what is due is not sent: the destination is told to be without it.
+    pub(super) async fn withhold(&mut self, destination: &mut Destination, guest: Guest) -> Result<(), Stop> {
+        self.exchange(destination, guest, MemorySource::withhold).await?;
+        self.withheld = self.memory.as_ref().map_or(0, MemorySource::withheld);
+        Ok(())
+    }
+
+    async fn exchange(
+        &mut self,
+        destination: &mut Destination,
+        guest: Guest,
+        send: fn(&mut MemorySource, Guest) -> Result<Sent, SourceError>,
+    ) -> Result<(), Stop> {
         let repairs = std::mem::take(&mut self.repairs);
         self.repaired += repairs.len() as u64;
         let begin = Instant::now();
         let sent = self
             .with(destination, move |memory| {
                 memory.repair(&repairs);
-                memory.round(guest)
+                send(memory, guest)
             })
             .await?;
         let sums = self.acknowledged(destination, &sent).await?;
@@ -224,6 +248,38 @@ impl Rounds {
                 }
             }
         }
+    }
+
+    /// How fast the guest dirties memory at this moment, in bytes per second: what it dirties in a short while.
+    pub(super) async fn dirty_rate_now(&mut self, destination: &mut Destination) -> Result<f64, Stop> {
+        self.with(destination, |memory| memory.look(Guest::Running)).await?;
+        let begin = Instant::now();
+        tokio::time::sleep(GLANCE).await;
+        let pages = self.with(destination, |memory| memory.look(Guest::Running)).await?;
+        self.last_scan = Some(Instant::now());
+        Ok((pages * PAGE_SIZE as u64) as f64 / begin.elapsed().as_secs_f64())
+    }
+
+    /// Begins to supply what was withheld, or what the destination says is missing.
+    pub(super) fn supply<W: std::io::Write + Send + 'static>(
+        &self,
+        missing: Option<PageSet>,
+        urgent: W,
+        bulk: Vec<W>,
+    ) -> Result<PostCopySource, Stop> {
+        let memory = self.memory.as_ref().ok_or_else(|| broken(&SourceError::Ended))?;
+        memory.supply(missing, urgent, bulk).map_err(|e| broken(&e))
+    }
+
+    /// The secret and the layout that hashes and pages are by.
+    pub(super) fn identity(&self) -> Option<(Secret, Layout)> {
+        self.memory.as_ref().map(|memory| (memory.secret().clone(), memory.layout().clone()))
+    }
+
+    /// The ledger's sums as it stands, for the wire.
+    pub(super) fn sums_now(&self) -> Vec<u8> {
+        let sums = self.memory.as_ref().map(MemorySource::sums).unwrap_or_default();
+        Sums::new(0, &sums, 0).sums
     }
 
     /// Has the destination read its whole copy back. Returns how many pages it compared, and how many differed.

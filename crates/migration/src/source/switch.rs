@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::peer::{Destination, Sender, violation};
+use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
 use crate::failure::{Finding, kind};
@@ -36,6 +37,8 @@ pub(super) struct Prepared {
     pub(super) pause: Pause,
     /// Bytes of QEMU's stream.
     pub(super) device_state_bytes: u64,
+    /// What was left out of the copy, where it was: what is asked for is supplied already.
+    pub(super) supplying: Option<Supplying>,
     /// Where QEMU sent its stream; removed when dropped.
     _device: AbortOnDropHandle<Result<u64, Stop>>,
 }
@@ -47,6 +50,7 @@ pub(super) async fn prepare(
     destination: &mut Destination,
     socket: &Path,
     options: &Options,
+    streams: Option<Streams>,
 ) -> Result<Prepared, Stop> {
     let mut events = qmp.events();
     // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
@@ -62,6 +66,10 @@ pub(super) async fn prepare(
         let message = format!("the VM is {} since somebody paused it", status.status);
         return Err(Stop::Failed(Finding::new("vm-paused", message, "migrate the VM when it runs again")));
     }
+    if streams.is_some() {
+        // Most of what will be missing is given up while the guest still runs.
+        rounds.withhold(destination, Guest::Running).await?;
+    }
     let asked = Instant::now();
     qmp.migrate(&uri).await.map_err(Stop::qemu)?;
     let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| {
@@ -69,64 +77,118 @@ pub(super) async fn prepare(
         Stop::Failed(Finding::new("pause", message, "see the VM's log on the source"))
     })??;
     let limit = options.max_downtime + PATIENCE;
-    let work = finish(qmp, &mut events, rounds, destination, &mut pump, paused_at, options);
-    let (pause, device_state_bytes) = timeout(limit, work).await.map_err(|_| {
+    let pausing = Pausing { qmp, events, paused_at, options };
+    let work = pausing.finish(rounds, destination, &mut pump, streams);
+    let (pause, device_state_bytes, supplying) = timeout(limit, work).await.map_err(|_| {
         let message = format!("the guest was paused for {limit:?} without its copy being ready");
         Stop::Failed(Finding::new("switch-over-too-long", message, "see the logs of both agents"))
     })??;
-    Ok(Prepared { paused_at, pause, device_state_bytes, _device: pump })
+    Ok(Prepared { paused_at, pause, device_state_bytes, supplying, _device: pump })
 }
 
-/// Everything between the pause and the destination's word that it is ready.
-async fn finish(
-    qmp: &Qmp,
-    events: &mut broadcast::Receiver<Event>,
-    rounds: &mut Rounds,
-    destination: &mut Destination,
-    pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+/// A guest that has just been paused.
+struct Pausing<'a> {
+    qmp: &'a Qmp,
+    events: broadcast::Receiver<Event>,
     paused_at: Instant,
-    options: &Options,
-) -> Result<(Pause, u64), Stop> {
-    let since = || paused_at.elapsed().as_secs_f64() * 1e3;
-    let mut pause = Pause { stopped_ms: since(), ..Pause::default() };
-    destination.send(Request::HoldDevices(Nothing {})).await?;
-    // Saving devices and sending the last pages need different things: they go on together. What saving writes to
-    // guest RAM after the scan is found by the next one.
-    let save = async {
-        qmp.migrate_continue().await.map_err(Stop::qemu)?;
+    options: &'a Options,
+}
+
+impl Pausing<'_> {
+    fn since(&self) -> f64 {
+        self.paused_at.elapsed().as_secs_f64() * 1e3
+    }
+
+    /// Everything between the pause and the destination's word that it is ready.
+    async fn finish(
+        mut self,
+        rounds: &mut Rounds,
+        destination: &mut Destination,
+        pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+        streams: Option<Streams>,
+    ) -> Result<(Pause, u64, Option<Supplying>), Stop> {
+        let mut pause = Pause { stopped_ms: self.since(), ..Pause::default() };
+        destination.send(Request::HoldDevices(Nothing {})).await?;
+        let (device_state_bytes, sound) = match &streams {
+            None => self.complete(rounds, destination, pump, &mut pause).await?,
+            Some(_) => (self.leave_out(rounds, destination, pump, &mut pause).await?, true),
+        };
+        pause.gate_ms = self.since();
+        // A copy that changes by itself while nothing writes to it is not trusted, even if it could be mended.
+        let Some(sums) = rounds.sums.clone().filter(|_| sound && rounds.equal && !rounds.in_doubt()) else {
+            return Err(Stop::Failed(Finding::new(
+                kind::GATE,
+                "the copy is not equal to the original",
+                "the VM runs on here; migrate again, and if it recurs test the memory of both hosts",
+            )));
+        };
+        // QEMU there may ask for memory already while it loads its devices.
+        let supplying =
+            streams.map(|streams| streams.supply(|urgent, bulk| rounds.supply(None, urgent, bulk)));
+        let supplying = supplying.transpose()?;
+        if let Some(supplying) = &supplying {
+            supplying.answer(destination);
+        }
+        destination.send(Request::Load(sums)).await?;
+        match destination.receive().await? {
+            Reply::Ready(_) => {}
+            other => return Err(violation(&format!("said {other:?} instead of being ready"))),
+        }
+        pause.ready_ms = self.since();
+        Ok((pause, device_state_bytes, supplying))
+    }
+
+    /// Completes the copy. Returns the bytes of device state, and whether the copy stayed as it was sent.
+    async fn complete(
+        &mut self,
+        rounds: &mut Rounds,
+        destination: &mut Destination,
+        pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+        pause: &mut Pause,
+    ) -> Result<(u64, bool), Stop> {
+        // Saving devices and sending the last pages need different things: they go on together. What saving writes to
+        // guest RAM after the scan is found by the next one.
+        let (paused_at, options) = (self.paused_at, self.options);
+        let since = || paused_at.elapsed().as_secs_f64() * 1e3;
+        let save = async { Ok::<_, Stop>((self.save(pump).await?, since())) };
+        let send = async {
+            rounds.round(destination, Guest::Paused).await?;
+            Ok::<_, Stop>(since())
+        };
+        let (saved, sent) = tokio::try_join!(save, send)?;
+        (pause.device_state_ms, pause.last_round_ms) = (saved.1, sent);
+        let mut sound = !rounds.repairs_due();
+        if options.verify == Verify::Strict {
+            let (_, differing) = rounds.read_back(destination).await?;
+            sound &= differing == 0;
+        }
+        rounds.round(destination, Guest::Paused).await?;
+        Ok((saved.0, sound))
+    }
+
+    /// Leaves out of the copy what the destination does not have. Returns the bytes of device state.
+    async fn leave_out(
+        &mut self,
+        rounds: &mut Rounds,
+        destination: &mut Destination,
+        pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+        pause: &mut Pause,
+    ) -> Result<u64, Stop> {
+        let device_state_bytes = self.save(pump).await?;
+        pause.device_state_ms = self.since();
+        rounds.withhold(destination, Guest::Paused).await?;
+        pause.last_round_ms = self.since();
+        Ok(device_state_bytes)
+    }
+
+    /// Has QEMU save its devices. Returns how many bytes that took.
+    async fn save(&mut self, pump: &mut AbortOnDropHandle<Result<u64, Stop>>) -> Result<u64, Stop> {
+        self.qmp.migrate_continue().await.map_err(Stop::qemu)?;
         let bytes =
             pump.await.unwrap_or_else(|e| Err(Stop::because("device-state", &e, "see the source's log")))?;
-        saved(events).await?;
-        Ok::<_, Stop>((bytes, since()))
-    };
-    let send = async {
-        rounds.round(destination, Guest::Paused).await?;
-        Ok::<_, Stop>(since())
-    };
-    let (saved, sent) = tokio::try_join!(save, send)?;
-    (pause.device_state_ms, pause.last_round_ms) = (saved.1, sent);
-    let mut sound = !rounds.repairs_due();
-    if options.verify == Verify::Strict {
-        let (_, differing) = rounds.read_back(destination).await?;
-        sound &= differing == 0;
+        saved(&mut self.events).await?;
+        Ok(bytes)
     }
-    rounds.round(destination, Guest::Paused).await?;
-    pause.gate_ms = since();
-    // A copy that changes by itself while nothing writes to it is not trusted, even if it could be mended.
-    let Some(sums) = rounds.sums.clone().filter(|_| sound && rounds.equal && !rounds.in_doubt()) else {
-        return Err(Stop::Failed(Finding::new(
-            kind::GATE,
-            "the copy is not equal to the original",
-            "the VM runs on here; migrate again, and if it recurs test the memory of both hosts",
-        )));
-    };
-    destination.send(Request::Load(sums)).await?;
-    match destination.receive().await? {
-        Reply::Ready(_) => {}
-        other => return Err(violation(&format!("said {other:?} instead of being ready"))),
-    }
-    pause.ready_ms = since();
-    Ok((pause, saved.0))
 }
 
 /// Sends on what QEMU writes, to its end. Returns how many bytes it were.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use mirror::layout::PAGE_SIZE;
 use mirror::memory::round::Guest;
 use tokio::sync::{broadcast, oneshot};
 
@@ -9,13 +10,17 @@ use super::controller::{Controller, nothing_held};
 use super::estimate::Advice;
 use super::stop::Stop;
 use crate::failure::Finding;
-use crate::options::Goal;
+use crate::options::{Goal, OnDiverge};
 use crate::report::{Verdict, Verification};
 
 /// Between the rounds of a mirror that is in sync and stays so.
 const STANDING: Duration = Duration::from_millis(100);
 /// A deadline for what has none.
 const FAR: Duration = Duration::from_secs(86_400);
+/// A guest that dirties so much of what can be sent in the same time outruns the mirror: rounds would hardly shrink.
+const OUTRUN: f64 = 0.9;
+/// Fewer pages than this say nothing of how fast they can be sent.
+const OUTRUN_PAGES: u64 = 256;
 /// Rounds that may be needed to settle what the audit has put in doubt.
 const SETTLING_ROUNDS: usize = 8;
 
@@ -61,6 +66,11 @@ impl Controller {
             if switching && ready {
                 return Ok(());
             }
+            if switching && self.options.on_diverge == OnDiverge::PostCopy && self.is_outrun(advice).await? {
+                tracing::info!(vm = %self.vm.record.name, "the guest outruns the mirror: post-copy");
+                self.post_copy = true;
+                return Ok(());
+            }
             if switching && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(self.not_converged());
             }
@@ -71,6 +81,22 @@ impl Controller {
                 tokio::time::sleep(STANDING).await;
             }
         }
+    }
+
+    /// Whether the guest dirties its memory faster than it can be sent: seen from the rounds, or at once after the first,
+    /// which is one pass over all of it, from what the guest does in a short while.
+    async fn is_outrun(&mut self, advice: Advice) -> Result<bool, Stop> {
+        if advice == Advice::DoesNotConverge {
+            return Ok(true);
+        }
+        let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
+        let [first] = &rounds.report[..] else { return Ok(false) };
+        let sent = (first.plain * PAGE_SIZE as u64) as f64;
+        if first.plain < OUTRUN_PAGES {
+            return Ok(false);
+        }
+        let rate = sent / (first.duration_ms / 1e3).max(1e-6);
+        Ok(rounds.dirty_rate_now(destination).await? > rate * OUTRUN)
     }
 
     /// The time for a round is over. Before two rounds are done, that is all that can be said.

@@ -42,6 +42,27 @@ impl PageSet {
         std::array::from_fn(word)
     }
 
+    /// The set as words, a bit for each page, from page 0 on.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// Adds the pages of words, the first of which begins with page `first`, a multiple of 64. False, and nothing is
+    /// added, where they go beyond the set.
+    #[must_use]
+    pub fn insert_words(&mut self, first: u64, words: &[u64]) -> bool {
+        let start = usize::try_from(first / 64).ok().filter(|_| first.is_multiple_of(64));
+        let end = start.and_then(|start| start.checked_add(words.len()));
+        match start.zip(end).and_then(|(start, end)| self.words.get_mut(start..end)) {
+            Some(here) => {
+                here.iter_mut().zip(words).for_each(|(word, more)| *word |= more);
+                true
+            }
+            None => false,
+        }
+    }
+
     /// Adds all pages of another set.
     pub fn extend(&mut self, other: &PageSet) {
         self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);

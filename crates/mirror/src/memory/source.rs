@@ -16,7 +16,7 @@ use super::sender::{Job, Worker};
 use super::{Ram, RamError};
 use crate::audit::{Audit, Auditor, Subject};
 use crate::hash::Secret;
-use crate::layout::{PAGE_SIZE, PageIndex};
+use crate::layout::{Layout, PAGE_SIZE, PageIndex};
 use crate::ledger::{Ledger, Ledgers, Sum};
 
 /// Where a scan found more than one page in so many written, the next is made in one step: two steps cost a call for
@@ -229,6 +229,18 @@ impl MemorySource {
     pub fn sums(&self) -> Vec<Sum> {
         let streams = 0..self.subject.ram.layout().streams();
         streams.map(|stream| self.subject.ledgers.lock(stream).sum()).collect()
+    }
+
+    /// How many pages were withheld.
+    #[must_use]
+    pub fn withheld(&self) -> u64 {
+        self.withheld.len()
+    }
+
+    /// The layout of the memory.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        self.subject.ram.layout()
     }
 
     /// The key of the content hashes.

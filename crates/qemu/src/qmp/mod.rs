@@ -6,7 +6,8 @@
 mod commands;
 mod connection;
 
-pub use commands::{GivenDescriptor, 
-    Blocks, CpuidWord, MemoryDevice, MigrationState, QomProperty, RunState, VcpuThread, Version,
+pub use commands::{
+    Blocks, CpuidWord, GivenDescriptor, MemoryDevice, MigrationState, QomProperty, RunState, VcpuThread,
+    Version,
 };
 pub use connection::{Event, Qmp, QmpError};

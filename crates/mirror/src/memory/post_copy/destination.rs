@@ -105,7 +105,7 @@ impl Places {
 #[derive(Debug)]
 pub struct PostCopyDestination {
     shared: Arc<Shared>,
-    listener: Option<JoinHandle<()>>,
+    listener: Mutex<Option<JoinHandle<()>>>,
     workers: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -201,7 +201,7 @@ impl PostCopyDestination {
             .name("post-copy".into())
             .spawn(move || listening.listen())
             .map_err(PostCopyError::Thread)?;
-        Ok(PostCopyDestination { shared, listener: Some(listener), workers: Mutex::default() })
+        Ok(PostCopyDestination { shared, listener: Mutex::new(Some(listener)), workers: Mutex::default() })
     }
 
     /// Takes in a stream of supplied pages.
@@ -270,7 +270,7 @@ impl PostCopyDestination {
 
     /// Ends it, everything being there: the guest waits for nothing any more. The streams must have ended, or been
     /// aborted. Returns how the guest has fared.
-    pub fn finish(mut self) -> Faults {
+    pub fn finish(&self) -> Faults {
         self.end();
         for worker in std::mem::take(&mut *lock(&self.workers)) {
             let _ = worker.join();
@@ -279,9 +279,9 @@ impl PostCopyDestination {
         self.faults()
     }
 
-    fn end(&mut self) {
+    fn end(&self) {
         self.shared.stop.store(true, Ordering::Relaxed);
-        if let Some(listener) = self.listener.take() {
+        if let Some(listener) = lock(&self.listener).take() {
             let _ = listener.join();
         }
     }

@@ -1,0 +1,321 @@
+//! Post-copy at the source: the machine runs at the destination, and what its memory lacks is supplied from here.
+//!
+//! There is no way back in it: this host has memory that is nowhere else, and the destination the machine that needs it.
+//! So it has no deadline. When the link is lost it is made again, as often as that takes, and the destination says what
+//! it still lacks; when this agent ends, the next one goes on ([`supply`]).
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use link::{AbortHandle, Bandwidth, DataSender, Endpoint};
+use mirror::hash::Secret;
+use mirror::layout::{Layout, PAGE_SIZE};
+use mirror::memory::pages::PageSet;
+use mirror::memory::post_copy::PostCopySource;
+use mirror::memory::{Ram, RamFile};
+use qemu::Spec;
+use uuid::Uuid;
+
+use super::controller::{Controller, nothing_held};
+use super::peer::{Destination, violation};
+use super::stop::Stop;
+use crate::failure::{Failure, Finding, Stage, chain};
+use crate::host::Host;
+use crate::report;
+use crate::vm::{Ownership, Record};
+use crate::wire::{self, Nothing, Reply, Request};
+
+/// First and longest wait between two attempts to make a lost link again.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// How often the streams are looked at.
+const LOOK: Duration = Duration::from_millis(50);
+/// What is pushed may be ahead of what is asked for by as much as goes through in this time.
+const AHEAD: Duration = Duration::from_millis(10);
+/// Bounds of that, in bytes, for all streams together.
+const AHEAD_BYTES: (usize, usize) = (256 << 10, 8 << 20);
+
+/// The connections by which memory is supplied.
+pub(super) struct Streams {
+    urgent: DataSender,
+    bulk: Vec<DataSender>,
+    aborts: Vec<AbortHandle>,
+}
+
+/// Memory being supplied. The streams end when it is dropped.
+pub(super) struct Supplying {
+    source: Arc<PostCopySource>,
+    aborts: Vec<AbortHandle>,
+}
+
+impl Drop for Supplying {
+    fn drop(&mut self) {
+        self.aborts.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl Streams {
+    /// Opens them: one for what is asked for, so many for the rest. `throughput` is what goes through, in bytes per
+    /// second.
+    pub(super) async fn open(
+        endpoint: &Endpoint,
+        address: &str,
+        session: Uuid,
+        streams: u16,
+        bandwidth: &Arc<Bandwidth>,
+        throughput: f64,
+    ) -> Result<Streams, Stop> {
+        let (endpoint, address) = (endpoint.clone(), address.to_owned());
+        let bandwidth = Arc::clone(bandwidth);
+        let opened = tokio::task::spawn_blocking(move || {
+            let broken = |e: &dyn std::error::Error| {
+                Stop::because("data-stream", e, "see the log of the destination's agent")
+            };
+            let open = |stream: u16| {
+                endpoint
+                    .open_data(&address, session, streams.saturating_add(stream), Arc::clone(&bandwidth))
+                    .map_err(|e| broken(&e))
+            };
+            let urgent = open(0)?;
+            let bulk = (1..=streams).map(open).collect::<Result<Vec<_>, Stop>>()?;
+            let ahead = (throughput * AHEAD.as_secs_f64()) as usize;
+            let ahead = ahead.clamp(AHEAD_BYTES.0, AHEAD_BYTES.1) / usize::from(streams.max(1));
+            let mut aborts = vec![urgent.abort_handle().map_err(|e| broken(&e))?];
+            for stream in &bulk {
+                stream.limit_in_flight(ahead).map_err(|e| broken(&e))?;
+                aborts.push(stream.abort_handle().map_err(|e| broken(&e))?);
+            }
+            Ok(Streams { urgent, bulk, aborts })
+        });
+        opened.await.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?
+    }
+
+    /// Begins to supply by them.
+    pub(super) fn supply(
+        self,
+        begin: impl FnOnce(DataSender, Vec<DataSender>) -> Result<PostCopySource, Stop>,
+    ) -> Result<Supplying, Stop> {
+        let Streams { urgent, bulk, aborts } = self;
+        Ok(Supplying { source: Arc::new(begin(urgent, bulk)?), aborts })
+    }
+}
+
+impl Supplying {
+    /// What is asked for is supplied whenever the destination is listened to.
+    pub(super) fn answer(&self, destination: &mut Destination) {
+        let source = Arc::clone(&self.source);
+        destination.supply(move |pages| source.supply(pages));
+    }
+
+    /// Pushes the rest, until the destination says that nothing is missing, or the link is lost.
+    async fn push(
+        &self,
+        destination: &mut Destination,
+        mut left: impl FnMut(u64),
+    ) -> Result<wire::Supplied, Stop> {
+        self.answer(destination);
+        self.source.push();
+        loop {
+            tokio::select! {
+                reply = destination.receive() => match reply? {
+                    Reply::Supplied(supplied) => return Ok(supplied),
+                    other => return Err(violation(&format!("said {other:?} while memory was supplied"))),
+                },
+                () = tokio::time::sleep(LOOK) => {
+                    left(self.source.unsent());
+                    if let Some(error) = self.source.failure() {
+                        return Err(Stop::because("data-stream", &error, "see to the network between the hosts"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A destination that was connected to again.
+enum Again {
+    /// It lacks these.
+    Lacks(Box<Destination>, PageSet),
+    /// It lacks nothing any more.
+    Complete,
+}
+
+/// Connects again, and hears what is still missing.
+async fn connect_again(
+    host: &Host,
+    record: &Record,
+    secret: &Secret,
+    layout: &Layout,
+) -> Result<Again, Stop> {
+    let Ownership::HandedOver { session, to, address } = &record.ownership else {
+        return Err(nothing_held());
+    };
+    let mut destination = Destination::connect(host, address).await.map_err(Stop::Failed)?;
+    if destination.name() != to {
+        let message = format!("{} answers at {address}, not {to}", destination.name());
+        return Err(Stop::Failed(Finding::new("other-agent", message, "see to the address")));
+    }
+    let commit = wire::Commit {
+        session: session.as_bytes().to_vec(),
+        name: record.name.to_string(),
+        generation: record.generation,
+    };
+    let secret = secret.as_bytes().to_vec();
+    let streams = u32::from(layout.streams());
+    destination.send(Request::Resume(wire::Resume { commit: Some(commit), secret, streams })).await?;
+    let mut missing = PageSet::new(layout.end());
+    loop {
+        match destination.receive().await? {
+            Reply::Missing(part) if !part.add_to(&mut missing) => {
+                return Err(violation("lacks pages that the VM does not have"));
+            }
+            Reply::Missing(part) if part.more => {}
+            Reply::Missing(_) => return Ok(Again::Lacks(Box::new(destination), missing)),
+            Reply::Running(_) => return Ok(Again::Complete),
+            other => return Err(violation(&format!("said {other:?} instead of what it lacks"))),
+        }
+    }
+}
+
+impl Controller {
+    /// Makes both sides ready: QEMU there waits for what is missing, the streams for it are open.
+    pub(super) async fn prepare_post_copy(&mut self) -> Result<Streams, Stop> {
+        let streams = self.streams();
+        let (endpoint, session) = (self.host.endpoint.clone(), self.id);
+        let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let throughput = self.rounds()?.estimate.throughput;
+        let destination = self.destination()?;
+        destination.send(Request::PostCopy(Nothing {})).await?;
+        match destination.receive().await? {
+            Reply::PostCopyReady(_) => {}
+            other => return Err(violation(&format!("said {other:?} instead of being ready for post-copy"))),
+        }
+        let address = destination.address().to_owned();
+        Streams::open(&endpoint, &address, session, streams, &bandwidth, throughput).await
+    }
+
+    /// Supplies what the machine lacks, for as long as it takes, over as many links as it takes.
+    pub(super) async fn supply_rest(&mut self) -> Result<(), Stop> {
+        let Some(mut supplying) = self.held.supplying.take().map(Some) else { return Ok(()) };
+        let (begin, mut links) = (Instant::now(), 0);
+        let (mut wait, longest) = AGAIN;
+        let progress = self.progress.clone();
+        let left = move |pages: u64| {
+            progress.send_modify(|progress| progress.remaining_bytes = pages * PAGE_SIZE as u64);
+        };
+        let supplied = loop {
+            if let (Some(supplying), Some(destination)) = (supplying.take(), &mut self.held.destination) {
+                links += 1;
+                match supplying.push(destination, &left).await {
+                    Ok(supplied) => break Some(supplied),
+                    Err(stop) => {
+                        tracing::warn!(vm = %self.vm.record.name, ?stop, "the link was lost while memory was supplied")
+                    }
+                }
+            }
+            self.held.destination = None;
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(longest);
+            match self.again().await {
+                Ok(Some((destination, streams))) => {
+                    self.held.destination = Some(destination);
+                    supplying = Some(streams);
+                    wait = AGAIN.0;
+                }
+                Ok(None) => break None,
+                Err(stop) => {
+                    tracing::debug!(vm = %self.vm.record.name, ?stop, "the destination is not back yet")
+                }
+            }
+        };
+        let rounds = self.rounds()?;
+        let (sums, pages) = (rounds.sums_now(), rounds.withheld);
+        let ms = |us: u64| us as f64 / 1e3;
+        let stats = supplied.clone().unwrap_or_default();
+        self.report.post_copy = Some(report::PostCopy {
+            pages,
+            faults: stats.faults,
+            longest_fault_ms: ms(stats.longest_us),
+            mean_fault_ms: if stats.faults == 0 { 0.0 } else { ms(stats.total_us) / stats.faults as f64 },
+            duration_ms: begin.elapsed().as_secs_f64() * 1e3,
+            links,
+        });
+        self.vm.record.supplies = false;
+        if let Err(e) = self.host.journal.update(&self.vm.record) {
+            tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+        }
+        match supplied {
+            // Each page was checked as it came; an agent that has taken over there has no sums of all.
+            Some(wire::Supplied { sums: there, .. }) if !there.is_empty() && there != sums => {
+                Err(Stop::Uncertain(Finding::new(
+                    "post-copy",
+                    "the memory at the destination is not what was supplied",
+                    "do not trust the VM; report this with the agents' logs",
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Another link, after one was lost. None when nothing is missing any more.
+    async fn again(&mut self) -> Result<Option<(Destination, Supplying)>, Stop> {
+        let rounds = self.rounds()?;
+        let (secret, layout) = rounds.identity().ok_or_else(nothing_held)?;
+        let throughput = rounds.estimate.throughput;
+        let again = connect_again(&self.host, &self.vm.record, &secret, &layout).await?;
+        let Again::Lacks(destination, missing) = again else { return Ok(None) };
+        let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let streams = Streams::open(
+            &self.host.endpoint,
+            destination.address(),
+            self.id,
+            layout.streams(),
+            &bandwidth,
+            throughput,
+        )
+        .await?;
+        let rounds = self.rounds()?;
+        let supplying = streams.supply(|urgent, bulk| rounds.supply(Some(missing), urgent, bulk))?;
+        Ok(Some((*destination, supplying)))
+    }
+}
+
+/// Goes on for an agent that has ended: supplies what the machine that was handed over still lacks. Returns when it lacks
+/// nothing.
+///
+/// # Errors
+/// [`Failure`] when the link is lost or the memory cannot be read: to be tried again.
+pub async fn supply(host: &Host, record: &Record) -> Result<(), Failure> {
+    let failed = |stop: Stop| stop.into_failure(Stage::Failed);
+    let gone =
+        |e: &dyn std::error::Error| failed(Stop::because("ram", e, "see what became of its QEMU here"));
+    let Ownership::HandedOver { session, .. } = &record.ownership else { return Ok(()) };
+    let Some(process) = &record.process else { return Ok(()) };
+    let spec = Spec::parse(&record.argv).map_err(|e| gone(&e))?;
+    let blocks = qemu::ram_blocks(process, &spec).map_err(|e| gone(&e))?;
+    let streams = super::controller::chosen_streams();
+    let layout = Layout::new(blocks.iter().map(|block| (block.id.as_str(), block.size)), streams)
+        .map_err(|e| gone(&e))?;
+    let files = blocks.into_iter().map(|block| RamFile {
+        offset: block.mappings.first().map_or(0, |mapping| mapping.file_offset),
+        file: block.file,
+    });
+    let ram = Arc::new(Ram::new(layout.clone(), files.collect()).map_err(|e| gone(&e))?);
+    let secret = Secret::random().map_err(|e| gone(&e))?;
+    let Again::Lacks(mut destination, missing) =
+        connect_again(host, record, &secret, &layout).await.map_err(failed)?
+    else {
+        return Ok(());
+    };
+    let bandwidth = Bandwidth::new(None);
+    let opened =
+        Streams::open(&host.endpoint, destination.address(), *session, streams, &bandwidth, 0.0).await;
+    let supplying = opened.and_then(|streams| {
+        streams.supply(|urgent, bulk| {
+            PostCopySource::start(ram, secret, missing, |_| 0, urgent, bulk)
+                .map_err(|e| Stop::because("mirror", &e, "see the source agent's log"))
+        })
+    });
+    let supplied = supplying.map_err(failed)?.push(&mut destination, |_| {}).await.map_err(failed)?;
+    tracing::info!(vm = %record.name, faults = supplied.faults, "nothing is missing any more");
+    Ok(())
+}
