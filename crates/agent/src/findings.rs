@@ -91,6 +91,15 @@ pub(crate) fn silent(name: &migration::VmName, why: &str) -> Finding {
     )
 }
 
+/// A machine that was handed over before its memory was complete.
+pub(crate) fn supplies(name: &migration::VmName) -> Finding {
+    Finding::new(
+        "post-copy",
+        format!("{name} runs at its destination and still lacks memory that only this host has"),
+        "see to the link; when it has everything, this host lets go by itself".to_owned(),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -50,11 +50,22 @@ impl Vms {
         }
     }
 
-    async fn ask(&self, record: Record) {
+    async fn ask(&self, mut record: Record) {
         let name = record.name.clone();
         let (mut wait, longest) = ASK_AGAIN;
         loop {
             match source::settle(self.host(), &record).await {
+                Ok(Settled::RunsThere) if record.supplies => match source::supply(self.host(), &record).await
+                {
+                    // Asked for the last time, and then let go of.
+                    Ok(()) => {
+                        record.supplies = false;
+                        continue;
+                    }
+                    Err(failure) => {
+                        tracing::info!(vm = %name, why = failure.finding.message, "it lacks memory that is here");
+                    }
+                },
                 Ok(Settled::RunsThere) => {
                     tracing::info!(vm = %name, "settled: it runs at the destination");
                     lifecycle::forget(self.host(), &record, None).await;
@@ -101,6 +112,10 @@ impl Vms {
     pub async fn resolve(&self, name: &VmName, decision: Decision) -> Result<(), AgentError> {
         self.open()?;
         let record = self.take_doubt(name)?;
+        if decision == Decision::GiveUp && record.supplies {
+            self.doubt(record);
+            return Err(AgentError::Refused(findings::supplies(name)));
+        }
         tracing::warn!(vm = %name, ?decision, "resolved by a person");
         match decision {
             Decision::RunHere => self.run_here(name, record).await,
