@@ -87,8 +87,14 @@ pub struct Round {
     pub unchanged: u64,
     /// Sent as a difference.
     pub delta: u64,
+    /// Sent as what another page of the destination held already.
+    #[serde(default)]
+    pub duplicate: u64,
     /// Sent whole.
     pub plain: u64,
+    /// Left out, to be supplied after the hand-over: post-copy.
+    #[serde(default)]
+    pub withheld: u64,
     /// Bytes of guest memory read for this round.
     pub raw_bytes: u64,
     /// Bytes written to the data streams, before encryption.

@@ -284,3 +284,38 @@ fn a_write_that_tracking_missed_cannot_hide_from_the_proof() {
     assert_eq!(proof.examples, [PageIndex((SIZE / 2 + 5) / PAGE_SIZE as u64)]);
     mirror.finish();
 }
+
+#[test]
+fn a_page_that_is_sent_as_a_copy_of_another_is_what_it_should_be_even_when_the_other_changes() {
+    for streams in [1, 3] {
+        let rig = Rig::new();
+        rig.signal(libc::SIGSTOP);
+        let file = OpenOptions::new().write(true).open(&rig.source).unwrap();
+        let page = |number: u64| SIZE / 2 + number * PAGE_SIZE as u64;
+        let same = vec![7; PAGE_SIZE];
+        // Neighbours, and pages of other chunks and so of other streams.
+        let twins: Vec<u64> = (0..40).chain((600..640).step_by(3)).collect();
+        for &number in &twins {
+            file.write_all_at(&same, page(number)).unwrap();
+        }
+        let mut mirror = rig.mirror(streams);
+        let (sent, sums) = mirror.round(Guest::Running);
+        assert_eq!(sent.sums, sums);
+        assert!(sent.counts.duplicate >= twins.len() as u64 - 2 * u64::from(streams), "{sent:?}");
+        assert_equal(&rig);
+        // What was copied from changes, and in the same round another page becomes what it was.
+        let other = vec![8; PAGE_SIZE];
+        for number in [0, 1, 2, 39, 600] {
+            file.write_all_at(&other, page(number)).unwrap();
+        }
+        file.write_all_at(&same, page(100)).unwrap();
+        mirror.source.audit().unwrap();
+        mirror.round(Guest::Running);
+        let (sent, sums) = mirror.round(Guest::Running);
+        assert!(sent.counts.duplicate >= 3, "{sent:?}");
+        assert_eq!(sent.sums, sums);
+        assert_eq!(mirror.mismatches, []);
+        assert_equal(&rig);
+        mirror.finish();
+    }
+}

@@ -121,6 +121,14 @@ fn figures(report: &Report) -> String {
         let share = if share < 1.0 { "less than 1".to_owned() } else { format!("{share:.0}") };
         all += &figure(bytes(memory.wire_bytes), "sent", format!("{share} % of what was read"));
     }
+    if let Some(late) = &report.post_copy {
+        let note = format!(
+            "the longest of {} waits for one of {} pages that came after the hand-over",
+            count(late.faults),
+            count(late.pages)
+        );
+        all += &figure(ms(late.longest_fault_ms), "waited for memory", note);
+    }
     if let Some(health) = &report.health {
         let value = format!("{}/{}", health.vcpus_progressing, health.vcpus);
         all += &figure(value, "vCPUs in progress", format!("watched for {}", ms(health.watched_ms)));
@@ -132,7 +140,7 @@ fn rounds(report: &Report) -> String {
     let most = report.rounds.iter().map(|round| round.dirty_pages).max().unwrap_or(0).max(1);
     let mut table = String::from(
         "<div class=\"scroll\"><table>\n<thead><tr><th>round<th>dirty pages<th class=\"bar\"><th>zero<th>same<th>delta\
-         <th>plain<th>sent<th>scan<th>took</tr></thead>\n<tbody>\n",
+         <th>copy<th>plain<th>left out<th>sent<th>scan<th>took</tr></thead>\n<tbody>\n",
     );
     for round in &report.rounds {
         // The least width of a bar must not show pages where there are none.
@@ -143,13 +151,15 @@ fn rounds(report: &Report) -> String {
             &mut table,
             format_args!(
                 "<tr{paused}><td>{}<td>{}<td class=\"bar\"><i style=\"width:{width:.2}%;visibility:{shown}\"></i><td>{}<td>{}<td>{}<td>{}\
-             <td>{}<td>{}<td>{}</tr>\n",
+             <td>{}<td>{}<td>{}<td>{}<td>{}</tr>\n",
                 round.n,
                 count(round.dirty_pages),
                 count(round.zero),
                 count(round.unchanged),
                 count(round.delta),
+                count(round.duplicate),
                 count(round.plain),
+                count(round.withheld),
                 bytes(round.wire_bytes),
                 ms(round.scan_ms),
                 ms(round.duration_ms),

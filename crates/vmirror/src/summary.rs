@@ -162,8 +162,8 @@ pub(crate) fn in_full(report: &Report) -> String {
     }
     if !report.rounds.is_empty() {
         let headings =
-            ["ROUND", "DIRTY", "ZERO", "SAME", "DELTA", "PLAIN", "READ", "SENT", "SCAN", "TOOK", ""];
-        let mut table = Table::new(&headings, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+            ["ROUND", "DIRTY", "ZERO", "SAME", "DELTA", "COPY", "PLAIN", "READ", "SENT", "SCAN", "TOOK", ""];
+        let mut table = Table::new(&headings, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
         for round in &report.rounds {
             table.row([
                 round.n.to_string(),
@@ -171,15 +171,33 @@ pub(crate) fn in_full(report: &Report) -> String {
                 count(round.zero),
                 count(round.unchanged),
                 count(round.delta),
+                count(round.duplicate),
                 count(round.plain),
                 bytes(round.raw_bytes),
                 bytes(round.wire_bytes),
                 ms(round.scan_ms),
                 ms(round.duration_ms),
-                if round.paused { "paused".to_owned() } else { String::new() },
+                match (round.withheld, round.paused) {
+                    (0, false) => String::new(),
+                    (0, true) => "paused".to_owned(),
+                    (pages, paused) => {
+                        format!("{}{} left out", if paused { "paused, " } else { "" }, count(pages))
+                    }
+                },
             ]);
         }
         text.push_str(&format!("\n{}", table.render()));
+    }
+    if let Some(late) = &report.post_copy {
+        text.push_str(&format!(
+            "\npost-copy: {} pages were missing at the hand-over and came within {}; the guest waited for {} of them, {} \
+             on average and {} at most\n",
+            count(late.pages),
+            ms(late.duration_ms),
+            count(late.faults),
+            ms(late.mean_fault_ms),
+            ms(late.longest_fault_ms),
+        ));
     }
     if !report.disks.is_empty() {
         let mut table = Table::new(&["DISK", "SIZE", "MODE"], &[1]);

@@ -5,7 +5,7 @@
 //! ```text
 //!  header, 16 bytes   kind u8 · encoding u8 · reserved u16 (0) · entries u32 · payload u32 · number u32
 //!  table              entries × 24 bytes: what u64 (class 8 bits, length 16, page index 40, from the top) · value u128
-//!  payload            the plain pages and deltas of the table, in its order, encoded as a whole
+//!  payload            the plain pages, deltas and names of twins of the table, in its order, encoded as a whole
 //! ```
 //!
 //! | kind | meaning | `number` | table and payload |
@@ -24,6 +24,7 @@
 //! | 1 | zero run | 0 | how many pages | none |
 //! | 2 | plain page | 0 | the content hash | 4096 bytes |
 //! | 3 | delta | of the delta | the content hash that results | the [delta](super::delta) |
+//! | 4 | duplicate | 0 | the content hash | the index u64 of a page of this stream that holds this content already |
 //!
 //! | encoding | of the payload |
 //! | --- | --- |
@@ -60,6 +61,9 @@ const ENCODINGS: [Encoding; 3] = [Encoding::None, Encoding::Lz4, Encoding::Zstd]
 const CLASS_ZERO: u8 = 1;
 const CLASS_PLAIN: u8 = 2;
 const CLASS_DELTA: u8 = 3;
+const CLASS_DUPLICATE: u8 = 4;
+/// Bytes of the payload that name a twin.
+pub const TWIN_LENGTH: usize = 8;
 const CLASS_SHIFT: u32 = 56;
 const PAGE_BITS: u32 = 40;
 
@@ -89,6 +93,13 @@ pub enum Entry {
         /// Length of the delta in bytes.
         length: u16,
     },
+    /// The page holds what another one holds, which the payload names.
+    Duplicate {
+        /// The page.
+        page: PageIndex,
+        /// The hash of its content.
+        hash: ContentHash,
+    },
 }
 
 impl Entry {
@@ -98,6 +109,7 @@ impl Entry {
             Entry::Zero { .. } => 0,
             Entry::Plain { .. } => PAGE_SIZE,
             Entry::Delta { length, .. } => usize::from(*length),
+            Entry::Duplicate { .. } => TWIN_LENGTH,
         }
     }
 }
@@ -205,6 +217,7 @@ pub fn encode_pages(out: &mut Vec<u8>, round: u32, entries: &[Entry], encoding: 
             Entry::Zero { page, count } => (CLASS_ZERO, page, 0, u128::from(count)),
             Entry::Plain { page, hash } => (CLASS_PLAIN, page, 0, hash.bits()),
             Entry::Delta { page, hash, length } => (CLASS_DELTA, page, length, hash.bits()),
+            Entry::Duplicate { page, hash } => (CLASS_DUPLICATE, page, 0, hash.bits()),
         };
         let what = u64::from(class) << CLASS_SHIFT | u64::from(length) << PAGE_BITS | page.0;
         out.extend_from_slice(&what.to_le_bytes());
@@ -329,6 +342,7 @@ pub fn decode_table(
                 return Err(FrameError::Delta(usize::from(length)));
             }
             CLASS_DELTA => (Entry::Delta { page, hash, length }, 1),
+            CLASS_DUPLICATE => (Entry::Duplicate { page, hash }, 1),
             class => return Err(FrameError::Class(class)),
         };
         let foreign = || stream.is_some_and(|stream| layout.stream_of(page) != stream);
@@ -414,6 +428,8 @@ mod tests {
             (page.clone(), 1u64..10).prop_map(|(page, count)| Entry::Zero { page, count }),
             (page.clone(), 1u128..)
                 .prop_map(|(page, hash)| Entry::Plain { page, hash: ContentHash::from_bits(hash) }),
+            (page.clone(), 1u128..)
+                .prop_map(|(page, hash)| Entry::Duplicate { page, hash: ContentHash::from_bits(hash) }),
             (page, 1u128.., 0..=MAX_DELTA as u16).prop_map(|(page, hash, length)| Entry::Delta {
                 page,
                 hash: ContentHash::from_bits(hash),
@@ -447,7 +463,7 @@ mod tests {
             if let Ok(payload) = decode_table(&table, &layout, Some(0), &mut entries) {
                 prop_assert!(payload <= MAX_PLAIN * PAGE_SIZE);
                 for entry in entries {
-                    let (page, count) = match entry { Entry::Zero { page, count } => (page, count), Entry::Plain { page, .. } | Entry::Delta { page, .. } => (page, 1) };
+                    let (page, count) = match entry { Entry::Zero { page, count } => (page, count), Entry::Plain { page, .. } | Entry::Delta { page, .. } | Entry::Duplicate { page, .. } => (page, 1) };
                     prop_assert!(layout.in_one_chunk(page, count) && layout.stream_of(page) == 0);
                 }
             }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::codec::{self, Entry, FrameError, Header};
+use super::codec::{self, Entry, FrameError, Header, TWIN_LENGTH};
 use super::compress::{DecodeError, Decoder, Encoding};
 use super::delta::{self, DeltaError};
 use super::pages::PageSet;
@@ -298,6 +298,21 @@ impl<R: Read> StreamReceiver<R> {
                     ram.write(page, &content)?;
                     at = end;
                 }
+                Entry::Duplicate { page, hash } => {
+                    write(run.take(), at)?;
+                    let end = at + TWIN_LENGTH;
+                    let twin = self.pages[at..end].try_into().expect("the table's payload is all there");
+                    let twin = PageIndex(u64::from_le_bytes(twin));
+                    let layout = ram.layout();
+                    if layout.locate(twin).is_none() || layout.stream_of(twin) != self.stream {
+                        return Err(FrameError::Pages { page: twin.0, count: 1 }.into());
+                    }
+                    let mut content = [0; PAGE_SIZE];
+                    ram.read(twin, &mut content)?;
+                    record(&mut ledger, page, &content, hash);
+                    ram.write(page, &content)?;
+                    at = end;
+                }
                 Entry::Zero { page, count } => {
                     write(run.take(), at)?;
                     clear(ram, &mut ledger, secret, page.0..page.0 + count)?;
@@ -317,7 +332,9 @@ impl<R: Read> StreamReceiver<R> {
         for entry in &self.entries {
             match *entry {
                 Entry::Zero { page, count } => absent.remove(page.0..page.0 + count),
-                Entry::Plain { page, .. } | Entry::Delta { page, .. } => absent.remove(page.0..page.0 + 1),
+                Entry::Plain { page, .. } | Entry::Delta { page, .. } | Entry::Duplicate { page, .. } => {
+                    absent.remove(page.0..page.0 + 1)
+                }
             }
         }
     }

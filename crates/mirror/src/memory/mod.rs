@@ -18,6 +18,7 @@ pub mod round;
 mod sender;
 mod sent;
 pub mod source;
+mod twins;
 mod writer;
 
 pub use ram::{Ram, RamError, RamFile};

@@ -14,8 +14,12 @@ pub struct Counts {
     pub unchanged: u64,
     /// Sent as what has changed since they were last sent.
     pub delta: u64,
+    /// Sent as what another page holds already.
+    pub duplicate: u64,
     /// Sent whole.
     pub plain: u64,
+    /// Not sent: the destination is to be without them for now.
+    pub withheld: u64,
     /// Bytes of guest memory that were looked at.
     pub raw_bytes: u64,
     /// Bytes written to the streams, before encryption.
@@ -28,7 +32,9 @@ impl Counts {
         self.zero += other.zero;
         self.unchanged += other.unchanged;
         self.delta += other.delta;
+        self.duplicate += other.duplicate;
         self.plain += other.plain;
+        self.withheld += other.withheld;
         self.raw_bytes += other.raw_bytes;
         self.wire_bytes += other.wire_bytes;
     }
@@ -36,7 +42,7 @@ impl Counts {
     /// Every page is exactly one of these.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.zero + self.unchanged + self.delta + self.plain
+        self.zero + self.unchanged + self.delta + self.duplicate + self.plain + self.withheld
     }
 }
 

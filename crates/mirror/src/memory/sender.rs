@@ -14,6 +14,7 @@ use super::pages::PageSet;
 use super::round::{Counts, Flow};
 use super::sent::LastSent;
 use super::source::{Proof, SourceError};
+use super::twins::Twins;
 use super::writer::FrameWriter;
 use crate::audit::Subject;
 use crate::hash::is_zero;
@@ -63,8 +64,10 @@ impl Worker {
         let (jobs, receiver) = bounded(1);
         let layout = subject.ram.layout();
         let streams = layout.streams();
-        let pages = usize::try_from(layout.page_count()).unwrap_or(usize::MAX).min(LAST_SENT / PAGE_SIZE);
-        let last_sent = LastSent::new(pages / usize::from(streams.max(1)), streams);
+        let pages = usize::try_from(layout.page_count()).unwrap_or(usize::MAX);
+        let of_stream = |pages: usize| pages / usize::from(streams.max(1));
+        let last_sent = LastSent::new(of_stream(pages.min(LAST_SENT / PAGE_SIZE)), streams);
+        let twins = Twins::new(of_stream(pages));
         let mut sender = StreamSender {
             stream,
             writer: FrameWriter::new(stream, sink, compression, flow),
@@ -74,6 +77,7 @@ impl Worker {
             filled: 0,
             entries: Vec::new(),
             last_sent,
+            twins,
             deltas: Vec::new(),
             counts: Counts::default(),
         };
@@ -109,7 +113,8 @@ struct StreamSender<W> {
     filled: usize,
     entries: Vec<Entry>,
     last_sent: LastSent,
-    /// The deltas of the frame under way.
+    twins: Twins,
+    /// The deltas, and names of twins, of the frame under way.
     deltas: Vec<u8>,
     counts: Counts,
 }
@@ -168,7 +173,10 @@ impl<W: Write> StreamSender<W> {
                 continue;
             }
             let absent = Absent { first: PageIndex(chunk.start), pages };
-            absent.runs().flatten().for_each(|page| ledger.forget(PageIndex(page)));
+            for page in absent.runs().flatten() {
+                ledger.forget(PageIndex(page));
+                self.counts.withheld += 1;
+            }
             chunks.push(absent);
         }
         let sum = ledger.sum();
@@ -270,6 +278,17 @@ impl<W: Write> StreamSender<W> {
             // What is sent for the first time is mostly sent for the last time.
             let hot = number > 0;
             let content = &self.buffer[bytes.clone()];
+            if let Some(twin) = self.twins.find(hash, page, &ledger) {
+                let begin = self.deltas.len();
+                self.deltas.extend_from_slice(&twin.0.to_le_bytes());
+                if hot {
+                    self.last_sent.keep(page, hash, number, content);
+                }
+                self.counts.duplicate += 1;
+                self.entries.push(Entry::Duplicate { page, hash });
+                parts.push(Part::Delta(begin..self.deltas.len()));
+                continue;
+            }
             let begin = self.deltas.len();
             let old = known.filter(|_| hot).and_then(|known| self.last_sent.get(page, known));
             let delta = old.and_then(|old| delta::encode(old, content, &mut self.deltas));
@@ -335,7 +354,7 @@ impl<W: Write> StreamSender<W> {
 enum Part {
     /// These bytes of the buffer: neighbouring plain pages.
     Plain(Range<usize>),
-    /// These bytes of the frame's deltas.
+    /// These bytes of the frame's deltas and names of twins.
     Delta(Range<usize>),
 }
 

@@ -92,6 +92,7 @@ pub(crate) fn report() -> Report {
             proof_pages: 131_072,
             mismatches: 0,
         },
+        post_copy: None,
         health: Some(Health { watched_ms: 200.0, vcpus: 2, vcpus_progressing: 2 }),
     }
 }
@@ -176,10 +177,10 @@ fn in_full_there_are_phases_the_pause_and_rounds() {
     handed over          8.1 ms
     runs there           8.7 ms
 
-    ROUND    DIRTY    ZERO  SAME  DELTA   PLAIN       READ       SENT     SCAN     TOOK
-        0  131,072  80,000     0      0  51,072  512.0 MiB   97.4 MiB  0.40 ms   900 ms
-        1    4,000      10     0      0   3,990   15.6 MiB    7.6 MiB  0.40 ms  40.0 ms
-        2       55       0     0      0      55  220.0 KiB  107.4 KiB  0.40 ms   1.1 ms  paused
+    ROUND    DIRTY    ZERO  SAME  DELTA  COPY   PLAIN       READ       SENT     SCAN     TOOK
+        0  131,072  80,000     0      0     0  51,072  512.0 MiB   97.4 MiB  0.40 ms   900 ms
+        1    4,000      10     0      0     0   3,990   15.6 MiB    7.6 MiB  0.40 ms  40.0 ms
+        2       55       0     0      0     0      55  220.0 KiB  107.4 KiB  0.40 ms   1.1 ms  paused
     ");
     let failed = in_full(&refused());
     assert!(

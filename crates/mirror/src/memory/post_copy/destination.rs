@@ -458,8 +458,10 @@ impl<R: Read> Receiver<R> {
                     }
                     at += PAGE_SIZE;
                 }
-                // What is missing has no content that a delta could be of.
-                Entry::Delta { length, .. } => return Err(FrameError::Delta(length.into()).into()),
+                // What is missing has no content that a delta could be of, and whether another page is there is not known.
+                Entry::Delta { page, .. } | Entry::Duplicate { page, .. } => {
+                    return Err(FrameError::Pages { page: page.0, count: 1 }.into());
+                }
             }
         }
         self.put(run, start)
