@@ -39,7 +39,8 @@ pub fn accounted(report: &Report, guest: &Guest) {
     assert_eq!(report.rounds[0].dirty_pages, guest.pages(), "the first round is all of the memory");
     for (number, round) in report.rounds.iter().enumerate() {
         assert_eq!(round.n as usize, number, "{round:?}");
-        let sent = round.zero + round.unchanged + round.delta + round.duplicate + round.plain + round.withheld;
+        let sent =
+            round.zero + round.unchanged + round.delta + round.duplicate + round.plain + round.withheld;
         assert_eq!(round.dirty_pages, sent, "pages that nobody knows what became of: {round:?}");
         assert_eq!(round.raw_bytes, round.dirty_pages * PAGE, "{round:?}");
     }

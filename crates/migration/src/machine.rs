@@ -43,6 +43,13 @@ impl Machine {
     /// Describes a machine of this host, and finds every reason for which it cannot leave it.
     pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
         let mut findings = unmovable(&vm.spec);
+        if vm.record.post_copy.is_some() {
+            findings.push(Finding::new(
+                "still-arriving",
+                format!("memory of VM {} is still on its way to this host", vm.record.name),
+                "wait until it has everything; `vmirror status` at its source shows how far it is",
+            ));
+        }
         let ram = match vm.record.process.as_ref().map(|process| qemu::ram_blocks(process, &vm.spec)) {
             Some(Ok(ram)) => ram,
             Some(Err(e)) => {

@@ -81,6 +81,9 @@ pub struct Round {
     pub n: u32,
     /// Pages the scan found, with those still owed from earlier rounds.
     pub dirty_pages: u64,
+    /// Hot pages that the guest had written again before their turn came: left to a later round, and not among the above.
+    #[serde(default)]
+    pub deferred: u64,
     /// Sent as zero.
     pub zero: u64,
     /// Not sent, because the destination already holds this content.

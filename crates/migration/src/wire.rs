@@ -278,9 +278,6 @@ pub struct Resume {
     /// Key material of the content hashes from here on.
     #[prost(bytes = "vec", tag = "2")]
     pub secret: Vec<u8>,
-    /// Number of data streams that push, besides the one for what is asked for.
-    #[prost(uint32, tag = "3")]
-    pub streams: u32,
 }
 
 /// How a post-copy went.

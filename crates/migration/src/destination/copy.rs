@@ -17,6 +17,7 @@ use super::post_copy::{self, Tail, Waiting};
 use super::{End, Source, failed, qemu_gone, violation};
 use crate::failure::{Finding, kind};
 use crate::host::Host;
+use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
 use crate::wire::{self, Reply, Request as Asked, ToDestination};
 /// How long QEMU may take to load its device state.
@@ -83,6 +84,9 @@ impl Copy {
 
     fn attach(&mut self, stream: u16, receiver: DataReceiver) -> Result<(), End> {
         if self.waiting.is_some() && usize::from(stream) >= self.streams {
+            if self.supply.len() > usize::from(MAX_STREAMS) {
+                return Err(violation("opened a data stream too many"));
+            }
             self.supply.push(receiver);
             return Ok(());
         }

@@ -28,6 +28,7 @@ use super::arrivals::{Arrivals, DataConnections};
 use super::{End, Sender, Source, failed, interrupted, no_copy, violation};
 use crate::failure::{Finding, chain};
 use crate::host::Host;
+use crate::options::MAX_STREAMS;
 use crate::vm::{Ownership, PostCopy, Record};
 use crate::wire::{self, Missing, Reply};
 
@@ -166,7 +167,12 @@ impl Tail {
 
     fn attach(&self, stream: DataReceiver) -> Result<(), End> {
         let abort = stream.abort_handle().map_err(|e| failed("data-stream", &e))?;
-        self.aborts.lock().unwrap_or_else(PoisonError::into_inner).push(abort);
+        let mut aborts = self.aborts.lock().unwrap_or_else(PoisonError::into_inner);
+        if aborts.len() > usize::from(MAX_STREAMS) {
+            return Err(violation("opened a data stream too many"));
+        }
+        aborts.push(abort);
+        drop(aborts);
         self.memory.attach(stream).map_err(|e| failed("data-stream", &e))
     }
 

@@ -63,9 +63,11 @@ impl Estimate {
         }
         // The first round is everything and says nothing of what follows.
         if self.rounds >= 1 {
-            let shrank = self.last_due.is_none_or(|last| (sent.due as f64) < last as f64 * SHRINKING);
+            // What was deferred would have been due, had it not been so hot.
+            let due = sent.due + sent.deferred;
+            let shrank = self.last_due.is_none_or(|last| (due as f64) < last as f64 * SHRINKING);
             self.stubborn = if shrank { 0 } else { self.stubborn + 1 };
-            self.last_due = Some(sent.due);
+            self.last_due = Some(due);
         }
         self.last_round = took;
         self.rounds += 1;
@@ -106,6 +108,7 @@ mod tests {
             number: 0,
             due,
             scanned,
+            deferred: 0,
             counts: Counts::default(),
             sums: Vec::new(),
             scan: Duration::ZERO,

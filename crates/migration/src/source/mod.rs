@@ -63,7 +63,11 @@ pub fn start(host: Arc<Host>, vm: Vm, to: String, goal: Goal, options: Options) 
 ///
 /// # Errors
 /// [`Failure`] when the destination cannot even be asked.
-pub async fn check(host: Arc<Host>, vm: Vm, to: &str, options: &Options) -> Result<Readiness, Failure> {
+pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> Result<Readiness, Failure> {
+    // The journal is the truth; the caller's copy may be older than what has happened since.
+    if let Some(record) = host.journal.get(&vm.record.name) {
+        vm.record = record;
+    }
     let refused = |finding| Failure { stage: Stage::Refused, finding, more: Vec::new() };
     let connected = Destination::connect(&host, to).await;
     let (machine, mut findings) = Machine::describe(&vm, options).await;

@@ -160,8 +160,7 @@ async fn connect_again(
         generation: record.generation,
     };
     let secret = secret.as_bytes().to_vec();
-    let streams = u32::from(layout.streams());
-    destination.send(Request::Resume(wire::Resume { commit: Some(commit), secret, streams })).await?;
+    destination.send(Request::Resume(wire::Resume { commit: Some(commit), secret })).await?;
     let mut missing = PageSet::new(layout.end());
     loop {
         match destination.receive().await? {

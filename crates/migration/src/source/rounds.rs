@@ -218,6 +218,7 @@ impl Rounds {
         self.report.push(Round {
             n: sent.number,
             dirty_pages: sent.due,
+            deferred: sent.deferred,
             zero: sent.counts.zero,
             unchanged: sent.counts.unchanged,
             delta: sent.counts.delta,

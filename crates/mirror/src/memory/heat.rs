@@ -29,6 +29,12 @@ impl Heat {
         found.into_iter().flatten().for_each(|scans| *scans |= 1);
     }
 
+    /// Whether a page was found in three of the last four scans.
+    pub(super) fn is_hot(&self, page: PageIndex) -> bool {
+        let scans = usize::try_from(page.0).ok().and_then(|page| self.scans.get(page));
+        scans.is_some_and(|scans| (scans & 0b1111).count_ones() >= 3)
+    }
+
     /// In how many of the last eight scans a page was found.
     pub(super) fn of(&self, page: PageIndex) -> u32 {
         let scans = usize::try_from(page.0).ok().and_then(|page| self.scans.get(page));
@@ -47,11 +53,13 @@ mod tests {
             heat.next_scan();
             heat.found(2..5);
         }
+        assert!(heat.is_hot(PageIndex(2)) && !heat.is_hot(PageIndex(1)));
         assert_eq!([1, 2, 4, 5].map(|page| heat.of(PageIndex(page))), [0, 8, 8, 0]);
         for _ in 0..3 {
             heat.next_scan();
         }
         assert_eq!(heat.of(PageIndex(3)), 5);
+        assert!(!heat.is_hot(PageIndex(3)));
         (0..8).for_each(|_| heat.next_scan());
         assert_eq!(heat.of(PageIndex(3)), 0);
         assert_eq!(heat.of(PageIndex(99)), 0, "and one that is none has no heat");

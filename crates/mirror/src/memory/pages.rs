@@ -68,6 +68,11 @@ impl PageSet {
         self.words.iter_mut().zip(&other.words).for_each(|(word, more)| *word |= more);
     }
 
+    /// Takes all pages of another set out.
+    pub fn subtract(&mut self, other: &PageSet) {
+        self.words.iter_mut().zip(&other.words).for_each(|(word, less)| *word &= !less);
+    }
+
     /// Empties the set.
     pub fn clear(&mut self) {
         self.words.fill(0);

@@ -86,8 +86,10 @@ pub enum Guest {
 pub struct Sent {
     /// Number of the round, and of the barrier that ends it on every stream.
     pub number: u32,
-    /// Pages that were due: found by the scan, owed from before, or asked for again by an audit.
+    /// Pages that were due: found by the scan, owed from before, or asked for again by an audit; less those deferred.
     pub due: u64,
+    /// Hot pages that the guest had written again before their turn came: left to a later round.
+    pub deferred: u64,
     /// Pages that the scan alone found.
     pub scanned: u64,
     /// What became of them.

@@ -37,9 +37,11 @@ pub(super) struct Worker {
 pub(super) type Done<T> = Sender<(u16, Result<T, SourceError>)>;
 
 pub(super) enum Job {
+    /// Send these; the barrier follows the last part of a round.
     Round {
         number: u32,
         due: Arc<PageSet>,
+        last: bool,
         done: Done<(Counts, Sum)>,
     },
     /// Tell the destination what it is to be without.
@@ -123,8 +125,8 @@ impl<W: Write> StreamSender<W> {
     fn work(&mut self, jobs: &Receiver<Job>) {
         while let Ok(job) = jobs.recv() {
             let failed = match job {
-                Job::Round { number, due, done } => {
-                    let result = self.round(number, &due);
+                Job::Round { number, due, last, done } => {
+                    let result = self.round(number, &due, last);
                     let failed = result.is_err();
                     let _ = done.send((self.stream, result));
                     failed
@@ -148,7 +150,7 @@ impl<W: Write> StreamSender<W> {
         }
     }
 
-    fn round(&mut self, number: u32, due: &PageSet) -> Result<(Counts, Sum), SourceError> {
+    fn round(&mut self, number: u32, due: &PageSet, last: bool) -> Result<(Counts, Sum), SourceError> {
         self.counts = Counts::default();
         let ram = Arc::clone(&self.subject.ram);
         for (_, chunk) in ram.layout().chunks(self.stream) {
@@ -157,7 +159,9 @@ impl<W: Write> StreamSender<W> {
             }
         }
         self.flush(number)?;
-        self.counts.wire_bytes += self.writer.barrier(number)?;
+        if last {
+            self.counts.wire_bytes += self.writer.barrier(number)?;
+        }
         Ok((self.counts, self.subject.ledgers.lock(self.stream).sum()))
     }
 
