@@ -1,9 +1,9 @@
-//! Has another process make a userfaultfd for us, or close one: the only place that uses ptrace.
+//! Has another process make a userfaultfd for us, or close one.
 //!
 //! The descriptor must be made *inside* the process, since it governs the address space of its maker.
 //! [`sequence`] says how that is done without a trace; here it is prepared, started and answered for.
 
-mod ptrace;
+pub(crate) mod ptrace;
 mod registers;
 mod sequence;
 

@@ -54,6 +54,8 @@
 //! A process that was started without its memory can be given it while it runs: [`MissingPages`] has it wait at each
 //! page that is not there until that is supplied.
 //!
+//! Threads that write faster than a copy can follow can be slowed from outside too: [`Throttle`].
+//!
 //! # What it needs
 //! Linux 6.7 on `x86_64`; [`kernel_support`] finds out, and names what is missing.
 
@@ -64,6 +66,7 @@ mod page_size;
 mod pagemap;
 mod region;
 mod support;
+mod throttle;
 mod tracker;
 mod userfaultfd;
 
@@ -72,4 +75,5 @@ pub use maps::{Mapping, MapsError, mappings};
 pub use missing::{Fault, MissingPages, SupplyError};
 pub use region::Region;
 pub use support::{Unsupported, kernel_support};
+pub use throttle::{LONGEST_STOP, Slowed, Throttle, ThrottleError};
 pub use tracker::{AttachError, DetachError, Scan, ScanError, ScanStats, Tracker};

@@ -1,13 +1,13 @@
-//! The ptrace requests the injection uses, each one a raw system call.
+//! The ptrace requests that injection and throttling use, each one a raw system call.
 //!
-//! They run in a forked child of a program with many threads, where only async-signal-safe calls are
+//! For injection they run in a forked child of a program with many threads, where only async-signal-safe calls are
 //! allowed: nothing here allocates, locks, or can panic. Errors are plain `errno` numbers for that reason.
 
 use super::registers::Registers;
 use std::ptr;
 
 /// An error number of the kernel.
-pub(super) type Errno = i32;
+pub(crate) type Errno = i32;
 
 /// `PTRACE_EVENT_STOP`, which glibc's headers have and `libc` has not.
 const EVENT_STOP: i32 = 128;
@@ -20,7 +20,7 @@ const SIGNAL_SET_BYTES: usize = 8;
 
 /// Why a traced thread stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stop {
+pub(crate) enum Stop {
     /// It was interrupted, or is in a group stop, or left one.
     Interrupted,
     /// It is about to receive this signal.
@@ -31,7 +31,7 @@ pub(super) enum Stop {
 
 /// A traced thread, by number.
 #[derive(Clone, Copy)]
-pub(super) struct Thread(pub(super) i32);
+pub(crate) struct Thread(pub(crate) i32);
 
 impl Thread {
     fn request(self, request: libc::c_uint, address: usize, data: usize) -> Result<(), Errno> {
@@ -45,33 +45,43 @@ impl Thread {
     ///
     /// Tries to put the thread's seccomp filter out of the way, which needs `CAP_SYS_ADMIN`: a filter
     /// that kills on unknown calls would take ours as the thread's crime.
-    pub(super) fn seize(self) -> Result<(), Errno> {
+    pub(crate) fn seize(self) -> Result<(), Errno> {
         self.request(libc::PTRACE_SEIZE, 0, OPTION_SYSCALL_STOPS_MARKED | OPTION_SUSPEND_SECCOMP)
             .or_else(|_| self.request(libc::PTRACE_SEIZE, 0, OPTION_SYSCALL_STOPS_MARKED))
     }
 
+    /// Becomes its tracer, and changes nothing else about it.
+    pub(crate) fn seize_only(self) -> Result<(), Errno> {
+        self.request(libc::PTRACE_SEIZE, 0, 0)
+    }
+
     /// Asks it to stop, without any signal it could notice.
-    pub(super) fn interrupt(self) -> Result<(), Errno> {
+    pub(crate) fn interrupt(self) -> Result<(), Errno> {
         self.request(libc::PTRACE_INTERRUPT, 0, 0)
     }
 
     /// Lets it run, delivering `signal` if that is not 0.
-    pub(super) fn resume(self, signal: i32) -> Result<(), Errno> {
+    pub(crate) fn resume(self, signal: i32) -> Result<(), Errno> {
         self.request(libc::PTRACE_CONT, 0, signal.cast_unsigned() as usize)
     }
 
     /// Lets it run until it enters or leaves a system call.
-    pub(super) fn resume_to_system_call(self) -> Result<(), Errno> {
+    pub(crate) fn resume_to_system_call(self) -> Result<(), Errno> {
         self.request(libc::PTRACE_SYSCALL, 0, 0)
     }
 
     /// Lets go of it for good.
-    pub(super) fn detach(self) -> Result<(), Errno> {
-        self.request(libc::PTRACE_DETACH, 0, 0)
+    pub(crate) fn detach(self) -> Result<(), Errno> {
+        self.detach_with(0)
+    }
+
+    /// Lets go of it for good, delivering `signal` if that is not 0.
+    pub(crate) fn detach_with(self, signal: i32) -> Result<(), Errno> {
+        self.request(libc::PTRACE_DETACH, 0, signal.cast_unsigned() as usize)
     }
 
     /// Its registers.
-    pub(super) fn registers(self) -> Result<Registers, Errno> {
+    pub(crate) fn registers(self) -> Result<Registers, Errno> {
         // SAFETY: the structure is integers only, for which all zeros is a value.
         let mut registers: Registers = unsafe { std::mem::zeroed() };
         self.request(libc::PTRACE_GETREGS, 0, (&raw mut registers).expose_provenance())?;
@@ -79,24 +89,24 @@ impl Thread {
     }
 
     /// Gives it other registers.
-    pub(super) fn set_registers(self, registers: &Registers) -> Result<(), Errno> {
+    pub(crate) fn set_registers(self, registers: &Registers) -> Result<(), Errno> {
         self.request(libc::PTRACE_SETREGS, 0, ptr::from_ref(registers).expose_provenance())
     }
 
     /// The signals it blocks.
-    pub(super) fn blocked_signals(self) -> Result<u64, Errno> {
+    pub(crate) fn blocked_signals(self) -> Result<u64, Errno> {
         let mut blocked = 0_u64;
         self.request(libc::PTRACE_GETSIGMASK, SIGNAL_SET_BYTES, (&raw mut blocked).expose_provenance())?;
         Ok(blocked)
     }
 
     /// Makes it block other signals.
-    pub(super) fn set_blocked_signals(self, blocked: u64) -> Result<(), Errno> {
+    pub(crate) fn set_blocked_signals(self, blocked: u64) -> Result<(), Errno> {
         self.request(libc::PTRACE_SETSIGMASK, SIGNAL_SET_BYTES, (&raw const blocked).expose_provenance())
     }
 
     /// Eight bytes of its memory. (The system call stores them; only libc's wrapper returns them.)
-    pub(super) fn peek(self, address: u64) -> Result<u64, Errno> {
+    pub(crate) fn peek(self, address: u64) -> Result<u64, Errno> {
         let mut word = 0_u64;
         let Ok(address) = usize::try_from(address) else { return Err(libc::EFAULT) };
         self.request(libc::PTRACE_PEEKDATA, address, (&raw mut word).expose_provenance())?;
@@ -104,7 +114,7 @@ impl Thread {
     }
 
     /// Where the thread keeps its restartable sequences area, if it has one.
-    pub(super) fn restartable_sequences(self) -> Option<u64> {
+    pub(crate) fn restartable_sequences(self) -> Option<u64> {
         // SAFETY: the structure is integers only, for which all zeros is a value.
         let mut found: libc::ptrace_rseq_configuration = unsafe { std::mem::zeroed() };
         let size = size_of_val(&found);
@@ -116,33 +126,39 @@ impl Thread {
     ///
     /// ESRCH: it ended. ETIMEDOUT: it did not stop. The caller has SIGCHLD blocked, which the kernel sends to a
     /// tracer at every stop: that is what the waiting is built on, as no form of `wait` has a time limit.
-    pub(super) fn wait(self, deadline: u64) -> Result<Stop, Errno> {
+    pub(crate) fn wait(self, deadline: u64) -> Result<Stop, Errno> {
         loop {
-            let mut status = 0_i32;
-            // SAFETY: the status is ours; the kernel writes it before the call returns.
-            let waited =
-                unsafe { libc::syscall(libc::SYS_wait4, self.0, &raw mut status, WAIT_FLAGS, 0_usize) };
-            if waited == -1 {
-                let error = errno();
-                // ECHILD: it is not ours to wait for any more, having been ended by the kernel.
-                return Err(if error == libc::ECHILD { libc::ESRCH } else { error });
+            match self.stopped()? {
+                Some(stop) => return Ok(stop),
+                None => wait_for_child_signal(deadline)?,
             }
-            if waited == 0 {
-                wait_for_child_signal(deadline)?;
-                continue;
-            }
-            if !libc::WIFSTOPPED(status) {
-                return Err(libc::ESRCH);
-            }
-            let signal = libc::WSTOPSIG(status);
-            return Ok(if status >> 16 == EVENT_STOP {
-                Stop::Interrupted
-            } else if signal == libc::SIGTRAP | 0x80 {
-                Stop::SystemCall
-            } else {
-                Stop::Signal(signal)
-            });
         }
+    }
+
+    /// Why it stands still, if it does now. ESRCH: it ended.
+    pub(crate) fn stopped(self) -> Result<Option<Stop>, Errno> {
+        let mut status = 0_i32;
+        // SAFETY: the status is ours; the kernel writes it before the call returns.
+        let waited = unsafe { libc::syscall(libc::SYS_wait4, self.0, &raw mut status, WAIT_FLAGS, 0_usize) };
+        if waited == -1 {
+            let error = errno();
+            // ECHILD: it is not ours to wait for any more, having been ended by the kernel.
+            return Err(if error == libc::ECHILD { libc::ESRCH } else { error });
+        }
+        if waited == 0 {
+            return Ok(None);
+        }
+        if !libc::WIFSTOPPED(status) {
+            return Err(libc::ESRCH);
+        }
+        let signal = libc::WSTOPSIG(status);
+        Ok(Some(if status >> 16 == EVENT_STOP {
+            Stop::Interrupted
+        } else if signal == libc::SIGTRAP | 0x80 {
+            Stop::SystemCall
+        } else {
+            Stop::Signal(signal)
+        }))
     }
 }
 
@@ -184,7 +200,7 @@ fn wait_for_child_signal(deadline: u64) -> Result<(), Errno> {
 const NANOSECONDS: u64 = 1_000_000_000;
 
 /// Nanoseconds of the monotonic clock.
-pub(super) fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the structure is ours and outlives the call, which is async-signal-safe.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
@@ -192,7 +208,7 @@ pub(super) fn now() -> u64 {
 }
 
 /// The error of the system call that just failed on this thread.
-pub(super) fn errno() -> Errno {
+pub(crate) fn errno() -> Errno {
     // SAFETY: the location is this thread's own and always valid.
     unsafe { *libc::__errno_location() }
 }

@@ -12,5 +12,6 @@ mod killed_agent;
 mod kvm_guest;
 mod missing;
 mod no_write_is_missed;
+mod throttled;
 mod tracee;
 mod unharmed;

@@ -35,6 +35,7 @@ extern "C" fn enter() {
         "wait" => crate::unharmed::wait(arguments[0], Path::new(arguments[1])),
         "old-kernel" => crate::kernel_too_old::on_old_kernel(&arguments),
         "traced" => crate::gone_and_busy::tracer(arguments[0]),
+        "throttler" => crate::throttled::throttler(arguments[0]),
         _ => panic!("no role {role}"),
     }
     std::process::exit(0);
