@@ -126,6 +126,7 @@ fn vanished(last: &Progress) -> Report {
         verification: last.verification.clone(),
         health: None,
         post_copy: None,
+        throttle: None,
     }
 }
 
@@ -155,6 +156,7 @@ pub(crate) mod tests {
             in_sync: false,
             verification: migration::report::Verification::default(),
             warning: None,
+            throttle: 0.0,
         }
     }
 

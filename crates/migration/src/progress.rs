@@ -46,4 +46,7 @@ pub struct Progress {
     pub verification: Verification,
     /// The mirror does not converge, and why, in words.
     pub warning: Option<String>,
+    /// The share of the time for which the guest's CPUs are stopped, because it outran the mirror; 0 to 0.99.
+    #[serde(default)]
+    pub throttle: f64,
 }

@@ -254,6 +254,24 @@ pub struct Report {
     /// Where the machine was handed over before its memory was complete, how the rest came.
     #[serde(default)]
     pub post_copy: Option<PostCopy>,
+    /// Where the guest outran the mirror and was slowed, how.
+    #[serde(default)]
+    pub throttle: Option<Throttle>,
+}
+
+/// How a guest was slowed that outran its mirror.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Throttle {
+    /// The largest share of the time for which its CPUs were stopped.
+    pub highest_share: f64,
+    /// For how long it was slowed, in milliseconds.
+    pub duration_ms: f64,
+    /// How often its CPUs were stopped.
+    pub stops: u64,
+    /// All stops together, in milliseconds.
+    pub stopped_ms: f64,
+    /// The longest one, in milliseconds.
+    pub longest_stop_ms: f64,
 }
 
 /// How the memory came that was not there yet when the machine was handed over.

@@ -188,6 +188,15 @@ pub(crate) fn in_full(report: &Report) -> String {
         }
         text.push_str(&format!("\n{}", table.render()));
     }
+    if let Some(slowed) = &report.throttle {
+        text.push_str(&format!(
+            "\nslowed: the guest outran the mirror; its CPUs were stopped for up to {:.0} % of the time within {}, {} at a time \
+             at most\n",
+            slowed.highest_share * 100.0,
+            ms(slowed.duration_ms),
+            ms(slowed.longest_stop_ms),
+        ));
+    }
     if let Some(late) = &report.post_copy {
         text.push_str(&format!(
             "\npost-copy: {} pages were missing at the hand-over and came within {}; the guest waited for {} of them, {} \

@@ -139,5 +139,6 @@ pub(super) fn blank(id: Uuid, host: &Host, vm: &Vm, to: &str, options: &Options)
         verification: Verification::default(),
         health: None,
         post_copy: None,
+        throttle: None,
     }
 }

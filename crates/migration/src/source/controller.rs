@@ -18,6 +18,7 @@ use super::post_copy::Supplying;
 use super::rounds::{Begin, Rounds};
 use super::stop::Stop;
 use super::switch::{self, Prepared};
+use super::throttle::Throttling;
 use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::lifecycle::Paths;
@@ -58,6 +59,8 @@ pub(super) struct Held {
     pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
     /// QEMU was told to migrate.
     pub(super) qemu: bool,
+    /// The guest's CPUs, slowed.
+    pub(super) throttling: Option<Throttling>,
     /// Memory that was left out, on its way.
     pub(super) supplying: Option<Supplying>,
 }
@@ -91,6 +94,7 @@ impl Controller {
             in_sync: false,
             verification: Verification::default(),
             warning: None,
+            throttle: 0.0,
         };
         let report = blank(id, &host, &vm, &to, &options);
         let (session, conductor) = Session::new(id, first);
@@ -265,9 +269,14 @@ impl Controller {
             false => None,
         };
         self.held.qemu = true;
+        let throttling = self.held.throttling.take();
         let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
+        let mut slowed = None;
+        // Paused for good, the guest need not be slowed any more.
+        let paused = || slowed = throttling.map(Throttling::end);
         let prepared =
-            switch::prepare(&self.vm.qmp, rounds, destination, &socket, &self.options, streams).await;
+            switch::prepare(&self.vm.qmp, rounds, destination, &socket, &self.options, streams, paused).await;
+        self.report.throttle = slowed;
         match prepared {
             Ok(prepared) => {
                 self.report.verification.gate = Verdict::Match;

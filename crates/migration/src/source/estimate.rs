@@ -73,6 +73,12 @@ impl Estimate {
         self.rounds += 1;
     }
 
+    /// Something was done about it. The next round still has what the guest dirtied before; the one after that tells whether
+    /// it was enough.
+    pub(super) fn try_again(&mut self) {
+        self.stubborn = self.stubborn.min(STUBBORN - 2);
+    }
+
     /// Bytes that would remain at a pause that began now.
     pub(super) fn remaining(&self) -> f64 {
         self.dirty_rate * self.last_round.as_secs_f64()

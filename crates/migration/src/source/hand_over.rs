@@ -216,6 +216,7 @@ impl Controller {
     /// The machine stays. It runs again first; then everything is given back, here and there.
     pub(super) async fn undo(&mut self, stop: Stop) {
         let mut stop = stop;
+        self.let_go();
         if self.held.qemu {
             if let Some(rounds) = &self.held.rounds {
                 rounds.abort();

@@ -17,6 +17,7 @@ mod settlement;
 mod stop;
 mod switch;
 mod synchronize;
+mod throttle;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

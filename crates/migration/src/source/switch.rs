@@ -51,6 +51,7 @@ pub(super) async fn prepare(
     socket: &Path,
     options: &Options,
     streams: Option<Streams>,
+    paused_for_good: impl FnOnce(),
 ) -> Result<Prepared, Stop> {
     let mut events = qmp.events();
     // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
@@ -76,6 +77,7 @@ pub(super) async fn prepare(
         let message = format!("QEMU did not pause the guest within {UNTIL_PAUSED:?}");
         Stop::Failed(Finding::new("pause", message, "see the VM's log on the source"))
     })??;
+    paused_for_good();
     let limit = options.max_downtime + PATIENCE;
     let pausing = Pausing { qmp, events, paused_at, options };
     let work = pausing.finish(rounds, destination, &mut pump, streams);

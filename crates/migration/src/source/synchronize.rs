@@ -17,6 +17,8 @@ use crate::report::{Verdict, Verification};
 const STANDING: Duration = Duration::from_millis(100);
 /// A deadline for what has none.
 const FAR: Duration = Duration::from_secs(86_400);
+/// With `--on-diverge fail`, how long rounds must not have shrunk: a guest's busy moment is not the end of its migration.
+const DIVERGED: Duration = Duration::from_secs(5);
 /// A guest that dirties so much of what can be sent in the same time outruns the mirror: rounds would hardly shrink.
 const OUTRUN: f64 = 0.9;
 /// Fewer pages than this say nothing of how fast they can be sent.
@@ -33,6 +35,7 @@ impl Controller {
         let mut watch = self.vm.qmp.events();
         let timeout_at = self.begin + self.options.timeout;
         let mut ordered_at = None;
+        let mut diverged_at = None;
         loop {
             let deadline = match self.goal {
                 Goal::Migrate => Some(timeout_at),
@@ -71,12 +74,22 @@ impl Controller {
                 self.post_copy = true;
                 return Ok(());
             }
+            if switching && advice == Advice::DoesNotConverge {
+                let since = *diverged_at.get_or_insert_with(Instant::now);
+                match self.options.on_diverge {
+                    OnDiverge::Throttle => self.slow_down().await?,
+                    OnDiverge::Fail if since.elapsed() >= DIVERGED => return Err(self.not_converged()),
+                    OnDiverge::Fail | OnDiverge::PostCopy => {}
+                }
+            } else if advice != Advice::DoesNotConverge {
+                diverged_at = None;
+            }
             if switching && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(self.not_converged());
             }
             if !switching && ready {
                 self.stand(&mut events).await?;
-            } else if advice == Advice::DoesNotConverge {
+            } else if advice == Advice::DoesNotConverge && self.held.throttling.is_none() {
                 // More rounds at once would not help; the guest's next quiet moment might.
                 tokio::time::sleep(STANDING).await;
             }

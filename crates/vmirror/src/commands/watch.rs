@@ -84,6 +84,13 @@ fn table(sessions: &[Progress], name: Option<&VmName>) -> String {
     }
     let mut text = table.render();
     for progress in sessions {
+        if progress.throttle > 0.0 {
+            text.push_str(&format!(
+                "{}: its CPUs are stopped for {:.0} % of the time, as it outran the mirror\n",
+                progress.vm,
+                progress.throttle * 100.0
+            ));
+        }
         if let Some(warning) = &progress.warning {
             text.push_str(&format!("{}: {warning}\n", progress.vm));
         }

@@ -25,6 +25,7 @@ pub(crate) fn progress() -> Progress {
         in_sync: false,
         verification: Verification::default(),
         warning: None,
+        throttle: 0.0,
     }
 }
 
@@ -93,6 +94,7 @@ pub(crate) fn report() -> Report {
             mismatches: 0,
         },
         post_copy: None,
+        throttle: None,
         health: Some(Health { watched_ms: 200.0, vcpus: 2, vcpus_progressing: 2 }),
     }
 }
