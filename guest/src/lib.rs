@@ -13,6 +13,7 @@ pub mod image;
 pub mod memory;
 pub mod page;
 pub mod parameters;
+pub mod reader;
 pub mod service;
 pub mod status;
 pub mod system;

@@ -22,6 +22,8 @@ pub struct Parameters {
     pub pattern: Pattern,
     /// `vmirror.content=still|text|noise|zero`: with what; by default what goes with the pattern.
     pub content: Option<Content>,
+    /// `vmirror.read=on|off`: whether the first disk is read all the time ([`reader`](crate::reader)).
+    pub read: bool,
     /// `vmirror.check=on|off`: whether everything is checked all the time.
     pub check: bool,
     /// `vmirror.check_rate=PAGES` or `…MiB`: how much is checked per second at most, in pages; 0 is as fast as it goes.
@@ -38,6 +40,7 @@ impl Default for Parameters {
             rate: 0,
             pattern: Pattern::Random,
             content: None,
+            read: false,
             check: true,
             // All of 256 MiB in two seconds, and still most of an emulated CPU left for everything else.
             check_rate: pages(128),
@@ -88,15 +91,10 @@ impl Parameters {
                     Pattern::named(value).ok_or("random, sequential, counter or incompressible")?;
             }
             "content" => self.content = Some(Content::named(value).ok_or("still, text, noise or zero")?),
-            "check" => {
-                self.check = match value {
-                    "on" => true,
-                    "off" => false,
-                    _ => return Err("on or off"),
-                }
-            }
+            "read" => self.read = switch(value)?,
+            "check" => self.check = switch(value)?,
             "check_rate" => self.check_rate = rate(value)?,
-            _ => return Err("ip, gw, fill, workset, rate, pattern, content, check or check_rate"),
+            _ => return Err("ip, gw, fill, workset, rate, pattern, content, read, check or check_rate"),
         }
         Ok(())
     }
@@ -114,6 +112,14 @@ impl Parameters {
     /// Pages of the working set: no more than are filled.
     pub fn working_set_pages(&self) -> u64 {
         pages(self.working_set_mib.unwrap_or(self.fill_mib).min(self.fill_mib))
+    }
+}
+
+fn switch(value: &str) -> Result<bool, &'static str> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off"),
     }
 }
 
@@ -153,6 +159,7 @@ mod tests {
             rate: 1024,
             pattern: Pattern::Counter,
             content: Some(Content::Noise),
+            read: true,
             check: false,
             check_rate: 0,
         };

@@ -38,6 +38,9 @@ pub struct GuestSpec {
     pub check: bool,
     /// How much it checks per second at most, in pages; what the guest thinks right where not given.
     pub check_rate: Option<u64>,
+    /// A raw disk image of blocks that say which they are, by `guest::reader`, read all the time and around the host's page
+    /// cache.
+    pub direct_disk: Option<PathBuf>,
     /// Its network interface.
     pub nic: Option<Nic>,
     /// The file its serial console is appended to.
@@ -119,6 +122,7 @@ impl GuestSpec {
             pattern: Pattern::Random,
             check: true,
             check_rate: None,
+            direct_disk: None,
             nic: None,
             serial: serial.into(),
             qmp: None,
@@ -152,6 +156,10 @@ impl GuestSpec {
         words.extend(["-nodefaults", "-display", "none"].map(str::to_owned));
         let serial = format!("file,id=serial0,path={},append=on", escape(&self.serial));
         words.extend(["-chardev".into(), serial, "-serial".into(), "chardev:serial0".into()]);
+        if let Some(image) = &self.direct_disk {
+            let drive = format!("file={},format=raw,if=virtio,cache=none", escape(image));
+            words.extend(["-drive".into(), drive]);
+        }
         if let Some(nic) = &self.nic {
             let netdev = format!("tap,id=net0,ifname={},script=no,downscript=no", nic.tap);
             // No boot ROM: the guest never boots from the network, and ROMs of two QEMU versions need not be alike.
@@ -189,6 +197,9 @@ impl GuestSpec {
         if let Some(rate) = self.check_rate {
             add("check_rate", rate.to_string());
         }
+        if self.direct_disk.is_some() {
+            add("read", "on".into());
+        }
         if let Some(nic) = &self.nic {
             add("ip", format!("{}/{GUEST_PREFIX}", nic.address));
         }
@@ -221,6 +232,7 @@ mod tests {
             pattern: Pattern::Counter,
             check: true,
             check_rate: Some(1000),
+            direct_disk: Some("/d".into()),
             nic: Some(Nic::new("tap7", 10)),
             serial: "/tmp/serial".into(),
             qmp: Some("/tmp/qmp".into()),
@@ -240,6 +252,7 @@ mod tests {
         assert_eq!((parameters.fill_mib, parameters.working_set_mib), (200, Some(20)));
         assert_eq!((parameters.rate, parameters.pattern), (300, Pattern::Counter));
         assert_eq!((parameters.check, parameters.check_rate), (true, 1000));
+        assert!(parameters.read);
     }
 
     #[test]
@@ -249,6 +262,7 @@ mod tests {
             "/usr/bin/qemu-system-x86_64 -accel tcg ",
             "-object memory-backend-file,id=ram0,size=512M,mem-path=/dev/shm/a,,b,share=on -machine q35,memory-backend=ram0 -m 512 -smp 2",
             "-chardev file,id=serial0,path=/tmp/serial,append=on",
+            "-drive file=/d,format=raw,if=virtio,cache=none ",
             "-netdev tap,id=net0,ifname=tap7,script=no,downscript=no -device virtio-net-pci,id=nic0,netdev=net0,mac=52:54:00:88:00:0a,romfile=",
             "-qmp unix:/tmp/qmp,server=on,wait=off -no-reboot -kernel /k -initrd /i -append ",
         ] {

@@ -505,11 +505,6 @@ fn what_ties_a_machine_to_its_host_is_refused_by_naming_it() {
     let pair = Pair::start();
     pair.run_tiny(pair.a(), "vm", &["-netdev", "user,id=slirp", "-device", "e1000,netdev=slirp,romfile="]);
     pair.migration_refused("vm", &[]).is("user-networking", &["slirp", "tap on a bridge"]);
-    let image = pair.b().shared_dir().join("direct.raw");
-    fs::File::create(&image).unwrap().set_len(16 << 20).unwrap();
-    let drive = format!("file={},format=raw,if=virtio,cache.direct=on", image.display());
-    pair.run_tiny(pair.a(), "direct", &["-drive", &drive]);
-    pair.migration_refused("direct", &[]).is("cache-direct", &["direct.raw", "cache=writeback"]);
     pair.run_tiny(pair.a(), "still", &["-S"]);
     pair.migration_refused("still", &[]).is("not-running", &["still", "prelaunch", "resume it first"]);
 }

@@ -40,7 +40,8 @@ pub(crate) async fn listen(qmp: &Qmp, tell: impl Fn(EventKind)) {
     loop {
         match events.recv().await {
             Ok(event) => {
-                if let Some(kind) = kind(&event.name) {
+                // A moment's stop for a scan is nothing that happens to the machine.
+                if let Some(kind) = kind(&event.name).filter(|_| !event.ours) {
                     tell(kind);
                 }
             }

@@ -127,6 +127,7 @@ fn vanished(last: &Progress) -> Report {
         health: None,
         post_copy: None,
         throttle: None,
+        quiesced: None,
     }
 }
 

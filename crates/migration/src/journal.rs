@@ -332,6 +332,7 @@ mod tests {
             outgoing: None,
             post_copy: None,
             supplies: false,
+            quiesced_scans: false,
             resuming: false,
             process: None,
             argv: vec!["qemu".into(), "x".repeat(generation as usize * 10)],

@@ -164,6 +164,7 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
         outgoing: None,
         post_copy: None,
         supplies: false,
+        quiesced_scans: false,
         resuming: false,
         process: None,
         argv: spec.to_argv(),
@@ -227,6 +228,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         outgoing: None,
         post_copy: None,
         supplies: false,
+        quiesced_scans: false,
         resuming: false,
         process: Some(adopted.vm.process),
         argv: adopted.vm.spec.to_argv(),
@@ -282,7 +284,9 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     let spec = Spec::parse(&record.argv)?;
     let qmp = Qmp::connect(&record.qmp_socket).await?;
     let status = qmp.status().await?.status;
-    let paused_by_us = record.resuming || ["finish-migrate", "postmigrate"].contains(&status.as_str());
+    let paused_by_us = record.resuming
+        || ["finish-migrate", "postmigrate"].contains(&status.as_str())
+        || (record.quiesced_scans && status == "paused");
     if paused_by_us {
         tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
         raise_taps(&record).await;
@@ -295,8 +299,8 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     if outgoing.is_some() {
         crate::source::reset_capabilities(&qmp).await;
     }
-    if record.resuming {
-        record.resuming = false;
+    if record.resuming || record.quiesced_scans {
+        (record.resuming, record.quiesced_scans) = (false, false);
         host.journal.update(&record)?;
     }
     if let Some(outgoing) = outgoing {

@@ -25,6 +25,8 @@ pub(crate) struct Machine {
     pub(crate) cpu_features: Vec<String>,
     pub(crate) ram: Vec<RamBlock>,
     pub(crate) kvm: bool,
+    /// A disk bypasses the page cache: devices write guest RAM behind the tracking while a read is under way.
+    pub(crate) direct_disks: bool,
     pub(crate) disks: Vec<Probe>,
     pub(crate) taps: Vec<wire::Tap>,
 }
@@ -104,7 +106,10 @@ impl Machine {
         findings.extend(more);
         let (disks, more) = probes(&vm.spec, options);
         findings.extend(more);
-        (Some(Machine { machine, qemu_version, cpuid, cpu_features, ram, kvm, disks, taps }), findings)
+        let direct_disks = vm.spec.disks().iter().any(|disk| disk.cache_direct);
+        let machine =
+            Machine { machine, qemu_version, cpuid, cpu_features, ram, kvm, direct_disks, disks, taps };
+        (Some(machine), findings)
     }
 
     /// The machine's disks, for the report.
@@ -195,15 +200,6 @@ pub(crate) fn unmovable(spec: &Spec) -> Vec<Finding> {
         )),
         _ => None,
     };
-    let direct = |disk: qemu::Disk| {
-        disk.cache_direct.then(|| {
-            Finding::new(
-                "cache-direct",
-                format!("disk {} bypasses the page cache, so its reads escape tracking", disk.path.display()),
-                "use cache=writeback for the VM's disks; a later version scans such VMs quiesced",
-            )
-        })
-    };
     let mut findings: Vec<Finding> = spec.host_devices().into_iter().map(device).collect();
     if spec.reports_free_pages() {
         findings.push(Finding::new(
@@ -213,7 +209,6 @@ pub(crate) fn unmovable(spec: &Spec) -> Vec<Finding> {
         ));
     }
     findings.extend(spec.nics().into_iter().filter_map(nic));
-    findings.extend(spec.disks().into_iter().filter_map(direct));
     findings
 }
 

@@ -254,9 +254,23 @@ pub struct Report {
     /// Where the machine was handed over before its memory was complete, how the rest came.
     #[serde(default)]
     pub post_copy: Option<PostCopy>,
+    /// Where a disk bypasses the page cache, the stops that scans need for that.
+    #[serde(default)]
+    pub quiesced: Option<Quiesced>,
     /// Where the guest outran the mirror and was slowed, how.
     #[serde(default)]
     pub throttle: Option<Throttle>,
+}
+
+/// The stops of a guest whose memory can only be scanned while nothing is read into it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Quiesced {
+    /// How many there were: one for each scan.
+    pub stops: u64,
+    /// The longest one, in milliseconds, from the order to stop to the word that it goes on.
+    pub longest_ms: f64,
+    /// All of them together, in milliseconds.
+    pub total_ms: f64,
 }
 
 /// How a guest was slowed that outran its mirror.

@@ -157,6 +157,7 @@ impl Request {
             outgoing: None,
             post_copy: None,
             supplies: false,
+            quiesced_scans: false,
             resuming: false,
             process: None,
             argv: spec.to_argv(),

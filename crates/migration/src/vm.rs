@@ -147,6 +147,9 @@ pub struct Record {
     /// Its memory is not complete here: the rest is still at the host it came from.
     #[serde(default)]
     pub post_copy: Option<PostCopy>,
+    /// It is stopped for a moment at each scan of its memory: found paused after a crash, it was paused by that.
+    #[serde(default)]
+    pub quiesced_scans: bool,
     /// It was handed over before its memory was complete there: the rest is only here.
     #[serde(default)]
     pub supplies: bool,

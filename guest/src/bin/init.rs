@@ -14,6 +14,7 @@ use guest::command::Command;
 use guest::image::{DEPENDENCIES, Dependencies, MODULES};
 use guest::memory::Memory;
 use guest::parameters::Parameters;
+use guest::reader;
 use guest::service;
 use guest::status::{Counters, PREFIX, READY, Status};
 use guest::system::{self, End};
@@ -31,6 +32,9 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 /// Room for heartbeats that arrive while the guest has no CPU time: seconds of them, so that none is lost by the guest's own fault.
 const HEARTBEAT_BUFFER: i32 = 4 << 20;
 const INTERFACE: &str = "eth0";
+/// The first disk, and how large it is.
+const DISK: &str = "/dev/vda";
+const DISK_SECTORS: &str = "/sys/block/vda/size";
 
 fn main() {
     if std::process::id() != 1 {
@@ -164,6 +168,15 @@ fn start_workload(guest: &Arc<Guest>, parameters: &Parameters, boot: u64) -> Res
             Checker::default().run(&guest.memory, rate, &guest.counters, |finding| {
                 guest.console.say(&format!("{finding:?}"))
             })
+        })?;
+    }
+    if parameters.read {
+        let disk = File::open(DISK)?;
+        let sectors: u64 = fs::read_to_string(DISK_SECTORS)?.trim().parse()?;
+        let guest = Arc::clone(guest);
+        start("reader", move || {
+            let blocks = sectors * 512 / reader::BLOCK as u64;
+            Ok(reader::run(&disk, blocks, &guest.counters, |finding| guest.console.say(finding))?)
         })?;
     }
     Ok(())

@@ -140,5 +140,6 @@ pub(super) fn blank(id: Uuid, host: &Host, vm: &Vm, to: &str, options: &Options)
         health: None,
         post_copy: None,
         throttle: None,
+        quiesced: None,
     }
 }

@@ -231,6 +231,12 @@ impl Controller {
                 "see `vmirror show`",
             )));
         };
+        let quiesce = machine.direct_disks.then(|| self.vm.qmp.clone());
+        if quiesce.is_some() {
+            // Before the guest is stopped for the first time: an agent that ends in between is to let it go on.
+            self.vm.record.quiesced_scans = true;
+            self.host.journal.update(&self.vm.record)?;
+        }
         let preparing = self.held.preparing.insert(tokio::task::spawn_blocking(move || {
             let mut sinks: Vec<DataSender> = Vec::new();
             let mut aborts: Vec<AbortHandle> = Vec::new();
@@ -245,7 +251,18 @@ impl Controller {
                 sinks.push(sink);
             }
             let (pid, ram, kvm) = (process.pid, machine.ram, machine.kvm);
-            Rounds::begin(Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression })
+            Rounds::begin(Begin {
+                pid,
+                ram,
+                layout,
+                secret,
+                kvm,
+                sinks,
+                aborts,
+                switch_cost,
+                compression,
+                quiesce,
+            })
         }));
         let begun = preparing.await;
         self.held.preparing = None;
@@ -303,6 +320,7 @@ impl Controller {
             let Verification { audited_pages, repaired_pages, .. } = rounds.verification();
             self.report.verification.audited_pages = audited_pages;
             self.report.verification.repaired_pages = repaired_pages;
+            self.report.quiesced.clone_from(&rounds.quiesced);
             self.report.rounds = rounds.report.clone();
             self.report.memory = rounds.totals.clone();
             // More than the rounds where the last one was not finished.

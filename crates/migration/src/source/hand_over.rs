@@ -233,6 +233,11 @@ impl Controller {
         }
         self.end_preparing().await;
         self.end_rounds().await;
+        if std::mem::take(&mut self.vm.record.quiesced_scans)
+            && let Err(e) = self.host.journal.update(&self.vm.record)
+        {
+            tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+        }
         let mut told = true;
         if let Some(destination) = &mut self.held.destination {
             told = destination.cancel(commit(self.id, &self.vm), CANCEL).await == Withdrawal::Done;

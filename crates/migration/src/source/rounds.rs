@@ -12,18 +12,21 @@ use mirror::memory::compress::Compression;
 use mirror::memory::pages::PageSet;
 use mirror::memory::post_copy::PostCopySource;
 use mirror::memory::round::{Flow, Guest, Sent};
-use mirror::memory::source::{How, MemorySource, Proof, Scanning, SourceError, TrackedRange};
+use mirror::memory::source::{How, MemorySource, Proof, Scanned, Scanning, SourceError, TrackedRange};
 use mirror::memory::{Ram, RamFile};
-use qemu::RamBlock;
+use qemu::{Qmp, RamBlock};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::estimate::Estimate;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::report::{Memory, Round, Verification};
+use crate::failure::Finding;
+use crate::report::{Memory, Quiesced, Round, Verification};
 use crate::wire::{Reply, Request, Sums};
 
+/// How often a guest that was stopped for a scan is told again to go on.
+const UNQUIESCE: u32 = 3;
 /// How long to watch a guest to see how fast it dirties memory.
 const GLANCE: Duration = Duration::from_millis(30);
 
@@ -52,6 +55,9 @@ pub(super) struct Rounds {
     pub(super) report: Vec<Round>,
     pub(super) totals: Memory,
     pub(super) hold: Duration,
+    quiesce: Option<Qmp>,
+    /// The stops that scans have needed, where they need any.
+    pub(super) quiesced: Option<Quiesced>,
     /// What has gone through, a round under way included.
     pub(super) flow: Arc<Flow>,
 }
@@ -67,12 +73,14 @@ pub(super) struct Begin<W> {
     pub(super) aborts: Vec<AbortHandle>,
     pub(super) switch_cost: Duration,
     pub(super) compression: Compression,
+    /// The guest's QEMU, where it must be quiesced for scans.
+    pub(super) quiesce: Option<Qmp>,
 }
 
 impl Rounds {
     /// Begins tracking: from here on nothing that the guest writes is missed. Blocks.
     pub(super) fn begin<W: std::io::Write + Send + 'static>(begin: Begin<W>) -> Result<Rounds, Stop> {
-        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression } = begin;
+        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression, quiesce } = begin;
         let streams = sinks.len();
         let (mut addresses, mut ranges) = (Vec::new(), Vec::new());
         for (block, ram) in ram.iter().enumerate() {
@@ -113,6 +121,8 @@ impl Rounds {
             report: Vec::new(),
             totals,
             hold,
+            quiesced: quiesce.as_ref().map(|_| Quiesced::default()),
+            quiesce,
         })
     }
 
@@ -127,11 +137,22 @@ impl Rounds {
             return Err(broken(&SourceError::Ended));
         };
         let (tell, answer) = oneshot::channel();
-        let busy = self.busy.insert(tokio::task::spawn_blocking(move || {
+        let busy = tokio::task::spawn_blocking(move || {
             // Nobody waits any more when this fails.
             let _ = tell.send(work(&mut memory));
             memory
-        }));
+        });
+        self.attend(destination, busy, answer).await
+    }
+
+    /// Waits for a piece of work to end.
+    async fn attend<T>(
+        &mut self,
+        destination: &mut Destination,
+        busy: JoinHandle<MemorySource>,
+        answer: oneshot::Receiver<Result<T, SourceError>>,
+    ) -> Result<T, Stop> {
+        let busy = self.busy.insert(busy);
         let mut stop = None;
         let ended = loop {
             tokio::select! {
@@ -174,7 +195,7 @@ impl Rounds {
 
     /// One round, up to the destination's acknowledgement.
     pub(super) async fn round(&mut self, destination: &mut Destination, guest: Guest) -> Result<(), Stop> {
-        self.exchange(destination, guest, MemorySource::round).await
+        self.exchange(destination, guest, MemorySource::send).await
     }
 
     /// A round in which what is due is not sent: the destination is told to be without it.
@@ -188,15 +209,16 @@ impl Rounds {
         &mut self,
         destination: &mut Destination,
         guest: Guest,
-        send: fn(&mut MemorySource, Guest) -> Result<Sent, SourceError>,
+        send: fn(&mut MemorySource, Guest, Scanned) -> Result<Sent, SourceError>,
     ) -> Result<(), Stop> {
         let repairs = std::mem::take(&mut self.repairs);
         self.repaired += repairs.len() as u64;
-        let begin = Instant::now();
+        let scanned = self.scan(destination, guest).await?;
+        let begin = scanned.begin;
         let sent = self
             .with(destination, move |memory| {
                 memory.repair(&repairs);
-                send(memory, guest)
+                send(memory, guest, scanned)
             })
             .await?;
         let sums = self.acknowledged(destination, &sent).await?;
@@ -255,12 +277,34 @@ impl Rounds {
 
     /// How fast the guest dirties memory at this moment, in bytes per second: what it dirties in a short while.
     pub(super) async fn dirty_rate_now(&mut self, destination: &mut Destination) -> Result<f64, Stop> {
-        self.with(destination, |memory| memory.look(Guest::Running)).await?;
-        let begin = Instant::now();
+        let first = self.scan(destination, Guest::Running).await?;
         tokio::time::sleep(GLANCE).await;
-        let pages = self.with(destination, |memory| memory.look(Guest::Running)).await?;
-        self.last_scan = Some(Instant::now());
-        Ok((pages * PAGE_SIZE as u64) as f64 / begin.elapsed().as_secs_f64())
+        let second = self.scan(destination, Guest::Running).await?;
+        self.last_scan = Some(second.begin);
+        Ok((second.pages * PAGE_SIZE as u64) as f64 / (second.begin - first.begin).as_secs_f64())
+    }
+
+    /// Scans. A guest with devices that write its memory behind the tracking is stopped meanwhile, which drains them.
+    async fn scan(&mut self, destination: &mut Destination, guest: Guest) -> Result<Scanned, Stop> {
+        let Some(qmp) = self.quiesce.clone().filter(|_| guest == Guest::Running) else {
+            return self.with(destination, move |memory| memory.look(guest)).await;
+        };
+        let memory = self.memory.take().ok_or_else(|| broken(&SourceError::Ended))?;
+        let (tell, answer) = oneshot::channel();
+        // On a task of its own: whoever waits for it may go, the guest goes on all the same.
+        let busy = tokio::spawn(async move {
+            let (memory, scanned) = quiesced_scan(&qmp, memory).await;
+            let _ = tell.send(Ok(scanned));
+            memory
+        });
+        let (scanned, stopped) = self.attend(destination, busy, answer).await??;
+        if let Some(quiesced) = &mut self.quiesced {
+            let ms = stopped.as_secs_f64() * 1e3;
+            quiesced.stops += 1;
+            quiesced.total_ms += ms;
+            quiesced.longest_ms = quiesced.longest_ms.max(ms);
+        }
+        Ok(scanned)
     }
 
     /// Begins to supply what was withheld, or what the destination says is missing.
@@ -361,6 +405,46 @@ impl Rounds {
             let _ = tokio::task::spawn_blocking(move || drop(memory)).await;
         }
     }
+}
+
+/// Stops the guest, which drains its disks, scans, and lets it go on. Returns for how long it was stopped, too.
+async fn quiesced_scan(
+    qmp: &Qmp,
+    mut memory: MemorySource,
+) -> (MemorySource, Result<(Scanned, Duration), Stop>) {
+    let begin = Instant::now();
+    match qmp.quiesce().await {
+        Ok(true) => {}
+        Ok(false) => {
+            let message = "the VM was paused by somebody else";
+            let paused = Finding::new("vm-paused", message, "migrate the VM when it runs again");
+            return (memory, Err(Stop::Failed(paused)));
+        }
+        Err(e) => {
+            // It may have been stopped all the same.
+            let _ = qmp.unquiesce().await;
+            return (memory, Err(Stop::qemu(e)));
+        }
+    }
+    let scanning = tokio::task::spawn_blocking(move || {
+        let scanned = memory.look(Guest::Running);
+        (memory, scanned)
+    });
+    let scanned = scanning.await;
+    let mut resumed = qmp.unquiesce().await;
+    for _ in 0..UNQUIESCE {
+        if resumed.is_ok() {
+            break;
+        }
+        resumed = qmp.unquiesce().await;
+    }
+    let stopped = begin.elapsed();
+    let (memory, scanned) = match scanned {
+        Ok(scanned) => scanned,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
+    };
+    let scanned = scanned.map_err(|e| broken(&e));
+    (memory, scanned.and_then(|scanned| resumed.map(|()| (scanned, stopped)).map_err(Stop::qemu)))
 }
 
 fn note(repairs: &mut Vec<PageIndex>, others: &mut VecDeque<Reply>, reply: Reply) {

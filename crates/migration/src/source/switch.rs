@@ -267,7 +267,13 @@ mod tests {
     use super::*;
 
     fn event(timestamp: SystemTime) -> Event {
-        Event { name: "STOP".into(), timestamp, received: Instant::now(), data: serde_json::Value::Null }
+        Event {
+            name: "STOP".into(),
+            timestamp,
+            received: Instant::now(),
+            data: serde_json::Value::Null,
+            ours: false,
+        }
     }
 
     #[test]

@@ -251,6 +251,7 @@ fn seen(event: Result<qemu::Event, broadcast::error::RecvError>) -> Result<(), S
         Err(Stop::Failed(Finding::new(kind, message, "migrate the VM when it runs again")))
     };
     match event {
+        Ok(event) if event.ours => Ok(()),
         Ok(event) => match event.name.as_str() {
             "SHUTDOWN" => ended("vm-ended", "the guest has shut down".to_owned()),
             "GUEST_PANICKED" => ended("vm-panicked", "the guest has panicked".to_owned()),

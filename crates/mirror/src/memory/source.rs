@@ -37,6 +37,17 @@ enum Telling {
     Withhold,
 }
 
+/// What a scan has found.
+#[derive(Debug, Clone, Copy)]
+pub struct Scanned {
+    /// How many pages were written since the scan before.
+    pub pages: u64,
+    /// When it began.
+    pub begin: Instant,
+    /// How long it took.
+    pub took: Duration,
+}
+
 /// How to scan while the guest runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scanning {
@@ -205,19 +216,26 @@ impl MemorySource {
     /// # Errors
     /// [`SourceError`]; the mirror cannot go on after any.
     pub fn round(&mut self, guest: Guest) -> Result<Sent, SourceError> {
-        self.auditor.busy().set(true);
-        let sent = self.send_due(guest);
-        self.auditor.busy().set(false);
-        sent
+        let scanned = self.look(guest)?;
+        self.send(guest, scanned)
     }
 
-    /// Scans, and sends nothing: what it finds is due in the next round. Returns how many pages were written since the
-    /// last scan.
+    /// The second half of a [`round`](Self::round): sends what a scan made just before has found, and all else that is due.
+    ///
+    /// # Errors
+    /// As [`round`](Self::round).
+    pub fn send(&mut self, guest: Guest, scanned: Scanned) -> Result<Sent, SourceError> {
+        self.tell_due(guest, scanned, false)
+    }
+
+    /// The first half of a [`round`](Self::round): scans, and sends nothing. What it finds is owed from now on.
     ///
     /// # Errors
     /// [`SourceError::Scan`].
-    pub fn look(&mut self, guest: Guest) -> Result<u64, SourceError> {
-        self.scan(guest)
+    pub fn look(&mut self, guest: Guest) -> Result<Scanned, SourceError> {
+        let begin = Instant::now();
+        let pages = self.scan(guest)?;
+        Ok(Scanned { pages, begin, took: begin.elapsed() })
     }
 
     /// Begins to supply what was withheld, once the guest stands still here for good; or, to go on after a link was lost,
@@ -262,37 +280,34 @@ impl MemorySource {
         &self.subject.secret
     }
 
-    /// As [`round`](Self::round), but what is due is not sent: the destination is told to be without it. It stays owed
+    /// As [`send`](Self::send), but what is due is not sent: the destination is told to be without it. It stays owed
     /// until it is supplied, by a [`PostCopySource`].
     ///
     /// # Errors
     /// [`SourceError`]; the mirror cannot go on after any.
-    pub fn withhold(&mut self, guest: Guest) -> Result<Sent, SourceError> {
-        self.auditor.busy().set(true);
-        let sent = self.tell_due(guest, true);
-        self.auditor.busy().set(false);
-        let sent = sent?;
+    pub fn withhold(&mut self, guest: Guest, scanned: Scanned) -> Result<Sent, SourceError> {
+        let sent = self.tell_due(guest, scanned, true)?;
         self.withheld.extend(&self.owed);
         Ok(sent)
     }
 
-    fn send_due(&mut self, guest: Guest) -> Result<Sent, SourceError> {
-        self.tell_due(guest, false)
+    fn tell_due(&mut self, guest: Guest, scanned: Scanned, withhold: bool) -> Result<Sent, SourceError> {
+        self.auditor.busy().set(true);
+        let sent = self.tell_all(guest, scanned, withhold);
+        self.auditor.busy().set(false);
+        sent
     }
 
-    fn tell_due(&mut self, guest: Guest, withhold: bool) -> Result<Sent, SourceError> {
-        let begin = Instant::now();
-        let scanned = self.scan(guest)?;
-        let scan = begin.elapsed();
+    fn tell_all(&mut self, guest: Guest, scanned: Scanned, withhold: bool) -> Result<Sent, SourceError> {
         self.take_in_missed()?;
         let mut sent = Sent {
             number: self.round,
             due: self.owed.len(),
-            scanned,
+            scanned: scanned.pages,
             deferred: 0,
             counts: Counts::default(),
             sums: vec![Sum::default(); self.workers.len()],
-            scan,
+            scan: scanned.took,
             elapsed: Duration::ZERO,
         };
         let mut due = self.owed.clone();
@@ -308,7 +323,7 @@ impl MemorySource {
         }
         let telling = if withhold { Telling::Withhold } else { Telling::Send { last: true } };
         self.tell(due, telling, &mut sent)?;
-        sent.elapsed = begin.elapsed();
+        sent.elapsed = scanned.begin.elapsed();
         self.round += 1;
         Ok(sent)
     }

@@ -9,7 +9,10 @@ use std::{
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -128,6 +131,9 @@ pub struct Event {
     pub received: Instant,
     /// Its data; null if it has none.
     pub data: Value,
+    /// A STOP or RESUME that [`Qmp::quiesce`] or [`Qmp::unquiesce`] has brought about: the guest's state has not changed for
+    /// anybody else.
+    pub ours: bool,
 }
 
 /// A handle to QEMU's monitor. Clones share the connection; it closes when the last one is dropped, and QEMU then
@@ -144,6 +150,8 @@ struct Shared {
     requests: mpsc::UnboundedSender<Request>,
     events: broadcast::WeakSender<Event>,
     peer: Option<u32>,
+    /// The guest is being stopped, or let go on, by us and for a moment.
+    quiescing: Arc<AtomicBool>,
 }
 
 struct Request {
@@ -194,11 +202,18 @@ impl Qmp {
         };
         let (requests, queue) = mpsc::unbounded_channel();
         let (events, _) = broadcast::channel(EVENTS_KEPT);
-        let shared =
-            Shared { socket: socket.to_owned(), greeting, requests, events: events.downgrade(), peer };
+        let quiescing = Arc::new(AtomicBool::new(false));
+        let shared = Shared {
+            socket: socket.to_owned(),
+            greeting,
+            requests,
+            events: events.downgrade(),
+            peer,
+            quiescing: Arc::clone(&quiescing),
+        };
         let pending = Pending::new(Mutex::new(Some(HashMap::new())));
         let (closed, until_closed) = oneshot::channel();
-        tokio::spawn(read_task(lines, events, Arc::clone(&pending), until_closed));
+        tokio::spawn(read_task(lines, events, Arc::clone(&pending), quiescing, until_closed));
         tokio::spawn(write_task(write, queue, pending, closed));
         let qmp = Qmp { shared: Arc::new(shared) };
         qmp.execute(Capabilities {}).await?;
@@ -288,6 +303,34 @@ impl Qmp {
             // The connection has ended; so has this receiver.
             None => broadcast::channel(1).1,
         }
+    }
+
+    /// Stops the guest's CPUs for a moment, with all I/O drained: no device writes its memory from when this returns until
+    /// [`Qmp::unquiesce`]. Returns false, and has done nothing, where it does not run.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`]; the guest may be stopped or not.
+    pub async fn quiesce(&self) -> Result<bool, QmpError> {
+        if !self.status().await?.running {
+            return Ok(false);
+        }
+        self.expecting(self.stop()).await.map(|()| true)
+    }
+
+    /// Lets a guest go on that [`Qmp::quiesce`] has stopped.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub async fn unquiesce(&self) -> Result<(), QmpError> {
+        self.expecting(self.cont()).await
+    }
+
+    /// QEMU tells what a command does before it answers it: events that come in between are its own.
+    async fn expecting<T>(&self, command: impl Future<Output = T>) -> T {
+        self.shared.quiescing.store(true, Ordering::Release);
+        let result = command.await;
+        self.shared.quiescing.store(false, Ordering::Release);
+        result
     }
 
     /// The socket of the connection.
@@ -384,6 +427,7 @@ async fn read_task(
     mut lines: Lines,
     events: broadcast::Sender<Event>,
     pending: Pending,
+    quiescing: Arc<AtomicBool>,
     mut closed: oneshot::Receiver<()>,
 ) {
     loop {
@@ -392,7 +436,7 @@ async fn read_task(
             _ = &mut closed => break,
         };
         match line {
-            Ok(Some(line)) => dispatch(&line, &events, &pending),
+            Ok(Some(line)) => dispatch(&line, &events, &pending, quiescing.load(Ordering::Acquire)),
             Ok(None) => break,
             Err(error) => {
                 tracing::debug!(%error, "QMP connection broke while reading");
@@ -423,7 +467,7 @@ struct Timestamp {
     microseconds: i64,
 }
 
-fn dispatch(line: &[u8], events: &broadcast::Sender<Event>, pending: &Pending) {
+fn dispatch(line: &[u8], events: &broadcast::Sender<Event>, pending: &Pending, quiescing: bool) {
     let received = Instant::now();
     let line: Line = match serde_json::from_slice(line) {
         Ok(line) => line,
@@ -438,7 +482,9 @@ fn dispatch(line: &[u8], events: &broadcast::Sender<Event>, pending: &Pending) {
                 + Duration::from_micros(u64::try_from(stamp.microseconds).ok()?);
             SystemTime::UNIX_EPOCH.checked_add(since)
         });
+        let ours = quiescing && matches!(name.as_str(), "STOP" | "RESUME");
         let event = Event {
+            ours,
             name,
             timestamp: timestamp.unwrap_or_else(SystemTime::now),
             received,
@@ -605,7 +651,7 @@ mod tests {
     async fn a_deadline_names_the_command() {
         let (_directory, socket) = serve(|_, _| "{\"event\":\"NOTHING\"}\n".to_owned());
         let qmp = Qmp::connect(&socket).await.unwrap();
-        let error = qmp.run("query-x", Value::Null, Duration::from_millis(50)).await.unwrap_err();
+        let error = qmp.run("query-x", Value::Null, None, Duration::from_millis(50)).await.unwrap_err();
         assert!(matches!(error, QmpError::Deadline { command: "query-x", .. }));
     }
 

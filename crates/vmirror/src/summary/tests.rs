@@ -95,6 +95,7 @@ pub(crate) fn report() -> Report {
         },
         post_copy: None,
         throttle: None,
+        quiesced: None,
         health: Some(Health { watched_ms: 200.0, vcpus: 2, vcpus_progressing: 2 }),
     }
 }
