@@ -263,8 +263,9 @@ impl MemorySource {
         let mut found = 0;
         for region in &self.regions {
             let TrackedRange { block, offset } = &self.ranges[region.range];
-            let first = layout.blocks()[*block].pages.start;
-            let page = |at: u64| first + (offset + at) / PAGE_SIZE as u64;
+            let block = &layout.blocks()[*block].pages;
+            // The mapping of a block on hugetlbfs may go on beyond it, up to the end of a huge page.
+            let page = |at: u64| (block.start + (offset + at) / PAGE_SIZE as u64).min(block.end);
             let pages = page(region.start)..page(region.end);
             found += pages.end - pages.start;
             self.owed.insert(pages);
