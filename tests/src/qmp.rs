@@ -34,15 +34,26 @@ impl Qmp {
     /// If QEMU refuses, or does not answer.
     #[track_caller]
     pub fn execute(&mut self, command: &str, arguments: Value) -> Value {
+        self.ask(command, arguments).unwrap_or_else(|| panic!("QEMU ended at {command}"))
+    }
+
+    /// As [`Qmp::execute`]; none where QEMU has ended.
+    ///
+    /// # Panics
+    /// If QEMU refuses.
+    #[track_caller]
+    pub fn ask(&mut self, command: &str, arguments: Value) -> Option<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
-        self.stream.get_mut().write_all(format!("{request}\n").as_bytes()).unwrap();
+        self.stream.get_mut().write_all(format!("{request}\n").as_bytes()).ok()?;
         loop {
             let mut line = String::new();
-            assert!(self.stream.read_line(&mut line).unwrap() > 0, "QEMU ended at {command}");
+            if self.stream.read_line(&mut line).ok()? == 0 {
+                return None;
+            }
             let answer: Value = serde_json::from_str(&line).unwrap();
             assert!(answer.get("error").is_none(), "{command}: {answer}");
             if let Some(value) = answer.get("return") {
-                return value.clone();
+                return Some(value.clone());
             }
         }
     }

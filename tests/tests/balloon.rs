@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::time::Duration;
+
 use end_to_end::{Guest, Pair, Qmp, accounted, until, vmirror};
 use serde_json::{Value, json};
 use testbed::guest_spec::{GuestSpec, Pattern};
@@ -61,5 +63,29 @@ fn a_balloon_that_inflates_during_a_migration_spoils_no_page() {
     qmp.execute("balloon", json!({ "value": 140u64 << 20 }));
     qmp.execute("balloon", json!({ "value": 220u64 << 20 }));
     accounted(&migration.ended().done().report(), &guest);
+    guest.sound_since(&before);
+}
+
+#[test]
+fn a_balloon_that_never_rests_spoils_no_page() {
+    let pair = Pair::start();
+    let (guest, mut qmp) = with_balloon(&pair);
+    let before = guest.status();
+    std::thread::scope(|scope| {
+        let moving = scope.spawn(move || {
+            let mut sizes = [140u64, 230].into_iter().cycle();
+            let mut moved = 0;
+            // Until the migration has ended this QEMU.
+            while qmp.ask("balloon", json!({ "value": sizes.next().unwrap() << 20 })).is_some() {
+                moved += 1;
+                std::thread::sleep(Duration::from_millis(150));
+            }
+            moved
+        });
+        let report = pair.migrate("vm", pair.a(), pair.b(), &["--bandwidth", "64MiB/s"]);
+        accounted(&report, &guest);
+        let moved = moving.join().unwrap();
+        assert!(moved > 2, "{moved}");
+    });
     guest.sound_since(&before);
 }
