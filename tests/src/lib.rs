@@ -10,6 +10,7 @@
 mod accounting;
 mod guest;
 mod pair;
+mod qmp;
 mod refusal;
 mod said;
 mod under_way;
@@ -17,6 +18,7 @@ mod under_way;
 pub use accounting::{PAGE, PHASES, accounted};
 pub use guest::Guest;
 pub use pair::{Pair, until, vmirror};
+pub use qmp::Qmp;
 pub use refusal::Refusal;
 pub use said::Said;
 pub use under_way::UnderWay;

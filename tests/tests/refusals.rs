@@ -202,7 +202,7 @@ fn a_machine_for_which_there_is_no_room_is_refused() {
     pair.a().limit_ram(64 << 20).unwrap();
     // What the machine that is there may still allocate is not free.
     let run = ["run", "big", "--", "qemu-system-x86_64", "-m", "48"];
-    pair.refused(pair.a(), &run).is("no-room", &["50331648", "ram_dir"]);
+    pair.refused(pair.a(), &run).is("no-room", &["48 MiB", "host-a", "ram_dir"]);
     pair.b().limit_ram(1 << 30).unwrap();
     reconfigure(pair.b(), |config| allow(config, "max_memory", "24MiB"));
     pair.migration_refused("vm", &[]).is("memory-limit", &["32 MiB", "24 MiB", "[allow] max_memory"]);

@@ -123,9 +123,9 @@ impl Daemon {
             lock::take(&config.state_dir.join("agent.lock"))?,
             lock::take(&socket::beside(&config.api, "lock"))?,
         ];
-        if !is_tmpfs(&config.ram_dir) {
+        if !is_tmpfs(&config.ram_dir) && qemu::huge_page_size(&config.ram_dir).is_none() {
             let ram_dir = config.ram_dir.display();
-            tracing::warn!(%ram_dir, "ram_dir is not on a tmpfs: guest RAM will be written to a disk");
+            tracing::warn!(%ram_dir, "ram_dir is on neither tmpfs nor hugetlbfs: guest RAM will be written to a disk");
         }
 
         let endpoint = Endpoint::new(&identity, Deadlines::default()).map_err(StartError::Endpoint)?;

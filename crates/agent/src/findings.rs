@@ -22,7 +22,7 @@ pub(crate) fn of_run(error: &RunError) -> Finding {
         RunError::Adopt(error) => return of_adopt(error),
         RunError::AlreadyHere { .. } => ("already-here", "use the name that it has here"),
         RunError::Qmp(error) => return of_qmp(error),
-        RunError::NoRoom { .. } => ("no-room", "make room in ram_dir, or give the VM less memory"),
+        RunError::NoRoom(short) => ("no-room", short.hint()),
         _ => ("run-failed", "see the agent's log"),
     };
     Finding::new(kind, chain(error), hint)

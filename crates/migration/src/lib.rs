@@ -21,7 +21,7 @@ pub mod options;
 pub mod progress;
 pub mod report;
 mod reservation;
-mod room;
+pub mod room;
 pub mod session;
 pub mod source;
 pub mod tap;

@@ -9,6 +9,7 @@ use qemu::{Presence, Process, Qmp, QmpError, Spec};
 use crate::failure::chain;
 use crate::host::Host;
 use crate::journal::JournalError;
+use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
 use crate::tap::Interfaces;
 use crate::vm::{Made, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
@@ -65,15 +66,8 @@ pub enum RunError {
     #[error("QEMU does not answer")]
     Qmp(#[from] QmpError),
     /// There is no room for its memory.
-    #[error("no room for {needed} bytes of guest RAM in {}: {free} bytes are free", dir.display())]
-    NoRoom {
-        /// Where it would be.
-        dir: PathBuf,
-        /// Bytes of RAM.
-        needed: u64,
-        /// Bytes left, with what other machines may still take accounted for.
-        free: u64,
-    },
+    #[error("{0}")]
+    NoRoom(Shortage),
 }
 
 /// What became of a machine while the agent was away.
@@ -125,8 +119,13 @@ pub(crate) fn ram_files(spec: &Spec) -> Vec<PathBuf> {
 /// Those of them that are this agent's own; a user's file is never removed with them.
 pub(crate) fn own_ram_files(host: &Host, spec: &Spec) -> Vec<PathBuf> {
     let own = |file: &PathBuf| {
-        let named = file.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"vmirror-"));
-        named && file.starts_with(&host.ram_dir)
+        let Some((name, directory)) = file.file_name().zip(file.parent()) else { return false };
+        let name = name.as_encoded_bytes();
+        // Outside of its own directory an agent puts RAM on hugetlbfs only, and its own name behind the file's.
+        let marks = if directory == host.ram_dir { 0 } else { 2 };
+        let marked = name.iter().filter(|byte| **byte == b'@').count() >= marks;
+        let placed = directory == host.ram_dir || qemu::huge_page_size(directory).is_some();
+        name.starts_with(b"vmirror-") && marked && placed
     };
     ram_files(spec).into_iter().filter(own).collect()
 }
@@ -141,15 +140,15 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
     let paths = Paths::of(host, &name);
     spec.make_mirrorable(&Mirrorable {
         name: name.to_string(),
+        host: host.name.clone(),
         ram_dir: host.ram_dir.clone(),
         qmp_socket: paths.qmp.clone(),
         pid_file: Some(paths.pid.clone()),
     })?;
     let memory = spec.memory()?;
     let promising = host.journal.promise().await;
-    let free = crate::room::free(host);
-    if free < memory {
-        return Err(RunError::NoRoom { dir: host.ram_dir.clone(), needed: memory, free });
+    if let Some(short) = room::shortages(host, &room::demands(&spec)).into_iter().next() {
+        return Err(RunError::NoRoom(short));
     }
     let (qmp_socket, log) = (paths.qmp.clone(), paths.log.clone());
     let mut files = paths.all();
@@ -454,7 +453,10 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
 /// The RAM files of an adopted machine that has left: stale copies that take memory. A file on a disk is another
 /// matter, and its owner's.
 fn stale_ram(record: &Record) -> Vec<PathBuf> {
-    let in_memory = |file: &PathBuf| rustix::fs::statfs(file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC);
+    let in_memory = |file: &PathBuf| {
+        rustix::fs::statfs(file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC)
+            || qemu::huge_page_size(file).is_some()
+    };
     let files = Spec::parse(&record.argv).map(|spec| ram_files(&spec)).unwrap_or_default();
     files.into_iter().filter(in_memory).collect()
 }

@@ -64,16 +64,6 @@ impl Machine {
             }
             None => Vec::new(),
         };
-        for block in ram.iter().filter(|block| block.page_size != mirror::layout::PAGE_SIZE as u64) {
-            findings.push(Finding::new(
-                "huge-pages",
-                format!(
-                    "RAM block {} is on hugetlbfs, which this version cannot fill at the destination",
-                    block.id
-                ),
-                "put the VM's RAM on a tmpfs",
-            ));
-        }
         if let Err(e) = dirty_tracker::kernel_support() {
             findings.push(Finding::new(
                 "kernel-too-old",

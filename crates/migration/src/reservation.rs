@@ -39,6 +39,8 @@ pub(crate) struct Request {
     cpuid: Vec<wire::CpuidWord>,
     cpu_features: Vec<String>,
     memory: u64,
+    /// The size of the huge pages of each RAM block that has such, by its backend's id.
+    huge: Vec<(String, u64)>,
     disks: Vec<wire::Disk>,
     taps: Vec<wire::Tap>,
     post_copy: bool,
@@ -107,6 +109,7 @@ impl Request {
             layout,
             secret,
             spec,
+            huge: wire.ram.into_iter().filter(|b| b.huge_page > 0).map(|b| (b.id, b.huge_page)).collect(),
             machine: wire.machine,
             qemu_version: wire.qemu_version,
             cpuid: wire.cpuid,
@@ -125,6 +128,7 @@ impl Request {
         // Until the name is claimed, and its memory with it, nobody else is promised the same room.
         let promising = host.journal.promise().await;
         let (binary, mut findings) = self.examine(host, peer).await;
+        let huge_dirs = self.huge_directories(host, &mut findings);
         let Some(binary) = binary.filter(|_| findings.is_empty()) else { return Err(findings.into()) };
         let paths = Paths::of(host, &self.name);
         let taps = self.taps.iter().map(|tap| (tap.netdev.clone(), tap.ifname.clone())).collect();
@@ -132,7 +136,9 @@ impl Request {
             name: self.name.to_string(),
             binary,
             machine: self.machine.clone(),
+            host: host.name.clone(),
             ram_dir: host.ram_dir.clone(),
+            huge_dirs: huge_dirs.clone(),
             qmp_socket: paths.qmp.clone(),
             pid_file: Some(paths.pid.clone()),
             taps,
@@ -277,31 +283,53 @@ impl Request {
                 format!("raise [allow] max_memory in the configuration of {}", host.name),
             ));
         }
-        let free = room::free(host);
-        if free < self.memory {
-            findings.push(Finding::new(
-                "no-room",
-                format!(
-                    "the VM has {} of RAM; {} on {} has room for {}",
-                    mib(self.memory),
-                    host.ram_dir.display(),
-                    host.name,
-                    mib(free)
-                ),
-                "free memory there, or make its ram_dir larger",
-            ));
+        let bytes = |pages: &std::ops::Range<u64>| (pages.end - pages.start) * mirror::layout::PAGE_SIZE as u64;
+        let demand = |block: &mirror::layout::Block| {
+            let directory = self.huge_directory(host, &block.id).unwrap_or_else(|| host.ram_dir.clone());
+            (directory, bytes(&block.pages))
+        };
+        let demands: Vec<room::Demand> = self.layout.blocks().iter().map(demand).collect();
+        for short in room::shortages(host, &demands) {
+            findings.push(Finding::new("no-room", short.to_string(), short.hint()));
         }
-        if rustix::fs::statfs(&host.ram_dir).is_ok_and(|fs| fs.f_type == HUGETLBFS_MAGIC) {
+    }
+
+    /// Where RAM in huge pages goes here: to `ram_dir` if that has pages of their size, else to the directory where the
+    /// source has it. None where neither has.
+    fn huge_directory(&self, host: &Host, id: &str) -> Option<PathBuf> {
+        let (_, page_size) = self.huge.iter().find(|(huge, _)| huge == id)?;
+        let backend = self.spec.ram_backends().into_iter().find(|backend| backend.id == id)?;
+        let path = backend.mem_path?;
+        [Some(host.ram_dir.as_path()), Some(&path), path.parent()]
+            .into_iter()
+            .flatten()
+            .find(|directory| directory.is_dir() && qemu::huge_page_size(directory) == Some(*page_size))
+            .map(Path::to_owned)
+    }
+
+    /// [`Request::huge_directory`] of every block that needs one.
+    fn huge_directories(&self, host: &Host, findings: &mut Vec<Finding>) -> Vec<(String, PathBuf)> {
+        let mut directories = Vec::new();
+        for (id, page_size) in &self.huge {
+            if let Some(directory) = self.huge_directory(host, id) {
+                directories.push((id.clone(), directory));
+                continue;
+            }
+            let source = self.spec.ram_backends().into_iter().find(|backend| backend.id == *id);
+            let source = source.and_then(|backend| backend.mem_path).unwrap_or_default();
             findings.push(Finding::new(
                 "huge-pages",
                 format!(
-                    "{} on {} is hugetlbfs, which this version cannot fill",
+                    "RAM block {id} has huge pages of {} KiB; on {} neither {} nor the directory of {} has such",
+                    page_size >> 10,
+                    host.name,
                     host.ram_dir.display(),
-                    host.name
+                    source.display()
                 ),
-                "use a tmpfs as ram_dir",
+                "mount a hugetlbfs there, under the same path as at the source or as ram_dir, with pages enough",
             ));
         }
+        directories
     }
 
     fn examine_files(&self, host: &Host, findings: &mut Vec<Finding>) {
@@ -559,9 +587,6 @@ impl Request {
         if same { Ok(ram) } else { Err(differs("QEMU has other RAM blocks than at the source".to_owned())) }
     }
 }
-
-/// `f_type` of hugetlbfs (linux/magic.h).
-const HUGETLBFS_MAGIC: i64 = 0x958_458f6;
 
 /// Reads a probe file. Its name is the peer's, so whatever else lies there is not read: no other file's content, and
 /// nothing that would block.

@@ -186,6 +186,9 @@ pub struct RamBlock {
     /// Bytes.
     #[prost(uint64, tag = "2")]
     pub size: u64,
+    /// Bytes in a page of the file that backs it, where that is on hugetlbfs; 0 elsewhere.
+    #[prost(uint64, tag = "3")]
+    pub huge_page: u64,
 }
 
 /// A disk.

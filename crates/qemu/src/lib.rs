@@ -23,7 +23,7 @@ pub use launch::{LaunchError, launch};
 pub use probe::{ProbeGuest, accelerator_works};
 pub use process::{Presence, Process, ProcessError, Vm, find, vcpu_cpu_time};
 pub use qmp::{Event, Qmp, QmpError};
-pub use ram::{Mapping, RamBlock, RamError, ram_blocks};
+pub use ram::{Mapping, RamBlock, RamError, huge_page_size, ram_blocks};
 pub use spec::{
     DeclaredDevice, Destination, Disk, FilePurpose, FileUse, Mirrorable, Nic, NicKind, NotMirrorable,
     ParseError, Protocol, RamBackend, RamKind, SizeError, Spec,

@@ -10,7 +10,7 @@ use std::{
 use crate::{Process, RamBackend, RamKind, Spec};
 
 /// `f_type` of hugetlbfs (linux/magic.h).
-const HUGETLBFS_MAGIC: u64 = 0x958_458f6;
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// A piece of guest RAM: a file that QEMU has mapped.
 #[derive(Debug)]
@@ -128,11 +128,11 @@ fn ram_block(process: &Process, backend: &RamBackend, maps: &[MapsLine]) -> Resu
         maps.iter().filter(|line| line.file == identity && line.shared).map(|line| line.mapping).collect();
     mappings.sort_unstable_by_key(|mapping| mapping.file_offset);
     let mapped = mapped_from(backend.offset, &mappings);
-    if mapped != backend.size {
-        // A file on hugetlbfs is mapped in whole huge pages; RAM of another size than that is refused by QEMU.
+    let page_size = page_size(&file);
+    // A file on hugetlbfs is mapped in whole huge pages.
+    if mapped != backend.size.next_multiple_of(page_size) {
         return Err(RamError::Incomplete { id, size: backend.size, mapped });
     }
-    let page_size = page_size(&file);
     Ok(RamBlock { id, path, file, size: backend.size, mappings, page_size })
 }
 
@@ -194,9 +194,12 @@ fn page_size(file: &File) -> u64 {
     }
 }
 
-/// Whether a directory is on hugetlbfs.
-pub(crate) fn is_hugetlbfs(directory: &Path) -> bool {
-    rustix::fs::statfs(directory).is_ok_and(|system| u64::try_from(system.f_type) == Ok(HUGETLBFS_MAGIC))
+/// The size in bytes of the huge pages that files in a directory have: none where it is not on hugetlbfs.
+#[must_use]
+pub fn huge_page_size(directory: &Path) -> Option<u64> {
+    let system = rustix::fs::statfs(directory).ok()?;
+    let is_huge = u64::try_from(system.f_type) == Ok(HUGETLBFS_MAGIC);
+    u64::try_from(system.f_bsize).ok().filter(|_| is_huge)
 }
 
 impl RamBlock {

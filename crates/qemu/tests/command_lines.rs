@@ -388,13 +388,14 @@ proptest! {
         let _ = (spec.memory(), spec.machine(), spec.cpu(), spec.accelerators(), spec.ram_backends(), spec.disks(), spec.nics());
         let _ = (spec.host_devices(), spec.files(), spec.declared_devices(), spec.qmp_sockets(), spec.vcpus(), spec.name());
         let how = qemu::Mirrorable {
-            name: "vm".to_owned(), ram_dir: "/dev/shm".into(), qmp_socket: "/run/q".into(), pid_file: Some("/run/p".into()),
+            name: "vm".to_owned(), host: "a".to_owned(), ram_dir: "/dev/shm".into(), qmp_socket: "/run/q".into(), pid_file: Some("/run/p".into()),
         };
         if spec.make_mirrorable(&how).is_ok() {
             prop_assert!(spec.ram_backends().iter().all(|ram| ram.kind == RamKind::File && ram.share && ram.mem_path.is_some()));
             prop_assert_eq!(&Spec::parse(&spec.to_argv()).unwrap(), &spec);
             let there = qemu::Destination {
-                name: "vm".to_owned(), binary: "/q".into(), machine: "pc-q35-7.2".to_owned(), ram_dir: "/mnt".into(),
+                name: "vm".to_owned(), binary: "/q".into(), machine: "pc-q35-7.2".to_owned(), host: "b".to_owned(),
+                ram_dir: "/mnt".into(), huge_dirs: Vec::new(),
                 qmp_socket: "/run/d".into(), pid_file: None, taps: Vec::new(),
             };
             let moved = spec.for_destination(&there).unwrap();

@@ -45,6 +45,7 @@ async fn launcher_that_is_killed() {
     let mut spec = Place::spec(&["-M", "q35", "-m", "64", "-S"]);
     let how = qemu::Mirrorable {
         name: "orphan".to_owned(),
+        host: "host".to_owned(),
         ram_dir: directory.clone(),
         qmp_socket: directory.join("qmp"),
         pid_file: None,

@@ -255,7 +255,7 @@ pub(super) fn reserve_request(
         qemu_version: machine.qemu_version.clone(),
         cpuid: machine.cpuid.iter().map(wire_word).collect(),
         cpu_features: machine.cpu_features.clone(),
-        ram: machine.ram.iter().map(|b| wire::RamBlock { id: b.id.clone(), size: b.size }).collect(),
+        ram: machine.ram.iter().map(wire_ram).collect(),
         disks: machine.wire_disks(),
         taps: machine.taps.clone(),
         streams: u32::from(streams),
@@ -263,4 +263,10 @@ pub(super) fn reserve_request(
         rehearsal,
         post_copy: options.on_diverge == OnDiverge::PostCopy,
     }
+}
+
+fn wire_ram(block: &qemu::RamBlock) -> wire::RamBlock {
+    let is_huge = block.page_size > mirror::layout::PAGE_SIZE as u64;
+    let huge_page = if is_huge { block.page_size } else { 0 };
+    wire::RamBlock { id: block.id.clone(), size: block.size, huge_page }
 }

@@ -90,16 +90,11 @@ impl MemoryDestination {
     /// # Errors
     /// [`RamError`] when the files cannot be cleared, or no thread can be started.
     pub fn start(
-        ram: Ram,
+        mut ram: Ram,
         secret: Secret,
         events: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<MemoryDestination, RamError> {
-        for block in ram.layout().blocks() {
-            let first = PageIndex(block.pages.start);
-            if !ram.is_hole(first, block.pages.end - block.pages.start)? {
-                ram.punch(first, block.pages.end - block.pages.start)?;
-            }
-        }
+        ram.begin_copy()?;
         let ledgers = Arc::new(Ledgers::all_zero(ram.layout(), &secret));
         let subject = Subject { ram: Arc::new(ram), ledgers, secret: Arc::new(secret) };
         let events: Arc<dyn Fn(Event) + Send + Sync> = Arc::new(events);
@@ -245,7 +240,7 @@ impl<R: Read> StreamReceiver<R> {
         for absent in chunks {
             let mut ledger = ledgers.lock(self.stream);
             for run in absent.runs() {
-                ram.punch(PageIndex(run.start), run.end - run.start)?;
+                ram.clear(PageIndex(run.start), run.end - run.start)?;
                 run.clone().for_each(|page| ledger.forget(PageIndex(page)));
                 let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
                 absent.get_or_insert_with(|| PageSet::new(ram.layout().end())).insert(run);
@@ -340,7 +335,7 @@ impl<R: Read> StreamReceiver<R> {
     }
 }
 
-/// Makes pages zero where they are not, a hole for each run of them.
+/// Makes pages zero where they are not, each run of them at once.
 fn clear(ram: &Ram, ledger: &mut Ledger, secret: &Secret, pages: Range<u64>) -> Result<(), RamError> {
     let zero = secret.zero_page();
     let mut at = pages.start;
@@ -351,7 +346,7 @@ fn clear(ram: &Ram, ledger: &mut Ledger, secret: &Secret, pages: Range<u64>) -> 
             at += 1;
             continue;
         }
-        ram.punch(PageIndex(at), count)?;
+        ram.clear(PageIndex(at), count)?;
         for page in at..at + count {
             ledger.record(PageIndex(page), zero);
         }

@@ -4,13 +4,14 @@
 //! reads them into a buffer of its own (so hash and copy see the same bytes, whatever the guest does meanwhile),
 //! classifies each page against the ledger and what was last sent of it ([`delta`]), and writes a batch, compressed
 //! where that is worth it ([`compress`]). On the destination a worker checks each page's hash,
-//! writes it with `pwrite` and records it. The formats in between are in [`codec`].
+//! writes it (with `pwrite`, or into huge pages) and records it. The formats in between are in [`codec`].
 
 pub mod codec;
 pub mod compress;
 pub mod delta;
 pub mod destination;
 mod heat;
+mod huge;
 pub mod pages;
 pub mod post_copy;
 mod ram;

@@ -9,14 +9,33 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
-use crate::layout::{Layout, PAGE_SIZE, PageIndex};
+use super::huge::{self, HugeMapping};
+use crate::hash::is_zero;
+use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
 
-/// The RAM files of one machine, in the order of the layout's blocks. All access is by `pread` and `pwrite`: a page
-/// of a hole that is only read stays a hole, and a full tmpfs is an error instead of a signal.
+/// The RAM files of one machine, in the order of the layout's blocks. They are read by `pread`, and written by `pwrite` or,
+/// on hugetlbfs, once they are allocated: a page of a hole that is only read stays a hole, and a full file system is an
+/// error instead of a signal.
 #[derive(Debug)]
 pub struct Ram {
     layout: Layout,
-    files: Vec<RamFile>,
+    files: Vec<Backing>,
+}
+
+/// A RAM file, and what its file system can do.
+#[derive(Debug)]
+struct Backing {
+    file: File,
+    offset: u64,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// tmpfs, or a file system on a disk.
+    Pages,
+    /// hugetlbfs, with pages of so many bytes; mapped where a copy is written.
+    Huge { page_size: u64, mapping: Option<HugeMapping> },
 }
 
 /// The file of one RAM block.
@@ -72,6 +91,18 @@ impl Ram {
         if files.len() != layout.blocks().len() {
             return Err(RamError::Count { files: files.len(), blocks: layout.blocks().len() });
         }
+        let backing = |(number, RamFile { file, offset }): (usize, RamFile)| {
+            let kind = match huge::page_size(&file) {
+                Ok(Some(page_size)) => Kind::Huge { page_size, mapping: None },
+                Ok(None) => Kind::Pages,
+                Err(source) => {
+                    let block = layout.blocks()[number].id.clone();
+                    return Err(RamError::Io { action: "examine", block, source });
+                }
+            };
+            Ok(Backing { file, offset, kind })
+        };
+        let files = files.into_iter().enumerate().map(backing).collect::<Result<_, _>>()?;
         let ram = Ram { layout, files };
         for (number, block) in ram.layout.blocks().iter().enumerate() {
             let size = ram.files[number].file.metadata().map_err(|e| ram.error("examine", number, e))?.len();
@@ -109,34 +140,89 @@ impl Ram {
         self.files[block].file.read_exact_at(buffer, offset).map_err(|e| self.error("read", block, e))
     }
 
-    /// Writes pages that begin at `page`; all of one block.
-    ///
-    /// # Errors
-    /// [`RamError::Io`]; a full tmpfs among others.
-    pub fn write(&self, page: PageIndex, bytes: &[u8]) -> Result<(), RamError> {
-        let (block, offset) = self.place(page);
-        self.files[block].file.write_all_at(bytes, offset).map_err(|e| self.error("write", block, e))
-    }
-
-    /// Makes pages zero and gives their memory back; all of one block.
+    /// Makes the files ready to take a copy: writable, and all zero.
     ///
     /// # Errors
     /// [`RamError::Io`].
-    pub fn punch(&self, page: PageIndex, count: u64) -> Result<(), RamError> {
-        let (block, offset) = self.place(page);
-        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fallocate(&self.files[block].file, flags, offset, count * PAGE_SIZE as u64)
-            .map_err(|e| self.error("punch a hole in", block, e.into()))
+    pub fn begin_copy(&mut self) -> Result<(), RamError> {
+        for number in 0..self.files.len() {
+            if let Kind::Huge { page_size, .. } = self.files[number].kind {
+                let mapping = HugeMapping::new(&self.files[number].file, page_size)
+                    .map_err(|e| self.error("map", number, e))?;
+                self.files[number].kind = Kind::Huge { page_size, mapping: Some(mapping) };
+            }
+            let pages = self.layout.blocks()[number].pages.clone();
+            if self.is_hole(PageIndex(pages.start), pages.end - pages.start)? {
+                continue;
+            }
+            match &self.files[number].kind {
+                Kind::Pages => self.clear(PageIndex(pages.start), pages.end - pages.start)?,
+                Kind::Huge { .. } => self.clear_what_is_not(pages)?,
+            }
+        }
+        Ok(())
     }
 
-    /// Whether all of a run of pages of one block was never written: a hole, which reads as zeros.
+    /// Makes pages zero that are not, and leaves the others as they are.
+    fn clear_what_is_not(&self, pages: std::ops::Range<u64>) -> Result<(), RamError> {
+        let mut buffer = vec![0; CHUNK_PAGES as usize * PAGE_SIZE];
+        for first in pages.clone().step_by(CHUNK_PAGES as usize) {
+            let count = CHUNK_PAGES.min(pages.end - first);
+            let content = &mut buffer[..count as usize * PAGE_SIZE];
+            self.read(PageIndex(first), content)?;
+            if !content.chunks_exact(PAGE_SIZE).all(is_zero) {
+                self.clear(PageIndex(first), count)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes pages that begin at `page`; all of one block.
+    ///
+    /// # Errors
+    /// [`RamError::Io`]; a full tmpfs among others, or a host without a huge page left.
+    pub fn write(&self, page: PageIndex, bytes: &[u8]) -> Result<(), RamError> {
+        let (block, offset) = self.place(page);
+        let Backing { file, kind, .. } = &self.files[block];
+        match kind {
+            Kind::Huge { mapping: Some(mapping), .. } => mapping.write(file, bytes, offset),
+            // Of a file on hugetlbfs that no copy was begun in, the system says that it cannot be written.
+            Kind::Pages | Kind::Huge { mapping: None, .. } => file.write_all_at(bytes, offset),
+        }
+        .map_err(|e| self.error("write", block, e))
+    }
+
+    /// Makes pages zero, all of one block, and gives their memory back where that takes nothing from the guest: the
+    /// pages of hugetlbfs stay, for they were set aside for it.
+    ///
+    /// # Errors
+    /// [`RamError::Io`].
+    pub fn clear(&self, page: PageIndex, count: u64) -> Result<(), RamError> {
+        let (block, offset) = self.place(page);
+        let Backing { file, kind, .. } = &self.files[block];
+        let len = count * PAGE_SIZE as u64;
+        if let Kind::Huge { mapping: Some(mapping), .. } = kind {
+            let len = usize::try_from(len).unwrap_or(usize::MAX);
+            return mapping.clear(file, offset, len).map_err(|e| self.error("clear", block, e));
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(file, flags, offset, len).map_err(|e| self.error("punch a hole in", block, e.into()))
+    }
+
+    /// Whether all of a run of pages of one block was never written: a hole, which reads as zeros. Where the file system
+    /// cannot tell, the answer is no.
     ///
     /// # Errors
     /// [`RamError::Io`].
     pub fn is_hole(&self, page: PageIndex, count: u64) -> Result<bool, RamError> {
         let (block, offset) = self.place(page);
+        let Backing { file, kind, .. } = &self.files[block];
+        if matches!(kind, Kind::Huge { .. }) {
+            // All of it is data to SEEK_DATA there, holes or not.
+            return huge::is_empty(file).map_err(|e| self.error("find holes in", block, e));
+        }
         // Threads share the file's position, but the answer is the call's result; the position is never used.
-        match seek(self.files[block].file.as_fd(), SeekFrom::Data(offset)) {
+        match seek(file.as_fd(), SeekFrom::Data(offset)) {
             Ok(data) => Ok(data >= offset + count * PAGE_SIZE as u64),
             Err(Errno::NXIO) => Ok(true),
             Err(e) => Err(self.error("find holes in", block, e.into())),

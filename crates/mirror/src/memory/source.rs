@@ -378,8 +378,9 @@ impl MemorySource {
     /// The pages of a region that was found written.
     fn pages_of(&self, region: &Region) -> Range<u64> {
         let TrackedRange { block, offset } = &self.ranges[region.range];
-        let first = self.subject.ram.layout().blocks()[*block].pages.start;
-        let page = |at: u64| first + (offset + at) / PAGE_SIZE as u64;
+        let block = &self.subject.ram.layout().blocks()[*block].pages;
+        // The mapping of a block on hugetlbfs may go on beyond it, up to the end of a huge page.
+        let page = |at: u64| (block.start + (offset + at) / PAGE_SIZE as u64).min(block.end);
         page(region.start)..page(region.end)
     }
 

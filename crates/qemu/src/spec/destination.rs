@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{
     Argument, NicKind, NotMirrorable, Properties, RamKind, Spec, escape,
-    mirrorable::{check_name, ram_file},
+    mirrorable::{check_name, check_ram_ids, ram_file, ram_file_elsewhere},
 };
 
 /// What differs at the host that a VM moves to.
@@ -17,8 +17,12 @@ pub struct Destination {
     /// The versioned machine type that the source's QEMU runs, such as `pc-q35-7.2`: an alias like `q35` means another
     /// machine in another version of QEMU.
     pub machine: String,
+    /// That host's name, part of the names of RAM files that are not in `ram_dir`.
+    pub host: String,
     /// Directory for RAM files there.
     pub ram_dir: PathBuf,
+    /// Directories on hugetlbfs for RAM that must have huge pages, by the id of its backend, where that is not `ram_dir`.
+    pub huge_dirs: Vec<(String, PathBuf)>,
     /// Where QEMU shall listen for us there.
     pub qmp_socket: PathBuf,
     /// Where QEMU shall write its process id; None leaves the user's `-pidfile`, if any.
@@ -36,6 +40,7 @@ impl Spec {
     /// Names what cannot be carried over.
     pub fn for_destination(&self, how: &Destination) -> Result<Spec, NotMirrorable> {
         check_name(&how.name)?;
+        check_ram_ids(self)?;
         self.check_portable()?;
         let mut spec = self.without_incoming();
         for option in ["loadvm", "daemonize"] {
@@ -80,7 +85,12 @@ impl Spec {
         for (at, mut object) in objects {
             if object.get("qom-type").as_deref() == Some("memory-backend-file") {
                 let id = object.get("id").unwrap_or_default();
-                object.set("mem-path", &ram_file(&how.ram_dir, &how.name, &id).to_string_lossy());
+                let huge = how.huge_dirs.iter().find(|(of, directory)| *of == id && *directory != how.ram_dir);
+                let path = match huge {
+                    Some((_, directory)) => ram_file_elsewhere(directory, &how.name, &id, &how.host),
+                    None => ram_file(&how.ram_dir, &how.name, &id),
+                };
+                object.set("mem-path", &path.to_string_lossy());
                 // The file there is ours alone, so the RAM begins at its beginning.
                 object.remove("offset");
                 self.store(at, &object);
@@ -199,7 +209,9 @@ mod tests {
             name: "web1".to_owned(),
             binary: "/opt/qemu".into(),
             machine: "pc-q35-7.2".to_owned(),
+            host: "host b".to_owned(),
             ram_dir: "/mnt/ram".into(),
+            huge_dirs: Vec::new(),
             qmp_socket: "/run/d/web1.qmp".into(),
             pid_file: None,
             taps: taps.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
@@ -244,6 +256,18 @@ mod tests {
             "-S",
         ];
         assert_eq!(argv, expected);
+    }
+
+    #[test]
+    fn huge_pages_go_where_the_destination_has_them() {
+        let huge_dirs = vec![("pc.ram".to_owned(), "/mnt/huge".into())];
+        let spec = Spec::parse(&RAM).unwrap();
+        let moved = spec.for_destination(&Destination { huge_dirs, ..how(&[]) }).unwrap();
+        let path = moved.ram_backends()[0].mem_path.clone();
+        assert_eq!(path, Some("/mnt/huge/vmirror-web1@pc.ram@host_b".into()));
+        let odd = RAM.map(|word| word.replace("pc.ram", "../ram"));
+        let refused = Spec::parse(&odd).unwrap().for_destination(&how(&[]));
+        assert_eq!(refused, Err(NotMirrorable::Name { name: "../ram".to_owned() }));
     }
 
     #[test]

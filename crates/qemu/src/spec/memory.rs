@@ -7,6 +7,10 @@ use super::{ParseError, Spec};
 /// QEMU's default memory size where `-m` is missing (`default_ram_size` of the PC machines).
 const DEFAULT_RAM: u64 = 128 << 20;
 
+/// The largest size that is taken for one, 4 PiB: no processor addresses more (52 bits on x86-64 and on Arm). What is
+/// made of such sizes, sums among them, stays far from any overflow.
+const LARGEST: u64 = 1 << 52;
+
 /// A text that is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a size such as 512M or 4G")]
@@ -190,7 +194,7 @@ pub(crate) fn size(text: &str) -> Result<u64, SizeError> {
     if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X"))
         && let Ok(value) = u64::from_str_radix(digits, 16)
     {
-        return Ok(value);
+        return if value <= LARGEST { Ok(value) } else { Err(wrong()) };
     }
     let (number, shift) = match text.char_indices().next_back() {
         Some((at, last)) if !last.is_ascii_digit() => {
@@ -207,6 +211,9 @@ pub(crate) fn size(text: &str) -> Result<u64, SizeError> {
     }
     let unit = 1u64 << shift;
     let value = whole.parse::<u64>().ok().and_then(|value| value.checked_mul(unit)).ok_or_else(wrong)?;
+    if value > LARGEST {
+        return Err(wrong());
+    }
     if fraction.is_empty() {
         return Ok(value);
     }
@@ -248,7 +255,10 @@ mod tests {
 
     #[test]
     fn sizes_that_are_none_are_refused_with_their_text() {
-        for text in ["", "G", "1X", "-1", "1..5G", "16777216T", "99999999999999999999", "1.G", ".5G"] {
+        for text in [
+            "", "G", "1X", "-1", "1..5G", "16777216T", "99999999999999999999", "1.G", ".5G", "18446744073709551615",
+            "0xfffffffffffffff", "4097T", "15E",
+        ] {
             assert_eq!(size(text), Err(SizeError { text: text.to_owned() }));
         }
         let error = Spec::parse(&["q", "-m", "lots"]).unwrap_err();

@@ -17,7 +17,9 @@ pub(super) const OWN_QMP: &str = "vmirror-qmp";
 pub struct Mirrorable {
     /// The VM's name: letters, digits, `.`, `_`, `-`. Part of the RAM files' names.
     pub name: String,
-    /// Directory for RAM files, on tmpfs or hugetlbfs.
+    /// The host's name, part of the names of RAM files that are not in `ram_dir`: who else uses the directory, nobody knows.
+    pub host: String,
+    /// Directory for RAM files, on tmpfs or hugetlbfs. RAM that the user has put on a hugetlbfs gets its file there.
     pub ram_dir: PathBuf,
     /// Where QEMU shall listen for us.
     pub qmp_socket: PathBuf,
@@ -116,14 +118,40 @@ pub(super) fn ram_file(ram_dir: &Path, vm: &str, backend: &str) -> PathBuf {
     ram_dir.join(format!("vmirror-{vm}@{backend}"))
 }
 
+/// The same in a directory that is not the host's alone.
+#[must_use]
+pub(super) fn ram_file_elsewhere(directory: &Path, vm: &str, backend: &str, host: &str) -> PathBuf {
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let host: String = host.chars().map(plain).collect();
+    directory.join(format!("vmirror-{vm}@{backend}@{host}"))
+}
+
+/// The directory on hugetlbfs that a `mem-path` asks for: itself, or the one that its file is or shall be in.
+#[must_use]
+pub(super) fn huge_directory(mem_path: &Path) -> Option<PathBuf> {
+    let directory = if mem_path.is_dir() { mem_path } else { mem_path.parent()? };
+    crate::ram::huge_page_size(directory).map(|_| directory.to_owned())
+}
+
+impl Mirrorable {
+    /// The file for a piece of RAM: in `ram_dir`, unless the user has asked for huge pages at another place.
+    fn ram_file(&self, backend: &str, mem_path: Option<&Path>) -> PathBuf {
+        match mem_path.and_then(huge_directory).filter(|directory| *directory != self.ram_dir) {
+            Some(directory) => ram_file_elsewhere(&directory, &self.name, backend, &self.host),
+            None => ram_file(&self.ram_dir, &self.name, backend),
+        }
+    }
+}
+
 impl Spec {
-    /// Makes the machine mirrorable: all RAM in shared, named files under `ram_dir`; our own QMP socket beside the
+    /// Makes the machine mirrorable: all RAM in shared, named files; our own QMP socket beside the
     /// user's; not daemonized (the launcher detaches it). The guest sees the same machine as before.
     ///
     /// # Errors
     /// Names the first option that stands in the way. Nothing is changed then.
     pub fn make_mirrorable(&mut self, how: &Mirrorable) -> Result<(), NotMirrorable> {
         check_name(&how.name)?;
+        check_ram_ids(self)?;
         self.refuse(REFUSED_AT_START)?;
         self.check_portable()?;
         if let Some(option) = self.uses_of_descriptors(true).into_iter().next() {
@@ -180,7 +208,8 @@ impl Spec {
 
     fn share_ram(&mut self, how: &Mirrorable) -> Result<(), NotMirrorable> {
         for backend in self.ram_backends() {
-            if let Some(path) = backend.mem_path.as_ref().filter(|path| path.is_dir()) {
+            let on_disk = |path: &&PathBuf| path.is_dir() && huge_directory(path).is_none();
+            if let Some(path) = backend.mem_path.as_ref().filter(on_disk) {
                 return Err(NotMirrorable::UnnamedRam { id: backend.id, path: path.clone() });
             }
             if matches!(&backend.kind, RamKind::Other(_)) {
@@ -208,7 +237,7 @@ impl Spec {
         let id = self.default_ram_id();
         let ram = self.ram_backends().into_iter().find(|backend| backend.kind == RamKind::Implicit);
         let Some(ram) = ram else { return };
-        let path = ram_file(&how.ram_dir, &how.name, id);
+        let path = how.ram_file(id, ram.mem_path.as_deref());
         self.arguments.push(Argument::with_value(
             "-object",
             format!(
@@ -217,7 +246,7 @@ impl Spec {
                 escape(&path.to_string_lossy())
             ),
         ));
-        // -mem-path and a backend exclude each other; a directory was refused before.
+        // -mem-path and a backend exclude each other; a directory on a disk was refused before.
         self.remove_all("mem-path");
         match self.all("machine").last() {
             Some((at, mut machine)) => {
@@ -284,6 +313,15 @@ impl Spec {
     }
 }
 
+/// Whether every piece of RAM has an id that QEMU would take: it becomes part of a file's name.
+pub(super) fn check_ram_ids(spec: &Spec) -> Result<(), NotMirrorable> {
+    let odd = |id: &str| !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+    match spec.ram_backends().into_iter().find(|backend| odd(&backend.id)) {
+        Some(backend) => Err(NotMirrorable::Name { name: backend.id }),
+        None => Ok(()),
+    }
+}
+
 pub(super) fn check_name(name: &str) -> Result<(), NotMirrorable> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     if name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric()) && name.bytes().all(allowed) {
@@ -299,17 +337,18 @@ fn share_backend(
     id: &str,
     how: &Mirrorable,
 ) -> Result<(), NotMirrorable> {
+    let path = object.get("mem-path").map(PathBuf::from);
     if kind == "memory-backend-file" {
-        if object.is_on("share") {
+        let path = path.clone().unwrap_or_default();
+        if object.is_on("share") && !path.is_dir() {
             return Ok(());
         }
-        let path = PathBuf::from(object.get("mem-path").unwrap_or_default());
-        if path.metadata().is_ok_and(|file| file.len() > 0) {
+        if path.metadata().is_ok_and(|file| file.is_file() && file.len() > 0) {
             return Err(NotMirrorable::PrivateFile { id: id.to_owned(), path });
         }
         object.set_bool("share", true);
     } else {
-        if object.is_on("hugetlb") && !crate::ram::is_hugetlbfs(&how.ram_dir) {
+        if object.is_on("hugetlb") && crate::ram::huge_page_size(&how.ram_dir).is_none() {
             return Err(NotMirrorable::HugePages { id: id.to_owned(), ram_dir: how.ram_dir.clone() });
         }
         // Properties that only memory-backend-memfd has.
@@ -319,7 +358,7 @@ fn share_backend(
         object.set("qom-type", "memory-backend-file");
         object.set_bool("share", true);
     }
-    object.set("mem-path", &ram_file(&how.ram_dir, &how.name, id).to_string_lossy());
+    object.set("mem-path", &how.ram_file(id, path.as_deref()).to_string_lossy());
     Ok(())
 }
 
@@ -338,6 +377,7 @@ mod tests {
     fn how() -> Mirrorable {
         Mirrorable {
             name: "web1".to_owned(),
+            host: "host-a".to_owned(),
             ram_dir: PathBuf::from("/dev/shm"),
             qmp_socket: PathBuf::from("/run/v/web1,a.qmp"),
             pid_file: None,

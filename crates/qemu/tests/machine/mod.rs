@@ -47,6 +47,7 @@ impl Place {
     pub(crate) fn mirrorable(&self, name: &str) -> Mirrorable {
         Mirrorable {
             name: name.to_owned(),
+            host: "host".to_owned(),
             ram_dir: self.ram.path().to_owned(),
             qmp_socket: self.path(&format!("{name}.qmp")),
             pid_file: None,
