@@ -38,7 +38,8 @@ impl HugePages {
         fs::write(&file, (before + pages).to_string()).map_err(TestbedError::file(&file))?;
         let there = number("nr_hugepages")?;
         if there < before + pages {
-            let what = format!("of {pages} huge pages the kernel could make {}", there.saturating_sub(before));
+            let what =
+                format!("of {pages} huge pages the kernel could make {}", there.saturating_sub(before));
             return Err(TestbedError::file(&file)(std::io::Error::other(what)));
         }
         Ok(pool)
@@ -72,7 +73,9 @@ impl Drop for HugePages {
     fn drop(&mut self) {
         for directory in &self.directories {
             let unmounted = run("umount", &["--lazy", &directory.to_string_lossy()]);
-            if let Err(error) = unmounted.and_then(|_| fs::remove_dir(directory).map_err(TestbedError::file(directory))) {
+            if let Err(error) =
+                unmounted.and_then(|_| fs::remove_dir(directory).map_err(TestbedError::file(directory)))
+            {
                 eprintln!("testbed: {error}");
             }
         }

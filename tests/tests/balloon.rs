@@ -1,7 +1,5 @@
 //! A balloon takes pages away under the mirror and gives others back; what the guest then has must arrive all the same.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::time::Duration;
 
 use end_to_end::{Guest, Pair, Qmp, accounted, until, vmirror};

@@ -50,9 +50,9 @@ fn there_and_back(pair: &Pair, guest: &Guest, pool: &HugePages) {
         accounted(&report, guest);
         // Dirtied by huge pages, sent by small ones: only what has another content.
         let later = &report.rounds[1..];
-        let (due, plain) = later.iter().fold((0, 0), |(due, plain), round| {
-            (due + round.dirty_pages, plain + round.plain + round.delta)
-        });
+        let (due, plain) = later
+            .iter()
+            .fold((0, 0), |(due, plain), round| (due + round.dirty_pages, plain + round.plain + round.delta));
         assert!(plain < due / 2, "{plain} pages sent of {due}: {later:#?}");
         pair.holds_nothing(from);
         assert!(in_huge_pages(pair, to) > 48 << 20, "{}", in_huge_pages(pair, to));
@@ -96,9 +96,11 @@ fn a_guest_in_huge_pages_is_not_begun_where_there_are_none_or_not_enough() {
     let before = guest.status();
     let address = pair.b().listen().to_string();
     let migrate = ["migrate", "vm", "--to", &address];
-    pair.refused(pair.a(), &migrate).is("no-room", &["130 MiB", "128 MiB", "2048 KiB", "host-b", "nr_hugepages"]);
+    pair.refused(pair.a(), &migrate)
+        .is("no-room", &["130 MiB", "128 MiB", "2048 KiB", "host-b", "nr_hugepages"]);
     // Nor is a second one started that they are not enough for.
-    let run = ["run", "big", "--", "qemu-system-x86_64", "-m", "130", "-mem-path", directory.to_str().unwrap()];
+    let run =
+        ["run", "big", "--", "qemu-system-x86_64", "-m", "130", "-mem-path", directory.to_str().unwrap()];
     pair.refused(pair.a(), &run).is("no-room", &["130 MiB", "128 MiB", "huge pages"]);
 
     pair.b().stop_agent().unwrap();

@@ -5,14 +5,20 @@
 use std::path::Path;
 
 use end_to_end::{Pair, accounted};
-use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::HugePages;
+use testbed::guest_spec::{GuestSpec, Pattern};
 
 /// A guest of two NUMA nodes whose memory is in these two pieces; half of each node is filled.
 fn of_two_nodes(pair: &Pair, backends: [String; 2], memory_mib: u64) -> GuestSpec {
     let [first, second] = backends;
     let words = [
-        "-object", &first, "-object", &second, "-numa", "node,nodeid=0,cpus=0,memdev=m0", "-numa",
+        "-object",
+        &first,
+        "-object",
+        &second,
+        "-numa",
+        "node,nodeid=0,cpus=0,memdev=m0",
+        "-numa",
         "node,nodeid=1,cpus=1,memdev=m1",
     ];
     GuestSpec {
@@ -69,7 +75,8 @@ fn nodes_of_an_old_machine_that_share_its_one_memory_arrive_whole() {
     let nodes = ["-numa", "node,nodeid=0,cpus=0,mem=96M", "-numa", "node,nodeid=1,cpus=1,mem=96M"];
     // Newer machine types take no node that is not a memory device of its own.
     let machine = "pc-q35-5.0".to_owned();
-    let spec = GuestSpec { machine, cpus: 2, extra: nodes.map(str::to_owned).to_vec(), ..pair.spec("vm", 192) };
+    let spec =
+        GuestSpec { machine, cpus: 2, extra: nodes.map(str::to_owned).to_vec(), ..pair.spec("vm", 192) };
     moves_there_and_back(&pair, &spec);
     assert_eq!(files(pair.a().ram_dir()), ["vmirror-vm@pc.ram"]);
 }

@@ -283,7 +283,8 @@ impl Request {
                 format!("raise [allow] max_memory in the configuration of {}", host.name),
             ));
         }
-        let bytes = |pages: &std::ops::Range<u64>| (pages.end - pages.start) * mirror::layout::PAGE_SIZE as u64;
+        let bytes =
+            |pages: &std::ops::Range<u64>| (pages.end - pages.start) * mirror::layout::PAGE_SIZE as u64;
         let demand = |block: &mirror::layout::Block| {
             let directory = self.huge_directory(host, &block.id).unwrap_or_else(|| host.ram_dir.clone());
             (directory, bytes(&block.pages))

@@ -85,7 +85,8 @@ impl Spec {
         for (at, mut object) in objects {
             if object.get("qom-type").as_deref() == Some("memory-backend-file") {
                 let id = object.get("id").unwrap_or_default();
-                let huge = how.huge_dirs.iter().find(|(of, directory)| *of == id && *directory != how.ram_dir);
+                let huge =
+                    how.huge_dirs.iter().find(|(of, directory)| *of == id && *directory != how.ram_dir);
                 let path = match huge {
                     Some((_, directory)) => ram_file_elsewhere(directory, &how.name, &id, &how.host),
                     None => ram_file(&how.ram_dir, &how.name, &id),

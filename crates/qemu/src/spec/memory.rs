@@ -256,8 +256,19 @@ mod tests {
     #[test]
     fn sizes_that_are_none_are_refused_with_their_text() {
         for text in [
-            "", "G", "1X", "-1", "1..5G", "16777216T", "99999999999999999999", "1.G", ".5G", "18446744073709551615",
-            "0xfffffffffffffff", "4097T", "15E",
+            "",
+            "G",
+            "1X",
+            "-1",
+            "1..5G",
+            "16777216T",
+            "99999999999999999999",
+            "1.G",
+            ".5G",
+            "18446744073709551615",
+            "0xfffffffffffffff",
+            "4097T",
+            "15E",
         ] {
             assert_eq!(size(text), Err(SizeError { text: text.to_owned() }));
         }
