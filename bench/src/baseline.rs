@@ -1,26 +1,40 @@
-//! The twin: an equal guest in plain QEMU processes, moved by QEMU's own pre-copy migration.
+//! The twin: an equal guest in plain QEMU processes, moved by QEMU's own migration.
 
 use std::net::{IpAddr, TcpListener};
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use qemu::qmp::MigrationState;
 use qemu::{Event, Qmp};
 use serde_json::{Value, json};
-use testbed::{GuestSpec, Host, RunningGuest, cpu};
+use testbed::{GuestSpec, Host, RunningGuest};
 use tokio::runtime::Handle;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 
 use crate::measure::{ThreadWatch, ms};
-use crate::record::{Method, QemuReport, Sample};
+use crate::record::{Method, Miss, QemuReport, Sample};
 use crate::{BenchError, Interrupt};
 
 /// How long QEMU may take to open its monitor.
 const MONITOR: Duration = Duration::from_secs(30);
-/// How long a migration may take.
+/// How long what follows the end of a migration may take.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// QEMU's default of `max-bandwidth`, in bytes per second.
+const DEFAULT_BANDWIDTH: u64 = 128 << 20;
+/// Connections of multifd: QEMU's default.
+const CHANNELS: u32 = 2;
 /// Bytes per second that are no limit: a tebibyte.
 const UNLIMITED: u64 = 1 << 40;
+
+/// How QEMU is to move it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setting {
+    /// One of QEMU's.
+    pub method: Method,
+    /// Whether encrypted, with both sides' certificates checked.
+    pub tls: bool,
+}
 
 /// The twin, on the host where it runs.
 #[derive(Debug)]
@@ -82,55 +96,58 @@ impl Twin {
         self.host
     }
 
-    /// Moves it to the other host, as QEMU does by default or tuned, and measures what that takes.
+    /// Moves it to the other host as QEMU does, and measures what that takes. Where that fails, or takes longer than
+    /// `patience`, the twin stays where it is.
     ///
     /// # Errors
-    /// [`BenchError::Baseline`] where QEMU does not complete it; whatever else keeps it from being done.
+    /// Whatever keeps it from being tried.
     pub fn migrate(
-        self,
+        &mut self,
         hosts: &[Host; 2],
-        method: Method,
+        setting: Setting,
+        patience: Duration,
         interrupt: &Interrupt,
-    ) -> Result<(Self, Sample), BenchError> {
+    ) -> Result<Result<Sample, Miss>, BenchError> {
         let (from, to) = (&hosts[self.host], &hosts[1 - self.host]);
         let incoming = ["-incoming", "defer"];
         let there = Self::start(hosts, 1 - self.host, &self.spec, &incoming, &self.runtime, interrupt)?;
         let uri = format!("tcp:{}:{}", to.listen().ip(), free_port(to)?);
-        let parameters = match method {
-            Method::QemuTuned => json!({ "max-bandwidth": UNLIMITED }),
-            Method::QemuDefault | Method::Vmirror => json!({}),
-        };
-        // Without this capability QEMU does not tell how its migration goes.
-        self.runtime.block_on(self.qmp.set_capabilities(&[("events", true)]))?;
-        self.runtime.block_on(self.qmp.set_parameters(parameters.clone()))?;
+        let parameters = self.prepare(from, setting, "client", to.name())?;
+        there.prepare(to, setting, "server", "")?;
 
-        let main = there.pid();
-        let loading = move || -> Duration {
-            cpu::thread_times(main)
-                .into_iter()
-                .filter(|thread| thread.thread == main || thread.name.starts_with("mig/dst"))
-                .map(|thread| thread.time)
-                .sum()
-        };
-        let before = loading();
+        let loading = ThreadWatch::start(there.pid(), loads)?;
         self.runtime.block_on(there.qmp.migrate_incoming(&uri))?;
         let mut here_events = Events(self.qmp.events());
         let mut there_events = Events(there.qmp.events());
         let sending = ThreadWatch::start(self.pid(), sends)?;
         let began = SystemTime::now();
         self.runtime.block_on(self.qmp.migrate(&uri))?;
-        let stopped = here_events.ended(&self.qmp, &self.runtime, interrupt)?;
-        let resumed = there_events.first("RESUME", interrupt)?;
+        let post_copy = setting.method == Method::QemuPostCopy;
+        let ended = here_events.ended(&self.qmp, &self.runtime, post_copy, patience, interrupt);
         let cpu_source = sending.stop();
-        let cpu_destination = loading().saturating_sub(before);
+        let stopped = match ended {
+            Ok(stopped) => stopped,
+            Err(BenchError::Timeout { waited, .. }) => {
+                self.runtime.block_on(self.qmp.migrate_cancel())?;
+                self.settle(interrupt)?;
+                return Ok(Err(Miss::NotConverged { after_ms: ms(waited) }));
+            }
+            Err(BenchError::Baseline { status, message }) => {
+                return Ok(Err(Miss::Failed { message: format!("{status}: {message}") }));
+            }
+            Err(error) => return Err(error),
+        };
+        let resumed = there_events.first("RESUME", interrupt)?;
+        let cpu_destination = loading.stop();
 
         let state = self.runtime.block_on(self.qmp.query_migrate())?;
         let since = |from: SystemTime, to: SystemTime| ms(to.duration_since(from).unwrap_or_default());
         let sample = Sample {
-            method,
+            method: setting.method,
             round: 0,
             from: from.name().to_owned(),
             to: to.name().to_owned(),
+            began_unix_ms: since(SystemTime::UNIX_EPOCH, began),
             total_ms: state.total_ms.unwrap_or_default() as f64,
             until_running_ms: since(began, resumed),
             downtime_ms: since(stopped, resumed),
@@ -141,8 +158,73 @@ impl Twin {
             report: None,
             qemu: Some(report(&state, parameters)),
         };
-        Ok((there, sample))
+        *self = there;
+        Ok(Ok(sample))
     }
+
+    /// Sets what this side of a migration needs, all of it: something else may be left from an attempt before. Returns the
+    /// parameters.
+    fn prepare(
+        &self,
+        host: &Host,
+        setting: Setting,
+        endpoint: &str,
+        peer: &str,
+    ) -> Result<Value, BenchError> {
+        let multifd = setting.method == Method::QemuMultifd;
+        let post_copy = setting.method == Method::QemuPostCopy;
+        // Without `events` QEMU does not tell how its migration goes.
+        let capabilities = [("events", true), ("multifd", multifd), ("postcopy-ram", post_copy)];
+        self.runtime.block_on(self.qmp.set_capabilities(&capabilities))?;
+        let bandwidth = if setting.method == Method::QemuDefault { DEFAULT_BANDWIDTH } else { UNLIMITED };
+        let mut parameters = json!({ "max-bandwidth": bandwidth, "tls-creds": "", "tls-hostname": "" });
+        if multifd {
+            parameters["multifd-channels"] = json!(CHANNELS);
+            parameters["multifd-compression"] = json!("zstd");
+        }
+        if setting.tls {
+            let id = format!("tls-{endpoint}");
+            let directory = credentials(host)?;
+            let object = json!({ "qom-type": "tls-creds-x509", "id": id, "endpoint": endpoint, "verify-peer": true,
+                                 "dir": directory.to_string_lossy() });
+            self.runtime.block_on(async {
+                // It is there from an attempt that failed, or it is not.
+                let _ = self.qmp.execute_raw("object-del", json!({ "id": id })).await;
+                self.qmp.execute_raw("object-add", object).await
+            })?;
+            parameters["tls-creds"] = json!(id);
+            parameters["tls-hostname"] = json!(peer);
+        }
+        self.runtime.block_on(self.qmp.set_parameters(parameters.clone()))?;
+        Ok(parameters)
+    }
+
+    /// Waits until a migration that was cancelled has ended.
+    fn settle(&self, interrupt: &Interrupt) -> Result<(), BenchError> {
+        interrupt.wait("QEMU's migration to be cancelled", MONITOR, || {
+            let state = self.runtime.block_on(self.qmp.query_migrate())?;
+            Ok((state.status.as_deref() == Some("cancelled")).then_some(()))
+        })
+    }
+}
+
+/// Puts a host's certificate where QEMU looks for it, under the names that QEMU knows.
+fn credentials(host: &Host) -> Result<PathBuf, BenchError> {
+    let issued = host.directory().with_file_name("certificates");
+    let directory = host.directory().join("qemu-tls");
+    std::fs::create_dir_all(&directory).map_err(BenchError::file(&directory))?;
+    let own = |part: &str| format!("{}{part}.pem", host.name());
+    for (name, file) in [
+        ("ca-cert.pem", "ca.pem".to_owned()),
+        ("server-cert.pem", own("")),
+        ("server-key.pem", own("-key")),
+        ("client-cert.pem", own("")),
+        ("client-key.pem", own("-key")),
+    ] {
+        let to = directory.join(name);
+        std::fs::copy(issued.join(file), &to).map_err(BenchError::file(&to))?;
+    }
+    Ok(directory)
 }
 
 fn report(state: &MigrationState, settings: Value) -> QemuReport {
@@ -155,9 +237,16 @@ fn report(state: &MigrationState, settings: Value) -> QemuReport {
     }
 }
 
-/// Whether a thread of QEMU sends a migration: `live_migration` up to QEMU 8.2, `mig/src/…` later.
+/// Whether a thread of QEMU sends a migration: `live_migration` and `multifdsend_…` up to QEMU 8.2, `mig/src/…` later.
 fn sends(name: &str) -> bool {
-    name == "live_migration" || name.starts_with("mig/src")
+    name == "live_migration" || ["multifdsend", "mig/src"].iter().any(|first| name.starts_with(first))
+}
+
+/// Whether a thread of QEMU loads a migration: the main thread, and others whose names depend on the version.
+fn loads(name: &str) -> bool {
+    ["qemu-system", "mig/dst", "multifdrecv", "postcopy", "fault-"]
+        .iter()
+        .any(|first| name.starts_with(first))
 }
 
 /// A port that is free on a host now.
@@ -175,8 +264,23 @@ impl Events {
     /// The next event, waited for in small steps so that an interruption is noticed.
     fn next(&mut self, what: &str, interrupt: &Interrupt, since: Instant) -> Result<Event, BenchError> {
         loop {
+            if let Some(event) = self.poll(what, interrupt, since, PATIENCE)? {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// The next event; none after a short wait without one.
+    fn poll(
+        &mut self,
+        what: &str,
+        interrupt: &Interrupt,
+        since: Instant,
+        patience: Duration,
+    ) -> Result<Option<Event>, BenchError> {
+        loop {
             match self.0.try_recv() {
-                Ok(event) => return Ok(event),
+                Ok(event) => return Ok(Some(event)),
                 Err(TryRecvError::Lagged(_)) => {}
                 Err(TryRecvError::Closed) => {
                     return Err(BenchError::Baseline {
@@ -184,11 +288,14 @@ impl Events {
                         message: "QEMU has ended".into(),
                     });
                 }
-                Err(TryRecvError::Empty) if since.elapsed() > PATIENCE => {
+                Err(TryRecvError::Empty) if since.elapsed() > patience => {
                     return Err(BenchError::Timeout { what: what.to_owned(), waited: since.elapsed() });
                 }
                 // What is measured comes from the events' own time stamps, not from when they are read.
-                Err(TryRecvError::Empty) => interrupt.sleep(Duration::from_millis(5))?,
+                Err(TryRecvError::Empty) => {
+                    interrupt.sleep(Duration::from_millis(5))?;
+                    return Ok(None);
+                }
             }
         }
     }
@@ -204,17 +311,31 @@ impl Events {
         }
     }
 
-    /// Waits for the end of the migration and gives back when the guest was stopped for it.
+    /// Waits for the end of the migration and gives back when the guest was stopped for it. Post-copy is begun when all
+    /// has been sent once.
     fn ended(
         &mut self,
         qmp: &Qmp,
         runtime: &Handle,
+        mut post_copy: bool,
+        patience: Duration,
         interrupt: &Interrupt,
     ) -> Result<SystemTime, BenchError> {
         let since = Instant::now();
         let mut stopped = None;
         loop {
-            let event = self.next("QEMU's own migration", interrupt, since)?;
+            if post_copy {
+                let state = runtime.block_on(qmp.query_migrate())?;
+                // The bitmap is fetched for the second time when the first pass is over.
+                if state.ram["dirty-sync-count"].as_u64() >= Some(2) {
+                    // Refused where it has just ended without.
+                    let _ = runtime.block_on(qmp.execute_raw("migrate-start-postcopy", json!({})));
+                    post_copy = false;
+                }
+            }
+            let Some(event) = self.poll("QEMU's own migration", interrupt, since, patience)? else {
+                continue;
+            };
             match (event.name.as_str(), event.data["status"].as_str()) {
                 ("STOP", _) => stopped = Some(event.timestamp),
                 ("MIGRATION", Some("completed")) => {
@@ -240,11 +361,15 @@ mod tests {
 
     #[test]
     fn the_sending_threads_of_every_version_are_known() {
-        for name in ["live_migration", "mig/src/main", "mig/src/send_0"] {
-            assert!(sends(name), "{name}");
+        for name in ["live_migration", "multifdsend_0", "mig/src/main", "mig/src/send_0"] {
+            assert!(sends(name) && !loads(name), "{name}");
         }
-        for name in ["qemu-system-x86", "CPU 0/TCG", "mig/dst/recv_0", "call_rcu"] {
-            assert!(!sends(name), "{name}");
+        for name in ["qemu-system-x86", "multifdrecv_1", "mig/dst/recv_0", "postcopy/listen", "fault-default"]
+        {
+            assert!(loads(name) && !sends(name), "{name}");
+        }
+        for name in ["CPU 0/TCG", "call_rcu"] {
+            assert!(!sends(name) && !loads(name), "{name}");
         }
     }
 }

@@ -65,7 +65,7 @@ pub struct Figure {
     pub name: String,
     /// What it counts.
     pub unit: Unit,
-    /// By method, in the order of [`Method::ALL`]; none where the method has no such figure.
+    /// By method, in the order of [`Method::DEMO`]; none where the method has no such figure.
     pub by: [Option<Spread>; 3],
     /// The same without any migration.
     pub unmigrated: Option<f64>,
@@ -124,7 +124,7 @@ fn short(unit: Unit, limit: f64) -> String {
 #[must_use]
 pub fn of(record: &Record) -> Vec<Figure> {
     let by = |value: fn(&Sample) -> Option<f64>| {
-        Method::ALL.map(|method| Spread::of(record.by(method).filter_map(value)))
+        Method::DEMO.map(|method| Spread::of(record.by(method).filter_map(value)))
     };
     let downtime = Figure::new("downtime", Unit::Ms, by(|sample| Some(sample.downtime_ms)));
     let of_default = downtime.median(Method::QemuDefault);
@@ -200,6 +200,7 @@ pub(crate) mod tests {
             round: 0,
             from: "host-a".into(),
             to: "host-b".into(),
+            began_unix_ms: 0.0,
             total_ms,
             until_running_ms: total_ms - 100.0,
             downtime_ms,

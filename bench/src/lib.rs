@@ -18,20 +18,26 @@
 //!   of the threads that load at the destination.
 
 pub mod baseline;
+pub mod cell;
 pub mod course;
 mod error;
 pub mod figures;
+pub mod goals;
 pub mod interrupt;
 pub mod measure;
 pub mod mirrored;
 pub mod narrator;
 mod number;
 pub mod page;
+pub mod plot;
 pub mod present;
 pub mod program;
 pub mod record;
+pub mod results;
 pub mod settings;
 pub mod surroundings;
+pub mod throughput;
+pub mod trial;
 
 pub use error::BenchError;
 pub use interrupt::Interrupt;

@@ -17,8 +17,6 @@ use crate::{BenchError, Interrupt};
 
 /// The guest's name.
 pub const NAME: &str = "web1";
-/// How long a command may take besides a migration's own deadline.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Starts the guest under a host's agent.
 ///
@@ -41,7 +39,7 @@ pub fn pid(host: &Host) -> Result<u64, BenchError> {
     Ok(shown["pid"].as_u64().unwrap_or_default())
 }
 
-/// Migrates the guest and measures what that takes. `entered` hears of each phase as it begins.
+/// Migrates the guest, with more options if need be, and measures what that takes. `entered` hears of each phase as it begins.
 ///
 /// A migration that does not complete is no error here: the report says so.
 ///
@@ -50,6 +48,8 @@ pub fn pid(host: &Host) -> Result<u64, BenchError> {
 pub fn migrate(
     from: &Host,
     to: &Host,
+    options: &[&str],
+    patience: Duration,
     interrupt: &Interrupt,
     mut entered: impl FnMut(Phase),
 ) -> Result<Sample, BenchError> {
@@ -57,7 +57,8 @@ pub fn migrate(
     let agents = [from, to].map(Host::agent_pid);
     let cpu = || agents.map(|agent| agent.and_then(cpu::process_time).unwrap_or_default());
     let before = cpu();
-    let report = migrate_and_report(from, to, interrupt, || phases.heard().for_each(&mut entered))?;
+    let report =
+        migrate_and_report(from, to, options, patience, interrupt, || phases.heard().for_each(&mut entered))?;
     let after = cpu();
     phases.heard().for_each(entered);
     let used = [0, 1].map(|side: usize| ms(after[side].saturating_sub(before[side])));
@@ -67,6 +68,7 @@ pub fn migrate(
         round: 0,
         from: from.name().to_owned(),
         to: to.name().to_owned(),
+        began_unix_ms: report.started_unix_ms as f64,
         total_ms: report.total_ms,
         until_running_ms: resumed.map_or(report.total_ms, |phase| phase.start_ms),
         downtime_ms: report.downtime_ms,
@@ -82,13 +84,19 @@ pub fn migrate(
 fn migrate_and_report(
     from: &Host,
     to: &Host,
+    options: &[&str],
+    patience: Duration,
     interrupt: &Interrupt,
     mut meanwhile: impl FnMut(),
 ) -> Result<Report, BenchError> {
     const COMMAND: &str = "vmirror migrate";
     let mut command = vmirror(from);
     let to = to.listen().to_string();
-    command.args(["migrate", NAME, "--to", &to, "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["migrate", NAME, "--to", &to, "--json"])
+        .args(options)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = Ends(command.spawn().map_err(BenchError::file(COMMAND))?);
     // What it prints is one document, which fits no pipe: read while it runs.
     let output = child.0.stdout.take();
@@ -102,7 +110,7 @@ fn migrate_and_report(
     };
     let output = read(output.map(|pipe| Box::new(pipe) as _));
     let complaint = read(complaint.map(|pipe| Box::new(pipe) as _));
-    let status = interrupt.wait(COMMAND, PATIENCE, || {
+    let status = interrupt.wait(COMMAND, patience, || {
         meanwhile();
         child.0.try_wait().map_err(BenchError::file(COMMAND))
     })?;

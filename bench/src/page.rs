@@ -141,7 +141,7 @@ fn drawings(record: &Record, figures: &[Figure]) -> String {
             .iter()
             .find(|figure| figure.name == name)
             .and_then(|figure| figure.goals.iter().filter_map(|goal| goal.limit).min_by(f64::total_cmp));
-        let rows = Method::ALL
+        let rows = Method::DEMO
             .map(|method| (method.name(), record.by(method).filter_map(value).collect::<Vec<f64>>()));
         drawing::dots(name, &rows, limit)
     };
@@ -175,7 +175,7 @@ fn table(figures: &[Figure]) -> String {
             spread(2)
         );
     }
-    let [vmirror, default, tuned] = Method::ALL.map(Method::name);
+    let [vmirror, default, tuned] = Method::DEMO.map(Method::name);
     format!(
         "<div class=\"scroll\"><table class=\"figures\">\n<thead><tr><th class=\"text\">median, least to most<th>{vmirror}<th>{default}\
          <th>{tuned}<th>not moved</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n\

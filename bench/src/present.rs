@@ -3,7 +3,7 @@
 use crate::figures::{Figure, Goal};
 use crate::measure::Spread;
 use crate::number::ms;
-use crate::record::{Method, Record, Sample};
+use crate::record::{Method, Miss, Record, Sample};
 
 /// Paints words, or does not.
 #[derive(Clone, Copy, Debug)]
@@ -115,11 +115,11 @@ pub(crate) fn cells(figure: &Figure) -> [String; 3] {
 }
 
 fn table(record: &Record, figures: &[Figure], paint: Paint) -> String {
-    let runs = Method::ALL.map(|method| record.by(method).count());
+    let runs = Method::DEMO.map(|method| record.by(method).count());
     if runs[0] == 0 {
         return String::new();
     }
-    let [vmirror, default, tuned] = Method::ALL.map(Method::name);
+    let [vmirror, default, tuned] = Method::DEMO.map(Method::name);
     let head = format!("  {:36}{vmirror:>11}{default:>16}{tuned:>14}   {:38}", "medians", "goal of vmirror");
     let mut out = format!("{}\n  {}\n", paint.bold(head.trim_end()), paint.dim(&"─".repeat(124)));
     for figure in figures {
@@ -198,6 +198,15 @@ fn checks(record: &Record, paint: Paint) -> String {
         out += &format!("  {} {failure}\n", paint.verdict(Some(false), "✗"));
     }
     out
+}
+
+/// Why a migration has no figures, in a few words.
+#[must_use]
+pub fn missed(miss: &Miss) -> String {
+    match miss {
+        Miss::NotConverged { after_ms } => format!("not converged in {}", ms(*after_ms)),
+        Miss::Failed { message } => message.clone(),
+    }
 }
 
 #[cfg(test)]

@@ -17,11 +17,15 @@ pub enum Method {
     QemuDefault,
     /// The same without a limit of bandwidth.
     QemuTuned,
+    /// The same, over several connections and compressed with zstd.
+    QemuMultifd,
+    /// QEMU's own post-copy migration, without a limit of bandwidth: begun when all has been sent once.
+    QemuPostCopy,
 }
 
 impl Method {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Vmirror, Self::QemuDefault, Self::QemuTuned];
+    /// Those that the demo compares.
+    pub const DEMO: [Self; 3] = [Self::Vmirror, Self::QemuDefault, Self::QemuTuned];
 
     /// Its name for people.
     #[must_use]
@@ -30,8 +34,26 @@ impl Method {
             Self::Vmirror => "vmirror",
             Self::QemuDefault => "QEMU, defaults",
             Self::QemuTuned => "QEMU, tuned",
+            Self::QemuMultifd => "QEMU, multifd zstd",
+            Self::QemuPostCopy => "QEMU, post-copy",
         }
     }
+}
+
+/// Why a migration has no figures.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "why")]
+pub enum Miss {
+    /// It went on and on, and was given up.
+    NotConverged {
+        /// After so long, in milliseconds.
+        after_ms: f64,
+    },
+    /// It ended with an error.
+    Failed {
+        /// Which.
+        message: String,
+    },
 }
 
 /// What QEMU itself says about a migration of its own.
@@ -60,6 +82,8 @@ pub struct Sample {
     pub from: String,
     /// Name of the destination.
     pub to: String,
+    /// When it began, in milliseconds since 1970.
+    pub began_unix_ms: f64,
     /// In milliseconds; see the [crate].
     pub total_ms: f64,
     /// From the command until the guest ran at the destination, in milliseconds.

@@ -39,15 +39,22 @@ pub enum Content {
 }
 
 impl Content {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Still, Self::Text, Self::Noise, Self::Zero];
+
     /// The content of that name, as on the kernel command line.
     pub fn named(name: &str) -> Option<Self> {
-        Some(match name {
-            "still" => Self::Still,
-            "text" => Self::Text,
-            "noise" => Self::Noise,
-            "zero" => Self::Zero,
-            _ => return None,
-        })
+        Self::ALL.into_iter().find(|content| content.name() == name)
+    }
+
+    /// The content's name on the kernel command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Still => "still",
+            Self::Text => "text",
+            Self::Noise => "noise",
+            Self::Zero => "zero",
+        }
     }
 }
 

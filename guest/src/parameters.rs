@@ -150,7 +150,8 @@ mod tests {
     #[test]
     fn every_parameter_is_read_and_those_of_others_are_not() {
         let line = "console=ttyS0 quiet vmirror.ip=10.88.0.10/24 vmirror.gw=10.88.0.1 vmirror.fill=200 vmirror.workset=20 \
-                    vmirror.rate=4MiB vmirror.pattern=counter vmirror.check=off vmirror.content=noise vmirror.check_rate=0\n";
+                    vmirror.rate=4MiB vmirror.pattern=counter vmirror.check=off vmirror.content=noise vmirror.check_rate=0 \
+                    vmirror.read=on\n";
         let expected = Parameters {
             address: Some((Ipv4Addr::new(10, 88, 0, 10), 24)),
             gateway: Some(Ipv4Addr::new(10, 88, 0, 1)),

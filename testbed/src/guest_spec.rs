@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+pub use guest::page::Content;
 pub use guest::workload::Pattern;
 
 use crate::accelerator::Accelerator;
@@ -34,6 +35,8 @@ pub struct GuestSpec {
     pub rate: u64,
     /// How it is dirtied.
     pub pattern: Pattern,
+    /// What its pages hold, where not what goes with the pattern.
+    pub content: Option<Content>,
     /// Whether it checks itself.
     pub check: bool,
     /// How much it checks per second at most, in pages; what the guest thinks right where not given.
@@ -120,6 +123,7 @@ impl GuestSpec {
             working_set_mib: None,
             rate: 0,
             pattern: Pattern::Random,
+            content: None,
             check: true,
             check_rate: None,
             direct_disk: None,
@@ -191,6 +195,9 @@ impl GuestSpec {
         if let Some(mib) = self.working_set_mib {
             add("workset", mib.to_string());
         }
+        if let Some(content) = self.content {
+            add("content", content.name().to_owned());
+        }
         if !self.check {
             add("check", "off".into());
         }
@@ -230,6 +237,7 @@ mod tests {
             working_set_mib: Some(20),
             rate: 300,
             pattern: Pattern::Counter,
+            content: Some(Content::Text),
             check: true,
             check_rate: Some(1000),
             direct_disk: Some("/d".into()),
@@ -251,6 +259,7 @@ mod tests {
         assert_eq!(parameters.address, Some((Ipv4Addr::new(10, 88, 0, 10), 24)));
         assert_eq!((parameters.fill_mib, parameters.working_set_mib), (200, Some(20)));
         assert_eq!((parameters.rate, parameters.pattern), (300, Pattern::Counter));
+        assert_eq!(parameters.content, Some(Content::Text));
         assert_eq!((parameters.check, parameters.check_rate), (true, 1000));
         assert!(parameters.read);
     }

@@ -1,0 +1,293 @@
+//! What is compared: each cell is one guest, doing one thing, moved over one link by several contenders.
+//!
+//! The cells are chosen from the product of sizes, contents, dirtying and links so that each of these varies while the
+//! others stay, and so that every goal has its cell. All of the product, five times, would take weeks.
+
+use serde::Serialize;
+use testbed::guest_spec::{Content, Pattern};
+
+use crate::record::Method;
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+/// What the guest's own system needs beside what it fills, in MiB.
+const SYSTEM_MIB: u64 = 192;
+/// How much of a guest is dirtied where it is dirtied at random, in MiB.
+const WORKING_SET_MIB: u64 = 256;
+
+/// One cell.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cell {
+    /// Its name, to choose it by.
+    pub name: &'static str,
+    /// Memory of the guest, in MiB.
+    pub memory_mib: u64,
+    /// What is in it.
+    pub content: Filling,
+    /// What the guest does meanwhile.
+    pub dirtying: Dirtying,
+    /// How.
+    pub order: Order,
+    /// What lies between the hosts.
+    pub link: Link,
+    /// `--on-diverge` of vmirror.
+    pub on_diverge: &'static str,
+    /// Whether it belongs to the short form.
+    pub quick: bool,
+}
+
+/// What is in a guest's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Filling {
+    /// Nothing that a compression makes smaller.
+    Incompressible,
+    /// Runs of words: compressible to about a quarter.
+    Text,
+    /// An eighth of it text, the rest never touched.
+    MostlyZero,
+}
+
+/// How much a guest writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Dirtying {
+    /// Next to nothing.
+    Idle,
+    /// Per cent of what the link carries, in whole pages.
+    OfLink(u64),
+    /// MiB per second, in whole pages.
+    Mib(u64),
+}
+
+/// Which pages a guest writes, and what of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Order {
+    /// Pages at random, all of each.
+    Random,
+    /// Pages at random, a counter in each.
+    Counters,
+    /// One after the other, all of each.
+    Streaming,
+}
+
+/// What lies between the hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Link {
+    /// As fast as this machine copies from one network namespace to another.
+    Unshaped,
+    /// Shaped to that many Mbit/s, in each direction.
+    Mbit(u64),
+}
+
+/// Who moves a guest, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+pub struct Contender {
+    /// By which method.
+    pub method: Method,
+    /// Whether encrypted; vmirror always is.
+    pub tls: bool,
+}
+
+impl Contender {
+    /// vmirror.
+    pub const VMIRROR: Self = Self { method: Method::Vmirror, tls: true };
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::VMIRROR,
+        Self::plain(Method::QemuDefault),
+        Self::plain(Method::QemuTuned),
+        Self::plain(Method::QemuMultifd),
+        Self::plain(Method::QemuPostCopy),
+        Self { method: Method::QemuDefault, tls: true },
+        Self { method: Method::QemuMultifd, tls: true },
+        Self { method: Method::QemuPostCopy, tls: true },
+    ];
+    /// Those of the short form.
+    pub const QUICK: [Self; 4] = [
+        Self::VMIRROR,
+        Self::plain(Method::QemuDefault),
+        Self::plain(Method::QemuMultifd),
+        Self { method: Method::QemuMultifd, tls: true },
+    ];
+
+    /// A method of QEMU, not encrypted.
+    #[must_use]
+    pub const fn plain(method: Method) -> Self {
+        Self { method, tls: false }
+    }
+
+    /// Its name for people.
+    #[must_use]
+    pub fn name(self) -> String {
+        let encrypted = if self.tls { ", TLS" } else { "" };
+        format!("{}{encrypted}", self.method.name())
+    }
+}
+
+impl Cell {
+    /// A guest of 1 GiB, full of what cannot be compressed, that does nothing, on an unshaped link.
+    const fn idle(name: &'static str) -> Self {
+        Self {
+            name,
+            memory_mib: 1024,
+            content: Filling::Incompressible,
+            dirtying: Dirtying::Idle,
+            order: Order::Random,
+            link: Link::Unshaped,
+            on_diverge: "throttle",
+            quick: false,
+        }
+    }
+
+    /// The same, on a link of 1 Gbit/s, dirtying that many per cent of it.
+    const fn dirtying(name: &'static str, percent: u64, order: Order) -> Self {
+        Self { dirtying: Dirtying::OfLink(percent), order, link: Link::Mbit(1000), ..Self::idle(name) }
+    }
+
+    const fn quick(self) -> Self {
+        Self { quick: true, ..self }
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        use Order::{Counters, Random, Streaming};
+        vec![
+            Self::idle("idle").quick(),
+            Self { memory_mib: 512, ..Self::idle("idle-512m") },
+            Self { memory_mib: 4096, ..Self::idle("idle-4g") },
+            Self { content: Filling::Text, ..Self::idle("idle-text") },
+            Self { content: Filling::MostlyZero, ..Self::idle("idle-zero") }.quick(),
+            Self { link: Link::Mbit(1000), ..Self::idle("idle-1gbit") },
+            Self { link: Link::Mbit(10_000), ..Self::idle("idle-10gbit") },
+            Self { content: Filling::Text, ..Self::dirtying("random-25", 25, Random) },
+            Self::dirtying("random-75", 75, Random).quick(),
+            Self { content: Filling::Text, ..Self::dirtying("streaming-75", 75, Streaming) },
+            Self { content: Filling::Text, ..Self::dirtying("counters-75", 75, Counters) },
+            Self::dirtying("counters-150", 150, Counters).quick(),
+            Self::dirtying("counters-400", 400, Counters),
+            Self::dirtying("random-150-throttle", 150, Random),
+            Self { on_diverge: "post-copy", ..Self::dirtying("random-150", 150, Random) }.quick(),
+            // Of a slower link: an emulated guest cannot write four times what 1 Gbit/s carries.
+            Self {
+                on_diverge: "post-copy",
+                link: Link::Mbit(200),
+                ..Self::dirtying("random-400", 400, Random)
+            },
+            Self {
+                content: Filling::Text,
+                dirtying: Dirtying::Mib(100),
+                link: Link::Mbit(10_000),
+                ..Self::idle("steady-100m")
+            }
+            .quick(),
+        ]
+    }
+
+    /// How much the guest fills, in MiB.
+    #[must_use]
+    pub fn fill_mib(&self) -> u64 {
+        match self.content {
+            Filling::MostlyZero => self.memory_mib / 8,
+            Filling::Incompressible | Filling::Text => self.memory_mib - SYSTEM_MIB,
+        }
+    }
+
+    /// How much of that it dirties, in MiB.
+    #[must_use]
+    pub fn working_set_mib(&self) -> u64 {
+        self.fill_mib().min(WORKING_SET_MIB)
+    }
+
+    /// How much it is to dirty per second, in pages.
+    #[must_use]
+    pub fn rate(&self) -> u64 {
+        match (self.dirtying, self.link) {
+            (Dirtying::Idle, _) | (Dirtying::OfLink(_), Link::Unshaped) => 0,
+            (Dirtying::OfLink(percent), Link::Mbit(mbit)) => mbit * 1_000_000 / 8 * percent / 100 / PAGE,
+            (Dirtying::Mib(mib), _) => (mib << 20) / PAGE,
+        }
+    }
+
+    /// The pattern of its writes.
+    #[must_use]
+    pub fn pattern(&self) -> Pattern {
+        match self.order {
+            Order::Random => Pattern::Random,
+            Order::Counters => Pattern::Counter,
+            Order::Streaming => Pattern::Sequential,
+        }
+    }
+
+    /// What its pages hold.
+    #[must_use]
+    pub fn page_content(&self) -> Content {
+        match (self.order, self.content) {
+            // The body of a page is drawn once, and stays.
+            (Order::Counters, _) => Content::Still,
+            (_, Filling::Incompressible) => Content::Noise,
+            (_, Filling::Text | Filling::MostlyZero) => Content::Text,
+        }
+    }
+
+    /// In words.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let memory = if self.memory_mib < 1024 {
+            format!("{} MiB", self.memory_mib)
+        } else {
+            format!("{} GiB", self.memory_mib / 1024)
+        };
+        let content = match self.content {
+            Filling::Incompressible => "incompressible",
+            Filling::Text => "compressible to a quarter",
+            Filling::MostlyZero => "mostly zero",
+        };
+        let order = match self.order {
+            Order::Random => "random pages",
+            Order::Counters => "small counters",
+            Order::Streaming => "streaming",
+        };
+        let dirtying = match self.dirtying {
+            Dirtying::Idle => "idle".to_owned(),
+            Dirtying::OfLink(percent) => format!("dirtying {percent} % of the link, {order}"),
+            Dirtying::Mib(mib) => format!("dirtying {mib} MiB/s, {order}"),
+        };
+        let link = match self.link {
+            Link::Unshaped => "unshaped link".to_owned(),
+            Link::Mbit(mbit) if mbit >= 1000 => format!("{} Gbit/s", mbit / 1000),
+            Link::Mbit(mbit) => format!("{mbit} Mbit/s"),
+        };
+        format!("{memory}, {content}, {dirtying}, {link}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn cells_differ_and_the_short_form_has_some_of_them() {
+        let cells = Cell::all();
+        let names: HashSet<&str> = cells.iter().map(|cell| cell.name).collect();
+        assert_eq!(names.len(), cells.len());
+        let words: HashSet<String> =
+            cells.iter().map(|cell| format!("{} {}", cell.describe(), cell.on_diverge)).collect();
+        assert_eq!(words.len(), cells.len());
+        assert!(cells.iter().filter(|cell| cell.quick).count() >= 5);
+        assert!(Contender::QUICK.iter().all(|quick| Contender::ALL.contains(quick)));
+    }
+
+    #[test]
+    fn what_a_guest_dirties_is_a_part_of_its_link() {
+        let cells = Cell::all();
+        let rate = |name: &str| cells.iter().find(|cell| cell.name == name).unwrap().rate();
+        // 125 MB/s of 4096 bytes are 30,518 pages.
+        assert_eq!((rate("idle"), rate("random-75"), rate("counters-400")), (0, 22_888, 122_070));
+        assert_eq!((rate("random-400"), rate("steady-100m")), (24_414, 25_600));
+    }
+}
