@@ -55,6 +55,12 @@ impl Secret {
         ContentHash::from_bits(hash)
     }
 
+    /// A fingerprint of a part of a page: XXH3-64 with the same secret.
+    pub(crate) fn fingerprint(&self, part: &[u8]) -> u64 {
+        twox_hash::XxHash3_64::oneshot_with_secret(&self.bytes, part)
+            .expect("the secret is longer than the least that XXH3 takes")
+    }
+
     /// The hash of a page of zeros.
     #[must_use]
     pub fn zero_page(&self) -> ContentHash {

@@ -24,22 +24,33 @@ pub struct DeltaError {
 /// Appends the delta from `old` to `new`, both pages, to `out`. Returns its length, or none where it would be longer
 /// than [`MAX_DELTA`]; then `out` is as it was.
 pub fn encode(old: &[u8], new: &[u8], out: &mut Vec<u8>) -> Option<usize> {
+    encode_parts::<WORD>(new, out, |word| {
+        let bytes = word * WORD..(word + 1) * WORD;
+        old[bytes.clone()] != new[bytes]
+    })
+}
+
+/// Appends a delta that holds the parts of `new`, of `SIZE` bytes each, that differ by their number; as [`encode`].
+pub(super) fn encode_parts<const SIZE: usize>(
+    new: &[u8],
+    out: &mut Vec<u8>,
+    differs: impl Fn(usize) -> bool,
+) -> Option<usize> {
     let begin = out.len();
-    let differs = |word: usize| old[word * WORD..(word + 1) * WORD] != new[word * WORD..(word + 1) * WORD];
-    let words = PAGE_SIZE / WORD;
-    let (mut word, mut told) = (0, 0);
-    while let Some(first) = (word..words).find(|&word| differs(word)) {
-        let end = (first..words).find(|&word| !differs(word)).unwrap_or(words);
-        let content = &new[first * WORD..end * WORD];
+    let parts = PAGE_SIZE / SIZE;
+    let (mut part, mut told) = (0, 0);
+    while let Some(first) = (part..parts).find(|&part| differs(part)) {
+        let end = (first..parts).find(|&part| !differs(part)).unwrap_or(parts);
+        let content = &new[first * SIZE..end * SIZE];
         if out.len() - begin + CHANGE_HEAD + content.len() > MAX_DELTA {
             out.truncate(begin);
             return None;
         }
         let field = |bytes: usize| u16::try_from(bytes).expect("a page has 4096 bytes").to_le_bytes();
-        out.extend_from_slice(&field((first - told) * WORD));
+        out.extend_from_slice(&field((first - told) * SIZE));
         out.extend_from_slice(&field(content.len()));
         out.extend_from_slice(content);
-        (word, told) = (end, end);
+        (part, told) = (end, end);
     }
     Some(out.len() - begin)
 }

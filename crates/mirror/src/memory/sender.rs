@@ -9,7 +9,6 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::codec::{self, Absent, Entry, MAX_PLAIN};
 use super::compress::Compression;
-use super::delta;
 use super::pages::PageSet;
 use super::round::{Counts, Flow};
 use super::sent::LastSent;
@@ -24,8 +23,8 @@ use crate::ledger::Sum;
 /// Runs of at least this many pages are asked for holes before they are read: below it, reading costs less.
 const HOLE_SEARCH_PAGES: u64 = 64;
 
-/// Most memory that the last sent content of hot pages takes, of all streams together, in bytes.
-const LAST_SENT: usize = 96 << 20;
+/// Most memory that is for what was last sent of hot pages, of all streams together, in bytes.
+const LAST_SENT: usize = 84 << 20;
 
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -68,7 +67,7 @@ impl Worker {
         let streams = layout.streams();
         let pages = usize::try_from(layout.page_count()).unwrap_or(usize::MAX);
         let of_stream = |pages: usize| pages / usize::from(streams.max(1));
-        let last_sent = LastSent::new(of_stream(pages.min(LAST_SENT / PAGE_SIZE)), streams);
+        let last_sent = LastSent::new(of_stream(LAST_SENT), of_stream(pages), streams);
         let twins = Twins::new(of_stream(pages));
         let mut sender = StreamSender {
             stream,
@@ -286,7 +285,7 @@ impl<W: Write> StreamSender<W> {
                 let begin = self.deltas.len();
                 self.deltas.extend_from_slice(&twin.0.to_le_bytes());
                 if hot {
-                    self.last_sent.keep(page, hash, number, content);
+                    self.last_sent.keep(page, hash, number, content, secret);
                 }
                 self.counts.duplicate += 1;
                 self.entries.push(Entry::Duplicate { page, hash });
@@ -294,10 +293,11 @@ impl<W: Write> StreamSender<W> {
                 continue;
             }
             let begin = self.deltas.len();
-            let old = known.filter(|_| hot).and_then(|known| self.last_sent.get(page, known));
-            let delta = old.and_then(|old| delta::encode(old, content, &mut self.deltas));
+            let delta = known
+                .filter(|_| hot)
+                .and_then(|known| self.last_sent.delta(page, known, content, secret, &mut self.deltas));
             if hot {
-                self.last_sent.keep(page, hash, number, content);
+                self.last_sent.keep(page, hash, number, content, secret);
             }
             match delta.and_then(|length| u16::try_from(length).ok()) {
                 Some(length) => {
