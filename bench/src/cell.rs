@@ -32,6 +32,8 @@ pub struct Cell {
     pub link: Link,
     /// `--on-diverge` of vmirror.
     pub on_diverge: &'static str,
+    /// `--downtime` and `--max-downtime` of vmirror, in milliseconds: its defaults, unless the cell has a goal that asks for less.
+    pub downtime_ms: (u64, u64),
     /// Whether it belongs to the short form.
     pub quick: bool,
 }
@@ -138,6 +140,7 @@ impl Cell {
             order: Order::Random,
             link: Link::Unshaped,
             on_diverge: "throttle",
+            downtime_ms: (50, 1000),
             quick: false,
         }
     }
@@ -164,12 +167,12 @@ impl Cell {
             Self { link: Link::Mbit(1000), ..Self::idle("idle-1gbit") },
             Self { link: Link::Mbit(10_000), ..Self::idle("idle-10gbit") },
             Self { content: Filling::Text, ..Self::dirtying("random-25", 25, Random) },
-            Self::dirtying("random-75", 75, Random).quick(),
+            Self { downtime_ms: (25, 1000), ..Self::dirtying("random-75", 75, Random) }.quick(),
             Self { content: Filling::Text, ..Self::dirtying("streaming-75", 75, Streaming) },
             Self { content: Filling::Text, ..Self::dirtying("counters-75", 75, Counters) },
             Self::dirtying("counters-150", 150, Counters).quick(),
             Self::dirtying("counters-400", 400, Counters),
-            Self::dirtying("random-150-throttle", 150, Random),
+            Self { downtime_ms: (50, 100), ..Self::dirtying("random-150-throttle", 150, Random) },
             Self { on_diverge: "post-copy", ..Self::dirtying("random-150", 150, Random) }.quick(),
             // Of a slower link: an emulated guest cannot write four times what 1 Gbit/s carries.
             Self {

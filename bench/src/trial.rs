@@ -325,7 +325,18 @@ impl<'a> Scene<'a> {
         let [from, to] = if round.is_multiple_of(2) { [a, b] } else { [b, a] };
         let agents = [from, to].map(Memory::of);
         let deadline = format!("{}s", patience.as_secs());
-        let options = ["--on-diverge", self.cell.on_diverge, "--timeout", &deadline];
+        let (downtime, most) = self.cell.downtime_ms;
+        let (downtime, most) = (format!("{downtime}ms"), format!("{most}ms"));
+        let options = [
+            "--on-diverge",
+            self.cell.on_diverge,
+            "--downtime",
+            &downtime,
+            "--max-downtime",
+            &most,
+            "--timeout",
+            &deadline,
+        ];
         // vmirror ends by itself at its deadline, and then some.
         let sample = mirrored::migrate(from, to, &options, patience * 2, interrupt, |_| ())?;
         let overhead = agents.iter().filter_map(|agent| agent.as_ref()?.overhead()).max();

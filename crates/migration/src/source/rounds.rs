@@ -27,8 +27,8 @@ use crate::wire::{Reply, Request, Sums};
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;
-/// How long to watch a guest to see how fast it dirties memory.
-const GLANCE: Duration = Duration::from_millis(30);
+/// How long to watch a guest to see how fast it dirties memory: longer than the pauses of one that works in bursts.
+const GLANCE: Duration = Duration::from_millis(100);
 
 /// The memory's side of a mirror: its state, and what has been measured.
 pub(super) struct Rounds {
