@@ -4,12 +4,13 @@
 #   make test       the fast tests            make test-full  all of them
 #   make lint       format, lints, documentation, licences
 #   make bench      vmirror and QEMU's own migration side by side
+#   make bench-micro  the memory engine, stage by stage, beside memory copy and iperf3; figures under target/criterion
 #   make setup      only the set-up           make clean      remove everything that was made
 #
 # QEMU=/path/to/qemu-system-x86_64 chooses another QEMU.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench setup setup-rust setup-guest build clean
+.PHONY: help demo test test-full lint bench bench-micro setup setup-rust setup-guest build clean
 .NOTPARALLEL:
 
 ifdef QEMU
@@ -43,6 +44,11 @@ lint: setup-rust
 
 bench: setup build
 	$(as_root) cargo run --release --quiet --package bench --bin bench
+
+# FILTER=scan runs only what has this in its name.
+bench-micro: setup
+	@setup/packages iperf3
+	$(as_root) cargo bench --package micro --bench engine -- $(FILTER)
 
 setup: setup-rust setup-guest
 	@setup/qemu-10
