@@ -36,7 +36,7 @@ impl Content {
             Content::Text => write_text(bytes, &mut numbers),
             Content::MostlyZero => {
                 for page in bytes.chunks_exact_mut(PAGE_SIZE) {
-                    if numbers.next() % 10 == 0 {
+                    if numbers.next().is_multiple_of(10) {
                         write_text(page, &mut numbers);
                     } else {
                         page.fill(0);
