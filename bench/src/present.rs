@@ -206,6 +206,7 @@ pub fn missed(miss: &Miss) -> String {
     match miss {
         Miss::NotConverged { after_ms } => format!("not converged in {}", ms(*after_ms)),
         Miss::Failed { message } => message.clone(),
+        Miss::Crashed => "its guest crashed at the destination".to_owned(),
     }
 }
 

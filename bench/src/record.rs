@@ -54,6 +54,8 @@ pub enum Miss {
         /// Which.
         message: String,
     },
+    /// The guest came to the other side and did not survive it: it has booted since.
+    Crashed,
 }
 
 /// What QEMU itself says about a migration of its own.

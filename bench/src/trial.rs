@@ -143,8 +143,9 @@ fn try_all(
     for round in 0..trials.runs {
         for contender in turns(trials.contenders, round) {
             interrupt.check()?;
-            // Who did not converge once is not waited for again.
-            let hopeless = |trial: &Trial| matches!(trial.miss, Some(Miss::NotConverged { .. }));
+            // Who did not converge, or lost its guest, is not waited for again.
+            let hopeless =
+                |trial: &Trial| matches!(trial.miss, Some(Miss::NotConverged { .. } | Miss::Crashed));
             if record.by(contender).any(hopeless) {
                 continue;
             }
@@ -289,6 +290,7 @@ impl<'a> Scene<'a> {
         let own = contender == Contender::VMIRROR;
         let guest = ADDRESSES[usize::from(!own)];
         self.work(client, guest, interrupt)?;
+        let boot_id = client.status(guest)?.boot_id;
         let watch = Watch::start(client, guest)?;
         let mut overhead_bytes = None;
         let act = || match twin.as_mut() {
@@ -304,7 +306,9 @@ impl<'a> Scene<'a> {
             None => Err(BenchError::Baseline { status: "none".into(), message: "the twin is gone".into() }),
         };
         let (moved, heartbeats) = with_heartbeats(Some(client), guest, interrupt, act)?;
+        let survived = client.status(guest)?.boot_id == boot_id;
         let (sample, miss) = match moved {
+            Ok(_) if !survived => (None, Some(Miss::Crashed)),
             Ok(sample) => (Some(Sample { round, heartbeats, ..sample }), None),
             Err(miss) => (None, Some(miss)),
         };

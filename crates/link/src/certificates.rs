@@ -202,7 +202,8 @@ pub fn issue_with(
             params.subject_alt_names.push(entry);
         }
     }
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    // QEMU wants key encipherment of certificates that it is to use, also where TLS 1.3 has no use for it.
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
     // An agent is both: it dials, and it is dialled.
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
