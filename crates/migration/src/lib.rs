@@ -33,7 +33,7 @@ pub use failure::{Failure, Finding, Stage};
 pub use host::{Allow, Host, SwitchCost};
 pub use journal::{Journal, JournalError};
 pub use lifecycle::{Recovered, Resolution, RunError, Stopped};
-pub use options::{Compress, Disks, Goal, OnDiverge, OptionError, Options, Verify};
+pub use options::{Compress, Disks, Engine, Goal, OnDiverge, OptionError, Options, Verify};
 pub use progress::Progress;
 pub use report::{Outcome, Phase, Report};
 pub use session::{Command, Ended, Session};

@@ -9,7 +9,7 @@ use qemu::{NicKind, Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
 use crate::failure::Finding;
-use crate::options::{Disks, Options};
+use crate::options::{Disks, Engine, Options};
 use crate::report;
 use crate::tap::Interfaces;
 use crate::vm::Vm;
@@ -64,11 +64,13 @@ impl Machine {
             }
             None => Vec::new(),
         };
-        if let Err(e) = dirty_tracker::kernel_support() {
+        if options.engine == Engine::Mirror
+            && let Err(e) = dirty_tracker::kernel_support()
+        {
             findings.push(Finding::new(
                 "kernel-too-old",
                 crate::failure::chain(&e),
-                "boot this host with Linux 6.7 or newer",
+                "boot this host with Linux 6.7 or newer, or migrate with --engine qemu",
             ));
         }
         let facts = facts(vm).await;

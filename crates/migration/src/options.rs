@@ -68,6 +68,29 @@ pub enum OnDiverge {
     Fail,
 }
 
+/// What carries the memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Engine {
+    /// The mirror: tracked, verified, proved.
+    #[default]
+    Mirror,
+    /// QEMU's own migration stream, relayed over the link: for hosts whose kernel cannot track memory. Nothing is verified but
+    /// that the stream was loaded.
+    Qemu,
+}
+
+impl Engine {
+    /// Its name in options and reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Mirror => "mirror",
+            Engine::Qemu => "qemu",
+        }
+    }
+}
+
 /// Options of `vmirror migrate` and `vmirror mirror`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -93,6 +116,8 @@ pub struct Options {
     pub compress: Compress,
     /// What to do when rounds do not shrink.
     pub on_diverge: OnDiverge,
+    /// What carries the memory.
+    pub engine: Engine,
 }
 
 impl Default for Options {
@@ -107,6 +132,7 @@ impl Default for Options {
             disks: Disks::default(),
             compress: Compress::default(),
             on_diverge: OnDiverge::default(),
+            engine: Engine::default(),
         }
     }
 }
@@ -132,6 +158,9 @@ pub enum OptionError {
     /// More streams than a destination accepts.
     #[error("--streams {0} is above the limit of {MAX_STREAMS}")]
     Streams(u16),
+    /// QEMU's stream is what it is.
+    #[error("{0} is of the mirror: QEMU's own stream has no such thing")]
+    NotOfQemu(&'static str),
 }
 
 /// Least `--bandwidth`, in bytes per second.
@@ -153,12 +182,28 @@ impl Options {
         if self.timeout < MIN_TIMEOUT {
             return Err(OptionError::Timeout(self.timeout));
         }
+        if self.engine == Engine::Qemu
+            && let Some(option) = self.not_of_qemu()
+        {
+            return Err(OptionError::NotOfQemu(option));
+        }
         match (self.bandwidth, self.streams) {
             (Some(bandwidth), _) if bandwidth.get() < MIN_BANDWIDTH => {
                 Err(OptionError::Bandwidth(bandwidth.get()))
             }
             (_, Some(streams)) if streams.get() > MAX_STREAMS => Err(OptionError::Streams(streams.get())),
             _ => Ok(()),
+        }
+    }
+
+    /// An option that was given and that the engine `qemu` cannot keep.
+    fn not_of_qemu(&self) -> Option<&'static str> {
+        match self {
+            Options { verify: Verify::Strict, .. } => Some("--verify strict"),
+            Options { on_diverge: OnDiverge::PostCopy, .. } => Some("--on-diverge post-copy"),
+            Options { compress: Compress::Lz4 | Compress::Zstd, .. } => Some("--compress"),
+            Options { streams: Some(streams), .. } if streams.get() > 1 => Some("more than one of --streams"),
+            _ => None,
         }
     }
 }
@@ -187,5 +232,15 @@ mod tests {
         assert!(with(|o| o.timeout = Duration::ZERO).contains("--timeout"));
         assert!(with(|o| o.bandwidth = NonZeroU64::new(1)).contains("--bandwidth"));
         assert!(with(|o| o.streams = NonZeroU16::new(1000)).contains("--streams"));
+        let by_qemu = |change: fn(&mut Options)| {
+            let mut options = Options { engine: Engine::Qemu, ..Options::default() };
+            options.validate().unwrap();
+            change(&mut options);
+            options.validate().unwrap_err().to_string()
+        };
+        assert!(by_qemu(|o| o.verify = Verify::Strict).contains("--verify strict"));
+        assert!(by_qemu(|o| o.on_diverge = OnDiverge::PostCopy).contains("--on-diverge"));
+        assert!(by_qemu(|o| o.compress = Compress::Zstd).contains("--compress"));
+        assert!(by_qemu(|o| o.streams = NonZeroU16::new(2)).contains("--streams"));
     }
 }

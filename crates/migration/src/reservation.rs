@@ -21,8 +21,9 @@ use crate::vm::{Made, Origin, Ownership, Record, VmName};
 use crate::wire;
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed.
-const CAPABILITIES: [(&str, bool); 3] =
-    [("x-ignore-shared", true), ("events", true), ("late-block-activate", true)];
+const CAPABILITIES: [(&str, bool); 2] = [("events", true), ("late-block-activate", true)];
+/// Its stream carries no RAM, unless RAM is to come by it.
+const WITHOUT_RAM: &str = "x-ignore-shared";
 
 /// A source's request, understood and within bounds.
 #[derive(Debug)]
@@ -44,6 +45,8 @@ pub(crate) struct Request {
     disks: Vec<wire::Disk>,
     taps: Vec<wire::Tap>,
     post_copy: bool,
+    /// QEMU's own stream carries the memory.
+    pub(crate) qemu_stream: bool,
 }
 
 /// Bytes in a probe file.
@@ -117,6 +120,7 @@ impl Request {
             disks: wire.disks,
             taps: wire.taps,
             post_copy: wire.post_copy,
+            qemu_stream: wire.qemu_stream,
         })
     }
 
@@ -468,7 +472,8 @@ impl Request {
         {
             return Err(vec![finding].into());
         }
-        monitor.set_capabilities(&CAPABILITIES).await.map_err(qmp)?;
+        let [events, late] = CAPABILITIES;
+        monitor.set_capabilities(&[events, late, (WITHOUT_RAM, !self.qemu_stream)]).await.map_err(qmp)?;
         let mut device = DeviceDestination::new(device);
         monitor.migrate_incoming(&device.uri()).await.map_err(qmp)?;
         let connected = device.connect().await;

@@ -158,6 +158,9 @@ pub struct Reserve {
     /// The machine may be handed over before its memory is complete.
     #[prost(bool, tag = "21")]
     pub post_copy: bool,
+    /// The first data stream carries QEMU's own stream, with guest RAM and all, and nothing else.
+    #[prost(bool, tag = "20")]
+    pub qemu_stream: bool,
 }
 
 /// A word of CPUID.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use migration::{Compress, Disks, OnDiverge, Options, Verify, VmName};
+use migration::{Compress, Disks, Engine, OnDiverge, Options, Verify, VmName};
 
 /// Moves running virtual machines between hosts by keeping a verified mirror of them.
 #[derive(Debug, Parser)]
@@ -211,9 +211,9 @@ pub(crate) struct MigrateOptions {
     /// as it is asked for; or give up and say why
     #[arg(long, value_enum, default_value_t = DivergeChoice::Throttle)]
     on_diverge: DivergeChoice,
-    /// What carries the memory
-    #[arg(long, value_enum, default_value_t = Engine::Mirror)]
-    engine: Engine,
+    /// What carries the memory: the verified mirror, or QEMU's own migration stream, for hosts whose kernel cannot track memory
+    #[arg(long, value_enum, default_value_t = EngineChoice::Mirror)]
+    engine: EngineChoice,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -244,15 +244,14 @@ enum DivergeChoice {
     Fail,
 }
 
-/// There is one engine in this version; the option is there so that scripts can name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Engine {
+enum EngineChoice {
     Mirror,
+    Qemu,
 }
 
 impl From<MigrateOptions> for Options {
     fn from(given: MigrateOptions) -> Options {
-        let Engine::Mirror = given.engine;
         Options {
             downtime: given.downtime,
             max_downtime: given.max_downtime.unwrap_or(Options::default().max_downtime.max(given.downtime)),
@@ -278,6 +277,10 @@ impl From<MigrateOptions> for Options {
                 DivergeChoice::Throttle => OnDiverge::Throttle,
                 DivergeChoice::PostCopy => OnDiverge::PostCopy,
                 DivergeChoice::Fail => OnDiverge::Fail,
+            },
+            engine: match given.engine {
+                EngineChoice::Mirror => Engine::Mirror,
+                EngineChoice::Qemu => Engine::Qemu,
             },
         }
     }
@@ -345,7 +348,7 @@ mod tests {
             "--disks",
             "shared",
             "--engine",
-            "mirror",
+            "qemu",
         ]);
         let options = options.unwrap();
         assert_eq!(options.downtime, Duration::from_millis(20));
@@ -353,7 +356,10 @@ mod tests {
         assert_eq!(options.bandwidth.unwrap().get(), 500 << 20);
         assert_eq!(options.streams.unwrap().get(), 3);
         assert_eq!(options.timeout, Duration::from_secs(3600));
-        assert_eq!((options.verify, options.disks), (Verify::Gate, Disks::Shared));
+        assert_eq!(
+            (options.verify, options.disks, options.engine),
+            (Verify::Gate, Disks::Shared, Engine::Qemu)
+        );
     }
 
     #[test]
@@ -371,7 +377,7 @@ mod tests {
     #[test]
     fn what_this_version_cannot_do_is_not_offered() {
         for arguments in
-            [["--disks", "mirror"], ["--engine", "qemu"], ["--on-diverge", "hope"], ["--compress", "gzip"]]
+            [["--disks", "mirror"], ["--engine", "xen"], ["--on-diverge", "hope"], ["--compress", "gzip"]]
         {
             assert!(migrate(&arguments).is_err(), "{arguments:?}");
         }

@@ -21,7 +21,7 @@ use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
 use crate::wire::{self, Reply, Request as Asked, ToDestination};
 /// How long QEMU may take to load its device state.
-const LOAD: Duration = Duration::from_secs(60);
+pub(super) const LOAD: Duration = Duration::from_secs(60);
 
 /// A copy while it is being mirrored.
 pub(super) struct Copy {
@@ -203,7 +203,7 @@ impl Copy {
     }
 }
 
-fn not_loaded(message: &str) -> End {
+pub(super) fn not_loaded(message: &str) -> End {
     let hint = "see QEMU's log there; its version may not know the source's devices";
     End::Failed(vec![Finding::new("device-state", message, hint)])
 }

@@ -15,6 +15,7 @@ mod arrivals;
 mod copy;
 mod owner;
 pub(crate) mod post_copy;
+mod relay;
 
 pub use arrivals::DataConnections;
 pub use post_copy::PostCopies;
@@ -32,6 +33,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use arrivals::Arrivals;
 use copy::{Copy, Upkeep};
+use relay::Relay;
 
 use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
@@ -183,7 +185,11 @@ impl Source {
             return self.reply(Reply::Refused(Vec::new().into())).await;
         }
         tracing::info!(vm = %request.name, session = %request.session, peer = %self.peer, "reserved");
-        match self.mirror(&request, reservation, arrivals).await {
+        let copied = match request.qemu_stream {
+            true => self.relay(reservation, arrivals).await,
+            false => self.mirror(&request, reservation, arrivals).await,
+        };
+        match copied {
             Ok((record, spec, qmp)) => self.await_commit(record, spec, qmp, arrived).await,
             Err(end) => {
                 self.forget_session(&request).await;
@@ -242,7 +248,23 @@ impl Source {
             loaded = copy.load() => loaded?,
             word = self.receiver.receive::<ToDestination>() => return Err(interrupted(word)),
         }
-        let Reservation { mut record, spec, qmp, .. } = copy.reservation;
+        self.ready(copy.reservation)
+    }
+
+    /// Holds the copy while QEMU loads its own stream, until that is complete.
+    async fn relay(
+        &mut self,
+        reservation: Reservation,
+        mut arrivals: Arrivals,
+    ) -> Result<(Record, Spec, Qmp), End> {
+        self.reply(Reply::Reserved(wire::Nothing {})).await?;
+        let reservation = Relay::new(reservation).run(self, &mut arrivals).await?;
+        self.ready(reservation)
+    }
+
+    /// The copy is complete and loaded: on record before the source hears of it.
+    fn ready(&self, reservation: Reservation) -> Result<(Record, Spec, Qmp), End> {
+        let Reservation { mut record, spec, qmp, .. } = reservation;
         if let Ownership::Incoming { ready, .. } = &mut record.ownership {
             *ready = true;
         }

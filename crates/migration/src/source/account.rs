@@ -121,7 +121,7 @@ pub(super) fn blank(id: Uuid, host: &Host, vm: &Vm, to: &str, options: &Options)
         source: host.name.clone(),
         destination: to.to_owned(),
         started_unix_ms: u64::try_from(started.as_millis()).unwrap_or(u64::MAX),
-        engine: "mirror".to_owned(),
+        engine: options.engine.name().to_owned(),
         outcome: Outcome::Failed,
         error: None,
         total_ms: 0.0,

@@ -15,6 +15,7 @@ use super::account::blank;
 use super::orders::Orders;
 use super::peer::{self, Destination};
 use super::post_copy::Supplying;
+use super::relay::Relay;
 use super::rounds::{Begin, Rounds};
 use super::stop::Stop;
 use super::switch::{self, Prepared};
@@ -23,7 +24,7 @@ use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::machine::Machine;
-use crate::options::{Compress, Goal, Options};
+use crate::options::{Compress, Engine, Goal, Options};
 use crate::progress::Progress;
 use crate::report::{Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
@@ -57,6 +58,8 @@ pub(super) struct Held {
     pub(super) rounds: Option<Rounds>,
     /// The thread that opens streams and begins tracking: to be waited for even when nobody wants its result.
     pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
+    /// QEMU's own stream, where that carries the memory.
+    pub(super) relay: Option<Relay>,
     /// QEMU was told to migrate.
     pub(super) qemu: bool,
     /// The guest's CPUs, slowed.
@@ -156,6 +159,9 @@ impl Controller {
         let machine = self.initialize().await?;
         self.enter(Phase::Reserve);
         let (layout, secret) = self.reserve(&machine).await?;
+        if self.options.engine == Engine::Qemu {
+            return self.by_qemu().await;
+        }
         self.enter(Phase::Prepare);
         self.prepare(machine, layout, secret).await?;
         self.enter(Phase::Synchronize);
@@ -169,7 +175,14 @@ impl Controller {
     /// Link up, versions and identities agreed; the machine looked at.
     async fn initialize(&mut self) -> Result<Machine, Stop> {
         let options = self.options.validate();
-        options.map_err(|e| Stop::Refused(vec![Finding::new("bad-options", chain(&e), "see --help")]))?;
+        if self.goal == Goal::Mirror && self.options.engine == Engine::Qemu {
+            return Err(Stop::Refused(vec![Finding::new(
+                "bad-option",
+                "QEMU's own stream cannot be kept standing as a mirror",
+                "use `vmirror migrate`, or --engine mirror",
+            )]));
+        }
+        options.map_err(|e| Stop::Refused(vec![Finding::new("bad-option", chain(&e), "see --help")]))?;
         let connected = Destination::connect(&self.host, &self.to).await;
         let (machine, mut findings) = Machine::describe(&self.vm, &self.options).await;
         match connected {
@@ -209,6 +222,9 @@ impl Controller {
     }
 
     pub(super) fn streams(&self) -> u16 {
+        if self.options.engine == Engine::Qemu {
+            return 1;
+        }
         self.options.streams.map_or_else(chosen_streams, u16::from)
     }
 
@@ -332,6 +348,7 @@ impl Controller {
 
     pub(super) async fn release(&mut self) {
         self.end_rounds().await;
+        self.end_relay().await;
         if let Some(destination) = self.held.destination.take() {
             let _ = destination.send(Request::Release(wire::Nothing {})).await;
         }

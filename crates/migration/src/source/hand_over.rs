@@ -181,6 +181,7 @@ impl Controller {
     /// The source gives everything back: tracking, QEMU, files, taps, its record.
     pub(super) async fn clean_up(&mut self) {
         self.end_rounds().await;
+        self.end_relay().await;
         lifecycle::forget(&self.host, &self.vm.record, Some(&self.vm.qmp)).await;
     }
 
@@ -221,6 +222,9 @@ impl Controller {
             if let Some(rounds) = &self.held.rounds {
                 rounds.abort();
             }
+            if let Some(relay) = &self.held.relay {
+                relay.abort();
+            }
             if let Err(e) = super::resume_here(&self.vm.qmp).await {
                 let socket = self.vm.record.qmp_socket.display();
                 stop = Stop::Uncertain(Finding::new(
@@ -230,9 +234,11 @@ impl Controller {
                 ));
             }
             super::reset_capabilities(&self.vm.qmp).await;
+            self.restore_parameters().await;
         }
         self.end_preparing().await;
         self.end_rounds().await;
+        self.end_relay().await;
         if std::mem::take(&mut self.vm.record.quiesced_scans)
             && let Err(e) = self.host.journal.update(&self.vm.record)
         {

@@ -12,6 +12,7 @@ mod hand_over;
 mod orders;
 mod peer;
 mod post_copy;
+mod relay;
 mod rounds;
 mod settlement;
 mod stop;
@@ -132,7 +133,8 @@ pub(crate) async fn resume_here(qmp: &Qmp) -> Result<(), QmpError> {
 
 /// Leaves QEMU's migration capabilities as a user who migrates by hand expects them.
 pub(crate) async fn reset_capabilities(qmp: &Qmp) {
-    let off: Vec<_> = switch::CAPABILITIES.into_iter().map(|name| (name, false)).collect();
+    let all = switch::CAPABILITIES.into_iter().chain([relay::THROTTLES]);
+    let off: Vec<_> = all.map(|name| (name, false)).collect();
     if let Err(e) = qmp.set_capabilities(&off).await {
         tracing::warn!(error = chain(&e), "QEMU keeps its migration capabilities");
     }

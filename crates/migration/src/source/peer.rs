@@ -16,7 +16,7 @@ use super::stop::Stop;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::machine::{self, Machine};
-use crate::options::{OnDiverge, Options};
+use crate::options::{Engine, OnDiverge, Options};
 use crate::reservation::CPU_FEATURE_MISSING;
 use crate::vm::Vm;
 use crate::wire::{self, Reply, Request, ToDestination, ToSource};
@@ -262,6 +262,7 @@ pub(super) fn reserve_request(
         secret: secret.to_vec(),
         rehearsal,
         post_copy: options.on_diverge == OnDiverge::PostCopy,
+        qemu_stream: options.engine == Engine::Qemu,
     }
 }
 

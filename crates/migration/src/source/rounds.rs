@@ -371,6 +371,11 @@ impl Rounds {
         self.repairs_due() || !self.equal || self.memory.as_ref().is_some_and(MemorySource::in_doubt)
     }
 
+    /// Whether anything at all is not certain: of a guest that stands still nothing may be.
+    pub(super) fn is_certain(&self) -> bool {
+        !self.in_doubt() && !self.memory.as_ref().is_some_and(MemorySource::has_suspects)
+    }
+
     /// Takes in what the destination says while no round is under way.
     pub(super) fn note(&mut self, reply: Reply) {
         note(&mut self.repairs, &mut self.others, reply);

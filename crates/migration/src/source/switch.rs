@@ -25,9 +25,9 @@ use crate::wire::{Nothing, Reply, Request};
 /// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
 pub(super) const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
 /// How long QEMU may take from `migrate` to the pause.
-const UNTIL_PAUSED: Duration = Duration::from_secs(10);
+pub(super) const UNTIL_PAUSED: Duration = Duration::from_secs(10);
 /// How long the guest may be paused before the switch-over is given up, beyond the longest downtime accepted.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A guest that is paused, its copy complete and loaded at the destination.
 pub(super) struct Prepared {
@@ -40,7 +40,7 @@ pub(super) struct Prepared {
     /// What was left out of the copy, where it was: what is asked for is supplied already.
     pub(super) supplying: Option<Supplying>,
     /// Where QEMU sent its stream; removed when dropped.
-    _device: AbortOnDropHandle<Result<u64, Stop>>,
+    pub(super) _device: Option<AbortOnDropHandle<Result<u64, Stop>>>,
 }
 
 /// Pauses the guest and brings the copy to where the destination can resume it.
@@ -64,8 +64,7 @@ pub(super) async fn prepare(
     qmp.set_capabilities(&on).await.map_err(Stop::qemu)?;
     let status = qmp.status().await.map_err(Stop::qemu)?;
     if !status.running {
-        let message = format!("the VM is {} since somebody paused it", status.status);
-        return Err(Stop::Failed(Finding::new("vm-paused", message, "migrate the VM when it runs again")));
+        return Err(was_paused(&status.status));
     }
     if streams.is_some() {
         // Most of what will be missing is given up while the guest still runs.
@@ -81,11 +80,9 @@ pub(super) async fn prepare(
     let limit = options.max_downtime + PATIENCE;
     let pausing = Pausing { qmp, events, paused_at, options };
     let work = pausing.finish(rounds, destination, &mut pump, streams);
-    let (pause, device_state_bytes, supplying) = timeout(limit, work).await.map_err(|_| {
-        let message = format!("the guest was paused for {limit:?} without its copy being ready");
-        Stop::Failed(Finding::new("switch-over-too-long", message, "see the logs of both agents"))
-    })??;
-    Ok(Prepared { paused_at, pause, device_state_bytes, supplying, _device: pump })
+    let (pause, device_state_bytes, supplying) =
+        timeout(limit, work).await.map_err(|_| too_long(limit))??;
+    Ok(Prepared { paused_at, pause, device_state_bytes, supplying, _device: Some(pump) })
 }
 
 /// A guest that has just been paused.
@@ -117,7 +114,7 @@ impl Pausing<'_> {
         };
         pause.gate_ms = self.since();
         // A copy that changes by itself while nothing writes to it is not trusted, even if it could be mended.
-        let Some(sums) = rounds.sums.clone().filter(|_| sound && rounds.equal && !rounds.in_doubt()) else {
+        let Some(sums) = rounds.sums.clone().filter(|_| sound && rounds.equal && rounds.is_certain()) else {
             return Err(Stop::Failed(Finding::new(
                 kind::GATE,
                 "the copy is not equal to the original",
@@ -202,8 +199,20 @@ async fn pump(mut device: DeviceSource, destination: Sender) -> Result<u64, Stop
     Ok(device.bytes())
 }
 
+/// The guest was paused for so long.
+pub(super) fn too_long(limit: Duration) -> Stop {
+    let message = format!("the guest was paused for {limit:?} without its copy being ready");
+    Stop::Failed(Finding::new("switch-over-too-long", message, "see the logs of both agents"))
+}
+
+/// The machine does not run, though it did when its migration began.
+pub(super) fn was_paused(status: &str) -> Stop {
+    let message = format!("the VM is {status} since somebody paused it");
+    Stop::Failed(Finding::new("vm-paused", message, "migrate the VM when it runs again"))
+}
+
 /// Waits until QEMU has paused the guest for the switch-over. Returns when that was.
-async fn paused(events: &mut broadcast::Receiver<Event>, asked: Instant) -> Result<Instant, Stop> {
+pub(super) async fn paused(events: &mut broadcast::Receiver<Event>, asked: Instant) -> Result<Instant, Stop> {
     let mut stopped = asked;
     loop {
         let event = next(events).await?;
@@ -219,7 +228,7 @@ async fn paused(events: &mut broadcast::Receiver<Event>, asked: Instant) -> Resu
 }
 
 /// Waits until QEMU has saved everything.
-async fn saved(events: &mut broadcast::Receiver<Event>) -> Result<(), Stop> {
+pub(super) async fn saved(events: &mut broadcast::Receiver<Event>) -> Result<(), Stop> {
     loop {
         let event = next(events).await?;
         match (event.name.as_str(), event.data.get("status").and_then(|status| status.as_str())) {
@@ -231,7 +240,7 @@ async fn saved(events: &mut broadcast::Receiver<Event>) -> Result<(), Stop> {
 }
 
 fn not_migrated(status: &str) -> Stop {
-    let message = format!("QEMU's stream of device state {status}");
+    let message = format!("QEMU's stream {status}");
     Stop::Failed(Finding::new("device-state", message, "see the VM's log on the source"))
 }
 

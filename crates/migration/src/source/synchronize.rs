@@ -109,7 +109,9 @@ impl Controller {
             return Ok(false);
         }
         let rate = sent / (first.duration_ms / 1e3).max(1e-6);
-        Ok(rounds.dirty_rate_now(destination).await? > rate * OUTRUN)
+        let dirty_rate = rounds.dirty_rate_now(destination).await?;
+        tracing::info!(dirty_rate, rate, "how fast the guest dirties memory, and how fast the first pass went");
+        Ok(dirty_rate > rate * OUTRUN)
     }
 
     /// The time for a round is over. Before two rounds are done, that is all that can be said.

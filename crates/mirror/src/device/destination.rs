@@ -51,6 +51,17 @@ impl DeviceDestination {
         Ok(())
     }
 
+    /// The connection itself, for whoever feeds it without this.
+    ///
+    /// # Errors
+    /// [`DeviceError::Feed`] where there is none.
+    pub fn take_stream(&mut self) -> Result<std::os::unix::net::UnixStream, DeviceError> {
+        let stream = self.stream.take().ok_or(DeviceError::Feed(io::ErrorKind::NotConnected.into()))?;
+        let stream = stream.into_std().map_err(DeviceError::Feed)?;
+        stream.set_nonblocking(false).map_err(DeviceError::Feed)?;
+        Ok(stream)
+    }
+
     /// From here on everything is held.
     pub fn hold(&mut self) {
         self.held.get_or_insert_default();

@@ -33,6 +33,21 @@ impl DeviceSource {
         format!("unix:{}", self.path.display())
     }
 
+    /// Waits for QEMU and gives back the connection itself, to be read by whoever carries it. Nothing is lost when this is
+    /// cancelled.
+    ///
+    /// # Errors
+    /// Those of the socket.
+    pub async fn accept(&mut self) -> io::Result<std::os::unix::net::UnixStream> {
+        let stream = match self.stream.take() {
+            Some(stream) => stream,
+            None => self.listener.accept().await?.0,
+        };
+        let stream = stream.into_std()?;
+        stream.set_nonblocking(false)?;
+        Ok(stream)
+    }
+
     /// The next part of the stream; `None` at its end, which is when QEMU has saved everything. Nothing is lost when
     /// this is cancelled.
     ///

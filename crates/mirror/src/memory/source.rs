@@ -457,10 +457,18 @@ impl MemorySource {
         }
     }
 
-    /// Whether the audit has found pages of which only a further round can tell whether their writing was missed.
+    /// Whether there are pages that differ from the ledger after a scan that did not name them: only a further round can tell
+    /// whether their writing was missed.
     #[must_use]
     pub fn in_doubt(&self) -> bool {
-        !self.doubtful.is_empty() || !self.suspects.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+        !self.doubtful.is_empty()
+    }
+
+    /// Whether the audit has found pages that differ from the ledger since the last scan. While the guest runs and writes there
+    /// always are some; the next scan names them.
+    #[must_use]
+    pub fn has_suspects(&self) -> bool {
+        !self.suspects.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
     /// Writes that tracking missed and the audit found, so far. Anything but zero is a defect of the tracking.

@@ -70,6 +70,12 @@ pub struct MigrationState {
     /// Milliseconds of set-up.
     #[serde(rename = "setup-time")]
     pub setup_ms: Option<u64>,
+    /// The pause that QEMU expects, in milliseconds.
+    #[serde(rename = "expected-downtime")]
+    pub expected_downtime_ms: Option<u64>,
+    /// How much QEMU slows the guest's CPUs (`auto-converge`), in percent of their time.
+    #[serde(rename = "cpu-throttle-percentage")]
+    pub throttle_percent: Option<u64>,
     /// QEMU's figures about RAM, as they come.
     #[serde(default)]
     pub ram: Value,
@@ -275,6 +281,14 @@ impl Qmp {
     /// [`QmpError`]
     pub async fn set_parameters(&self, parameters: Value) -> Result<(), QmpError> {
         self.execute_raw("migrate-set-parameters", parameters).await.map(drop)
+    }
+
+    /// The parameters of QEMU's migration, as they come.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub async fn migrate_parameters(&self) -> Result<Value, QmpError> {
+        self.execute_raw("query-migrate-parameters", Value::Object(serde_json::Map::new())).await
     }
 
     /// Begins to send the machine's state to `uri`.
