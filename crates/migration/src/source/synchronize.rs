@@ -110,7 +110,11 @@ impl Controller {
         }
         let rate = sent / (first.duration_ms / 1e3).max(1e-6);
         let dirty_rate = rounds.dirty_rate_now(destination).await?;
-        tracing::info!(dirty_rate, rate, "how fast the guest dirties memory, and how fast the first pass went");
+        tracing::info!(
+            dirty_rate,
+            rate,
+            "how fast the guest dirties memory, and how fast the first pass went"
+        );
         Ok(dirty_rate > rate * OUTRUN)
     }
 
