@@ -1,7 +1,5 @@
 //! A guest that QEMU's own stream carries must arrive as whole as with the mirror, and stay where it was when that fails.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use end_to_end::{Guest, Pair, accounted, until, vmirror};
 use migration::report::Verdict;
 use migration::{Outcome, Report};
