@@ -7,6 +7,7 @@ mod file;
 
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
 use migration::Allow;
@@ -29,6 +30,8 @@ pub struct Config {
     pub run_dir: PathBuf,
     /// A tmpfs or hugetlbfs for guest RAM.
     pub ram_dir: PathBuf,
+    /// What all mirrors that leave this host may send together, in bytes per second; `None` is unlimited.
+    pub bandwidth: Option<NonZeroU64>,
     /// Who this agent is, and whom it believes.
     pub tls: Tls,
     /// What peers may ask this host to run. By default nobody may ask for anything.

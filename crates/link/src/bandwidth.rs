@@ -1,6 +1,6 @@
-//! One bandwidth limit for all data streams together.
+//! One bandwidth limit for all data streams of a mirror together, and one for all mirrors of an agent.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -16,12 +16,17 @@ pub(crate) const MAX_QUANTUM: usize = 256 << 10;
 /// The balance is kept in billionths of a byte, so that nothing is lost in rounding.
 const NANO: i128 = 1_000_000_000;
 
-/// A token bucket shared by all data streams of a session (or of a whole agent).
+/// A token bucket shared by all data streams of a session. It can be [within](Bandwidth::within) another one, which
+/// several sessions share.
 ///
 /// Takers are served in the order they came, so no stream starves. A taker waits until the bucket is not in debt,
 /// then takes all it asked for, even more than the bucket holds; the next one waits for it. Averages are
 /// therefore exact whatever the sizes. The limit may change at any time, also under those who wait.
 /// Without a limit, taking is one relaxed atomic addition.
+///
+/// Sessions that share a bucket get equal parts of it, however many streams each has; what one does not use goes to the
+/// others. Of those who wait, the one is next whose session has had the least. A session that had nothing to send has
+/// not saved up for it: it goes on from where the others are (start-time fair queueing, Goyal, Vin and Cheng 1996).
 #[derive(Debug)]
 pub struct Bandwidth {
     /// Bytes per second; 0 is no limit.
@@ -32,6 +37,24 @@ pub struct Bandwidth {
     /// Someone left the queue, or the limit changed, or a taker was aborted.
     changed: Condvar,
     clock: Box<dyn Clock>,
+    /// The bucket that this one takes from in turn, and who it is there.
+    shared: Option<(Arc<Bandwidth>, Member)>,
+}
+
+/// Who takes from a bucket; streams of one session are the same to a bucket that sessions share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Member(u64);
+
+/// Who takes from a bucket that is not shared by sessions.
+const ALONE: Member = Member(0);
+
+/// Somebody who waits.
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    ticket: u64,
+    member: Member,
+    /// What the member will have had when it is this one's turn.
+    start: u64,
 }
 
 #[derive(Debug)]
@@ -40,9 +63,48 @@ struct Bucket {
     balance: i128,
     /// The clock when the balance was last brought up to date.
     filled: Duration,
-    /// Those who wait, first come first served.
-    queue: VecDeque<u64>,
+    /// Those who wait.
+    queue: Vec<Waiting>,
     next: u64,
+    /// Bytes that each member has had or waits for, counted from where the others were when it came.
+    had: HashMap<Member, u64>,
+    /// The start of who was served last: where the others are.
+    at: u64,
+    members: u64,
+}
+
+impl Bucket {
+    fn new(now: Duration) -> Self {
+        Self { balance: 0, filled: now, queue: Vec::new(), next: 0, had: HashMap::new(), at: 0, members: 0 }
+    }
+
+    /// Who is next: whose member has had the least, and of those the first that came.
+    fn front(&self) -> Option<u64> {
+        self.queue.iter().min_by_key(|waiting| (waiting.start, waiting.ticket)).map(|waiting| waiting.ticket)
+    }
+
+    /// Puts somebody into the queue. Returns the ticket.
+    fn enter(&mut self, member: Member, bytes: usize) -> u64 {
+        let ticket = self.next;
+        self.next += 1;
+        let had = self.had.entry(member).or_default();
+        // Streams of a session that is alone are served as they come: nobody is to be compared with.
+        let start = if member == ALONE { 0 } else { (*had).max(self.at) };
+        *had = start + bytes as u64;
+        self.queue.push(Waiting { ticket, member, start });
+        ticket
+    }
+
+    /// Takes somebody out of the queue, who was served or has given up.
+    fn leave(&mut self, ticket: u64, served: bool) {
+        let Some(place) = self.queue.iter().position(|waiting| waiting.ticket == ticket) else { return };
+        let Waiting { member, start, .. } = self.queue.swap_remove(place);
+        if served {
+            self.at = start;
+        } else if let Some(had) = self.had.get_mut(&member) {
+            *had = start;
+        }
+    }
 }
 
 /// Time, so that tests can make it pass.
@@ -87,10 +149,27 @@ impl Bandwidth {
         Self {
             limit: AtomicU64::new(limit.map_or(0, NonZeroU64::get)),
             sent: AtomicU64::new(0),
-            bucket: Mutex::new(Bucket { balance: 0, filled: clock.now(), queue: VecDeque::new(), next: 0 }),
+            bucket: Mutex::new(Bucket::new(clock.now())),
             changed: Condvar::new(),
             clock,
+            shared: None,
         }
+    }
+
+    /// A new limit of its own for a session that has to share `all` with others.
+    #[must_use]
+    pub fn within(all: &Arc<Self>, limit: Option<NonZeroU64>) -> Arc<Self> {
+        Arc::new(Self::with_clock(limit, Box::new(Monotonic(Instant::now()))).sharing(all))
+    }
+
+    fn sharing(mut self, all: &Arc<Self>) -> Self {
+        let member = {
+            let mut bucket = all.lock();
+            bucket.members += 1;
+            Member(bucket.members)
+        };
+        self.shared = Some((Arc::clone(all), member));
+        self
     }
 
     /// Changes the limit, at once also for those who wait; `None` is no limit.
@@ -125,7 +204,15 @@ impl Bandwidth {
 
     /// As [`Bandwidth::take`], but gives up, and returns false, once `aborted` is set and [`Bandwidth::wake`] called.
     pub(crate) fn take_unless(&self, bytes: usize, aborted: &AtomicBool) -> bool {
-        if self.limit.load(Ordering::Relaxed) != 0 && !self.wait_for(bytes, aborted) {
+        let taken = self.take_as(ALONE, bytes, aborted);
+        match &self.shared {
+            Some((all, member)) => taken && all.take_as(*member, bytes, aborted),
+            None => taken,
+        }
+    }
+
+    fn take_as(&self, member: Member, bytes: usize, aborted: &AtomicBool) -> bool {
+        if self.limit.load(Ordering::Relaxed) != 0 && !self.wait_for(member, bytes, aborted) {
             return false;
         }
         self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -135,23 +222,26 @@ impl Bandwidth {
     /// Makes all who wait look at their abort flags.
     pub(crate) fn wake(&self) {
         // Under the lock, so that nobody is between looking at the flag and going to sleep.
-        let _bucket = self.lock();
+        let bucket = self.lock();
         self.changed.notify_all();
+        drop(bucket);
+        if let Some((all, _)) = &self.shared {
+            all.wake();
+        }
     }
 
     /// How many bytes a stream should take at once, now: a few milliseconds' worth, in whole TLS records.
     pub(crate) fn quantum(&self) -> usize {
-        let Some(limit) = self.limit() else { return MAX_QUANTUM };
+        let all = self.shared.as_ref().map_or(MAX_QUANTUM, |(all, _)| all.quantum());
+        let Some(limit) = self.limit() else { return all };
         let burst = u128::from(limit.get()) * BURST.as_millis() / 1000;
-        let burst = usize::try_from(burst).unwrap_or(MAX_QUANTUM).clamp(MIN_QUANTUM, MAX_QUANTUM);
+        let burst = usize::try_from(burst).unwrap_or(MAX_QUANTUM).clamp(MIN_QUANTUM, all);
         burst / MIN_QUANTUM * MIN_QUANTUM
     }
 
-    fn wait_for(&self, bytes: usize, aborted: &AtomicBool) -> bool {
+    fn wait_for(&self, member: Member, bytes: usize, aborted: &AtomicBool) -> bool {
         let mut bucket = self.lock();
-        let me = bucket.next;
-        bucket.next += 1;
-        bucket.queue.push_back(me);
+        let me = bucket.enter(member, bytes);
         let taken = loop {
             if aborted.load(Ordering::Relaxed) {
                 break false;
@@ -161,7 +251,7 @@ impl Bandwidth {
             if limit == 0 {
                 break true;
             }
-            if bucket.queue.front() != Some(&me) {
+            if bucket.front() != Some(me) {
                 bucket = self.changed.wait(bucket).unwrap_or_else(PoisonError::into_inner);
             } else if bucket.balance >= 0 {
                 bucket.balance -= bytes as i128 * NANO;
@@ -173,7 +263,7 @@ impl Bandwidth {
                 bucket = self.clock.wait(&self.changed, bucket, time);
             }
         };
-        bucket.queue.retain(|&waiting| waiting != me);
+        bucket.leave(me, taken);
         if !bucket.queue.is_empty() {
             self.changed.notify_all();
         }
@@ -196,6 +286,14 @@ impl Bandwidth {
     fn lock(&self) -> MutexGuard<'_, Bucket> {
         // Nothing in here panics between two states that belong together.
         self.bucket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Bandwidth {
+    fn drop(&mut self) {
+        if let Some((all, member)) = &self.shared {
+            all.lock().had.remove(member);
+        }
     }
 }
 
@@ -285,6 +383,101 @@ mod tests {
         let passed = clock.now();
         assert!(passed >= Duration::from_micros(1_999_000), "{passed:?}");
         assert!(passed < Duration::from_micros(2_000_010), "{passed:?}");
+    }
+
+    /// Serves whoever is next, who comes again at once. Returns whose turn it was.
+    fn serve(bucket: &mut Bucket, sizes: &HashMap<Member, usize>) -> Member {
+        let ticket = bucket.front().expect("somebody waits");
+        let waiting = *bucket.queue.iter().find(|waiting| waiting.ticket == ticket).expect("it is in there");
+        bucket.leave(ticket, true);
+        bucket.enter(waiting.member, sizes[&waiting.member]);
+        waiting.member
+    }
+
+    proptest! {
+        #[test]
+        fn sessions_share_equally_whatever_their_streams_and_sizes(
+            sessions in prop::collection::vec((1usize..9, 1usize..300_000), 2..6),
+        ) {
+            let mut bucket = Bucket::new(Duration::ZERO);
+            let mut sizes = HashMap::new();
+            for (member, &(streams, size)) in (1..).map(Member).zip(&sessions) {
+                sizes.insert(member, size);
+                for _ in 0..streams { bucket.enter(member, size); }
+            }
+            let mut had: HashMap<Member, u64> = HashMap::new();
+            while had.values().sum::<u64>() < 30_000_000 {
+                let member = serve(&mut bucket, &sizes);
+                *had.entry(member).or_default() += sizes[&member] as u64;
+            }
+            let largest = *sizes.values().max().expect("not empty") as u64;
+            let (least, most) = (had.values().min().expect("some"), had.values().max().expect("some"));
+            prop_assert!(had.len() == sessions.len() && most - least <= 2 * largest, "{had:?} {sizes:?}");
+        }
+    }
+
+    #[test]
+    fn a_session_that_paused_has_not_saved_up_for_it() {
+        let mut bucket = Bucket::new(Duration::ZERO);
+        let sizes = HashMap::from([(Member(1), 1000), (Member(2), 1000)]);
+        bucket.enter(Member(1), 1000);
+        for _ in 0..500 {
+            assert_eq!(serve(&mut bucket, &sizes), Member(1), "what nobody else wants it gets");
+        }
+        bucket.enter(Member(2), 1000);
+        let of_second = (0..100).filter(|_| serve(&mut bucket, &sizes) == Member(2)).count();
+        assert!((49..=51).contains(&of_second), "{of_second} of 100");
+    }
+
+    #[test]
+    fn who_gives_up_has_had_nothing() {
+        let mut bucket = Bucket::new(Duration::ZERO);
+        let ticket = bucket.enter(Member(1), 1_000_000);
+        bucket.enter(Member(2), 10);
+        bucket.leave(ticket, false);
+        bucket.enter(Member(1), 10);
+        let sizes = HashMap::from([(Member(1), 10), (Member(2), 10)]);
+        let of_first = (0..10).filter(|_| serve(&mut bucket, &sizes) == Member(1)).count();
+        assert_eq!(of_first, 5);
+    }
+
+    #[test]
+    fn a_session_keeps_to_its_own_limit_and_to_the_one_it_shares() {
+        for (own, all) in [(1_000_000, 3_000_000), (3_000_000, 1_000_000), (0, 1_000_000), (1_000_000, 0)] {
+            let clock = Virtual::default();
+            let with = |limit| Bandwidth::with_clock(NonZeroU64::new(limit), Box::new(clock.clone()));
+            let shared = Arc::new(with(all));
+            let session = with(own).sharing(&shared);
+            assert!(session.quantum() <= MAX_QUANTUM && session.quantum() <= shared.quantum());
+            for _ in 0..1000 {
+                session.take(1000);
+            }
+            let passed = clock.now();
+            assert!((0.99..1.01).contains(&passed.as_secs_f64()), "{own} {all}: {passed:?}");
+            assert_eq!((session.sent(), shared.sent()), (1_000_000, 1_000_000));
+            drop(session);
+            assert!(
+                shared.lock().had.keys().all(|member| *member == ALONE),
+                "a session that ended is forgotten"
+            );
+        }
+    }
+
+    #[test]
+    fn one_that_waits_for_what_is_shared_can_be_aborted() {
+        let all = Bandwidth::new(NonZeroU64::new(1));
+        let session = Bandwidth::within(&all, None);
+        session.take(1_000_000);
+        let aborted = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| session.take_unless(5, &aborted));
+            while all.lock().queue.is_empty() {
+                thread::yield_now();
+            }
+            aborted.store(true, Ordering::Relaxed);
+            session.wake();
+            assert!(!waiting.join().expect("no panic"), "took although aborted");
+        });
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub struct Host {
     pub ram_dir: PathBuf,
     /// What peers may ask for.
     pub allow: Allow,
+    /// What all mirrors that leave this host may send together; they share it equally.
+    pub bandwidth: Arc<link::Bandwidth>,
     /// What a switch-over away from here costs.
     pub switch_cost: Arc<SwitchCost>,
     /// Machines here whose memory is not complete.

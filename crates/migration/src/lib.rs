@@ -19,6 +19,7 @@ pub mod lifecycle;
 mod machine;
 pub mod options;
 pub mod progress;
+pub mod rate;
 pub mod report;
 mod reservation;
 pub mod room;

@@ -2,11 +2,10 @@
 
 use std::num::{NonZeroU16, NonZeroU64};
 use std::path::PathBuf;
-use std::str::FromStr as _;
 use std::time::Duration;
 
-use bytesize::ByteSize;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use migration::rate::RateError;
 use migration::{Compress, Disks, Engine, OnDiverge, Options, Verify, VmName};
 
 /// Moves running virtual machines between hosts by keeping a verified mirror of them.
@@ -188,9 +187,10 @@ pub(crate) struct MigrateOptions {
     /// Accept a predicted downtime up to this when rounds stop shrinking [default: 1s, or --downtime if that is more]
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     max_downtime: Option<Duration>,
-    /// Limit of all data streams together, such as 500MiB/s [default: none]
+    /// Limit of all data streams together, such as 500MiB/s. Given alone for a VM that is under way there, it changes
+    /// that migration's limit, which `unlimited` lifts [default: unlimited]
     #[arg(long, value_name = "RATE", value_parser = rate)]
-    bandwidth: Option<NonZeroU64>,
+    bandwidth: Option<Limit>,
     /// Number of data connections [default: chosen from the cores]
     #[arg(long, value_name = "N")]
     streams: Option<NonZeroU16>,
@@ -250,12 +250,23 @@ enum EngineChoice {
     Qemu,
 }
 
+/// A limit of bandwidth, in bytes per second; none is a limit that is lifted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limit(pub(crate) Option<NonZeroU64>);
+
+impl MigrateOptions {
+    /// The limit, where one was given.
+    pub(crate) fn bandwidth(&self) -> Option<Limit> {
+        self.bandwidth
+    }
+}
+
 impl From<MigrateOptions> for Options {
     fn from(given: MigrateOptions) -> Options {
         Options {
             downtime: given.downtime,
             max_downtime: given.max_downtime.unwrap_or(Options::default().max_downtime.max(given.downtime)),
-            bandwidth: given.bandwidth,
+            bandwidth: given.bandwidth.and_then(|Limit(limit)| limit),
             streams: given.streams,
             timeout: given.timeout,
             verify: match given.verify {
@@ -286,11 +297,8 @@ impl From<MigrateOptions> for Options {
     }
 }
 
-/// A rate such as `500MiB/s`, in bytes per second.
-fn rate(text: &str) -> Result<NonZeroU64, String> {
-    let size = text.trim().strip_suffix("/s").unwrap_or(text);
-    let size = ByteSize::from_str(size).map_err(|_| format!("{text:?} is not a rate such as 500MiB/s"))?;
-    NonZeroU64::new(size.as_u64()).ok_or_else(|| "at this rate nothing would ever move".to_owned())
+fn rate(text: &str) -> Result<Limit, RateError> {
+    migration::rate::limit(text).map(Limit)
 }
 
 /// The beginning of a migration's id.
@@ -367,7 +375,8 @@ mod tests {
         for bad in ["", "fast", "0", "-5MiB", "5MiB/h"] {
             assert!(rate(bad).is_err(), "{bad}");
         }
-        assert_eq!(rate("100MB").unwrap().get(), 100_000_000);
+        assert_eq!(rate("100MB").unwrap(), Limit(NonZeroU64::new(100_000_000)));
+        assert_eq!(rate("unlimited").unwrap(), Limit(None));
         for bad in ["", "xyz", "../a", "a%20"] {
             assert!(id(bad).is_err(), "{bad}");
         }

@@ -74,6 +74,11 @@ impl Failure {
         Failure { exit, detail }
     }
 
+    /// What kind of failure it is.
+    pub(crate) fn kind(&self) -> &str {
+        &self.detail.kind
+    }
+
     /// What a migration ended with.
     pub(crate) fn ended(report: &Report) -> Failure {
         let finding = report.error.as_ref().map_or_else(

@@ -58,7 +58,7 @@ impl From<AgentError> for Refusal {
                 StatusCode::CONFLICT,
                 "in-migration",
                 &format!(
-                    "wait for its end, or end it with `vmirror cancel {vm}`; a standing mirror is finished with `vmirror switch {vm}`"
+                    "wait for its end, or end it with `vmirror cancel {vm}`; a standing mirror is finished with `vmirror switch {vm}`; of its options only --bandwidth can be changed, by giving it alone"
                 ),
             ),
             AgentError::Held { .. } => told(StatusCode::CONFLICT, "busy", "try again when that has ended"),

@@ -77,9 +77,9 @@ pub(super) async fn bandwidth(
     State(api): State<Api>,
     InPath(name): InPath<String>,
     Body(request): Body<BandwidthRequest>,
-) -> Result<StatusCode, Refusal> {
-    api.vms.bandwidth(&vm_name(&name)?, request.bandwidth).await?;
-    Ok(StatusCode::NO_CONTENT)
+) -> Result<(StatusCode, Json<SessionRef>), Refusal> {
+    let id = api.vms.bandwidth(&vm_name(&name)?, request.bandwidth, request.to.as_deref()).await?;
+    Ok((StatusCode::ACCEPTED, Json(SessionRef { id })))
 }
 
 pub(super) async fn list(State(api): State<Api>) -> Json<Vec<Progress>> {

@@ -192,7 +192,7 @@ pub struct CheckReply {
     pub findings: Vec<Finding>,
 }
 
-/// Answer of `migrate`, `mirror`, `switch` and `cancel`: the session that was begun or spoken to.
+/// Answer of `migrate`, `mirror`, `switch`, `bandwidth` and `cancel`: the session that was begun or spoken to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionRef {
     /// Its identity.
@@ -200,11 +200,14 @@ pub struct SessionRef {
 }
 
 /// `POST /v1/vms/{name}/bandwidth`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BandwidthRequest {
     /// Limit of all data streams together, in bytes per second; `null` is unlimited.
     pub bandwidth: Option<NonZeroU64>,
+    /// Where the machine must be on its way to, `HOST:PORT` as the migration was given it; left out, anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
 }
 
 /// `POST /v1/vms/{name}/resolve`.

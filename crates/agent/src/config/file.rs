@@ -1,11 +1,13 @@
 //! The file's own shape, and its errors in words that name file, line and key.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bytesize::ByteSize;
-use migration::Allow;
+use migration::options::MIN_BANDWIDTH;
+use migration::{Allow, rate};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
@@ -14,7 +16,7 @@ use super::{Config, ConfigError, LONGEST_SOCKET_PATH, Tls};
 
 /// Every table and the keys it knows, for the message about an unknown one.
 const KEYS: [(&str, &[&str]); 3] = [
-    ("", &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "tls", "allow"]),
+    ("", &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "bandwidth", "tls", "allow"]),
     ("tls", &["ca", "cert", "key"]),
     ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu"]),
 ];
@@ -32,6 +34,7 @@ struct File {
     run_dir: PathBuf,
     #[serde(default = "default_ram_dir")]
     ram_dir: PathBuf,
+    bandwidth: Option<Spanned<String>>,
     tls: TlsTable,
     allow: Option<AllowTable>,
     /// Named here only to be refused in words of its own.
@@ -172,6 +175,10 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         return Err(source.value(file.api.span().start, "api", problem));
     }
 
+    let bandwidth = file.bandwidth.map_or(Ok(None), |text| {
+        bandwidth(text.get_ref()).map_err(|problem| source.value(text.span().start, "bandwidth", problem))
+    })?;
+
     Ok(Config {
         name: file.name.into_inner(),
         listen: file.listen,
@@ -179,9 +186,20 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         state_dir: base.join(file.state_dir),
         run_dir: base.join(file.run_dir),
         ram_dir: base.join(file.ram_dir),
+        bandwidth,
         tls: Tls { ca: base.join(file.tls.ca), cert: base.join(file.tls.cert), key: base.join(file.tls.key) },
         allow: file.allow.map_or(Ok(Allow::default()), |table| allow(&source, table))?,
     })
+}
+
+/// A rate such as `"900MiB/s"`, or `"unlimited"`.
+fn bandwidth(text: &str) -> Result<Option<NonZeroU64>, String> {
+    match rate::limit(text).map_err(|error| error.to_string())? {
+        Some(limit) if limit.get() < MIN_BANDWIDTH => {
+            Err(format!("{limit} bytes/s is below the least that makes sense, {MIN_BANDWIDTH} bytes/s"))
+        }
+        limit => Ok(limit),
+    }
 }
 
 /// The `[allow]` table. What it lists is compared with what a peer names, so everything in it is absolute.

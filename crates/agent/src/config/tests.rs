@@ -6,6 +6,7 @@ api = "/run/vmirror-a/api.sock"
 state_dir = "/srv/state"
 run_dir = "/run/vmirror-a"
 ram_dir = "/dev/hugepages"
+bandwidth = "900MiB/s"
 [tls]
 ca = "ca.pem"
 cert = "host-a.pem"
@@ -38,6 +39,7 @@ fn the_example_of_the_contract_is_understood() {
     assert_eq!(config.tls.ca, Path::new("/etc/vmirror/ca.pem"), "relative to the file");
     assert_eq!(config.tls.key, Path::new("/etc/keys/host-a-key.pem"));
     assert_eq!(config.ram_dir, Path::new("/dev/hugepages"));
+    assert_eq!(config.bandwidth.unwrap().get(), 900 << 20);
     assert_eq!(config.allow.max_memory, 16 << 30);
     assert_eq!(config.allow.peers, ["host-b", "host-c"]);
 }
@@ -49,6 +51,7 @@ fn defaults_are_those_of_the_contract_and_allow_nobody_anything() {
     assert_eq!(config.state_dir, Path::new("/var/lib/vmirror"));
     assert_eq!(config.run_dir, Path::new("/run/vmirror"));
     assert_eq!(config.ram_dir, Path::new("/dev/shm"));
+    assert_eq!(config.bandwidth, None);
     assert_eq!(config.allow, Allow::default());
 }
 
@@ -58,16 +61,16 @@ fn unknown_keys_are_refused_by_name_and_line() {
     assert!(top.contains("agent.toml:6: unknown key \"ram_dirs\""), "{top}");
     assert!(top.contains("ram_dir,"), "{top}");
     let nested = refused(&with("bridges", "bridge = [\"br0\"]"));
-    assert!(nested.contains("agent.toml:14: unknown key \"allow.bridge\""), "{nested}");
+    assert!(nested.contains("agent.toml:15: unknown key \"allow.bridge\""), "{nested}");
     assert!(nested.contains("peers, disk_dirs, bridges"), "{nested}");
     let table = refused(&format!("{FULL}[tsl]\nca = 1\n"));
-    assert!(table.contains("agent.toml:17: unknown key \"tsl\""), "{table}");
+    assert!(table.contains("agent.toml:18: unknown key \"tsl\""), "{table}");
 }
 
 #[test]
 fn metrics_are_refused_in_words() {
     let message = refused(&format!("{FULL}[metrics]\nlisten = \"127.0.0.1:7601\"\n"));
-    assert!(message.contains("agent.toml:17: [metrics] is not yet available in this version"), "{message}");
+    assert!(message.contains("agent.toml:18: [metrics] is not yet available in this version"), "{message}");
 }
 
 #[test]
@@ -97,12 +100,15 @@ fn bad_values_name_the_key_the_line_and_the_value() {
         ("listen", "listen = \"host-a\"", "2: listen: "),
         ("listen", "listen = \"10.9.0.2\"", "2: listen: "),
         ("state_dir", "state_dir = true", "4: state_dir: invalid type: boolean `true`"),
-        ("peers", "peers = \"host-b\"", "12: allow.peers: invalid type: string \"host-b\""),
-        ("peers", "peers = [\"host-b\", 7]", "12: allow.peers[1]: invalid type: integer `7`"),
-        ("disk_dirs", "disk_dirs = [\"vms\"]", "13: allow.disk_dirs: vms is not an absolute path"),
-        ("max_memory", "max_memory = \"lots\"", "15: allow.max_memory: \"lots\" is not a size"),
-        ("max_memory", "max_memory = 17", "15: allow.max_memory: invalid type: integer `17`"),
-        ("qemu", "qemu = [\"qemu-system-x86_64\"]", "16: allow.qemu: qemu-system-x86_64 is not an abs"),
+        ("bandwidth", "bandwidth = \"fast\"", "7: bandwidth: \"fast\" is not a rate such as 500MiB/s"),
+        ("bandwidth", "bandwidth = \"1kB/s\"", "7: bandwidth: 1000 bytes/s is below the least"),
+        ("bandwidth", "bandwidth = 7", "7: bandwidth: invalid type: integer `7`"),
+        ("peers", "peers = \"host-b\"", "13: allow.peers: invalid type: string \"host-b\""),
+        ("peers", "peers = [\"host-b\", 7]", "13: allow.peers[1]: invalid type: integer `7`"),
+        ("disk_dirs", "disk_dirs = [\"vms\"]", "14: allow.disk_dirs: vms is not an absolute path"),
+        ("max_memory", "max_memory = \"lots\"", "16: allow.max_memory: \"lots\" is not a size"),
+        ("max_memory", "max_memory = 17", "16: allow.max_memory: invalid type: integer `17`"),
+        ("qemu", "qemu = [\"qemu-system-x86_64\"]", "17: allow.qemu: qemu-system-x86_64 is not an abs"),
     ] {
         let message = refused(&with(key, line));
         assert!(message.contains(&format!("agent.toml:{expected}")), "{line}: {message}");

@@ -94,13 +94,23 @@ impl Vms {
         self.command(name, Command::Cancel).await
     }
 
-    /// Changes the bandwidth limit of a migration.
+    /// Changes the bandwidth limit of a migration; where `to` is given, only of one that leads there.
     ///
     /// # Errors
-    /// As [`Vms::switch`], or when the limit is too low to make sense.
-    pub async fn bandwidth(&self, name: &VmName, limit: Option<NonZeroU64>) -> Result<Uuid, AgentError> {
+    /// As [`Vms::switch`], when the limit is too low to make sense, or [`AgentError::InSession`] when the machine is on
+    /// its way to somewhere else.
+    pub async fn bandwidth(
+        &self,
+        name: &VmName,
+        limit: Option<NonZeroU64>,
+        to: Option<&str>,
+    ) -> Result<Uuid, AgentError> {
         Options { bandwidth: limit, ..Options::default() }.validate()?;
-        self.command(name, Command::Bandwidth(limit)).await
+        let active = self.session_of(name)?;
+        if to.is_some_and(|to| to != active.to) {
+            return Err(AgentError::InSession { vm: name.to_string(), to: active.to.clone() });
+        }
+        command_of(name, &active, Command::Bandwidth(limit)).await
     }
 
     /// Compares every page on both sides with the ledgers.
@@ -127,9 +137,7 @@ impl Vms {
 
     async fn command(&self, name: &VmName, command: Command) -> Result<Uuid, AgentError> {
         let active = self.session_of(name)?;
-        let sent = active.session.command(command).await;
-        sent.map_err(|_| AgentError::SessionEnded(name.to_string()))?;
-        Ok(active.id())
+        command_of(name, &active, command).await
     }
 
     fn session_of(&self, name: &VmName) -> Result<Arc<Active>, AgentError> {
@@ -187,6 +195,12 @@ impl Vms {
         self.tell(name, kind);
         active.end(report);
     }
+}
+
+async fn command_of(name: &VmName, active: &Active, command: Command) -> Result<Uuid, AgentError> {
+    let sent = active.session.command(command).await;
+    sent.map_err(|_| AgentError::SessionEnded(name.to_string()))?;
+    Ok(active.id())
 }
 
 /// Whether this could be the address of an agent's link.

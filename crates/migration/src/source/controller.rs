@@ -101,7 +101,7 @@ impl Controller {
         };
         let report = blank(id, &host, &vm, &to, &options);
         let (session, conductor) = Session::new(id, first);
-        let bandwidth = Bandwidth::new(options.bandwidth);
+        let bandwidth = Bandwidth::within(&host.bandwidth, options.bandwidth);
         let (orders, commands) = Orders::follow(conductor.commands, bandwidth);
         let progress = conductor.progress;
         let done = conductor.report;

@@ -305,7 +305,7 @@ pub async fn supply(host: &Host, record: &Record) -> Result<(), Failure> {
     else {
         return Ok(());
     };
-    let bandwidth = Bandwidth::new(None);
+    let bandwidth = Bandwidth::within(&host.bandwidth, None);
     let opened =
         Streams::open(&host.endpoint, destination.address(), *session, streams, &bandwidth, 0.0).await;
     let supplying = opened.and_then(|streams| {

@@ -1,14 +1,18 @@
 //! `vmirror check`, `migrate`, `mirror`, `switch`, `cancel`, `verify`.
 
-use agent::api::types::{CheckReply, MigrateRequest, SessionRef};
+use std::num::NonZeroU64;
+
+use agent::api::types::{BandwidthRequest, CheckReply, MigrateRequest, SessionRef};
 use migration::report::Verification;
 use migration::{Goal, Options, Outcome, VmName};
+use serde::Serialize;
+use uuid::Uuid;
 
 use super::follow::{Followed, Manner, conclude, follow};
-use crate::cli::Migrate;
+use crate::cli::{Limit, Migrate};
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
-use crate::format::count;
+use crate::format::{bytes, count};
 use crate::output::Output;
 use crate::summary;
 
@@ -50,15 +54,58 @@ pub(super) async fn begin(
     detach: bool,
     output: &Output,
 ) -> Result<Exit, Failure> {
+    let limit = asked.options.bandwidth();
     let (name, request) = request(asked)?;
     let verb = match goal {
         Goal::Migrate => "migrate",
         Goal::Mirror => "mirror",
     };
-    let session: SessionRef = client.post(&format!("/v1/vms/{name}/{verb}"), &request).await?;
+    let session: SessionRef = match client.post(&format!("/v1/vms/{name}/{verb}"), &request).await {
+        // Asked for again with a limit, and with nothing that can only be asked for at the beginning.
+        Err(failure) if failure.kind() == IN_MIGRATION && is_default_but_for_bandwidth(&request.options) => {
+            let Some(Limit(bandwidth)) = limit else { return Err(failure) };
+            return change_bandwidth(client, &name, request.to, bandwidth, output).await;
+        }
+        begun => begun?,
+    };
     let manner = Manner { cancels: Some(&name), until_in_sync: detach };
     let (followed, interrupted) = follow(client, session.id, manner, output).await?;
     Ok(conclude(followed, interrupted, Some(&request.to), output))
+}
+
+/// The kind of the agent's answer that a machine is under way already.
+const IN_MIGRATION: &str = "in-migration";
+
+fn is_default_but_for_bandwidth(options: &Options) -> bool {
+    Options { bandwidth: None, ..options.clone() } == Options::default()
+}
+
+/// What became of a limit, for scripts.
+#[derive(Debug, Serialize)]
+struct Changed {
+    id: Uuid,
+    vm: VmName,
+    /// In bytes per second; none is unlimited.
+    bandwidth: Option<NonZeroU64>,
+}
+
+/// Changes the limit of a migration under way there, and does not wait for its end: somebody else does.
+async fn change_bandwidth(
+    client: &Client,
+    name: &VmName,
+    to: String,
+    bandwidth: Option<NonZeroU64>,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let request = BandwidthRequest { bandwidth, to: Some(to) };
+    let SessionRef { id } = client.post(&format!("/v1/vms/{name}/bandwidth"), &request).await?;
+    output.done(&Changed { id, vm: name.clone(), bandwidth }, |changed| match changed.bandwidth {
+        Some(limit) => {
+            format!("the migration of {name} that is under way now sends at most {}/s", bytes(limit.get()))
+        }
+        None => format!("the migration of {name} that is under way now sends as much as the link takes"),
+    });
+    Ok(Exit::Done)
 }
 
 pub(super) async fn switch(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
