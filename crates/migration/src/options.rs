@@ -3,6 +3,7 @@
 use std::num::{NonZeroU16, NonZeroU64};
 use std::time::Duration;
 
+use humantime_serde::re::humantime::format_duration;
 use serde::{Deserialize, Serialize};
 
 /// Whether to hand the machine over as soon as the mirror has caught up, or to keep it standing.
@@ -149,8 +150,23 @@ pub enum OptionError {
         /// `--downtime`.
         asked: Duration,
     },
+    /// A time that no migration can mean.
+    #[error("{option} {} is above the most that makes sense, {}", format_duration(*given), format_duration(*most))]
+    TooLong {
+        /// The option.
+        option: &'static str,
+        /// What was given.
+        given: Duration,
+        /// The most that is accepted.
+        most: Duration,
+    },
+    /// What is not there yet cannot be read back.
+    #[error(
+        "--verify strict reads the whole copy back before the hand-over, and with --on-diverge post-copy it is not whole by then"
+    )]
+    StrictPostCopy,
     /// Nothing can be done in no time.
-    #[error("--timeout {} leaves no time to migrate", humantime_serde::re::humantime::format_duration(*.0))]
+    #[error("--timeout {} leaves no time to migrate", format_duration(*.0))]
     Timeout(Duration),
     /// Below this the control messages alone would fill the link.
     #[error("--bandwidth {0} bytes/s is below the least that makes sense, {MIN_BANDWIDTH} bytes/s")]
@@ -169,6 +185,10 @@ pub const MIN_BANDWIDTH: u64 = 64 * 1024;
 pub const MAX_STREAMS: u16 = 16;
 /// Least `--timeout`.
 const MIN_TIMEOUT: Duration = Duration::from_secs(1);
+/// Most `--timeout`: larger than any migration, and small enough to be added to any time.
+const MAX_TIMEOUT: Duration = Duration::from_secs(365 * 86_400);
+/// Most `--downtime` and `--max-downtime`: a guest that may stand still for longer can be stopped and copied.
+const MAX_DOWNTIME: Duration = Duration::from_secs(3600);
 
 impl Options {
     /// Whether the options make sense together.
@@ -176,11 +196,23 @@ impl Options {
     /// # Errors
     /// The first option, or pair, that does not.
     pub fn validate(&self) -> Result<(), OptionError> {
+        for (option, given, most) in [
+            ("--downtime", self.downtime, MAX_DOWNTIME),
+            ("--max-downtime", self.max_downtime, MAX_DOWNTIME),
+            ("--timeout", self.timeout, MAX_TIMEOUT),
+        ] {
+            if given > most {
+                return Err(OptionError::TooLong { option, given, most });
+            }
+        }
         if self.max_downtime < self.downtime {
             return Err(OptionError::MaxBelowAsked { max: self.max_downtime, asked: self.downtime });
         }
         if self.timeout < MIN_TIMEOUT {
             return Err(OptionError::Timeout(self.timeout));
+        }
+        if (self.verify, self.on_diverge) == (Verify::Strict, OnDiverge::PostCopy) {
+            return Err(OptionError::StrictPostCopy);
         }
         if self.engine == Engine::Qemu
             && let Some(option) = self.not_of_qemu()
@@ -232,6 +264,13 @@ mod tests {
         assert!(with(|o| o.timeout = Duration::ZERO).contains("--timeout"));
         assert!(with(|o| o.bandwidth = NonZeroU64::new(1)).contains("--bandwidth"));
         assert!(with(|o| o.streams = NonZeroU16::new(1000)).contains("--streams"));
+        assert!(with(|o| o.timeout = Duration::MAX).contains("--timeout"));
+        assert!(
+            with(|o| (o.downtime, o.max_downtime) = (Duration::MAX, Duration::MAX)).contains("--downtime")
+        );
+        assert!(with(|o| o.max_downtime = Duration::from_secs(3601)).contains("--max-downtime 1h 1s"));
+        let strict = with(|o| (o.verify, o.on_diverge) = (Verify::Strict, OnDiverge::PostCopy));
+        assert!(strict.contains("--verify strict") && strict.contains("--on-diverge post-copy"));
         let by_qemu = |change: fn(&mut Options)| {
             let mut options = Options { engine: Engine::Qemu, ..Options::default() };
             options.validate().unwrap();

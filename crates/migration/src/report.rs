@@ -108,6 +108,22 @@ pub struct Round {
     pub scan_ms: f64,
     /// Whether the guest was paused meanwhile.
     pub paused: bool,
+    /// What was estimated after this round; none for rounds of a paused guest, of which nothing is to be foreseen.
+    #[serde(default)]
+    pub estimate: Option<Estimated>,
+}
+
+/// What the rounds so far have foreseen. What happened then is in the rounds that follow, and in [`Report::pause`].
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Estimated {
+    /// How fast the guest dirties memory, in bytes per second, as the last scan found.
+    pub dirty_rate: f64,
+    /// How fast guest memory is taken care of, in bytes per second.
+    pub throughput: f64,
+    /// The downtime if the switch-over began now, in milliseconds; none before two rounds.
+    pub downtime_ms: Option<f64>,
+    /// Until the guest's memory is all but equal, in milliseconds; none where the guest outruns the mirror.
+    pub time_left_ms: Option<f64>,
 }
 
 /// Memory as a whole.

@@ -7,8 +7,8 @@ use std::fmt::{Display, Write as _};
 use migration::report::Verdict;
 use migration::{Outcome, Report};
 
-use crate::format::{bytes, count, moment, ms};
-use crate::summary::{headline, outcome, verdict};
+use crate::format::{bytes, count, moment, ms, rate};
+use crate::summary::{headline, outcome, predicted, verdict};
 
 const STYLE: &str = include_str!("html/style.css");
 
@@ -140,7 +140,7 @@ fn rounds(report: &Report) -> String {
     let most = report.rounds.iter().map(|round| round.dirty_pages).max().unwrap_or(0).max(1);
     let mut table = String::from(
         "<div class=\"scroll\"><table>\n<thead><tr><th>round<th>dirty pages<th class=\"bar\"><th>zero<th>same<th>delta\
-         <th>copy<th>plain<th>left out<th>sent<th>scan<th>took</tr></thead>\n<tbody>\n",
+         <th>copy<th>plain<th>left out<th>sent<th>scan<th>took<th>dirtied<th>pause foreseen</tr></thead>\n<tbody>\n",
     );
     for round in &report.rounds {
         // The least width of a bar must not show pages where there are none.
@@ -151,7 +151,7 @@ fn rounds(report: &Report) -> String {
             &mut table,
             format_args!(
                 "<tr{paused}><td>{}<td>{}<td class=\"bar\"><i style=\"width:{width:.2}%;visibility:{shown}\"></i><td>{}<td>{}<td>{}<td>{}\
-             <td>{}<td>{}<td>{}<td>{}<td>{}</tr>\n",
+             <td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>\n",
                 round.n,
                 count(round.dirty_pages),
                 count(round.zero),
@@ -163,6 +163,8 @@ fn rounds(report: &Report) -> String {
                 bytes(round.wire_bytes),
                 ms(round.scan_ms),
                 ms(round.duration_ms),
+                round.estimate.as_ref().map_or_else(String::new, |estimate| rate(estimate.dirty_rate)),
+                predicted(round).map_or_else(String::new, ms),
             ),
         );
     }

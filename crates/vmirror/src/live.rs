@@ -11,10 +11,10 @@ use crate::output::Output;
 /// Least time between two plain lines that do not begin a phase.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// Shows progress where there is somebody to see it.
 /// How often a warning is repeated while it lasts; its figures change with every round.
 const WARN_EVERY: Duration = Duration::from_secs(30);
 
+/// Shows progress where there is somebody to see it.
 #[derive(Debug)]
 pub(crate) struct Live {
     output: Output,
@@ -91,6 +91,11 @@ pub(crate) fn line(progress: &Progress) -> String {
 
 /// What can be said in numbers; nothing before there is anything to count, nor once it counts no more.
 fn figures(progress: &Progress) -> String {
+    if progress.phase == Phase::Resume && progress.remaining_bytes > 0 {
+        // Handed over before its memory was complete.
+        let left = bytes(progress.remaining_bytes);
+        return format!("post-copy: {left} still to come · {} sent", bytes(progress.wire_bytes));
+    }
     if progress.raw_bytes == 0 || progress.phase >= Phase::Resume {
         return String::new();
     }
@@ -104,6 +109,9 @@ fn figures(progress: &Progress) -> String {
     ];
     if let Some(predicted) = progress.predicted_downtime_ms {
         parts.push(format!("pause ~{}", ms(predicted)));
+    }
+    if progress.throttle > 0.0 {
+        parts.push(format!("guest slowed by {:.0} %", progress.throttle * 100.0));
     }
     if let Some(left) = progress.time_left_ms {
         parts.push(format!("{} left", ms(left)));
@@ -131,6 +139,14 @@ mod tests {
         assert_eq!(line(&before), "reserve");
         let after = Progress { phase: Phase::CleanUp, ..progress() };
         assert_eq!(line(&after), "clean-up");
+    }
+
+    #[test]
+    fn it_shows_what_is_done_about_a_guest_that_outruns_its_mirror() {
+        let slowed = Progress { throttle: 0.35, ..progress() };
+        assert!(line(&slowed).contains(" · guest slowed by 35 % · "), "{}", line(&slowed));
+        let supplied = Progress { phase: Phase::Resume, ..progress() };
+        assert_eq!(line(&supplied), "resume  post-copy: 20.0 MiB still to come · 150.0 MiB sent");
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! A migration's report in words: short at its end, in full when asked for.
 
-use migration::report::Verdict;
+use migration::report::{Round, Verdict};
 use migration::{Outcome, Report};
 
-use crate::format::{bytes, count, moment, ms, short};
+use crate::format::{bytes, count, moment, ms, rate, short};
 use crate::table::Table;
 
 /// The name of an outcome.
@@ -161,9 +161,11 @@ pub(crate) fn in_full(report: &Report) -> String {
         text.push_str(&format!("\n{}", table.render()));
     }
     if !report.rounds.is_empty() {
-        let headings =
-            ["ROUND", "DIRTY", "ZERO", "SAME", "DELTA", "COPY", "PLAIN", "READ", "SENT", "SCAN", "TOOK", ""];
-        let mut table = Table::new(&headings, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        let headings = [
+            "ROUND", "DIRTY", "ZERO", "SAME", "DELTA", "COPY", "PLAIN", "READ", "SENT", "SCAN", "TOOK",
+            "DIRTIED", "PAUSE", "",
+        ];
+        let mut table = Table::new(&headings, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
         for round in &report.rounds {
             table.row([
                 round.n.to_string(),
@@ -177,6 +179,8 @@ pub(crate) fn in_full(report: &Report) -> String {
                 bytes(round.wire_bytes),
                 ms(round.scan_ms),
                 ms(round.duration_ms),
+                round.estimate.as_ref().map_or_else(String::new, |estimate| rate(estimate.dirty_rate)),
+                predicted(round).map_or_else(String::new, |downtime| format!("~{}", ms(downtime))),
                 match (round.withheld, round.paused) {
                     (0, false) => String::new(),
                     (0, true) => "paused".to_owned(),
@@ -217,6 +221,11 @@ pub(crate) fn in_full(report: &Report) -> String {
         text.push_str(&format!("\n{}", table.render()));
     }
     text
+}
+
+/// The downtime that was foreseen after a round, in milliseconds.
+pub(crate) fn predicted(round: &Round) -> Option<f64> {
+    round.estimate.as_ref()?.downtime_ms
 }
 
 /// The parts of the downtime, each with when it was over.

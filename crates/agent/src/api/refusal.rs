@@ -135,6 +135,8 @@ impl From<AgentError> for Refusal {
 fn option_hint(error: &OptionError) -> &'static str {
     match error {
         OptionError::MaxBelowAsked { .. } => "raise --max-downtime or lower --downtime",
+        OptionError::TooLong { .. } => "give less",
+        OptionError::StrictPostCopy => "choose one of them",
         OptionError::Timeout(_) => "give at least 1s",
         OptionError::Bandwidth(_) => "give a higher limit, such as 100MiB/s",
         OptionError::Streams(_) => "give fewer streams, or leave --streams out",

@@ -81,8 +81,7 @@ impl Controller {
             progress.throughput = estimate.throughput;
             progress.dirty_rate = estimate.dirty_rate;
             progress.predicted_downtime_ms = predicted.map(|downtime| downtime.as_secs_f64() * 1e3);
-            progress.time_left_ms = (estimate.throughput > estimate.dirty_rate)
-                .then(|| estimate.remaining() / (estimate.throughput - estimate.dirty_rate) * 1e3);
+            progress.time_left_ms = estimate.time_left().map(|left| left.as_secs_f64() * 1e3);
             progress.in_sync = matches!(advice, Some(Advice::Switch | Advice::SwitchWithinLimit));
             progress.verification = rounds.verification();
             progress.warning = warning;

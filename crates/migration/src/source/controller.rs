@@ -1,8 +1,10 @@
 //! The source's controller: the phases of a migration, one after the other.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::FutureExt as _;
 use link::{AbortHandle, Bandwidth, DataSender};
 use mirror::hash::Secret;
 use mirror::layout::Layout;
@@ -134,7 +136,8 @@ impl Controller {
         let until_handed_over = tokio::select! {
             biased;
             () = cancel.cancelled() => Err(Stop::Cancelled),
-            reached = self.until_ready() => reached,
+            // A defect must not leave the guest paused: the way back is the same as from any failure.
+            reached = AssertUnwindSafe(self.until_ready()).catch_unwind() => reached.unwrap_or_else(|_| Err(defect())),
         };
         let ended = match until_handed_over {
             Ok(_) if cancel.is_cancelled() => Err(Stop::Cancelled),
@@ -302,14 +305,15 @@ impl Controller {
             false => None,
         };
         self.held.qemu = true;
-        let throttling = self.held.throttling.take();
-        let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
-        let mut slowed = None;
+        let Held { destination: Some(destination), rounds: Some(rounds), throttling, .. } = &mut self.held
+        else {
+            return Err(nothing_held());
+        };
+        let slowed = &mut self.report.throttle;
         // Paused for good, the guest need not be slowed any more.
-        let paused = || slowed = throttling.map(Throttling::end);
+        let paused = || *slowed = throttling.take().map(Throttling::end);
         let prepared =
             switch::prepare(&self.vm.qmp, rounds, destination, &socket, &self.options, streams, paused).await;
-        self.report.throttle = slowed;
         match prepared {
             Ok(prepared) => {
                 self.report.verification.gate = Verdict::Match;
@@ -383,6 +387,14 @@ impl Held {
 pub(super) fn chosen_streams() -> u16 {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     u16::try_from(cores.min(CHOSEN_STREAMS)).unwrap_or(1)
+}
+
+fn defect() -> Stop {
+    Stop::Failed(Finding::new(
+        "agent",
+        "the migration controller has panicked",
+        "report this with the agent's log",
+    ))
 }
 
 pub(super) fn nothing_held() -> Stop {

@@ -9,6 +9,7 @@ use mirror::layout::PAGE_SIZE;
 use mirror::memory::round::Sent;
 
 use crate::options::Options;
+use crate::report::Estimated;
 
 /// Rounds of fewer pages say more about latency than about throughput.
 const TELLING_PAGES: u64 = 256;
@@ -90,6 +91,23 @@ impl Estimate {
             return None;
         }
         Some(self.fixed + Duration::from_secs_f64((self.remaining() / self.throughput).min(1e6)))
+    }
+
+    /// The time until nothing but what a round takes remains, at the measured rates. `None` where the guest outruns the mirror.
+    pub(super) fn time_left(&self) -> Option<Duration> {
+        let gained = self.throughput - self.dirty_rate;
+        (gained > 0.0).then(|| Duration::from_secs_f64((self.remaining() / gained).min(1e6)))
+    }
+
+    /// All of it, for the report.
+    pub(super) fn told(&self) -> Estimated {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        Estimated {
+            dirty_rate: self.dirty_rate,
+            throughput: self.throughput,
+            downtime_ms: self.downtime().map(ms),
+            time_left_ms: self.time_left().map(ms),
+        }
     }
 
     /// What to do next.

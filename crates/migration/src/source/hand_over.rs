@@ -7,6 +7,7 @@ use tokio::time::timeout;
 use super::controller::{Controller, commit, nothing_held};
 use super::peer::Withdrawal;
 use super::peer::violation;
+use super::rounds::Rounds;
 use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::Prepared;
@@ -133,6 +134,9 @@ impl Controller {
 
     /// The machine runs at the destination: prove, give everything back, hear how it does.
     pub(super) async fn after_hand_over(&mut self) {
+        if !self.post_copy {
+            self.progress.send_modify(|progress| progress.remaining_bytes = 0);
+        }
         self.enter(Phase::Resume);
         let supplied = self.supply_rest().await;
         let proved = self.prove().await.and(supplied);
@@ -218,7 +222,9 @@ impl Controller {
     pub(super) async fn undo(&mut self, stop: Stop) {
         let mut stop = stop;
         self.let_go();
-        if self.held.qemu {
+        let left_stopped = self.held.rounds.as_ref().is_some_and(Rounds::left_stopped);
+        let mut resumed = true;
+        if self.held.qemu || left_stopped {
             if let Some(rounds) = &self.held.rounds {
                 rounds.abort();
             }
@@ -226,6 +232,7 @@ impl Controller {
                 relay.abort();
             }
             if let Err(e) = super::resume_here(&self.vm.qmp).await {
+                resumed = false;
                 let socket = self.vm.record.qmp_socket.display();
                 stop = Stop::Uncertain(Finding::new(
                     "not-resumed",
@@ -239,7 +246,9 @@ impl Controller {
         self.end_preparing().await;
         self.end_rounds().await;
         self.end_relay().await;
-        if std::mem::take(&mut self.vm.record.quiesced_scans)
+        // One that could not be resumed is resumed by the next agent that finds this on record.
+        if resumed
+            && std::mem::take(&mut self.vm.record.quiesced_scans)
             && let Err(e) = self.host.journal.update(&self.vm.record)
         {
             tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");

@@ -9,6 +9,7 @@ mod account;
 mod controller;
 mod estimate;
 mod hand_over;
+mod heard;
 mod orders;
 mod peer;
 mod post_copy;

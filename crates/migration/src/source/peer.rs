@@ -24,12 +24,15 @@ use crate::wire::{self, Reply, Request, ToDestination, ToSource};
 /// How long a destination may take to start QEMU and set everything aside.
 const RESERVE: Duration = Duration::from_secs(60);
 
+/// Words of the destination that may wait for somebody to listen.
+const UNREAD: usize = 4096;
+
 /// The destination's agent, in one session.
 pub(super) struct Destination {
     name: String,
     address: String,
     sender: Sender,
-    inbox: mpsc::UnboundedReceiver<Result<Reply, LinkError>>,
+    inbox: mpsc::Receiver<Result<Reply, LinkError>>,
     /// Supplies pages that a guest there waits for.
     supply: Option<Supply>,
     _reader: AbortOnDropHandle<()>,
@@ -82,7 +85,7 @@ impl Destination {
             ));
         }
         let (sender, receiver) = control.split();
-        let (tell, inbox) = mpsc::unbounded_channel();
+        let (tell, inbox) = mpsc::channel(UNREAD);
         let reader = AbortOnDropHandle::new(tokio::spawn(read(receiver, tell)));
         let sender = Sender(Arc::new(Mutex::new(sender)));
         Ok(Destination { name, address: address.to_owned(), sender, inbox, supply: None, _reader: reader })
@@ -131,14 +134,19 @@ impl Destination {
         }
     }
 
+    /// What the destination says next, if that is soon enough. `what` is what it is expected to do.
+    pub(super) async fn receive_within(&mut self, limit: Duration, what: &str) -> Result<Reply, Stop> {
+        timeout(limit, self.receive()).await.map_err(|_| {
+            let message = format!("{} did not {what} within {limit:?}", self.name);
+            Stop::Failed(Finding::new("link", message, "see the log of the destination's agent"))
+        })?
+    }
+
     /// Asks the destination to set everything aside for the machine behind `qmp`.
     pub(super) async fn reserve(&mut self, request: wire::Reserve, qmp: &Qmp) -> Result<(), Stop> {
         let rehearsal = request.rehearsal;
         self.send(Request::Reserve(request)).await?;
-        let reply = timeout(RESERVE, self.receive()).await.map_err(|_| {
-            let message = format!("{} did not answer the reservation within {RESERVE:?}", self.name);
-            Stop::Failed(Finding::new("link", message, "see the log of the destination's agent"))
-        })??;
+        let reply = self.receive_within(RESERVE, "answer the reservation").await?;
         match reply {
             Reply::Reserved(_) => Ok(()),
             Reply::Refused(wire::Findings { findings, .. }) if rehearsal && findings.is_empty() => Ok(()),
@@ -198,7 +206,9 @@ fn wire_word(word: &CpuidWord) -> wire::CpuidWord {
     wire::CpuidWord { leaf, subleaf, register, features }
 }
 
-async fn read(mut receiver: ControlReceiver, tell: mpsc::UnboundedSender<Result<Reply, LinkError>>) {
+/// Passes on what the destination says. One that says more than is listened to has the link ended: waiting for the listener
+/// would leave the destination's pings unanswered.
+async fn read(mut receiver: ControlReceiver, tell: mpsc::Sender<Result<Reply, LinkError>>) {
     loop {
         let message = match receiver.receive::<ToSource>().await {
             Ok(ToSource { reply: Some(reply) }) => Ok(reply),
@@ -207,7 +217,7 @@ async fn read(mut receiver: ControlReceiver, tell: mpsc::UnboundedSender<Result<
             Err(error) => Err(error),
         };
         let last = message.is_err();
-        if tell.send(message).is_err() || last {
+        if tell.try_send(message).is_err() || last {
             return;
         }
     }

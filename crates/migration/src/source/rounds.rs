@@ -1,13 +1,13 @@
 //! The memory's rounds: one after the other, each acknowledged before the next.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dirty_tracker::{DescriptorSource, Tracker};
 use link::AbortHandle;
 use mirror::hash::Secret;
-use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
+use mirror::layout::{Layout, PAGE_SIZE};
 use mirror::memory::compress::Compression;
 use mirror::memory::pages::PageSet;
 use mirror::memory::post_copy::PostCopySource;
@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use super::estimate::Estimate;
+use super::heard::Heard;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::failure::Finding;
@@ -27,6 +28,11 @@ use crate::wire::{Reply, Request, Sums};
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;
+/// How long a destination that is there may take for an answer, beyond what it has to do for it: what is still on its way at
+/// the end of a round fits the buffers of the network, and the slowest link carries those in less.
+const ANSWER: Duration = Duration::from_secs(300);
+/// What a destination reads back of its copy at the least, in bytes per second.
+const SLOWEST_AUDIT: u64 = 100 << 20;
 /// How long to watch a guest to see how fast it dirties memory: longer than the pauses of one that works in bursts.
 const GLANCE: Duration = Duration::from_millis(100);
 
@@ -38,10 +44,7 @@ pub(super) struct Rounds {
     busy: Option<JoinHandle<MemorySource>>,
     aborts: Vec<AbortHandle>,
     streams: usize,
-    /// The destination asked for these again; they are due in the next round.
-    repairs: Vec<PageIndex>,
-    /// Replies that were not for the rounds.
-    others: VecDeque<Reply>,
+    heard: Heard,
     last_scan: Option<Instant>,
     /// Pages that the destination's audit has compared, as it last told.
     audited_there: u64,
@@ -56,6 +59,8 @@ pub(super) struct Rounds {
     pub(super) totals: Memory,
     pub(super) hold: Duration,
     quiesce: Option<Qmp>,
+    /// A scan has stopped the guest and not been able to let it go on.
+    left_stopped: Arc<AtomicBool>,
     /// The stops that scans have needed, where they need any.
     pub(super) quiesced: Option<Quiesced>,
     /// What has gone through, a round under way included.
@@ -109,8 +114,7 @@ impl Rounds {
             busy: None,
             aborts,
             streams,
-            repairs: Vec::new(),
-            others: VecDeque::new(),
+            heard: Heard::new(totals.pages),
             last_scan: None,
             audited_there: 0,
             repaired: 0,
@@ -123,6 +127,7 @@ impl Rounds {
             hold,
             quiesced: quiesce.as_ref().map(|_| Quiesced::default()),
             quiesce,
+            left_stopped: Arc::default(),
         })
     }
 
@@ -157,14 +162,13 @@ impl Rounds {
         let ended = loop {
             tokio::select! {
                 ended = &mut *busy => break ended,
-                reply = destination.receive(), if stop.is_none() => match reply {
-                    Ok(reply) => note(&mut self.repairs, &mut self.others, reply),
-                    Err(why) => {
+                heard = destination.receive(), if stop.is_none() => {
+                    if let Err(why) = heard.and_then(|reply| self.heard.note(reply)) {
                         // The streams are of no use any more, and the work may be blocked on them.
                         stop = Some(why);
                         self.aborts.iter().for_each(AbortHandle::abort);
                     }
-                },
+                }
             }
         };
         self.busy = None;
@@ -211,7 +215,7 @@ impl Rounds {
         guest: Guest,
         send: fn(&mut MemorySource, Guest, Scanned) -> Result<Sent, SourceError>,
     ) -> Result<(), Stop> {
-        let repairs = std::mem::take(&mut self.repairs);
+        let repairs = self.heard.take_repairs();
         self.repaired += repairs.len() as u64;
         let scanned = self.scan(destination, guest).await?;
         let begin = scanned.begin;
@@ -252,19 +256,20 @@ impl Rounds {
             duration_ms: took.as_secs_f64() * 1e3,
             scan_ms: sent.scan.as_secs_f64() * 1e3,
             paused: guest == Guest::Paused,
+            estimate: (guest == Guest::Running).then(|| self.estimate.told()),
         });
         Ok(())
     }
 
     async fn acknowledged(&mut self, destination: &mut Destination, sent: &Sent) -> Result<Sums, Stop> {
         loop {
-            let reply = match self.others.pop_front() {
+            let reply = match self.heard.other() {
                 Some(reply) => reply,
-                None => destination.receive().await?,
+                None => destination.receive_within(ANSWER, "acknowledge what was sent").await?,
             };
             match reply {
                 Reply::Barrier(sums) if sums.barrier == sent.number => return Ok(sums),
-                Reply::Mismatch(pages) => self.repairs.extend(pages.pages.into_iter().map(PageIndex)),
+                Reply::Mismatch(_) => self.heard.note(reply)?,
                 other => {
                     return Err(violation(&format!(
                         "said {other:?} instead of reaching barrier {}",
@@ -292,8 +297,9 @@ impl Rounds {
         let memory = self.memory.take().ok_or_else(|| broken(&SourceError::Ended))?;
         let (tell, answer) = oneshot::channel();
         // On a task of its own: whoever waits for it may go, the guest goes on all the same.
+        let left_stopped = Arc::clone(&self.left_stopped);
         let busy = tokio::spawn(async move {
-            let (memory, scanned) = quiesced_scan(&qmp, memory).await;
+            let (memory, scanned) = quiesced_scan(&qmp, memory, &left_stopped).await;
             let _ = tell.send(Ok(scanned));
             memory
         });
@@ -331,14 +337,16 @@ impl Rounds {
 
     /// Has the destination read its whole copy back. Returns how many pages it compared, and how many differed.
     pub(super) async fn read_back(&mut self, destination: &mut Destination) -> Result<(u64, u64), Stop> {
+        let size = self.totals.pages * PAGE_SIZE as u64;
+        let limit = ANSWER + Duration::from_secs(size / SLOWEST_AUDIT);
         destination.send(Request::Audit(crate::wire::Nothing {})).await?;
         loop {
-            match destination.receive().await? {
+            match destination.receive_within(limit, "read its copy back").await? {
                 Reply::Audited(audited) => {
                     self.audited_there = self.audited_there.saturating_add(audited.pages);
                     return Ok((audited.pages, audited.differing));
                 }
-                Reply::Mismatch(pages) => self.repairs.extend(pages.pages.into_iter().map(PageIndex)),
+                reply @ Reply::Mismatch(_) => self.heard.note(reply)?,
                 other => return Err(violation(&format!("said {other:?} instead of what its audit found"))),
             }
         }
@@ -363,7 +371,7 @@ impl Rounds {
 
     /// Whether the destination has asked for pages that it has not yet been sent again.
     pub(super) fn repairs_due(&self) -> bool {
-        !self.repairs.is_empty()
+        self.heard.repairs() > 0
     }
 
     /// Whether an audit has raised a doubt that further rounds must settle.
@@ -377,8 +385,8 @@ impl Rounds {
     }
 
     /// Takes in what the destination says while no round is under way.
-    pub(super) fn note(&mut self, reply: Reply) {
-        note(&mut self.repairs, &mut self.others, reply);
+    pub(super) fn note(&mut self, reply: Reply) -> Result<(), Stop> {
+        self.heard.note(reply)
     }
 
     /// What the audits have done so far.
@@ -387,9 +395,14 @@ impl Rounds {
             self.memory.as_ref().map_or((0, 0), |memory| (memory.audited(), memory.missed()));
         Verification {
             audited_pages: audited.saturating_add(self.audited_there),
-            repaired_pages: self.repaired + self.repairs.len() as u64 + missed,
+            repaired_pages: self.repaired + self.heard.repairs() as u64 + missed,
             ..Verification::default()
         }
+    }
+
+    /// Whether a scan has stopped the guest and not been able to let it go on.
+    pub(super) fn left_stopped(&self) -> bool {
+        self.left_stopped.load(Ordering::Relaxed)
     }
 
     /// Ends the streams; whatever blocks on them ends too.
@@ -416,6 +429,7 @@ impl Rounds {
 async fn quiesced_scan(
     qmp: &Qmp,
     mut memory: MemorySource,
+    left_stopped: &AtomicBool,
 ) -> (MemorySource, Result<(Scanned, Duration), Stop>) {
     let begin = Instant::now();
     match qmp.quiesce().await {
@@ -427,7 +441,7 @@ async fn quiesced_scan(
         }
         Err(e) => {
             // It may have been stopped all the same.
-            let _ = qmp.unquiesce().await;
+            left_stopped.store(qmp.unquiesce().await.is_err(), Ordering::Relaxed);
             return (memory, Err(Stop::qemu(e)));
         }
     }
@@ -443,6 +457,7 @@ async fn quiesced_scan(
         }
         resumed = qmp.unquiesce().await;
     }
+    left_stopped.store(resumed.is_err(), Ordering::Relaxed);
     let stopped = begin.elapsed();
     let (memory, scanned) = match scanned {
         Ok(scanned) => scanned,
@@ -450,13 +465,6 @@ async fn quiesced_scan(
     };
     let scanned = scanned.map_err(|e| broken(&e));
     (memory, scanned.and_then(|scanned| resumed.map(|()| (scanned, stopped)).map_err(Stop::qemu)))
-}
-
-fn note(repairs: &mut Vec<PageIndex>, others: &mut VecDeque<Reply>, reply: Reply) {
-    match reply {
-        Reply::Mismatch(pages) => repairs.extend(pages.pages.into_iter().map(PageIndex)),
-        other => others.push_back(other),
-    }
 }
 
 fn broken(error: &dyn std::error::Error) -> Stop {

@@ -161,7 +161,7 @@ impl Controller {
                 () = tokio::time::sleep_until(wake.into()) => return Ok(()),
                 () = switch.cancelled() => return Ok(()),
                 Some(answer) = self.orders.verify.recv() => return self.full_audit(answer).await,
-                reply = destination.receive() => rounds.note(reply?),
+                reply = destination.receive() => rounds.note(reply?)?,
                 event = events.recv() => {
                     let balloon = event.as_ref().is_ok_and(|event| event.name == "BALLOON_CHANGE");
                     seen(event)?;

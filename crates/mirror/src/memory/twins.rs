@@ -7,7 +7,7 @@ use crate::hash::ContentHash;
 use crate::layout::PageIndex;
 use crate::ledger::Ledger;
 
-/// Bounds of the number of places of one stream: 8 KiB to 2 MiB.
+/// Bounds of the number of places of one stream: 16 KiB to 4 MiB.
 const PLACES: (usize, usize) = (1 << 10, 1 << 18);
 
 /// For each of some contents, the page that was last seen with it. A content has one place it can be in; the ledger says

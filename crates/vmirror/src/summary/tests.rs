@@ -1,4 +1,4 @@
-use migration::report::{Health, Memory, Pause, PhaseTime, Round, Verification};
+use migration::report::{Estimated, Health, Memory, Pause, PhaseTime, Round, Verification};
 use migration::{Failure, Finding, Goal, Phase, Progress, Stage};
 
 use super::*;
@@ -42,6 +42,12 @@ pub(crate) fn report() -> Report {
         duration_ms,
         scan_ms: 0.4,
         paused,
+        estimate: (!paused).then(|| Estimated {
+            dirty_rate: 2e7,
+            throughput: 1.2e9,
+            downtime_ms: (n > 0).then_some(11.0),
+            time_left_ms: Some(12.0),
+        }),
         ..Round::default()
     };
     Report {
@@ -180,10 +186,10 @@ fn in_full_there_are_phases_the_pause_and_rounds() {
     handed over          8.1 ms
     runs there           8.7 ms
 
-    ROUND    DIRTY    ZERO  SAME  DELTA  COPY   PLAIN       READ       SENT     SCAN     TOOK
-        0  131,072  80,000     0      0     0  51,072  512.0 MiB   97.4 MiB  0.40 ms   900 ms
-        1    4,000      10     0      0     0   3,990   15.6 MiB    7.6 MiB  0.40 ms  40.0 ms
-        2       55       0     0      0     0      55  220.0 KiB  107.4 KiB  0.40 ms   1.1 ms  paused
+    ROUND    DIRTY    ZERO  SAME  DELTA  COPY   PLAIN       READ       SENT     SCAN     TOOK     DIRTIED     PAUSE
+        0  131,072  80,000     0      0     0  51,072  512.0 MiB   97.4 MiB  0.40 ms   900 ms  19.1 MiB/s
+        1    4,000      10     0      0     0   3,990   15.6 MiB    7.6 MiB  0.40 ms  40.0 ms  19.1 MiB/s  ~11.0 ms
+        2       55       0     0      0     0      55  220.0 KiB  107.4 KiB  0.40 ms   1.1 ms                        paused
     ");
     let failed = in_full(&refused());
     assert!(
