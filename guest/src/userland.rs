@@ -45,8 +45,8 @@ const INIT: &str = "/lib/systemd/systemd";
 const NOTIFY: &str = "vmirror-userland";
 /// What it says.
 const BOOTED: &str = "READY=1";
-/// How long it may take: twenty seconds by itself, on an emulated CPU, and that CPU may have to share a real one with others.
-const BOOT: Duration = Duration::from_secs(240);
+/// How long it may take: five seconds on an emulated CPU, which may have to share a real one with many others.
+const BOOT: Duration = Duration::from_secs(180);
 /// How often it is looked at meanwhile.
 const POLL: Duration = Duration::from_secs(1);
 /// How much is read at once, in bytes.
