@@ -126,7 +126,7 @@ pub fn run(
     let userland = match userland(cell) {
         Ok(userland) => userland,
         Err(error) => {
-            let why = BenchError::from(error).chain();
+            let why = error.to_string();
             narrator.result(&format!("SKIPPED: {why}"));
             record.skipped = Some(why);
             return Ok(record);
