@@ -10,7 +10,7 @@
 # QEMU=/path/to/qemu-system-x86_64 chooses another QEMU.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench bench-quick bench-micro setup setup-rust setup-guest build clean
+.PHONY: help demo test test-full lint bench bench-quick bench-micro setup setup-rust setup-guest setup-userland build clean
 .NOTPARALLEL:
 
 ifdef QEMU
@@ -44,7 +44,7 @@ lint: setup-rust
 
 # With the QEMU of setup/qemu-10 where there is one: guests do not survive the migration of QEMU 7.2's emulation under load.
 # CELL="idle random-75" tries only these; BENCH="--runs 3 --out docs" gives it these options.
-bench bench-quick: setup build
+bench bench-quick: setup setup-userland build
 	[ -n "$$QEMU" ] || [ ! -x target/qemu-10/qemu-system-x86_64 ] || export QEMU="$$PWD/target/qemu-10/qemu-system-x86_64"; \
 	  $(as_root) cargo run --release --quiet --package bench --bin bench -- $(if $(filter bench-quick,$@),--quick) $(addprefix --cell ,$(CELL)) $(BENCH)
 
@@ -63,6 +63,10 @@ setup-rust:
 setup-guest: setup-rust
 	@setup/guest-kernel
 	@setup/guest-image
+
+# Only for the benchmark, and cells without it run where it cannot be made.
+setup-userland: setup-rust
+	@setup/userland
 
 # Tests start the program itself, so it is built first and with the same profile.
 build: setup-rust

@@ -12,6 +12,8 @@ use crate::record::Method;
 const PAGE: u64 = 4096;
 /// What the guest's own system needs beside what it fills, in MiB.
 const SYSTEM_MIB: u64 = 192;
+/// How much is filled and checked of a guest that boots a userland, in MiB: enough to notice harm, little beside the rest.
+const USERLAND_FILL_MIB: u64 = 32;
 /// How much of a guest is dirtied where it is dirtied at random, in MiB.
 const WORKING_SET_MIB: u64 = 256;
 
@@ -48,6 +50,8 @@ pub enum Filling {
     Text,
     /// An eighth of it text, the rest never touched.
     MostlyZero,
+    /// A Debian server that has booted, and its files in the page cache.
+    Userland,
 }
 
 /// How much a guest writes.
@@ -164,6 +168,7 @@ impl Cell {
             Self { memory_mib: 4096, ..Self::idle("idle-4g") },
             Self { content: Filling::Text, ..Self::idle("idle-text") },
             Self { content: Filling::MostlyZero, ..Self::idle("idle-zero") }.quick(),
+            Self { content: Filling::Userland, ..Self::idle("idle-debian") }.quick(),
             Self { link: Link::Mbit(1000), ..Self::idle("idle-1gbit") },
             Self { link: Link::Mbit(10_000), ..Self::idle("idle-10gbit") },
             Self { content: Filling::Text, ..Self::dirtying("random-25", 25, Random) },
@@ -195,6 +200,7 @@ impl Cell {
     pub fn fill_mib(&self) -> u64 {
         match self.content {
             Filling::MostlyZero => self.memory_mib / 8,
+            Filling::Userland => USERLAND_FILL_MIB,
             Filling::Incompressible | Filling::Text => self.memory_mib - SYSTEM_MIB,
         }
     }
@@ -232,7 +238,7 @@ impl Cell {
             // The body of a page is drawn once, and stays.
             (Order::Counters, _) => Content::Still,
             (_, Filling::Incompressible) => Content::Noise,
-            (_, Filling::Text | Filling::MostlyZero) => Content::Text,
+            (_, Filling::Text | Filling::MostlyZero | Filling::Userland) => Content::Text,
         }
     }
 
@@ -248,6 +254,7 @@ impl Cell {
             Filling::Incompressible => "incompressible",
             Filling::Text => "compressible to a quarter",
             Filling::MostlyZero => "mostly zero",
+            Filling::Userland => "a booted Debian userland with page cache",
         };
         let order = match self.order {
             Order::Random => "random pages",

@@ -43,11 +43,11 @@ impl Results {
         self.goals = goals::of(&self.cells);
     }
 
-    /// Whether every cell came to its end, and no guest found a page of its own wrong.
+    /// Whether there were cells to try, every one of them came to its end, and no guest found a page of its own wrong.
     #[must_use]
     pub fn succeeded(&self) -> bool {
-        let sound = |cell: &CellRecord| cell.failure.is_none() && cell.faults == Some(0);
-        !self.cells.is_empty() && self.cells.iter().all(sound)
+        let mut tried = self.cells.iter().filter(|cell| cell.skipped.is_none()).peekable();
+        tried.peek().is_some() && tried.all(|cell| cell.failure.is_none() && cell.faults == Some(0))
     }
 
     /// Writes the document `benchmarks.md`, and beside it in `benchmarks/` the plots and `results.json`.
@@ -154,6 +154,9 @@ fn table(cell: &CellRecord) -> String {
         let _ = write!(text, "; not migrated, the longest heartbeat gap is {}", ms(gap));
     }
     text += ".\n\n";
+    if let Some(why) = &cell.skipped {
+        return text + &format!("**Skipped: {why}**\n\n");
+    }
     if let Some(failure) = &cell.failure {
         let _ = writeln!(text, "**It did not come to its end: {failure}**\n");
     }
@@ -248,6 +251,18 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn a_cell_that_was_skipped_says_why_and_fails_no_run_that_has_others() {
+        let mut results = results();
+        let mut skipped = crate::goals::tests::record("idle-debian", &[]);
+        (skipped.skipped, skipped.faults) = (Some("no network".into()), None);
+        results.cells.push(skipped);
+        assert!(results.succeeded());
+        assert!(results.document().contains("\n\n**Skipped: no network**\n"));
+        results.cells.remove(0);
+        assert!(!results.succeeded());
     }
 
     #[test]

@@ -2,15 +2,16 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 use testbed::guest_spec::Nic;
-use testbed::{Client, Console, GuestSpec, Host, Programs, Testbed, Wire};
+use testbed::{Client, Console, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
 use tokio::runtime::Handle;
 
 use crate::baseline::{Setting, Twin};
-use crate::cell::{Cell, Contender, Dirtying, Link};
+use crate::cell::{Cell, Contender, Dirtying, Filling, Link};
 use crate::measure::{Beats, with_heartbeats};
 use crate::mirrored::{self, NAME};
 use crate::narrator::Narrator;
@@ -46,6 +47,8 @@ pub struct CellRecord {
     pub trials: Vec<Trial>,
     /// Pages that vmirror's guest found wrong in itself.
     pub faults: Option<u64>,
+    /// Why it was not tried: this machine lacks something that it needs.
+    pub skipped: Option<String>,
     /// Why the cell did not come to its end.
     pub failure: Option<String>,
 }
@@ -117,9 +120,19 @@ pub fn run(
         unmigrated: None,
         trials: Vec::new(),
         faults: None,
+        skipped: None,
         failure: None,
     };
-    match try_all(cell, trials, runtime, interrupt, narrator, &mut record) {
+    let userland = match userland(cell) {
+        Ok(userland) => userland,
+        Err(error) => {
+            let why = error.to_string();
+            narrator.result(&format!("SKIPPED: {why}"));
+            record.skipped = Some(why);
+            return Ok(record);
+        }
+    };
+    match try_all(cell, userland, trials, runtime, interrupt, narrator, &mut record) {
         Err(BenchError::Interrupted) => return Err(BenchError::Interrupted),
         Err(error) => {
             narrator.result(&error.chain());
@@ -130,15 +143,21 @@ pub fn run(
     Ok(record)
 }
 
+/// The disk that the guests of a cell boot, if they boot one.
+fn userland(cell: &Cell) -> Result<Option<PathBuf>, TestbedError> {
+    (cell.content == Filling::Userland).then(testbed::programs::userland).transpose()
+}
+
 fn try_all(
     cell: &Cell,
+    userland: Option<PathBuf>,
     trials: &Trials<'_>,
     runtime: &Handle,
     interrupt: &Interrupt,
     narrator: &mut Narrator,
     record: &mut CellRecord,
 ) -> Result<(), BenchError> {
-    let mut scene = Scene::set(cell, runtime, interrupt)?;
+    let mut scene = Scene::set(cell, userland, runtime, interrupt)?;
     scene.look(interrupt, narrator, record)?;
     for round in 0..trials.runs {
         for contender in turns(trials.contenders, round) {
@@ -182,7 +201,12 @@ fn in_words(trial: &Trial) -> String {
 }
 
 impl<'a> Scene<'a> {
-    fn set(cell: &'a Cell, runtime: &Handle, interrupt: &Interrupt) -> Result<Self, BenchError> {
+    fn set(
+        cell: &'a Cell,
+        userland: Option<PathBuf>,
+        runtime: &Handle,
+        interrupt: &Interrupt,
+    ) -> Result<Self, BenchError> {
         let bed = Testbed::with(&Programs::find())?;
         for host in bed.hosts() {
             host.start_agent()?;
@@ -201,6 +225,7 @@ impl<'a> Scene<'a> {
                 pattern: cell.pattern(),
                 content: Some(cell.page_content()),
                 check_rate: Some(CHECK_RATE),
+                userland: userland.clone(),
                 nic: Some(Nic::new(name, number)),
                 // QEMU names its threads only when told to, and the twin's are told apart by name.
                 extra: vec!["-name".into(), format!("{name},debug-threads=on")],
@@ -220,7 +245,7 @@ impl<'a> Scene<'a> {
     }
 
     fn client(&self) -> Result<&Client, BenchError> {
-        self.bed.client().ok_or(BenchError::Testbed(testbed::TestbedError::NotRoot))
+        self.bed.client().ok_or(BenchError::Testbed(TestbedError::NotRoot))
     }
 
     /// What is seen of the guest before anything is moved.

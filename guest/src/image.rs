@@ -17,8 +17,8 @@ pub const MODULES: &str = "/modules";
 /// The file in [`MODULES`] that says which module needs which.
 pub const DEPENDENCIES: &str = "dependencies";
 
-/// Modules the init loads where the machine has the device.
-const WANTED: [&str; 8] = [
+/// Modules the init loads where the machine has the device, or where it is asked for what needs them.
+const WANTED: [&str; 9] = [
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
@@ -27,6 +27,7 @@ const WANTED: [&str; 8] = [
     "virtio_balloon",
     "virtio_rng",
     "pvpanic_mmio",
+    "overlay",
 ];
 
 /// An image that could not be built.

@@ -3,6 +3,7 @@
 //! The guest's init (`guest-init`) fills memory with [pages that describe themselves](page), keeps
 //! [dirtying](writer) some of them in a chosen [pattern](workload), [checks](checker) all of them from inside against a
 //! record kept elsewhere, and [answers](service) heartbeats, echo connections and questions about its [status].
+//! Where it is given a Debian [userland], it boots it beside itself and warms its page cache before it is ready.
 //! `guest-image` packs it with the kernel modules it needs into an [initramfs](image).
 //!
 //! This crate depends on no other of the project: what it says about a migration owes nothing to the code that migrates.
@@ -17,5 +18,6 @@ pub mod reader;
 pub mod service;
 pub mod status;
 pub mod system;
+pub mod userland;
 pub mod workload;
 pub mod writer;

@@ -24,6 +24,8 @@ pub struct Parameters {
     pub content: Option<Content>,
     /// `vmirror.read=on|off`: whether the first disk is read all the time ([`reader`](crate::reader)).
     pub read: bool,
+    /// `vmirror.userland=on|off`: whether the first disk is a userland to boot ([`userland`](crate::userland)).
+    pub userland: bool,
     /// `vmirror.check=on|off`: whether everything is checked all the time.
     pub check: bool,
     /// `vmirror.check_rate=PAGES` or `…MiB`: how much is checked per second at most, in pages; 0 is as fast as it goes.
@@ -41,6 +43,7 @@ impl Default for Parameters {
             pattern: Pattern::Random,
             content: None,
             read: false,
+            userland: false,
             check: true,
             // All of 256 MiB in two seconds, and still most of an emulated CPU left for everything else.
             check_rate: pages(128),
@@ -62,7 +65,7 @@ impl Parameters {
     /// Reads the kernel's command line. Words of others are passed over.
     ///
     /// # Errors
-    /// For the first `vmirror.` word that is unknown or has a bad value: a guest that tests something other than what was
+    /// For the first `vmirror.` word that is unknown, has a bad value or contradicts another: a guest that tests something other than what was
     /// asked for would be worse than none.
     pub fn parse(command_line: &str) -> Result<Self, ParameterError> {
         let mut parameters = Self::default();
@@ -71,6 +74,10 @@ impl Parameters {
                 parameters
                     .set(parameter)
                     .map_err(|expected| ParameterError { word: word.to_owned(), expected })?;
+            }
+            if parameters.read && parameters.userland {
+                let expected = "not both a userland and numbered blocks on the first disk";
+                return Err(ParameterError { word: word.to_owned(), expected });
             }
         }
         Ok(parameters)
@@ -92,9 +99,14 @@ impl Parameters {
             }
             "content" => self.content = Some(Content::named(value).ok_or("still, text, noise or zero")?),
             "read" => self.read = switch(value)?,
+            "userland" => self.userland = switch(value)?,
             "check" => self.check = switch(value)?,
             "check_rate" => self.check_rate = rate(value)?,
-            _ => return Err("ip, gw, fill, workset, rate, pattern, content, read, check or check_rate"),
+            _ => {
+                return Err(
+                    "ip, gw, fill, workset, rate, pattern, content, read, userland, check or check_rate",
+                );
+            }
         }
         Ok(())
     }
@@ -161,6 +173,7 @@ mod tests {
             pattern: Pattern::Counter,
             content: Some(Content::Noise),
             read: true,
+            userland: false,
             check: false,
             check_rate: 0,
         };
@@ -169,6 +182,7 @@ mod tests {
         assert_eq!(expected.working_set_pages(), 5120);
         assert_eq!(expected.fill_bytes(), 200 << 20);
         assert_eq!(Parameters::parse("panic=-1 vmirror.gw="), Ok(Parameters::default()));
+        assert!(Parameters::parse("vmirror.userland=on").unwrap().userland);
     }
 
     #[test]
@@ -197,6 +211,8 @@ mod tests {
             assert!(error.to_string().contains(word), "{error}");
         }
         assert!(Parameters::parse("vmirror.patern=random").is_err());
+        assert!(Parameters::parse("vmirror.userland=on vmirror.read=off").is_ok());
+        assert!(Parameters::parse("vmirror.userland=on vmirror.read=on").is_err());
     }
 
     proptest! {

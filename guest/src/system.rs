@@ -7,17 +7,32 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
+pub mod container;
+
 /// Mounts a file system that has no device.
 ///
 /// # Errors
 /// As `mount(2)`; a second mount at the same place is none.
 pub fn mount(kind: &CStr, at: &CStr) -> io::Result<()> {
-    // SAFETY: all pointers are to terminated strings that outlive the call; a null data pointer means no options.
-    let result = unsafe { libc::mount(kind.as_ptr(), at.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
-    match check(result) {
+    match mount_with(kind, at, kind, 0, c"") {
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Ok(()),
         other => other,
     }
+}
+
+/// Mounts a file system from a source, with flags (`libc::MS_…`) and the options of its kind.
+///
+/// # Errors
+/// As `mount(2)`.
+pub fn mount_with(
+    source: &CStr,
+    at: &CStr,
+    kind: &CStr,
+    flags: libc::c_ulong,
+    options: &CStr,
+) -> io::Result<()> {
+    // SAFETY: all pointers are to terminated strings that outlive the call.
+    check(unsafe { libc::mount(source.as_ptr(), at.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast()) })
 }
 
 /// Loads a kernel module from a file; one that is there already is no error.

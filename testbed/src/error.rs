@@ -43,6 +43,14 @@ pub enum TestbedError {
         /// The file.
         path: PathBuf,
     },
+    /// A file that this machine need not have, as set-up may be unable to make it.
+    #[error("{path} is not there: {why}")]
+    Unavailable {
+        /// The file.
+        path: PathBuf,
+        /// The last that set-up said.
+        why: String,
+    },
     /// Something did not happen in time.
     #[error("waited {waited:?} for {what}; the last that was heard: {last}")]
     Timeout {

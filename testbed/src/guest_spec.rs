@@ -44,6 +44,9 @@ pub struct GuestSpec {
     /// A raw disk image of blocks that say which they are, by `guest::reader`, read all the time and around the host's page
     /// cache.
     pub direct_disk: Option<PathBuf>,
+    /// A raw image of a Debian file system that it boots beside itself, by `guest::userland`, and only reads. Not together with
+    /// `direct_disk`: each wants to be the first disk.
+    pub userland: Option<PathBuf>,
     /// Its network interface.
     pub nic: Option<Nic>,
     /// The file its serial console is appended to.
@@ -127,6 +130,7 @@ impl GuestSpec {
             check: true,
             check_rate: None,
             direct_disk: None,
+            userland: None,
             nic: None,
             serial: serial.into(),
             qmp: None,
@@ -162,6 +166,10 @@ impl GuestSpec {
         words.extend(["-chardev".into(), serial, "-serial".into(), "chardev:serial0".into()]);
         if let Some(image) = &self.direct_disk {
             let drive = format!("file={},format=raw,if=virtio,cache=none", escape(image));
+            words.extend(["-drive".into(), drive]);
+        }
+        if let Some(image) = &self.userland {
+            let drive = format!("file={},format=raw,if=virtio,readonly=on", escape(image));
             words.extend(["-drive".into(), drive]);
         }
         if let Some(nic) = &self.nic {
@@ -207,6 +215,9 @@ impl GuestSpec {
         if self.direct_disk.is_some() {
             add("read", "on".into());
         }
+        if self.userland.is_some() {
+            add("userland", "on".into());
+        }
         if let Some(nic) = &self.nic {
             add("ip", format!("{}/{GUEST_PREFIX}", nic.address));
         }
@@ -241,6 +252,7 @@ mod tests {
             check: true,
             check_rate: Some(1000),
             direct_disk: Some("/d".into()),
+            userland: None,
             nic: Some(Nic::new("tap7", 10)),
             serial: "/tmp/serial".into(),
             qmp: Some("/tmp/qmp".into()),
@@ -261,7 +273,16 @@ mod tests {
         assert_eq!((parameters.rate, parameters.pattern), (300, Pattern::Counter));
         assert_eq!(parameters.content, Some(Content::Text));
         assert_eq!((parameters.check, parameters.check_rate), (true, 1000));
-        assert!(parameters.read);
+        assert!(parameters.read && !parameters.userland);
+    }
+
+    #[test]
+    fn a_userland_is_attached_so_that_guests_can_share_it() {
+        let spec = GuestSpec { direct_disk: None, userland: Some("/u,1".into()), ..spec() };
+        let words = spec.command_line();
+        assert!(words.join(" ").contains("-drive file=/u,,1,format=raw,if=virtio,readonly=on "));
+        let append = words.iter().position(|word| word == "-append").unwrap() + 1;
+        assert!(Parameters::parse(&words[append]).unwrap().userland);
     }
 
     #[test]

@@ -193,9 +193,9 @@ impl Host {
             .into_iter()
             .filter(|path| path.is_file())
             .collect();
-        // What a guest here is made of: disks, and what both hosts see; kernel and initramfs.
-        let images = crate::programs::target().join("guest");
-        let disk_dirs = [self.disk_dir(), self.shared_dir(), images];
+        // What a guest here is made of: disks, and what both hosts see; kernel and initramfs; a Debian userland.
+        let [images, userland] = ["guest", "userland"].map(|name| crate::programs::target().join(name));
+        let disk_dirs = [self.disk_dir(), self.shared_dir(), images, userland];
         let bridges = if self.namespace().is_some() { vec![BRIDGE.into()] } else { Vec::new() };
         let allow = toml::Table::from_iter([
             ("peers".to_owned(), toml::Value::Array(vec!["host-a".into(), "host-b".into()])),

@@ -55,6 +55,24 @@ pub fn guest_images() -> Result<(PathBuf, PathBuf), TestbedError> {
     Ok((image("vmlinuz")?, image("initramfs.cpio")?))
 }
 
+/// The file system image of the Debian userland.
+///
+/// # Errors
+/// [`TestbedError::Unavailable`] where set-up could not make it, with its reason, or was not asked to.
+pub fn userland() -> Result<PathBuf, TestbedError> {
+    userland_in(&target().join("userland"))
+}
+
+fn userland_in(directory: &Path) -> Result<PathBuf, TestbedError> {
+    let path = directory.join("root.img");
+    if path.is_file() {
+        return Ok(path);
+    }
+    let why = std::fs::read_to_string(directory.join("unavailable"))
+        .unwrap_or_else(|_| "`make setup-userland` has not run".into());
+    Err(TestbedError::Unavailable { path, why: why.lines().last().unwrap_or_default().trim().to_owned() })
+}
+
 /// The workspace's `target` directory, where set-up leaves what it makes.
 pub fn target() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target")
@@ -75,6 +93,17 @@ fn resolve(program: PathBuf) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_image_that_could_not_be_made_comes_with_the_reason() {
+        let directory = tempfile::tempdir().unwrap();
+        let found = || userland_in(directory.path());
+        assert!(matches!(found(), Err(TestbedError::Unavailable { why, .. }) if why.contains("make ")));
+        std::fs::write(directory.path().join("unavailable"), "I: Retrieving\nE: no network\n").unwrap();
+        assert!(matches!(found(), Err(TestbedError::Unavailable { why, .. }) if why == "E: no network"));
+        std::fs::write(directory.path().join("root.img"), "").unwrap();
+        assert_eq!(found().unwrap(), directory.path().join("root.img"));
+    }
 
     #[test]
     fn a_program_is_found_as_a_shell_would() {

@@ -18,6 +18,7 @@ use guest::reader;
 use guest::service;
 use guest::status::{Counters, PREFIX, READY, Status};
 use guest::system::{self, End};
+use guest::userland::{self, Userland};
 use guest::workload::Order;
 use guest::writer::{self, Control};
 
@@ -32,6 +33,8 @@ const LAST_WORDS: Duration = Duration::from_millis(200);
 /// Room for heartbeats that arrive while the guest has no CPU time: seconds of them, so that none is lost by the guest's own fault.
 const HEARTBEAT_BUFFER: i32 = 4 << 20;
 const INTERFACE: &str = "eth0";
+/// Memory that is left to the kernel where a userland's files would take all of it, in bytes.
+const FREE: u64 = 64 << 20;
 /// The first disk, and how large it is.
 const DISK: &str = "/dev/vda";
 const DISK_SECTORS: &str = "/sys/block/vda/size";
@@ -58,11 +61,14 @@ fn run() -> Result<(), Failure> {
     system::mount(c"devtmpfs", c"/dev")?;
     let parameters = Parameters::parse(&fs::read_to_string("/proc/cmdline")?)?;
     let console = Console::open()?;
-    load_modules()?;
+    load_modules(&parameters)?;
     if let Some((address, prefix)) = parameters.address {
         wait_for_interface()?;
         system::configure_interface(INTERFACE, address, prefix, parameters.gateway)?;
     }
+
+    // Before there are threads, and before memory is filled that the copy of this process would share for a while.
+    let userland = parameters.userland.then(|| boot_userland(&console, &parameters)).transpose()?;
 
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
     let boot = boot_number(&boot_id)?;
@@ -76,6 +82,9 @@ fn run() -> Result<(), Failure> {
     });
     guest.counters.generation_max.store(1, std::sync::atomic::Ordering::Relaxed);
 
+    if let Some(userland) = userland {
+        start("userland", move || Err(userland.watch().into()))?;
+    }
     start_services(&guest)?;
     start_workload(&guest, &parameters, boot)?;
     guest.console.say(READY);
@@ -83,6 +92,18 @@ fn run() -> Result<(), Failure> {
         guest.console.say(&guest.status_line()?);
         thread::sleep(STATUS_INTERVAL);
     }
+}
+
+/// Boots the userland of the first disk, and fills memory with its files but for what is to be filled otherwise.
+fn boot_userland(console: &Console, parameters: &Parameters) -> Result<Userland, Failure> {
+    let userland = Userland::start()?;
+    let took = userland.wait_booted()?;
+    console.say(&format!("userland booted in {:.1} s", took.as_secs_f64()));
+    let began = Instant::now();
+    let read = userland::warm(parameters.fill_bytes() as u64 + FREE)?;
+    let took = began.elapsed().as_secs_f64();
+    console.say(&format!("{} MiB of its files read in {took:.1} s", read >> 20));
+    Ok(userland)
 }
 
 /// The guest's state, shared by its threads.
@@ -213,10 +234,11 @@ impl Console {
     }
 }
 
-fn load_modules() -> Result<(), Failure> {
+fn load_modules(parameters: &Parameters) -> Result<(), Failure> {
     let directory = Path::new(MODULES);
     let dependencies = Dependencies::parse(&fs::read_to_string(directory.join(DEPENDENCIES))?);
-    for wanted in modules_for_devices()? {
+    let overlay = parameters.userland.then_some("overlay");
+    for wanted in modules_for_devices()?.into_iter().chain(overlay) {
         for module in dependencies.load_order(wanted) {
             let path = directory.join(format!("{module}.ko"));
             system::load_module(&path).map_err(|error| format!("module {module}: {error}"))?;
