@@ -1,5 +1,7 @@
 //! A host with one core must not be a host without migration.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use end_to_end::{PAGE, Pair, accounted};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use testbed::guest_spec::{GuestSpec, Pattern};

@@ -6,6 +6,7 @@
 //! where that is worth it ([`compress`]). On the destination a worker checks each page's hash,
 //! writes it (with `pwrite`, or into huge pages) and records it. The formats in between are in [`codec`].
 
+mod balance;
 pub mod codec;
 pub mod compress;
 pub mod delta;

@@ -2,10 +2,9 @@
 
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::codec::{self, Absent, Entry};
-use super::compress::{Compression, Encoder, Encoding};
+use super::compress::{Compression, Encoder, Encoding, Writing};
 use super::round::Flow;
 use super::source::SourceError;
 
@@ -51,7 +50,7 @@ impl<W: Write> FrameWriter<W> {
             self.encoder.encode(&attempt, &self.joined)
         });
         self.head.clear();
-        let begin = Instant::now();
+        let writing = Writing::begin();
         let written = match encoded {
             Some((encoding, encoded)) => {
                 codec::encode_pages(&mut self.head, round, entries, encoding, encoded.len());
@@ -63,7 +62,7 @@ impl<W: Write> FrameWriter<W> {
             }
         };
         let written = self.counted(written)?;
-        self.encoder.written(written, begin.elapsed());
+        self.encoder.written(writing, written);
         Ok(written)
     }
 
@@ -82,6 +81,7 @@ impl<W: Write> FrameWriter<W> {
         let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty());
         let written = self.counted(written)?;
         self.flush()?;
+        self.encoder.rest();
         Ok(written)
     }
 

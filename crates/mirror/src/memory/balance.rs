@@ -1,0 +1,341 @@
+//! Which encoding moves guest memory soonest, by measurement.
+//!
+//! A worker compresses, then writes; the kernel sends what was written while the worker compresses the next. So what a byte
+//! of guest memory costs is the larger of two times: the worker's, for compressing it and writing what is left, and the
+//! stream's, for carrying what is left. All of them are measured all the time:
+//!
+//! - how fast each encoding is and how much it leaves: those that are not in use are tried now and then;
+//! - how fast a write is that need not wait;
+//! - how fast the stream is: from the end of one write that had to wait to the end of another the buffers were full, so what
+//!   was written in between is what was carried. A stream that takes more than any buffer without a wait is at least as
+//!   fast as it was fed.
+//!
+//! The encoding with the least cost is used, or one that costs little more and leaves less: bytes are somebody's as well.
+
+use std::time::{Duration, Instant};
+
+/// An encoding and how hard it tries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Method {
+    None,
+    Lz4,
+    /// With this level.
+    Zstd(i32),
+}
+
+/// What there is to choose from, the least work first.
+pub(super) const METHODS: [Method; 5] =
+    [Method::None, Method::Lz4, Method::Zstd(1), Method::Zstd(3), Method::Zstd(6)];
+/// Every how many frames a method that is not in use is tried: at first, and at most where nothing gets smaller.
+const TRY_EVERY: (u32, u32) = (24, 384);
+/// What is new counts so much against what was measured before.
+const NEW: f64 = 0.25;
+/// How much more a method may cost than the cheapest, if it leaves less.
+const MORE: f64 = 1.1;
+/// What is left counts as less if it is not more than this much of it.
+const LESS: f64 = 0.95;
+/// A stretch of fewer bytes says little of a stream's speed.
+const TELLING: u64 = 256 << 10;
+/// More than the buffers of a stream take: the kernel gives a socket 4 MiB to 6 MiB unless told otherwise (`tcp_wmem`).
+const BUFFERS: u64 = 8 << 20;
+/// By how much a stream is taken to be faster that has long not made wait.
+const FASTER: f64 = 0.7;
+
+/// Nanoseconds per byte, or bytes per byte, as measured lately.
+#[derive(Debug, Clone, Copy, Default)]
+struct Lately(Option<f64>);
+
+impl Lately {
+    fn learn(&mut self, now: f64) {
+        self.0 = Some(self.0.map_or(now, |before| before + NEW * (now - before)));
+    }
+}
+
+/// What a method is known to do.
+#[derive(Debug, Clone, Copy, Default)]
+struct Known {
+    /// Time per byte that goes in, in nanoseconds.
+    work: Lately,
+    /// Bytes that come out per byte that goes in.
+    left: Lately,
+}
+
+/// A write to the stream that has ended.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Written {
+    pub(super) bytes: u64,
+    pub(super) took: Duration,
+    /// It had to wait until the stream took it.
+    pub(super) waited: bool,
+    pub(super) at: Instant,
+}
+
+/// What was written since a moment.
+#[derive(Debug, Clone, Copy)]
+struct Stretch {
+    since: Instant,
+    bytes: u64,
+    /// The buffers were full at its beginning.
+    from_full: bool,
+}
+
+/// Chooses a method by measurement.
+#[derive(Debug)]
+pub(super) struct Balance {
+    known: [Known; METHODS.len()],
+    /// Time per byte of a write that need not wait, in nanoseconds.
+    write: Lately,
+    /// Time per byte that the stream carries, in nanoseconds. None where it never kept anybody waiting.
+    link: Lately,
+    stretch: Option<Stretch>,
+    /// Frames until the next try.
+    until_try: u32,
+    try_every: u32,
+    tried: usize,
+}
+
+impl Default for Balance {
+    fn default() -> Balance {
+        Balance {
+            known: Default::default(),
+            write: Lately::default(),
+            link: Lately::default(),
+            stretch: None,
+            until_try: TRY_EVERY.0,
+            try_every: TRY_EVERY.0,
+            tried: 0,
+        }
+    }
+}
+
+impl Balance {
+    /// The method for the next frame, by its place among [`METHODS`].
+    pub(super) fn choose(&mut self) -> usize {
+        let Some(best) = self.best() else { return 0 };
+        self.until_try = self.until_try.saturating_sub(1);
+        let due = self.until_try == 0;
+        // What was never tried is tried as soon as it could be worth it.
+        if let Some(method) = if due { self.next_try(best) } else { self.untried(best) } {
+            (self.until_try, self.tried) = (self.try_every, method);
+            return method;
+        }
+        let mut chosen: Option<(usize, f64)> = None;
+        for method in 0..METHODS.len() {
+            let Some(cost) = self.cost(method) else { continue };
+            let left = self.left(method).unwrap_or(1.0);
+            let less = chosen.is_none_or(|(_, least)| left <= least * LESS);
+            if cost <= best * MORE && less {
+                chosen = Some((method, left));
+            }
+        }
+        chosen.map_or(0, |(method, _)| method)
+    }
+
+    /// The next method after the last one tried that could be worth it.
+    fn next_try(&self, best: f64) -> Option<usize> {
+        let others = METHODS.len() - 1;
+        let mut after = (0..others).map(|step| (self.tried + step) % others + 1);
+        after.find(|&method| self.known[method].work.0.is_some_and(|work| work <= best * MORE))
+    }
+
+    /// The first method of which nothing is known, if it could be worth it: it does more work than the one before.
+    fn untried(&self, best: f64) -> Option<usize> {
+        let first = (1..METHODS.len()).find(|&method| self.known[method].work.0.is_none())?;
+        let least = if first == 1 { Some(0.0) } else { self.known[first - 1].work.0 };
+        least.filter(|least| *least <= best * MORE).map(|_| first)
+    }
+
+    /// The least that a byte of memory costs with any method, in nanoseconds.
+    fn best(&self) -> Option<f64> {
+        (0..METHODS.len()).filter_map(|method| self.cost(method)).min_by(f64::total_cmp)
+    }
+
+    fn left(&self, method: usize) -> Option<f64> {
+        if method == 0 { Some(1.0) } else { self.known[method].left.0 }
+    }
+
+    /// What a byte of memory costs with a method, in nanoseconds. None where too little is known.
+    fn cost(&self, method: usize) -> Option<f64> {
+        let work = if method == 0 { Some(0.0) } else { self.known[method].work.0 };
+        let left = self.left(method)?;
+        // A stream that always makes wait shows nothing of how fast a write can be, and it does not matter.
+        let write = self.write.0.or(self.link.0.map(|_| 0.0))?;
+        Some((work? + left * write).max(left * self.link.0.unwrap_or(0.0)))
+    }
+
+    /// Takes in what a method has done.
+    pub(super) fn worked(&mut self, method: usize, input: usize, output: usize, time: Duration) {
+        let left = output as f64 / input as f64;
+        self.known[method].work.learn(nanos(time) / input as f64);
+        self.known[method].left.learn(left);
+        let (least, most) = TRY_EVERY;
+        self.try_every = if left < LESS { least } else { (self.try_every * 2).min(most) };
+    }
+
+    /// Takes in what the stream has done.
+    pub(super) fn written(&mut self, written: Written) {
+        let Written { bytes, took, waited, at } = written;
+        if !waited && bytes > 0 {
+            self.write.learn(nanos(took) / bytes as f64);
+        }
+        let Some(stretch) = &mut self.stretch else {
+            self.stretch = Some(Stretch { since: at, bytes: 0, from_full: waited });
+            return;
+        };
+        stretch.bytes += bytes;
+        let Stretch { since, bytes, from_full } = *stretch;
+        let pace = nanos(at.saturating_duration_since(since)) / bytes.max(1) as f64;
+        if waited {
+            if from_full && bytes < TELLING {
+                return;
+            }
+            if from_full {
+                self.link.learn(pace);
+            }
+            self.stretch = Some(Stretch { since: at, bytes: 0, from_full: true });
+        } else if bytes >= BUFFERS {
+            // It carries at least what it was fed, and who is fed little shows little: it is taken to be faster, until it makes
+            // wait again.
+            self.link.0 = self.link.0.map(|link| link.min(pace) * FASTER);
+            self.stretch = Some(Stretch { since: at, bytes: 0, from_full: false });
+        }
+    }
+
+    /// Nothing is written for a while: the buffers empty themselves.
+    pub(super) fn rest(&mut self) {
+        self.stretch = None;
+    }
+}
+
+fn nanos(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FRAME: f64 = (1 << 20) as f64;
+    /// What a booted Debian userland in 1 MiB blocks gave on one core, in nanoseconds per byte and parts of what went in.
+    const WORK: [f64; 5] = [0.0, 1.06, 1.45, 2.39, 6.4];
+    const LEFT: [f64; 5] = [1.0, 0.455, 0.345, 0.316, 0.303];
+    /// Encryption and copying, in nanoseconds per byte.
+    const WRITE: f64 = 1.2;
+
+    /// A worker and its stream, in a time of their own.
+    struct Model {
+        balance: Balance,
+        now: Instant,
+        /// Bytes in the stream's buffers, which take so many.
+        buffered: f64,
+        buffers: f64,
+        used: [u32; 5],
+    }
+
+    impl Model {
+        fn new(buffers: f64) -> Model {
+            Model { balance: Balance::default(), now: Instant::now(), buffered: 0.0, buffers, used: [0; 5] }
+        }
+
+        /// Lets time pass in which a stream of that pace carries what is buffered.
+        fn pass(&mut self, nanoseconds: f64, link: f64) {
+            self.now += Duration::from_nanos(nanoseconds as u64);
+            self.buffered = (self.buffered - nanoseconds / link).max(0.0);
+        }
+
+        /// Sends frames over a stream of that pace. Returns how long that took per byte of memory, in nanoseconds.
+        fn send(&mut self, frames: u32, link: f64, left: [f64; 5]) -> f64 {
+            let begin = self.now;
+            self.used = [0; 5];
+            for _ in 0..frames {
+                let method = self.balance.choose();
+                self.used[method] += 1;
+                let bytes = FRAME * left[method];
+                let work = WORK[method] * FRAME;
+                self.pass(work, link);
+                if method != 0 {
+                    let time = Duration::from_nanos(work as u64);
+                    self.balance.worked(method, FRAME as usize, bytes as usize, time);
+                }
+                let wrote = self.now;
+                self.buffered += bytes;
+                self.pass(bytes * WRITE, link);
+                let over = self.buffered - self.buffers;
+                let waited = over > 0.0;
+                if waited {
+                    self.pass(over * link, link);
+                }
+                let (at, took) = (self.now, self.now - wrote);
+                self.balance.written(Written { bytes: bytes as u64, took, waited, at });
+            }
+            nanos(self.now - begin) / (f64::from(frames) * FRAME)
+        }
+
+        /// The method that most of those frames were sent with.
+        fn most_used(&self) -> Method {
+            let most = (0..METHODS.len()).max_by_key(|&method| self.used[method]);
+            METHODS[most.unwrap_or(0)]
+        }
+    }
+
+    #[test]
+    fn the_slower_the_link_the_more_is_compressed() {
+        for (link, method) in [
+            (0.1, Method::None),
+            (0.8, Method::None),
+            (2.0, Method::Lz4),
+            (8.0, Method::Zstd(3)),
+            (80.0, Method::Zstd(3)),
+        ] {
+            let mut model = Model::new(FRAME * 3.0);
+            model.send(100, link, LEFT);
+            model.send(300, link, LEFT);
+            assert_eq!(model.most_used(), method, "{link} ns per byte: {:?}", model.balance);
+        }
+    }
+
+    #[test]
+    fn what_is_chosen_is_nearly_as_fast_as_the_best() {
+        for link in [0.1, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0, 80.0, 800.0] {
+            for buffers in [1.0, 4.0] {
+                let mut model = Model::new(FRAME * buffers);
+                model.send(60, link, LEFT);
+                let chosen = model.send(600, link, LEFT);
+                let best =
+                    (0..5).map(|m| (WORK[m] + LEFT[m] * WRITE).max(LEFT[m] * link)).fold(f64::MAX, f64::min);
+                assert!(chosen < best * 1.2, "{link}, {buffers}: {chosen} against {best}: {:?}", model.used);
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_that_changes_is_followed() {
+        let mut model = Model::new(FRAME * 3.0);
+        for _ in 0..3 {
+            model.send(300, 16.0, LEFT);
+            model.send(100, 16.0, LEFT);
+            assert_eq!(model.most_used(), Method::Zstd(3));
+            model.send(300, 0.2, LEFT);
+            model.send(100, 0.2, LEFT);
+            assert_eq!(model.most_used(), Method::None, "{:?}", model.balance);
+        }
+    }
+
+    #[test]
+    fn what_does_not_get_smaller_is_left_alone_and_seldom_tried() {
+        for link in [0.5, 8.0, 80.0] {
+            let mut model = Model::new(FRAME * 3.0);
+            model.send(1000, link, [1.0; 5]);
+            assert!(model.used[0] > 980, "{link}: {:?}", model.used);
+        }
+    }
+
+    #[test]
+    fn little_is_spent_before_the_first_choice() {
+        let mut model = Model::new(FRAME * 3.0);
+        model.send(16, 16.0, LEFT);
+        assert!(model.used[0] <= 8, "{:?}", model.used);
+        model.send(8, 16.0, LEFT);
+        assert_eq!(model.most_used(), Method::Zstd(3), "{:?}", model.used);
+    }
+}
