@@ -19,11 +19,11 @@ fn outrun(percent: u64) -> (Pair, GuestSpec) {
         pair.testbed().set_rate(host, Wire::Link, LINK).unwrap();
     }
     let spec = GuestSpec {
-        fill_mib: 24,
-        working_set_mib: Some(16),
+        fill_mib: 12,
+        working_set_mib: Some(8),
         rate: LINK / 8 * percent / 100 / PAGE,
         pattern: Pattern::Incompressible,
-        ..pair.spec("vm", 192)
+        ..pair.spec("vm", 128)
     };
     (pair, spec)
 }
@@ -107,7 +107,7 @@ fn a_guest_that_is_slowed_is_let_go_however_its_migration_ends() {
     for end in ["cancel", "time is up", "destination dies", "link is cut", "agent dies"] {
         let mut options = impossible.to_vec();
         if end == "time is up" {
-            options.extend(["--timeout", "15s"]);
+            options.extend(["--timeout", "40s"]);
         }
         let migration = pair.begin("vm", pair.a(), pair.b(), &options);
         migration.shows("it is slowed", |progress| progress["throttle"].as_f64() > Some(0.0));
