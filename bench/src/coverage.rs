@@ -65,7 +65,8 @@ What is left out, and why:
 /// The document's section about it.
 pub(crate) fn section(records: &[CellRecord]) -> String {
     let cells = Cell::all();
-    let measured = |cell: &&Cell| records.iter().any(|record| record.cell.name == cell.name);
+    let tried = |record: &CellRecord, cell: &Cell| record.cell.name == cell.name && !record.trials.is_empty();
+    let measured = |cell: &&Cell| records.iter().any(|record| tried(record, cell));
     let mut text = format!(
         "## What is covered\n\nThe product of everything below has {PRODUCT} cells; all of them, five times by each contender, \
          would take weeks. Of these each value is tried at least once, while the others stay: 1 GiB, incompressible, and an \
