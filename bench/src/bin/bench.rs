@@ -15,9 +15,24 @@ use bench::trial::{self, Trials};
 use bench::{BenchError, Interrupt};
 use clap::Parser;
 
+/// All of it takes hours; what follows has every goal and every cell.
+const SITTINGS: &str = "\
+All cells with all contenders, five times, take hours. Every cell and every goal's figures take about 70 minutes in four
+sittings, which may be days apart: each cell in the document says when it was measured.
+
+  bench --out DIR --cell idle
+  bench --out DIR --runs 3 --cell idle-512m --cell idle-4g --cell idle-text --cell idle-zero --cell idle-1gbit \\
+        --cell idle-10gbit $FOUR
+  bench --out DIR --runs 3 --patience 60 --cell random-25 --cell random-75 --cell random-75-512m --cell streaming-75 \\
+        --cell counters-75 --cell counters-25-4g --cell steady-100m --cell random-150 --cell random-400 \\
+        --cell random-150-throttle $FOUR
+  bench --out DIR --runs 3 --cell counters-150 --cell counters-400 --contender vmirror --contender qemu-default
+
+with FOUR='--contender vmirror --contender qemu-default --contender qemu-multifd-zstd --contender qemu-post-copy'";
+
 /// Compares vmirror with QEMU's own migration
 #[derive(Debug, Parser)]
-#[command(name = "bench", max_term_width = 100)]
+#[command(name = "bench", max_term_width = 100, after_help = SITTINGS)]
 struct Cli {
     /// The short form: few cells, few contenders, under ten minutes
     #[arg(long)]
@@ -211,6 +226,10 @@ mod tests {
         Cli::command().debug_assert();
         let cli = |line: &[&str]| Cli::try_parse_from([&["bench"], line].concat()).unwrap();
         assert!(chosen(&cli(&["--cell", "nonsense"])).unwrap_err().contains("nonsense"));
+        // Those that the help tells of, too.
+        let told = SITTINGS.split("--cell ").skip(1).filter_map(|rest| rest.split_whitespace().next());
+        let told: Vec<&str> = told.flat_map(|name| ["--cell", name]).collect();
+        assert_eq!(chosen(&cli(&told)).unwrap().len(), Cell::all().len());
         let named = chosen(&cli(&["--cell", "idle", "--cell", "random-75"])).unwrap();
         assert_eq!(named.len(), 2);
         assert!(chosen(&cli(&["--quick"])).unwrap().len() < chosen(&cli(&[])).unwrap().len());
