@@ -130,7 +130,18 @@ fn by_deltas(cells: &[CellRecord], name: &str, case: &str) -> Goal {
             Some(downtime) => format!("downtime {}", ms(downtime)),
             None => missed(record, DEFAULT)?,
         };
-        Some((format!("{}{how}; QEMU: {qemu}", ms(own)), alone && own <= LIMIT_MS && diverged))
+        // Told, not judged: the goal is about QEMU as it is, and one of its settings may get there all the same.
+        let best = Contender::ALL
+            .into_iter()
+            .filter(|other| {
+                !matches!(other.method, Method::Vmirror | Method::QemuDefault | Method::QemuPostCopy)
+            })
+            .filter_map(|other| Some((median(record, other, |sample| Some(sample.downtime_ms))?, other)))
+            .min_by(|a, b| a.0.total_cmp(&b.0))
+            .map_or_else(String::new, |(downtime, other)| {
+                format!(", but {}: {}", other.name(), ms(downtime))
+            });
+        Some((format!("{}{how}; QEMU: {qemu}{best}", ms(own)), alone && own <= LIMIT_MS && diverged))
     })
 }
 
@@ -341,10 +352,15 @@ pub(crate) mod tests {
         assert_eq!(goal(&of(&[cell.clone()], None), "dirtying 150 %, small").reached, Some(false));
         let trial = cell.trials.last_mut().unwrap();
         (trial.sample, trial.miss) = (None, Some(Miss::NotConverged { after_ms: 3e5 }));
-        let goals = of(&[cell], None);
+        let goals = of(&[cell.clone()], None);
         let goal = goal(&goals, "dirtying 150 %, small");
         assert_eq!(goal.reached, Some(true));
         assert_eq!(goal.measured, "20.0 ms; QEMU: not converged in 300.00 s; 1 of 1 runs");
+        let mut other = cell.trials[0].clone();
+        other.contender = MULTIFD;
+        cell.trials.push(other);
+        let told = &of(&[cell], None)[2].measured;
+        assert!(told.contains("300.00 s, but QEMU, multifd zstd: 20.0 ms; 1 of 1"), "{told}");
     }
 
     #[test]
