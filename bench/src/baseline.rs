@@ -12,8 +12,10 @@ use tokio::runtime::Handle;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::TryRecvError;
 
+use crate::link::LinkWatch;
 use crate::measure::{ThreadWatch, ms};
-use crate::record::{Method, Miss, QemuReport, Sample};
+use crate::memory::{Memory, most_overhead};
+use crate::record::{Method, Miss, Moved, QemuReport, Sample};
 use crate::{BenchError, Interrupt};
 
 /// How long QEMU may take to open its monitor.
@@ -107,7 +109,7 @@ impl Twin {
         setting: Setting,
         patience: Duration,
         interrupt: &Interrupt,
-    ) -> Result<Result<Sample, Miss>, BenchError> {
+    ) -> Result<Moved, BenchError> {
         let (from, to) = (&hosts[self.host], &hosts[1 - self.host]);
         let incoming = ["-incoming", "defer"];
         let there = Self::start(hosts, 1 - self.host, &self.spec, &incoming, &self.runtime, interrupt)?;
@@ -115,6 +117,8 @@ impl Twin {
         let parameters = self.prepare(from, setting, "client", to.name())?;
         there.prepare(to, setting, "server", "")?;
 
+        let memories = [self.pid(), there.pid()].map(|pid| Memory::of_qemu(pid, self.spec.memory_mib));
+        let link = LinkWatch::start(from);
         let loading = ThreadWatch::start(there.pid(), loads)?;
         self.runtime.block_on(there.qmp.migrate_incoming(&uri))?;
         let mut here_events = Events(self.qmp.events());
@@ -125,20 +129,23 @@ impl Twin {
         let post_copy = setting.method == Method::QemuPostCopy;
         let ended = here_events.ended(&self.qmp, &self.runtime, post_copy, patience, interrupt);
         let cpu_source = sending.stop();
+        let missed = |miss| Moved { result: Err(miss), overhead_bytes: most_overhead(&memories) };
         let stopped = match ended {
             Ok(stopped) => stopped,
             Err(BenchError::Timeout { waited, .. }) => {
                 self.runtime.block_on(self.qmp.migrate_cancel())?;
                 self.settle(interrupt)?;
-                return Ok(Err(Miss::NotConverged { after_ms: ms(waited) }));
+                return Ok(missed(Miss::NotConverged { after_ms: ms(waited) }));
             }
             Err(BenchError::Baseline { status, message }) => {
-                return Ok(Err(Miss::Failed { message: format!("{status}: {message}") }));
+                return Ok(missed(Miss::Failed { message: format!("{status}: {message}") }));
             }
             Err(error) => return Err(error),
         };
         let resumed = there_events.first("RESUME", interrupt)?;
         let cpu_destination = loading.stop();
+        let link_bytes = link.and_then(|link| link.bytes());
+        let overhead_bytes = most_overhead(&memories);
 
         let state = self.runtime.block_on(self.qmp.query_migrate())?;
         let since = |from: SystemTime, to: SystemTime| ms(to.duration_since(from).unwrap_or_default());
@@ -153,13 +160,14 @@ impl Twin {
             downtime_ms: since(stopped, resumed),
             cpu_source_ms: ms(cpu_source),
             cpu_destination_ms: ms(cpu_destination),
+            link_bytes,
             sent_bytes: state.ram["transferred"].as_u64().unwrap_or_default(),
             heartbeats: None,
             report: None,
             qemu: Some(report(&state, parameters)),
         };
         *self = there;
-        Ok(Ok(sample))
+        Ok(Moved { result: Ok(sample), overhead_bytes })
     }
 
     /// Sets what this side of a migration needs, all of it: something else may be left from an attempt before. Returns the
@@ -171,7 +179,7 @@ impl Twin {
         endpoint: &str,
         peer: &str,
     ) -> Result<Value, BenchError> {
-        let multifd = setting.method == Method::QemuMultifd;
+        let multifd = matches!(setting.method, Method::QemuMultifdPlain | Method::QemuMultifd);
         let post_copy = setting.method == Method::QemuPostCopy;
         // Without `events` QEMU does not tell how its migration goes.
         let capabilities = [("events", true), ("multifd", multifd), ("postcopy-ram", post_copy)];
@@ -180,7 +188,8 @@ impl Twin {
         let mut parameters = json!({ "max-bandwidth": bandwidth, "tls-creds": "", "tls-hostname": "" });
         if multifd {
             parameters["multifd-channels"] = json!(CHANNELS);
-            parameters["multifd-compression"] = json!("zstd");
+            let compressed = setting.method == Method::QemuMultifd;
+            parameters["multifd-compression"] = json!(if compressed { "zstd" } else { "none" });
         }
         if setting.tls {
             let id = format!("tls-{endpoint}");

@@ -259,8 +259,8 @@ impl Scene {
         narrator.step(&format!("{TWIN}: {} to {} by {}", from.name(), to.name(), method.name()));
         let setting = Setting { method, tls: false };
         let migrate = || twin.migrate(self.bed.hosts(), setting, PATIENCE, interrupt);
-        let (sample, heartbeats) = with_heartbeats(self.bed.client(), self.addresses[1], interrupt, migrate)?;
-        let sample = sample.map_err(|miss| BenchError::Baseline {
+        let (moved, heartbeats) = with_heartbeats(self.bed.client(), self.addresses[1], interrupt, migrate)?;
+        let sample = moved.result.map_err(|miss| BenchError::Baseline {
             status: method.name().to_owned(),
             message: present::missed(&miss),
         })?;

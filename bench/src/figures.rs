@@ -163,7 +163,12 @@ pub fn of(record: &Record) -> Vec<Figure> {
         Figure::new("until it runs there", Unit::Ms, by(|sample| Some(sample.until_running_ms))),
         Figure::new("CPU time at the source", Unit::Ms, by(|sample| Some(sample.cpu_source_ms))),
         Figure::new("CPU time at the destination", Unit::Ms, by(|sample| Some(sample.cpu_destination_ms))),
-        Figure::new("memory sent", Unit::Bytes, by(|sample| Some(sample.sent_bytes as f64))),
+        Figure::new(
+            "bytes on the link",
+            Unit::Bytes,
+            by(|sample| sample.link_bytes.map(|bytes| bytes as f64)),
+        ),
+        Figure::new("memory sent, own count", Unit::Bytes, by(|sample| Some(sample.sent_bytes as f64))),
         Figure::new(
             "downtime as QEMU counts it",
             Unit::Ms,
@@ -206,6 +211,7 @@ pub(crate) mod tests {
             downtime_ms,
             cpu_source_ms: cpu / 2.0,
             cpu_destination_ms: cpu / 2.0,
+            link_bytes: Some(310 << 20),
             sent_bytes: 300 << 20,
             heartbeats: Some(Beats {
                 sent: 2000,

@@ -14,17 +14,26 @@
 //!   reports ends when the source has sent everything and is shown beside it.
 //! * **total time**: vmirror's from the command to the end of clean-up and health watch, the start of the
 //!   destination's QEMU, encryption, verification and proof included; QEMU's `total-time`, its destination being started before.
+//! * **bytes**: what the source's link carried away from it during the migration, by the counter of its network interface: the
+//!   same for all. What the programs count themselves is kept beside it.
 //! * **CPU time**: vmirror's is that of both agents, everything they do; QEMU's that of its migration thread at the source and
 //!   of the threads that load at the destination.
 
 pub mod baseline;
+pub mod budget;
 pub mod cell;
+pub mod contender;
 pub mod course;
+mod coverage;
+mod document;
+pub mod engine;
 mod error;
 pub mod figures;
 pub mod goals;
 pub mod interrupt;
+pub mod link;
 pub mod measure;
+pub mod memory;
 pub mod mirrored;
 pub mod narrator;
 mod number;

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 use testbed::{GuestSpec, Host, cpu};
 
+use crate::link::LinkWatch;
 use crate::measure::ms;
 use crate::record::{Method, Sample};
 use crate::{BenchError, Interrupt};
@@ -57,8 +58,10 @@ pub fn migrate(
     let agents = [from, to].map(Host::agent_pid);
     let cpu = || agents.map(|agent| agent.and_then(cpu::process_time).unwrap_or_default());
     let before = cpu();
+    let link = LinkWatch::start(from);
     let report =
         migrate_and_report(from, to, options, patience, interrupt, || phases.heard().for_each(&mut entered))?;
+    let link_bytes = link.and_then(|link| link.bytes());
     let after = cpu();
     phases.heard().for_each(entered);
     let used = [0, 1].map(|side: usize| ms(after[side].saturating_sub(before[side])));
@@ -74,6 +77,7 @@ pub fn migrate(
         downtime_ms: report.downtime_ms,
         cpu_source_ms: used[0],
         cpu_destination_ms: used[1],
+        link_bytes,
         sent_bytes: report.memory.wire_bytes,
         heartbeats: None,
         report: Some(report),

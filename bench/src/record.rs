@@ -17,6 +17,8 @@ pub enum Method {
     QemuDefault,
     /// The same without a limit of bandwidth.
     QemuTuned,
+    /// The same, over several connections.
+    QemuMultifdPlain,
     /// The same, over several connections and compressed with zstd.
     QemuMultifd,
     /// QEMU's own post-copy migration, without a limit of bandwidth: begun when all has been sent once.
@@ -34,8 +36,22 @@ impl Method {
             Self::Vmirror => "vmirror",
             Self::QemuDefault => "QEMU, defaults",
             Self::QemuTuned => "QEMU, tuned",
+            Self::QemuMultifdPlain => "QEMU, multifd",
             Self::QemuMultifd => "QEMU, multifd zstd",
             Self::QemuPostCopy => "QEMU, post-copy",
+        }
+    }
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Vmirror => "vmirror",
+            Self::QemuDefault => "qemu-default",
+            Self::QemuTuned => "qemu-tuned",
+            Self::QemuMultifdPlain => "qemu-multifd",
+            Self::QemuMultifd => "qemu-multifd-zstd",
+            Self::QemuPostCopy => "qemu-post-copy",
         }
     }
 }
@@ -96,7 +112,10 @@ pub struct Sample {
     pub cpu_source_ms: f64,
     /// CPU time at the destination, in milliseconds.
     pub cpu_destination_ms: f64,
-    /// Bytes that memory took on the link.
+    /// Bytes that the source put on its link, headers, encryption and device state included; none without a link of its own.
+    #[serde(default)]
+    pub link_bytes: Option<u64>,
+    /// Bytes that memory took by the program's own count: vmirror's before encryption, QEMU's `transferred`.
     pub sent_bytes: u64,
     /// What the client noticed.
     pub heartbeats: Option<Beats>,
@@ -112,6 +131,15 @@ impl Sample {
     pub fn cpu_ms(&self) -> f64 {
         self.cpu_source_ms + self.cpu_destination_ms
     }
+}
+
+/// What came of an attempt to move a guest.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moved {
+    /// The figures, or why there are none.
+    pub result: Result<Sample, Miss>,
+    /// Memory that moving it took on the side where it took more; none where the system does not tell.
+    pub overhead_bytes: Option<u64>,
 }
 
 /// Something that must hold for the run to have succeeded.

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 use testbed::Programs;
+use testbed::accelerator::Accelerator;
 
 /// The machine and the programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +22,9 @@ pub struct Surroundings {
     pub vmirror: String,
     /// QEMU's.
     pub qemu: String,
+    /// What runs the guests' CPUs: `tcg` or `kvm`.
+    #[serde(default)]
+    pub accelerator: String,
     /// Processes waiting for a CPU when the run began (the load average of one minute): others' work disturbs.
     pub load: String,
 }
@@ -45,9 +49,41 @@ impl Surroundings {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             vmirror: programs.vmirror.as_deref().map(version).unwrap_or_default(),
             qemu: version(&programs.qemu),
-            load: read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned(),
+            accelerator: Accelerator::detect(&programs.qemu).map_or("unknown", Accelerator::name).to_owned(),
+            load: load(),
         }
     }
+
+    /// The same machine and programs, with its load of now.
+    #[must_use]
+    pub fn now(&self) -> Self {
+        Self { load: load(), ..self.clone() }
+    }
+
+    /// Whether it is the same machine with the same programs, whatever its load.
+    #[must_use]
+    pub fn same(&self, other: &Self) -> bool {
+        *self == Self { load: self.load.clone(), ..other.clone() }
+    }
+
+    /// In a sentence.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        let Self { cpu, cpus, memory_mib, kernel, vmirror, qemu, accelerator, .. } = self;
+        let how = match accelerator.as_str() {
+            "tcg" => "TCG: an emulated vCPU shares the CPUs with whoever moves it",
+            "kvm" => "KVM",
+            other => other,
+        };
+        format!(
+            "{cpus} CPUs ({cpu}), {memory_mib} MiB, Linux {kernel}; vmirror {vmirror}, QEMU {qemu}. Guests run under {how}."
+        )
+    }
+}
+
+fn load() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or_default().to_owned()
 }
 
 /// The value of the first line `KEY : VALUE`.

@@ -1,22 +1,24 @@
 //! The trials of one cell: two equal guests, and every contender in turn.
 
-use std::fs;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use testbed::guest_spec::Nic;
-use testbed::{Client, Console, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
+use testbed::{Client, Console, GuestSpec, Programs, Testbed, TestbedError, Wire};
 use tokio::runtime::Handle;
 
 use crate::baseline::{Setting, Twin};
-use crate::cell::{Cell, Contender, Dirtying, Filling, Link};
+use crate::cell::{Cell, Dirtying, Filling, Link};
+use crate::contender::{Contender, turns};
 use crate::measure::{Beats, with_heartbeats};
+use crate::memory::{Memory, most_overhead};
 use crate::mirrored::{self, NAME};
 use crate::narrator::Narrator;
 use crate::number::{bytes, ms};
-use crate::record::{Miss, Sample};
+use crate::record::{Miss, Moved, Sample};
+use crate::surroundings::Surroundings;
 use crate::throughput::{Throughput, Watch};
 use crate::{BenchError, Interrupt, present};
 
@@ -32,10 +34,12 @@ const CHECK_RATE: u64 = 2048;
 const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 88, 0, 10), Ipv4Addr::new(10, 88, 0, 11)];
 
 /// What came of one cell.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CellRecord {
     /// The cell.
     pub cell: Cell,
+    /// When and how it was tried.
+    pub sitting: Sitting,
     /// The same in words.
     pub description: String,
     /// Bytes in pages that the guest really dirties per second while nothing else is done; an emulated CPU may not keep up with
@@ -53,8 +57,25 @@ pub struct CellRecord {
     pub failure: Option<String>,
 }
 
+/// When and how a cell was tried: not all need be of one run of the benchmark.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sitting {
+    /// When it began.
+    pub started: String,
+    /// How long it took, guests' boot and all, in milliseconds.
+    pub took_ms: f64,
+    /// How often each contender was to move its guest.
+    pub runs: u32,
+    /// How long one migration might take, in seconds.
+    pub patience_s: u64,
+    /// Who was to move a guest.
+    pub contenders: Vec<Contender>,
+    /// The machine and the programs.
+    pub surroundings: Surroundings,
+}
+
 /// One attempt to move a guest.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Trial {
     /// By whom.
     pub contender: Contender,
@@ -66,7 +87,8 @@ pub struct Trial {
     pub miss: Option<Miss>,
     /// How fast the guest was.
     pub throughput: Throughput,
-    /// Memory that vmirror took on the side where it took more, beyond what its agent has when idle, in bytes.
+    /// Memory that it took on the side where it took more, in bytes: of vmirror what its agent has beyond what it has when idle, of
+    /// QEMU what its process has beyond the guest's RAM and what it had before.
     pub overhead_bytes: Option<u64>,
 }
 
@@ -91,6 +113,8 @@ pub struct Trials<'a> {
     pub runs: u32,
     /// How long one migration may take.
     pub patience: Duration,
+    /// The machine and the programs.
+    pub surroundings: &'a Surroundings,
 }
 
 /// The hosts and what is on them.
@@ -113,8 +137,17 @@ pub fn run(
     narrator: &mut Narrator,
 ) -> Result<CellRecord, BenchError> {
     narrator.step(&format!("{}: {}", cell.name, cell.describe()));
+    let began = Instant::now();
     let mut record = CellRecord {
         cell: cell.clone(),
+        sitting: Sitting {
+            started: jiff::Zoned::now().strftime("%Y-%m-%d %H:%M %Z").to_string(),
+            took_ms: 0.0,
+            runs: trials.runs,
+            patience_s: trials.patience.as_secs(),
+            contenders: trials.contenders.to_vec(),
+            surroundings: trials.surroundings.now(),
+        },
         description: cell.describe(),
         dirtied: None,
         unmigrated: None,
@@ -140,6 +173,7 @@ pub fn run(
         }
         Ok(()) => {}
     }
+    record.sitting.took_ms = began.elapsed().as_secs_f64() * 1e3;
     Ok(record)
 }
 
@@ -173,21 +207,14 @@ fn try_all(
             let stuck = contender == Contender::VMIRROR && trial.miss.is_some();
             record.trials.push(trial);
             if stuck {
-                // It is not known where the guest is, if anything went wrong.
+                // It is not known where the guest is, if anything went wrong. No goal is reached in a cell where vmirror has
+                // not made all its runs.
                 return Ok(());
             }
         }
     }
     record.faults = scene.console.status().map(|status| status.faults());
     Ok(())
-}
-
-/// Who goes when: each goes first as often as any other.
-fn turns(contenders: &[Contender], round: u32) -> Vec<Contender> {
-    let mut turns = contenders.to_vec();
-    let first = round as usize % turns.len().max(1);
-    turns.rotate_left(first);
-    turns
 }
 
 fn in_words(trial: &Trial) -> String {
@@ -317,13 +344,8 @@ impl<'a> Scene<'a> {
         self.work(client, guest, interrupt)?;
         let boot_id = client.status(guest)?.boot_id;
         let watch = Watch::start(client, guest)?;
-        let mut overhead_bytes = None;
         let act = || match twin.as_mut() {
-            _ if own => {
-                let (moved, overhead) = self.by_vmirror(round, patience, interrupt)?;
-                overhead_bytes = overhead;
-                Ok(moved)
-            }
+            _ if own => self.by_vmirror(round, patience, interrupt),
             Some(twin) => {
                 let setting = Setting { method: contender.method, tls: contender.tls };
                 twin.migrate(self.bed.hosts(), setting, patience, interrupt)
@@ -332,7 +354,8 @@ impl<'a> Scene<'a> {
         };
         let (moved, heartbeats) = with_heartbeats(Some(client), guest, interrupt, act)?;
         let survived = client.status(guest)?.boot_id == boot_id;
-        let (sample, miss) = match moved {
+        let Moved { result, overhead_bytes } = moved;
+        let (sample, miss) = match result {
             Ok(_) if !survived => (None, Some(Miss::Crashed)),
             Ok(sample) => (Some(Sample { round, heartbeats, ..sample }), None),
             Err(miss) => (None, Some(miss)),
@@ -344,15 +367,10 @@ impl<'a> Scene<'a> {
         Ok(Trial { contender, round, sample, miss, throughput, overhead_bytes })
     }
 
-    fn by_vmirror(
-        &self,
-        round: u32,
-        patience: Duration,
-        interrupt: &Interrupt,
-    ) -> Result<(Result<Sample, Miss>, Option<u64>), BenchError> {
+    fn by_vmirror(&self, round: u32, patience: Duration, interrupt: &Interrupt) -> Result<Moved, BenchError> {
         let [a, b] = self.bed.hosts();
         let [from, to] = if round.is_multiple_of(2) { [a, b] } else { [b, a] };
-        let agents = [from, to].map(Memory::of);
+        let agents = [from, to].map(Memory::of_agent);
         let deadline = format!("{}s", patience.as_secs());
         let (downtime, most) = self.cell.downtime_ms;
         let (downtime, most) = (format!("{downtime}ms"), format!("{most}ms"));
@@ -368,60 +386,12 @@ impl<'a> Scene<'a> {
         ];
         // vmirror ends by itself at its deadline, and then some.
         let sample = mirrored::migrate(from, to, &options, patience * 2, interrupt, |_| ())?;
-        let overhead = agents.iter().filter_map(|agent| agent.as_ref()?.overhead()).max();
+        let overhead_bytes = most_overhead(&agents);
         let error = sample.report.as_ref().and_then(|report| report.error.as_ref());
-        let moved = match error {
+        let result = match error {
             None => Ok(sample),
             Some(failure) => Err(Miss::Failed { message: failure.finding.message.clone() }),
         };
-        Ok((moved, overhead))
-    }
-}
-
-/// The memory of an agent, from a time on.
-struct Memory {
-    pid: i32,
-    idle_bytes: u64,
-}
-
-impl Memory {
-    /// From now on. None where the system does not tell.
-    fn of(host: &Host) -> Option<Self> {
-        let pid = host.agent_pid()?;
-        let idle_bytes = status_bytes(pid, "VmRSS")?;
-        // 5: the most that was resident begins anew (proc_pid_clear_refs(5)).
-        fs::write(format!("/proc/{pid}/clear_refs"), "5").ok()?;
-        Some(Self { pid, idle_bytes })
-    }
-
-    /// The most since then, beyond what there was.
-    fn overhead(&self) -> Option<u64> {
-        Some(status_bytes(self.pid, "VmHWM")?.saturating_sub(self.idle_bytes))
-    }
-}
-
-/// A size in a process's status.
-fn status_bytes(pid: i32, name: &str) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_contender_goes_first_once() {
-        let firsts: Vec<Contender> = (0..8).map(|round| turns(&Contender::ALL, round)[0]).collect();
-        assert_eq!(firsts, Contender::ALL);
-        assert!(turns(&[], 3).is_empty());
-    }
-
-    #[test]
-    fn the_memory_of_a_process_is_found() {
-        let own = std::process::id().cast_signed();
-        assert!(status_bytes(own, "VmHWM").unwrap() >= 1 << 20);
-        assert_eq!(status_bytes(own, "VmNonsense"), None);
+        Ok(Moved { result, overhead_bytes })
     }
 }

@@ -4,17 +4,35 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use bench::cell::{Cell, Contender};
+use bench::budget::{self, Budget};
+use bench::cell::Cell;
+use bench::contender::Contender;
+use bench::engine::Engine;
 use bench::narrator::Narrator;
-use bench::results::Results;
+use bench::results::{Kept, Results};
 use bench::surroundings::Surroundings;
 use bench::trial::{self, Trials};
 use bench::{BenchError, Interrupt};
 use clap::Parser;
 
+/// All of it takes hours; what follows has every goal and every cell.
+const SITTINGS: &str = "\
+All cells with all contenders, five times, take hours. Every cell and every goal's figures take about 70 minutes in four
+sittings, which may be days apart: each cell in the document says when it was measured.
+
+  bench --out DIR --cell idle
+  bench --out DIR --runs 3 --cell idle-512m --cell idle-4g --cell idle-text --cell idle-zero --cell idle-1gbit \\
+        --cell idle-10gbit --cell idle-debian --cell idle-debian-unshaped $FOUR
+  bench --out DIR --runs 3 --patience 60 --cell random-25 --cell random-75 --cell random-75-512m --cell streaming-75 \\
+        --cell counters-75 --cell counters-25-4g --cell steady-100m --cell random-150 --cell random-400 \\
+        --cell random-150-throttle $FOUR
+  bench --out DIR --runs 3 --cell counters-150 --cell counters-400 --contender vmirror --contender qemu-default
+
+with FOUR='--contender vmirror --contender qemu-default --contender qemu-multifd-zstd --contender qemu-post-copy'";
+
 /// Compares vmirror with QEMU's own migration
 #[derive(Debug, Parser)]
-#[command(name = "bench", max_term_width = 100)]
+#[command(name = "bench", max_term_width = 100, after_help = SITTINGS)]
 struct Cli {
     /// The short form: few cells, few contenders, under ten minutes
     #[arg(long)]
@@ -22,20 +40,32 @@ struct Cli {
     /// Only this cell; can be given again
     #[arg(long = "cell", value_name = "NAME")]
     cells: Vec<String>,
+    /// Only this contender; can be given again. vmirror and those that a goal compares it with make a goal's figures
+    #[arg(long = "contender", value_name = "NAME")]
+    contenders: Vec<String>,
     /// Migrations by each contender in each cell [default: 5, or 3 with --quick]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
     /// After how many seconds a migration is given up as not converging [default: 300, or 30 with --quick]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(5..=86_400))]
     patience: Option<u64>,
-    /// Where benchmarks.md and benchmarks/ go [default: target/bench]
+    /// Begin no cell that would not be done so many minutes after the beginning [default: none, or 9 with --quick]
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    budget: Option<u64>,
+    /// Where benchmarks.md and benchmarks/ go [default: target/bench, or target/bench-quick]. Cells that are there already stay as
+    /// they are, but for those that are tried now: these are replaced, with all their contenders
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// List the cells
+    /// Keep no cells of earlier
+    #[arg(long)]
+    fresh: bool,
+    /// List the cells and the contenders
     #[arg(long)]
     list: bool,
 }
 
+/// The budget of the short form: under ten minutes, with some to spare for a cell that takes longer than was guessed.
+const QUICK_MINUTES: u64 = 9;
 /// Exit status of a program that was interrupted, as a shell has it for SIGINT.
 const INTERRUPTED: u8 = 130;
 /// Exit status after bad usage.
@@ -47,16 +77,21 @@ fn main() -> ExitCode {
         for cell in Cell::all() {
             println!("{:22}{}", cell.name, cell.describe());
         }
+        println!();
+        for contender in Contender::ALL {
+            println!("{:22}{}", contender.key(), contender.name());
+        }
         return ExitCode::SUCCESS;
     }
-    let cells = match chosen(&cli) {
-        Ok(cells) => cells,
+    let chosen = chosen(&cli).and_then(|cells| Ok((cells, contenders(&cli)?)));
+    let (cells, contenders) = match chosen {
+        Ok(chosen) => chosen,
         Err(words) => {
             eprintln!("error: {words}");
             return USAGE.into();
         }
     };
-    match run(&cli, &cells) {
+    match run(&cli, &cells, &contenders) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(BenchError::Interrupted) => INTERRUPTED.into(),
@@ -83,7 +118,32 @@ fn chosen(cli: &Cli) -> Result<Vec<Cell>, String> {
     Ok(all.into_iter().filter(fits).collect())
 }
 
-fn run(cli: &Cli, cells: &[Cell]) -> Result<bool, BenchError> {
+/// The contenders that were named; none where none was.
+fn contenders(cli: &Cli) -> Result<Vec<Contender>, String> {
+    let known = |name: &String| Contender::ALL.iter().any(|contender| contender.key() == *name);
+    if let Some(unknown) = cli.contenders.iter().find(|name| !known(name)) {
+        return Err(format!("no contender is named {unknown}; `bench --list` lists them"));
+    }
+    Ok(Contender::ALL.into_iter().filter(|contender| cli.contenders.contains(&contender.key())).collect())
+}
+
+/// How each cell is tried.
+fn trials<'a>(cli: &Cli, cell: &Cell, named: &'a [Contender], surroundings: &'a Surroundings) -> Trials<'a> {
+    let contenders = match (named, cli.quick) {
+        ([], true) => Contender::quick(cell),
+        ([], false) => &Contender::ALL[..],
+        (named, _) => named,
+    };
+    let (runs, patience) = if cli.quick { (3, 30) } else { (5, 300) };
+    Trials {
+        contenders,
+        runs: cli.runs.unwrap_or(runs),
+        patience: Duration::from_secs(cli.patience.unwrap_or(patience)),
+        surroundings,
+    }
+}
+
+fn run(cli: &Cli, cells: &[Cell], named: &[Contender]) -> Result<bool, BenchError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let runtime = runtime.map_err(|source| BenchError::File { path: "runtime".into(), source })?;
     let interrupt = runtime.block_on(async { Interrupt::catch() }).unwrap_or_else(|error| {
@@ -91,47 +151,69 @@ fn run(cli: &Cli, cells: &[Cell]) -> Result<bool, BenchError> {
         Interrupt::default()
     });
     let mut narrator = Narrator::new();
-    let patience = cli.patience.unwrap_or(if cli.quick { 30 } else { 300 });
-    let trials = Trials {
-        contenders: if cli.quick { &Contender::QUICK } else { &Contender::ALL },
-        runs: cli.runs.unwrap_or(if cli.quick { 3 } else { 5 }),
-        patience: Duration::from_secs(patience),
-    };
+    let minutes = cli.budget.or(cli.quick.then_some(QUICK_MINUTES));
+    let mut budget = Budget::new(minutes.map(|minutes| Duration::from_secs(minutes * 60)));
+    let target = testbed::programs::target();
+    let usual = target.join(if cli.quick { "bench-quick" } else { "bench" });
+    let directory = cli.out.clone().unwrap_or(usual);
+    let kept = if cli.fresh { Kept::default() } else { Kept::read(&directory)? };
+    if !kept.dropped.is_empty() {
+        println!("not kept, being other cells now or recorded otherwise: {}\n", kept.dropped.join(", "));
+    }
+    let surroundings = Surroundings::find(&testbed::Programs::find());
     let words: Vec<String> = std::env::args().skip(1).collect();
     let mut results = Results {
         started: jiff::Zoned::now().strftime("%Y-%m-%d %H:%M %Z").to_string(),
         took_ms: 0.0,
         command: format!("bench {}", words.join(" ")).trim_end().to_owned(),
-        runs: trials.runs,
-        patience_s: patience,
-        surroundings: Surroundings::find(&testbed::Programs::find()),
-        cells: Vec::new(),
+        surroundings: surroundings.clone(),
+        engine: Engine::read(&target.join("engine-throughput.json"))?,
+        left_out: Vec::new(),
+        cells: kept.cells,
         goals: Vec::new(),
     };
-    let directory = cli.out.clone().unwrap_or_else(|| testbed::programs::target().join("bench"));
+    let trials = |cell: &Cell| trials(cli, cell, named, &surroundings);
+    let all: Duration = cells.iter().map(|cell| budget::estimate(cell, &trials(cell))).sum();
+    narrator.step(&format!("{} cells, about {:.0} minutes", cells.len(), all.as_secs_f64() / 60.0));
     let mut document = None;
+    let mut tried = Vec::new();
     for cell in cells {
-        let tried = trial::run(cell, &trials, runtime.handle(), &interrupt, &mut narrator);
-        let ended = tried.map(|record| results.cells.push(record));
+        let trials = trials(cell);
+        if !budget.has_room_for(cell, &trials) {
+            narrator.step(&format!("{}: left out, there is no time for it", cell.name));
+            results.left_out.push(cell.name);
+        } else {
+            let record = trial::run(cell, &trials, runtime.handle(), &interrupt, &mut narrator)?;
+            budget.learn(cell, &trials, Duration::from_secs_f64(record.sitting.took_ms / 1e3));
+            results.take(record);
+            tried.push(cell.name);
+        }
         results.took_ms = narrator.elapsed_ms();
         results.judge();
         // After every cell: what was measured is not lost when the next one is interrupted.
         document = Some(results.write(&directory)?);
-        ended?;
     }
+    show(&results);
+    if let Some(document) = document {
+        println!("\n  {}", document.display());
+    }
+    Ok(results.succeeded(&tried))
+}
+
+/// The goals, on the terminal.
+fn show(results: &Results) {
     println!();
     for goal in &results.goals {
         let mark = match goal.reached {
             Some(true) => "reached",
             Some(false) => "NOT REACHED",
-            None => "",
+            None => "-",
         };
-        println!("{:52}{:60}{mark}", goal.case, goal.measured);
+        println!("{mark:12}{}: {}\n{:12}{}", goal.case, goal.goal, "", goal.measured);
     }
-    if let Some(document) = document {
-        println!("\n  {}", document.display());
+    if !results.left_out.is_empty() {
+        println!("\nleft out for want of time: {}", results.left_out.join(", "));
     }
-    Ok(results.succeeded())
 }
 
 #[cfg(test)]
@@ -144,9 +226,25 @@ mod tests {
         Cli::command().debug_assert();
         let cli = |line: &[&str]| Cli::try_parse_from([&["bench"], line].concat()).unwrap();
         assert!(chosen(&cli(&["--cell", "nonsense"])).unwrap_err().contains("nonsense"));
+        // Those that the help tells of, too.
+        let told = SITTINGS.split("--cell ").skip(1).filter_map(|rest| rest.split_whitespace().next());
+        let told: Vec<&str> = told.flat_map(|name| ["--cell", name]).collect();
+        assert_eq!(chosen(&cli(&told)).unwrap().len(), Cell::all().len());
         let named = chosen(&cli(&["--cell", "idle", "--cell", "random-75"])).unwrap();
         assert_eq!(named.len(), 2);
         assert!(chosen(&cli(&["--quick"])).unwrap().len() < chosen(&cli(&[])).unwrap().len());
         assert!(Cli::try_parse_from(["bench", "--runs", "0"]).is_err());
+    }
+
+    #[test]
+    fn contenders_are_those_named_or_all_or_those_of_the_short_form() {
+        let cli = |line: &[&str]| Cli::try_parse_from([&["bench"], line].concat()).unwrap();
+        assert!(contenders(&cli(&["--contender", "nobody"])).unwrap_err().contains("nobody"));
+        let named = cli(&["--contender", "qemu-tuned-tls", "--contender", "vmirror"]);
+        let (named, surroundings) = (contenders(&named).unwrap(), Surroundings::default());
+        assert_eq!(named.len(), 2);
+        let idle = &Cell::all()[0];
+        let of = |line: &[&str], named| trials(&cli(line), idle, named, &surroundings).contenders.len();
+        assert_eq!((of(&[], &[]), of(&[], &named), of(&["--quick"], &[])), (Contender::ALL.len(), 2, 6));
     }
 }

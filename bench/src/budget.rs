@@ -1,0 +1,135 @@
+//! How long cells will take, so that none is begun that does not fit.
+
+use std::time::{Duration, Instant};
+
+use crate::cell::{Cell, Dirtying, Link};
+use crate::contender::Contender;
+use crate::record::Method;
+use crate::trial::Trials;
+
+/// Guests' boot, for each GiB of RAM of one of them, and whatever the size.
+const BOOT: Duration = Duration::from_secs(8);
+const BOOT_PER_GIB: Duration = Duration::from_secs(8);
+/// A trial beside the migration itself: heartbeats before and after, the workload's beginning, the destination's QEMU.
+const AROUND: Duration = Duration::from_millis(3500);
+/// MiB per second that a migration brings over a link that is not shaped, and QEMU's default anywhere.
+const UNSHAPED: u64 = 300;
+const DEFAULT: u64 = 128;
+
+/// How long a cell will take, guessed: most of what is guessed is corrected by [`Budget`] once there is something to correct it by.
+#[must_use]
+pub fn estimate(cell: &Cell, trials: &Trials<'_>) -> Duration {
+    let boot = BOOT + BOOT_PER_GIB.mul_f64(cell.memory_mib as f64 / 1024.0);
+    let each = |contender: &Contender| {
+        let once = AROUND + transfer(cell, *contender);
+        if !converges(cell, *contender) {
+            // It is not tried again.
+            return AROUND + trials.patience;
+        }
+        once.min(AROUND + trials.patience) * trials.runs
+    };
+    boot + trials.contenders.iter().map(each).sum::<Duration>()
+}
+
+fn transfer(cell: &Cell, contender: Contender) -> Duration {
+    let link = match cell.link {
+        Link::Unshaped => UNSHAPED,
+        Link::Mbit(mbit) => ((mbit * 1_000_000 / 8) >> 20).clamp(1, UNSHAPED),
+    };
+    let rate = if contender.method == Method::QemuDefault { link.min(DEFAULT) } else { link };
+    let once = cell.fill_mib() as f64 / rate as f64;
+    // Then what was written meanwhile, with what the writing leaves of the link.
+    let again = match cell.dirtying {
+        Dirtying::OfLink(percent) if percent < 100 => {
+            cell.working_set_mib() as f64 / rate as f64 * 100.0 / (100 - percent) as f64
+        }
+        _ => 0.0,
+    };
+    Duration::from_secs(1) + Duration::from_secs_f64(once + again)
+}
+
+/// Whether QEMU's pre-copy can come to an end by itself; the others are made for it.
+fn converges(cell: &Cell, contender: Contender) -> bool {
+    let outrun = matches!(cell.dirtying, Dirtying::OfLink(percent) if percent >= 100);
+    !outrun || matches!(contender.method, Method::Vmirror | Method::QemuPostCopy)
+}
+
+/// The time that a run may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    began: Instant,
+    limit: Option<Duration>,
+    guessed: Duration,
+    took: Duration,
+}
+
+impl Budget {
+    /// From now on; without a limit everything fits.
+    #[must_use]
+    pub fn new(limit: Option<Duration>) -> Self {
+        Self { began: Instant::now(), limit, guessed: Duration::ZERO, took: Duration::ZERO }
+    }
+
+    /// Whether there is time left for a cell.
+    #[must_use]
+    pub fn has_room_for(&self, cell: &Cell, trials: &Trials<'_>) -> bool {
+        let needed = estimate(cell, trials).mul_f64(self.correction());
+        self.limit.is_none_or(|limit| self.began.elapsed() + needed <= limit)
+    }
+
+    /// Notes how long a cell really took.
+    pub fn learn(&mut self, cell: &Cell, trials: &Trials<'_>, took: Duration) {
+        self.guessed += estimate(cell, trials);
+        self.took += took;
+    }
+
+    /// What guesses of this machine are to be multiplied by.
+    fn correction(&self) -> f64 {
+        if self.guessed.is_zero() { 1.0 } else { self.took.as_secs_f64() / self.guessed.as_secs_f64() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::surroundings::Surroundings;
+
+    fn cell(name: &str) -> Cell {
+        Cell::all().into_iter().find(|cell| cell.name == name).unwrap()
+    }
+
+    #[test]
+    fn more_runs_larger_guests_and_those_that_do_not_converge_take_longer() {
+        let surroundings = Surroundings::default();
+        let trials = |runs, patience| Trials {
+            contenders: &Contender::ALL,
+            runs,
+            patience: Duration::from_secs(patience),
+            surroundings: &surroundings,
+        };
+        let short = estimate(&cell("idle"), &trials(1, 300));
+        assert!(estimate(&cell("idle"), &trials(5, 300)) > short * 3);
+        assert!(estimate(&cell("idle-4g"), &trials(1, 300)) > short * 2);
+        let waiting = estimate(&cell("counters-150"), &trials(1, 300));
+        assert!(waiting > Duration::from_secs(8 * 300), "{waiting:?}");
+        assert!(estimate(&cell("counters-150"), &trials(1, 30)) < waiting / 4);
+    }
+
+    #[test]
+    fn a_cell_that_does_not_fit_is_not_begun_and_slow_machines_are_known_by_what_they_did() {
+        let surroundings = Surroundings::default();
+        let trials = Trials {
+            contenders: &Contender::ALL[..1],
+            runs: 3,
+            patience: Duration::from_secs(30),
+            surroundings: &surroundings,
+        };
+        let idle = cell("idle");
+        let one = estimate(&idle, &trials);
+        let mut budget = Budget::new(Some(one * 3));
+        assert!(budget.has_room_for(&idle, &trials));
+        budget.learn(&idle, &trials, one * 4);
+        assert!(!budget.has_room_for(&idle, &trials));
+        assert!(Budget::new(None).has_room_for(&idle, &trials));
+    }
+}
