@@ -18,7 +18,7 @@ use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::ledger::Sum;
 use mirror::memory::compress::Compression;
-use mirror::memory::destination::{Event, MemoryDestination};
+use mirror::memory::destination::{DestinationError, Event, MemoryDestination};
 use mirror::memory::round::{Guest, Sent};
 use mirror::memory::source::{How, MemorySource, Scanning, TrackedRange};
 use mirror::memory::{Ram, RamFile};
@@ -272,6 +272,30 @@ fn a_flipped_bit_at_the_destination_is_found_and_repaired() {
     assert_eq!(sent.sums, sums, "the gate opens");
     assert_equal(&rig);
     mirror.finish();
+}
+
+#[test]
+fn pages_are_not_left_out_of_a_copy_that_was_not_told_so() {
+    for announced in [false, true] {
+        let rig = Rig::new();
+        rig.signal(libc::SIGSTOP);
+        let mut mirror = rig.mirror(1);
+        if announced {
+            mirror.destination.allow_absent();
+        }
+        let scanned = mirror.source.look(Guest::Paused).unwrap();
+        // It is told by a stream that the destination may have closed already.
+        let _ = mirror.source.withhold(Guest::Paused, scanned);
+        match mirror.events.recv().unwrap() {
+            Event::Barrier { .. } => assert!(announced, "holes would be zeros to the guest"),
+            Event::Failed { error: DestinationError::Absent { chunks }, .. } => {
+                assert!(!announced && chunks > 0);
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(mirror.destination.absent() > 0, announced);
+        mirror.finish();
+    }
 }
 
 #[test]

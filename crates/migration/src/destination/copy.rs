@@ -104,6 +104,9 @@ impl Copy {
         let (addresses, places) = &self.places;
         let waiting = post_copy::attach(qmp, pid, addresses, places.clone()).await;
         self.waiting = Some(waiting.map_err(|finding| End::Failed(vec![finding]))?);
+        if let Some(memory) = &self.memory.memory {
+            memory.allow_absent();
+        }
         source.reply(Reply::PostCopyReady(wire::Nothing {})).await
     }
 
