@@ -112,6 +112,21 @@ fn a_guest_in_huge_pages_is_not_begun_where_there_are_none_or_not_enough() {
     guest.sound_since(&before);
 }
 
+#[test]
+fn post_copy_of_a_guest_in_huge_pages_is_refused_before_anything_begins() {
+    let mut pool = huge_pages(2 * PAGES);
+    let directory = pool.directory(None).unwrap();
+    let pair = Pair::of(Testbed::new().unwrap());
+    let guest = pair.run(pair.a(), "vm", &on_huge_pages(&pair, &directory));
+    let before = guest.status();
+    let address = pair.b().listen().to_string();
+    for command in ["check", "migrate"] {
+        let refusal = pair.refused(pair.a(), &[command, "vm", "--to", &address, "--on-diverge", "post-copy"]);
+        refusal.is("post-copy", &["pc.ram", "host-b", "huge pages", "--on-diverge throttle"]);
+    }
+    guest.sound_since(&before);
+}
+
 /// RAM of so many huge pages in a new file that nothing has reserved pages for.
 fn unreserved(directory: &Path, huge: u64) -> Result<Ram, RamError> {
     let file = File::options().read(true).write(true).create_new(true).open(directory.join("ram")).unwrap();
