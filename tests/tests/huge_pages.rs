@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use end_to_end::{Guest, Pair, accounted, until};
+use end_to_end::{Guest, Pair, accounted, until, vmirror};
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::memory::{Ram, RamError, RamFile};
 use testbed::guest_spec::{GuestSpec, Pattern};
@@ -120,10 +120,11 @@ fn post_copy_of_a_guest_in_huge_pages_is_refused_before_anything_begins() {
     let guest = pair.run(pair.a(), "vm", &on_huge_pages(&pair, &directory));
     let before = guest.status();
     let address = pair.b().listen().to_string();
-    for command in ["check", "migrate"] {
-        let refusal = pair.refused(pair.a(), &[command, "vm", "--to", &address, "--on-diverge", "post-copy"]);
-        refusal.is("post-copy", &["pc.ram", "host-b", "huge pages", "--on-diverge throttle"]);
-    }
+    let options = ["vm", "--to", &address, "--on-diverge", "post-copy"];
+    let check = vmirror(pair.a(), &[&["check", "--json"], &options[..]].concat());
+    assert_eq!((check.code, check.json()["findings"][0]["kind"].as_str()), (Some(2), Some("post-copy")));
+    let refusal = pair.refused(pair.a(), &[&["migrate"], &options[..]].concat());
+    refusal.is("post-copy", &["pc.ram", "host-b", "huge pages", "--on-diverge throttle"]);
     guest.sound_since(&before);
 }
 

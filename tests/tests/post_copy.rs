@@ -16,6 +16,8 @@ use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{AgentOptions, Host, Status, Testbed, Wire, root_or_skip};
 
 const MBIT: u64 = 1_000_000;
+/// What QEMU is made to wait for memory by.
+const DEVICE: &str = "/dev/userfaultfd";
 
 /// A guest that was handed over and lacks memory for some seconds more: the link has become slow.
 struct Lacking<'a> {
@@ -141,9 +143,14 @@ fn a_destination_agent_that_is_killed_makes_the_guest_wait_and_loses_nothing() {
         return;
     }
     let pair = Pair::start();
-    let lacking = Lacking::begin(&pair);
+    // A monitor of the user's own: while there is one, QEMU closes nothing of what the agent has given it.
+    let socket = pair.a().directory().join("own.qmp");
+    let spec = GuestSpec { qmp: Some(socket.clone()), ..outrun(&pair) };
+    let lacking = Lacking::begin_with(&pair, &spec);
+    let _own = Qmp::connect(&socket);
     pair.b().kill_agent().unwrap();
     assert!(lacking.guest.is_silent_for(Duration::from_secs(3)), "it runs on without its memory");
+    assert!(wait_by(&pair, pair.b()).iter().any(|open| open == Path::new(DEVICE)));
     pair.b().start_agent().unwrap();
     lacking.lacks_nothing_at_last();
     let report = lacking.migration.ended().done().report();
@@ -261,7 +268,6 @@ fn balloon(qmp: &mut Qmp) -> u64 {
 #[test]
 fn post_copy_is_refused_before_anything_begins_where_a_guest_cannot_be_made_to_wait() {
     const NAME: &str = "post_copy_is_refused_before_anything_begins_where_a_guest_cannot_be_made_to_wait";
-    const DEVICE: &str = "/dev/userfaultfd";
     if !root_or_skip(NAME) {
         return;
     }
@@ -278,10 +284,13 @@ fn post_copy_is_refused_before_anything_begins_where_a_guest_cannot_be_made_to_w
         .start_agent_with(&AgentOptions { hidden: vec![DEVICE.into()], ..AgentOptions::default() })
         .unwrap();
     let address = pair.b().listen().to_string();
-    for command in ["check", "migrate"] {
-        let refusal = pair.refused(pair.a(), &[command, "vm", "--to", &address, "--on-diverge", "post-copy"]);
-        refusal.is("post-copy", &[DEVICE, "host-b", "udev"]);
-    }
+    let options = ["vm", "--to", &address, "--on-diverge", "post-copy"];
+    let check = vmirror(pair.a(), &[&["check", "--json"], &options[..]].concat());
+    let found = &check.json()["findings"];
+    assert_eq!((check.code, &found[0]["kind"]), (Some(2), &json!("post-copy")), "{check:?}");
+    assert_eq!(found.as_array().unwrap().len(), 1, "{check:?}");
+    let refusal = pair.refused(pair.a(), &[&["migrate"], &options[..]].concat());
+    refusal.is("post-copy", &[DEVICE, "host-b", "udev"]);
     // What does not need it does not ask for it.
     let _ = vmirror(pair.a(), &["check", "vm", "--to", &address]).done();
 }
