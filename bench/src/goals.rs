@@ -445,7 +445,7 @@ pub(crate) mod tests {
 
     #[test]
     fn bytes_are_those_of_the_link_and_memory_is_vmirrors() {
-        let mut cell = record("idle-text", &[(Contender::VMIRROR, 8.0), (DEFAULT, 40.0), (MULTIFD, 40.0)]);
+        let mut cell = record("idle-debian", &[(Contender::VMIRROR, 8.0), (DEFAULT, 40.0), (MULTIFD, 40.0)]);
         for (trial, bytes) in cell.trials.iter_mut().zip([30, 100, 40]) {
             trial.sample.as_mut().unwrap().link_bytes = Some(bytes << 20);
         }
@@ -453,9 +453,9 @@ pub(crate) mod tests {
         cell.trials[1].overhead_bytes = Some(1 << 40);
         let goals = of(&[cell.clone()], None);
         let goal = |goals: &[Goal], case| goal(goals, case).reached;
-        assert_eq!((goal(&goals, "bytes, compressible"), goal(&goals, "ledger")), (Some(true), Some(true)));
+        assert_eq!((goal(&goals, "bytes, Debian"), goal(&goals, "ledger")), (Some(true), Some(true)));
         cell.trials[0].sample.as_mut().unwrap().link_bytes = None;
-        assert_eq!(goal(&of(&[cell], None), "bytes, compressible"), None);
+        assert_eq!(goal(&of(&[cell], None), "bytes, Debian"), None);
     }
 
     #[test]

@@ -64,13 +64,16 @@ pub struct AgentOptions {
     /// More environment variables.
     pub environment: Vec<(String, String)>,
     /// Directories in whose place the agent, and what it starts, see empty ones of their own, as on a host that does not share
-    /// that storage. `/proc/PID/root` of the agent leads to what it sees. Needs root.
+    /// that storage. `/proc/PID/root` of the agent leads to what it sees. A device that is hidden is there and cannot be
+    /// opened, not even by root. Needs root.
     pub hidden: Vec<PathBuf>,
 }
 
-/// Mounts an empty file system over every directory before the `--`, then becomes the program after it.
-const HIDE: &str =
-    r#"while [ "$1" != -- ]; do mount -t tmpfs hidden "$1" || exit; shift; done; shift; exec "$@""#;
+/// Mounts an empty file system over every directory before the `--`, and every device where devices are not opened; then
+/// becomes the program after it.
+const HIDE: &str = r#"while [ "$1" != -- ]; do
+if [ -d "$1" ]; then mount -t tmpfs hidden "$1"; else mount --bind "$1" "$1" && mount -o remount,bind,nodev "$1"; fi || exit
+shift; done; shift; exec "$@""#;
 
 impl Host {
     pub(crate) fn new(

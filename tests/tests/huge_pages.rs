@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use end_to_end::{Guest, Pair, accounted, until};
+use end_to_end::{Guest, Pair, accounted, until, vmirror};
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::memory::{Ram, RamError, RamFile};
 use testbed::guest_spec::{GuestSpec, Pattern};
@@ -109,6 +109,22 @@ fn a_guest_in_huge_pages_is_not_begun_where_there_are_none_or_not_enough() {
         .unwrap();
     let refusal = pair.refused(pair.a(), &migrate);
     refusal.is("huge-pages", &["pc.ram", "2048 KiB", "host-b", directory.to_str().unwrap(), "hugetlbfs"]);
+    guest.sound_since(&before);
+}
+
+#[test]
+fn post_copy_of_a_guest_in_huge_pages_is_refused_before_anything_begins() {
+    let mut pool = huge_pages(2 * PAGES);
+    let directory = pool.directory(None).unwrap();
+    let pair = Pair::of(Testbed::new().unwrap());
+    let guest = pair.run(pair.a(), "vm", &on_huge_pages(&pair, &directory));
+    let before = guest.status();
+    let address = pair.b().listen().to_string();
+    let options = ["vm", "--to", &address, "--on-diverge", "post-copy"];
+    let check = vmirror(pair.a(), &[&["check", "--json"], &options[..]].concat());
+    assert_eq!((check.code, check.json()["findings"][0]["kind"].as_str()), (Some(2), Some("post-copy")));
+    let refusal = pair.refused(pair.a(), &[&["migrate"], &options[..]].concat());
+    refusal.is("post-copy", &["pc.ram", "host-b", "huge pages", "--on-diverge throttle"]);
     guest.sound_since(&before);
 }
 

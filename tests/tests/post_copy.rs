@@ -2,15 +2,22 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use end_to_end::{Guest, PAGE, Pair, UnderWay, until};
+use end_to_end::{Guest, PAGE, Pair, Qmp, UnderWay, until, vmirror};
 use migration::Report;
-use migration::report::Verdict;
+use migration::report::{Counted, Outcome, Verdict};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 use testbed::guest_spec::{GuestSpec, Pattern};
-use testbed::{Host, Status, Wire, root_or_skip};
+use testbed::{AgentOptions, Host, Status, Testbed, Wire, root_or_skip};
 
 const MBIT: u64 = 1_000_000;
+/// What QEMU is made to wait for memory by.
+const DEVICE: &str = "/dev/userfaultfd";
 
 /// A guest that was handed over and lacks memory for some seconds more: the link has become slow.
 struct Lacking<'a> {
@@ -22,7 +29,11 @@ struct Lacking<'a> {
 
 impl Lacking<'_> {
     fn begin(pair: &Pair) -> Lacking<'_> {
-        let guest = pair.run(pair.a(), "vm", &outrun(pair));
+        Lacking::begin_with(pair, &outrun(pair))
+    }
+
+    fn begin_with<'a>(pair: &'a Pair, spec: &GuestSpec) -> Lacking<'a> {
+        let guest = pair.run(pair.a(), "vm", spec);
         let before = guest.status();
         let migration = pair.begin("vm", pair.a(), pair.b(), &["--on-diverge", "post-copy"]);
         migration.reaches("synchronize");
@@ -42,11 +53,24 @@ impl Lacking<'_> {
         until("the source has let go", || pair.show("vm", pair.a()).is_none());
         pair.holds_nothing(pair.a());
         guest.sound_since(before);
+        until("its QEMU has nothing more to wait by", || wait_by(pair, pair.b()).is_empty());
     }
 }
 
 fn logged(host: &Host, words: &str) -> bool {
-    std::fs::read_to_string(host.agent_log()).unwrap().contains(words)
+    times_logged(host, words) > 0
+}
+
+fn times_logged(host: &Host, words: &str) -> usize {
+    fs::read_to_string(host.agent_log()).unwrap().matches(words).count()
+}
+
+/// What the QEMU on a host has open of what post-copy needs.
+fn wait_by(pair: &Pair, host: &Host) -> Vec<PathBuf> {
+    let open = fs::read_dir(format!("/proc/{}/fd", pair.qemu(host).unwrap())).unwrap();
+    // One may be closed while they are looked at.
+    let links = open.flatten().filter_map(|open| fs::read_link(open.path()).ok());
+    links.filter(|link| link.to_string_lossy().contains("userfaultfd")).collect()
 }
 
 /// Two hosts with a link of 200 Mbit/s between them, and a guest that dirties four times that, in pages that neither
@@ -109,6 +133,7 @@ fn a_link_that_is_lost_makes_the_guest_wait_and_loses_nothing() {
     let report = lacking.migration.ended().report();
     supplied(&report);
     assert!(report.post_copy.unwrap().links > 1);
+    assert!(report.health.is_some(), "nothing was heard of it after the link was back");
 }
 
 #[test]
@@ -118,12 +143,156 @@ fn a_destination_agent_that_is_killed_makes_the_guest_wait_and_loses_nothing() {
         return;
     }
     let pair = Pair::start();
-    let lacking = Lacking::begin(&pair);
+    // A monitor of the user's own: while there is one, QEMU closes nothing of what the agent has given it.
+    let socket = pair.a().directory().join("own.qmp");
+    let spec = GuestSpec { qmp: Some(socket.clone()), ..outrun(&pair) };
+    let lacking = Lacking::begin_with(&pair, &spec);
+    let _own = Qmp::connect(&socket);
     pair.b().kill_agent().unwrap();
     assert!(lacking.guest.is_silent_for(Duration::from_secs(3)), "it runs on without its memory");
+    assert!(wait_by(&pair, pair.b()).iter().any(|open| open == Path::new(DEVICE)));
     pair.b().start_agent().unwrap();
     lacking.lacks_nothing_at_last();
-    assert_eq!(lacking.migration.ended().code, Some(0), "{}", pair.logs());
+    let report = lacking.migration.ended().done().report();
+    supplied(&report);
+    assert_eq!(report.post_copy.unwrap().counted, Counted::Part, "what the first agent had counted is gone");
+}
+
+#[test]
+fn a_destination_agent_that_cannot_take_over_is_not_taken_for_one_that_lacks_nothing() {
+    const NAME: &str = "a_destination_agent_that_cannot_take_over_is_not_taken_for_one_that_lacks_nothing";
+    if !root_or_skip(NAME) {
+        return;
+    }
+    let pair = Pair::start();
+    let lacking = Lacking::begin(&pair);
+    pair.b().kill_agent().unwrap();
+    let missing = pair.b().run_dir().join("vm.missing");
+    let aside = missing.with_extension("aside");
+    fs::rename(&missing, &aside).unwrap();
+    pair.b().start_agent().unwrap();
+    until("the source has heard so", || logged(pair.b(), "lacks memory and cannot be given it"));
+    let warned = |progress: &serde_json::Value| {
+        progress["warning"].as_str().is_some_and(|why| why.contains("vm.missing"))
+    };
+    lacking.migration.shows("why it does not go on", warned);
+    assert!(pair.show("vm", pair.a()).is_some(), "the source threw away what only it has");
+    assert!(lacking.guest.is_silent_for(Duration::from_secs(3)), "it runs on without its memory");
+    fs::rename(&aside, &missing).unwrap();
+    lacking.lacks_nothing_at_last();
+    supplied(&lacking.migration.ended().done().report());
+}
+
+#[test]
+fn a_destination_without_room_for_the_rest_makes_the_guest_wait_and_loses_nothing() {
+    const NAME: &str = "a_destination_without_room_for_the_rest_makes_the_guest_wait_and_loses_nothing";
+    if !root_or_skip(NAME) {
+        return;
+    }
+    let pair = Pair::start();
+    pair.b().limit_ram(320 << 20).unwrap();
+    let lacking = Lacking::begin(&pair);
+    let filler = pair.b().ram_dir().join("filler");
+    fill(&filler);
+    until("the source has heard so", || logged(pair.a(), "the link was lost while memory was supplied"));
+    let tried = times_logged(pair.a(), "the link was lost while memory was supplied");
+    std::thread::sleep(Duration::from_secs(3));
+    // At most every 0.2 s, and ever more seldom while nothing gets through.
+    let again = times_logged(pair.a(), "the link was lost while memory was supplied") - tried;
+    assert!(again <= 15, "tried {again} times within 3 s");
+    fs::remove_file(&filler).unwrap();
+    lacking.lacks_nothing_at_last();
+    let report = lacking.migration.ended().done().report();
+    supplied(&report);
+    assert!(report.post_copy.unwrap().links > 1);
+}
+
+/// Takes all the room that a file system has left.
+fn fill(path: &Path) {
+    let mut file = File::create(path).unwrap();
+    let zeros = vec![0; 1 << 20];
+    for length in [1 << 20, PAGE as usize] {
+        while file.write_all(&zeros[..length]).is_ok() {}
+    }
+}
+
+#[test]
+fn a_machine_that_ends_while_it_lacks_memory_is_not_said_to_have_arrived() {
+    const NAME: &str = "a_machine_that_ends_while_it_lacks_memory_is_not_said_to_have_arrived";
+    if !root_or_skip(NAME) {
+        return;
+    }
+    let pair = Pair::start();
+    let lacking = Lacking::begin(&pair);
+    let qemu = Pid::from_raw(pair.qemu(pair.b()).unwrap()).unwrap();
+    kill_process(qemu, Signal::KILL).unwrap();
+    let said = lacking.migration.ended();
+    assert_eq!(said.code, Some(3), "{said:?}\n{}", pair.logs());
+    let report = said.report();
+    assert_eq!(report.outcome, Outcome::Uncertain, "{report:#?}");
+    let error = report.error.as_ref().unwrap();
+    assert_eq!(error.finding.kind, "ended-there", "{error:?}");
+    // That nothing was proved is no word of what was not tracked.
+    assert_eq!(report.verification.proof, Verdict::NotMade, "{report:#?}");
+    assert_eq!(report.post_copy.as_ref().unwrap().counted, Counted::Nothing);
+    for host in [pair.a(), pair.b()] {
+        pair.holds_nothing(host);
+    }
+}
+
+#[test]
+fn a_balloon_that_moves_while_the_guest_lacks_memory_spoils_no_page() {
+    const NAME: &str = "a_balloon_that_moves_while_the_guest_lacks_memory_spoils_no_page";
+    if !root_or_skip(NAME) {
+        return;
+    }
+    let pair = Pair::start();
+    let socket = pair.a().directory().join("own.qmp");
+    let extra = vec!["-device".into(), "virtio-balloon-pci".into()];
+    let spec = GuestSpec { qmp: Some(socket.clone()), extra, ..outrun(&pair) };
+    let lacking = Lacking::begin_with(&pair, &spec);
+    // By now the socket of that name is the destination's.
+    let mut qmp = Qmp::connect(&socket);
+    qmp.execute("balloon", json!({ "value": 160u64 << 20 }));
+    until("the balloon takes memory", || balloon(&mut qmp) < 250 << 20);
+    qmp.execute("balloon", json!({ "value": 256u64 << 20 }));
+    until("the balloon gives memory back", || balloon(&mut qmp) == 256 << 20);
+    lacking.lacks_nothing_at_last();
+    supplied(&lacking.migration.ended().done().report());
+}
+
+fn balloon(qmp: &mut Qmp) -> u64 {
+    qmp.execute("query-balloon", json!({}))["actual"].as_u64().unwrap()
+}
+
+#[test]
+fn post_copy_is_refused_before_anything_begins_where_a_guest_cannot_be_made_to_wait() {
+    const NAME: &str = "post_copy_is_refused_before_anything_begins_where_a_guest_cannot_be_made_to_wait";
+    if !root_or_skip(NAME) {
+        return;
+    }
+    let anybody_may = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap();
+    if anybody_may.trim() != "0" || !Path::new(DEVICE).exists() {
+        eprintln!("SKIPPED {NAME}: this kernel lets anybody have a userfaultfd, or has no {DEVICE}");
+        return;
+    }
+    let testbed = Testbed::new().unwrap();
+    let pair = Pair::of(testbed);
+    pair.run_tiny(pair.a(), "vm", &[]);
+    pair.b().stop_agent().unwrap();
+    pair.b()
+        .start_agent_with(&AgentOptions { hidden: vec![DEVICE.into()], ..AgentOptions::default() })
+        .unwrap();
+    let address = pair.b().listen().to_string();
+    let options = ["vm", "--to", &address, "--on-diverge", "post-copy"];
+    let check = vmirror(pair.a(), &[&["check", "--json"], &options[..]].concat());
+    let found = &check.json()["findings"];
+    assert_eq!((check.code, &found[0]["kind"]), (Some(2), &json!("post-copy")), "{check:?}");
+    assert_eq!(found.as_array().unwrap().len(), 1, "{check:?}");
+    let refusal = pair.refused(pair.a(), &[&["migrate"], &options[..]].concat());
+    refusal.is("post-copy", &[DEVICE, "host-b", "udev"]);
+    // What does not need it does not ask for it.
+    let _ = vmirror(pair.a(), &["check", "vm", "--to", &address]).done();
 }
 
 #[test]

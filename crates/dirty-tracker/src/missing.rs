@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 /// An access to a page that is not there. Whoever made it waits until the page is.
@@ -113,12 +113,27 @@ impl MissingPages {
 
     /// Goes on where another program has ended, with its [`number`](Self::number) and the same ranges.
     ///
+    /// Whoever waits asks again: what the other program had read of and not answered is told to nobody else by itself.
+    ///
     /// # Errors
-    /// [`AttachError::Gone`], or [`AttachError::Open`] when the process has no such descriptor.
+    /// [`AttachError::Gone`], [`AttachError::NotWaiting`] when the process has no such descriptor, or
+    /// [`AttachError::Open`].
     pub fn resume(pid: u32, ranges: &[Range<u64>], number: i32) -> Result<Self, AttachError> {
         let pidfd = open(pid)?;
-        let userfaultfd = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty())
-            .map_err(|error| AttachError::Open { pid, source: error.into() })?;
+        let userfaultfd =
+            pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()).map_err(|error| match error {
+                Errno::BADF => AttachError::NotWaiting { pid, number },
+                Errno::SRCH => AttachError::Gone { pid },
+                error => AttachError::Open { pid, source: error.into() },
+            })?;
+        // The process may have closed it and opened something else under that number, from which nothing may be read.
+        if !is_userfaultfd(&userfaultfd) {
+            return Err(AttachError::NotWaiting { pid, number });
+        }
+        for range in ranges {
+            // Fails only where nobody can wait.
+            let _ = userfaultfd::wake(userfaultfd.as_fd(), range);
+        }
         Ok(Self { pid, pidfd, userfaultfd, number, ranges: ranges.to_vec() })
     }
 
@@ -236,6 +251,11 @@ impl MissingPages {
         // If it cannot be held now, it keeps a descriptor that governs nothing any more.
         let _ = inject::close(self.pid, self.pidfd.as_fd(), self.number);
     }
+}
+
+fn is_userfaultfd(descriptor: &OwnedFd) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
+    link.is_ok_and(|link| link.as_os_str().as_encoded_bytes() == b"anon_inode:[userfaultfd]")
 }
 
 fn open(pid: u32) -> Result<OwnedFd, AttachError> {

@@ -67,6 +67,14 @@ pub enum AttachError {
         #[source]
         source: io::Error,
     },
+    /// It has no userfaultfd of that number: it does not wait for pages (any more).
+    #[error("process {pid} does not wait for pages by its descriptor {number}")]
+    NotWaiting {
+        /// The process.
+        pid: u32,
+        /// The descriptor.
+        number: i32,
+    },
     /// Its mappings could not be read.
     #[error("cannot find out what process {pid} has mapped")]
     Maps {

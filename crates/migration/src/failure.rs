@@ -20,6 +20,10 @@ pub enum Stage {
 pub(crate) mod kind {
     /// The copy is not equal to the original.
     pub(crate) const GATE: &str = "gate";
+    /// Memory that was missing at the hand-over does not come.
+    pub(crate) const POST_COPY: &str = "post-copy";
+    /// The machine was handed over and has ended at the destination before its memory was complete.
+    pub(crate) const ENDED_THERE: &str = "ended-there";
     /// The destination has no complete copy, and will never run one.
     pub(crate) const NO_COPY: &str = "no-copy";
 }

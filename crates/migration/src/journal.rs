@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::vm::{Ownership, Record, VmName};
+use crate::vm::{Departed, Ownership, Record, VmName};
 
 /// Bytes of a slot: enough for a command line of a hundred devices.
 const SLOT: u64 = 256 * 1024;
@@ -189,8 +189,10 @@ impl Journal {
             !matches!(entry.record.ownership, Ownership::Incoming { .. }) && !entry.record.resuming;
         if let Some(session) = entry.record.arrived_by.filter(|_| was_ours) {
             let path = self.departed.join(session.to_string());
-            File::create(&path)
-                .and_then(|_| File::open(&self.departed)?.sync_all())
+            let Record { post_copy, supplied, .. } = &entry.record;
+            let departed = Departed { lacked: post_copy.is_some(), supplied: *supplied };
+            write_durably(&path, &serde_json::to_vec(&departed).unwrap_or_default())
+                .and_then(|()| File::open(&self.departed)?.sync_all())
                 .map_err(|source| JournalError::Io { action: "create", path, source })?;
         }
         if entries.remove(name).is_some() {
@@ -208,6 +210,16 @@ impl Journal {
         self.departed.join(session.to_string()).exists()
     }
 
+    /// What is remembered of a machine that became this host's by this hand-over, and has left or ended since. A mark
+    /// without content, as of a crash or of an earlier version, says no more than that it has.
+    #[must_use]
+    pub fn departed(&self, session: Uuid) -> Option<Departed> {
+        let mark = File::open(self.departed.join(session.to_string())).ok()?;
+        let mut content = Vec::new();
+        let read = mark.take(LONGEST_MARK).read_to_end(&mut content);
+        Some(read.ok().and_then(|_| serde_json::from_slice(&content).ok()).unwrap_or_default())
+    }
+
     /// A machine's record.
     #[must_use]
     pub fn get(&self, name: &VmName) -> Option<Record> {
@@ -221,6 +233,15 @@ impl Journal {
         records.sort_by(|a, b| a.name.cmp(&b.name));
         records
     }
+}
+
+/// Bytes that a mark of a hand-over is read to.
+const LONGEST_MARK: u64 = 4096;
+
+fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(content)?;
+    file.sync_all()
 }
 
 /// Removes the marks of hand-overs that nobody asks about any more. One that stays does no harm.
@@ -331,6 +352,7 @@ mod tests {
             arrived_from: None,
             outgoing: None,
             post_copy: None,
+            supplied: None,
             supplies: false,
             quiesced_scans: false,
             resuming: false,
@@ -373,6 +395,30 @@ mod tests {
         let journal = Journal::open(directory.path()).unwrap();
         assert!(journal.has_departed(owned));
         assert!(!journal.has_departed(copied), "it never was this host's");
+    }
+
+    #[test]
+    fn a_machine_that_ended_while_it_lacked_memory_is_not_remembered_as_one_that_had_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::open(directory.path()).unwrap();
+        let post_copy = crate::vm::PostCopy { descriptor: 7, missing: "/run/a.missing".into(), given: None };
+        let supplied = crate::vm::Supplied { faults: 3, longest_us: 5, total_us: 9, taken_over: false };
+        let [lacking, whole, neither] = [1, 2, 3].map(Uuid::from_u128);
+        let arrived = |name, session| Record { arrived_by: Some(session), ..record(name, 1) };
+        journal.claim(Record { post_copy: Some(post_copy), ..arrived("a", lacking) }).unwrap();
+        journal.claim(Record { supplied: Some(supplied), ..arrived("b", whole) }).unwrap();
+        journal.claim(arrived("c", neither)).unwrap();
+        for name in ["a", "b", "c"] {
+            assert_eq!(journal.departed(lacking).is_some(), name != "a");
+            journal.remove(&name.parse().unwrap()).unwrap();
+        }
+        let journal = Journal::open(directory.path()).unwrap();
+        assert_eq!(journal.departed(lacking), Some(Departed { lacked: true, supplied: None }));
+        assert_eq!(journal.departed(whole), Some(Departed { lacked: false, supplied: Some(supplied) }));
+        assert_eq!(journal.departed(neither), Some(Departed::default()));
+        // A mark as earlier versions made it.
+        std::fs::write(directory.path().join("departed").join(whole.to_string()), "").unwrap();
+        assert_eq!(journal.departed(whole), Some(Departed::default()));
     }
 
     #[test]

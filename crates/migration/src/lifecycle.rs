@@ -162,6 +162,7 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
         arrived_from: None,
         outgoing: None,
         post_copy: None,
+        supplied: None,
         supplies: false,
         quiesced_scans: false,
         resuming: false,
@@ -226,6 +227,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         arrived_from: None,
         outgoing: None,
         post_copy: None,
+        supplied: None,
         supplies: false,
         quiesced_scans: false,
         resuming: false,
@@ -244,8 +246,11 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
 /// A machine that is this host's and that its own switch-over had paused runs again: the destination was never told to
 /// run it, because that is only done after the journal says so.
 pub async fn recover(host: &Host, record: Record) -> Recovered {
+    // The caller's may be older than what was put on record since: that its memory has become complete, among others.
+    let now = host.journal.get(&record.name).filter(|now| same_claim(now, &record));
+    let record = now.unwrap_or(record);
     let exists = record.process.as_ref().is_some_and(Process::exists);
-    if exists && let Err(why) = crate::destination::post_copy::recover(host, &record) {
+    if exists && let Err(why) = crate::destination::post_copy::recover(host, &record).await {
         return Recovered::Silent(record, why);
     }
     match record.ownership {
@@ -282,6 +287,9 @@ pub async fn recover(host: &Host, record: Record) -> Recovered {
 async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     let spec = Spec::parse(&record.argv)?;
     let qmp = Qmp::connect(&record.qmp_socket).await?;
+    if let Some(tail) = record.arrived_by.and_then(|session| host.post_copies.get(session)) {
+        tail.monitor(qmp.clone());
+    }
     let status = qmp.status().await?.status;
     let paused_by_us = record.resuming
         || ["finish-migrate", "postmigrate"].contains(&status.as_str())
@@ -419,6 +427,14 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
         end(record, &process, qmp).await;
     }
     if let Some(session) = record.arrived_by {
+        let supplied = host.post_copies.get(session).and_then(|tail| tail.supplied());
+        if let (Some(supplied), Some(mut whole)) = (supplied, host.journal.get(&record.name)) {
+            // It had everything, though nobody was there to be told.
+            (whole.post_copy, whole.supplied) = (None, Some(supplied));
+            if let Err(e) = host.journal.update(&whole) {
+                tracing::error!(vm = %record.name, error = chain(&e), "the journal cannot be written");
+            }
+        }
         host.post_copies.remove(session);
     }
     let mut files = record.made.files.clone();

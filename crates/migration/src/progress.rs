@@ -44,7 +44,7 @@ pub struct Progress {
     pub in_sync: bool,
     /// What the audit has found so far.
     pub verification: Verification,
-    /// The mirror does not converge, and why, in words.
+    /// The mirror does not converge, or memory is not supplied that is missing, and why, in words.
     pub warning: Option<String>,
     /// The share of the time for which the guest's CPUs are stopped, because it outran the mirror; 0 to 0.99.
     #[serde(default)]

@@ -319,6 +319,22 @@ pub struct PostCopy {
     pub duration_ms: f64,
     /// Links that this took: more than one where the link was lost.
     pub links: u32,
+    /// Which waits of the guest are in these figures.
+    #[serde(default)]
+    pub counted: Counted,
+}
+
+/// Which waits of a guest for memory have been counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Counted {
+    /// All of them.
+    #[default]
+    All,
+    /// Those since the destination's agent was last started.
+    Part,
+    /// None: nobody has said that the memory became complete, and the figures are 0 because they are not known.
+    Nothing,
 }
 
 /// The machine's health after resume, watched by the destination.

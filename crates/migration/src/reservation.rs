@@ -166,6 +166,7 @@ impl Request {
             arrived_from: Some(peer.to_owned()),
             outgoing: None,
             post_copy: None,
+            supplied: None,
             supplies: false,
             quiesced_scans: false,
             resuming: false,

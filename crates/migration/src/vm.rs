@@ -123,6 +123,42 @@ pub struct PostCopy {
     pub descriptor: i32,
     /// The file that says what was missing when it began.
     pub missing: PathBuf,
+    /// What QEMU was given to make that descriptor from; to be taken back.
+    #[serde(default)]
+    pub given: Option<GivenDescriptor>,
+}
+
+/// A descriptor that QEMU was given over QMP.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GivenDescriptor {
+    /// The set that it is in.
+    pub set: i64,
+    /// Its number inside QEMU.
+    pub number: i32,
+}
+
+/// How it went for a machine until it lacked nothing any more.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Supplied {
+    /// Pages that the guest had to wait for.
+    pub faults: u64,
+    /// Its longest wait, in microseconds.
+    pub longest_us: u64,
+    /// All its waits together, in microseconds.
+    pub total_us: u64,
+    /// An agent that ended has not told its part of them.
+    pub taken_over: bool,
+}
+
+/// What is remembered of a machine that was this host's, beyond its record.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departed {
+    /// It ended while it lacked memory.
+    #[serde(default)]
+    pub lacked: bool,
+    /// Its memory came after the hand-over, all of it.
+    #[serde(default)]
+    pub supplied: Option<Supplied>,
 }
 
 /// Everything about a machine that must survive the agent.
@@ -147,6 +183,9 @@ pub struct Record {
     /// Its memory is not complete here: the rest is still at the host it came from.
     #[serde(default)]
     pub post_copy: Option<PostCopy>,
+    /// Its memory was not complete here when it was handed over, and is by now.
+    #[serde(default)]
+    pub supplied: Option<Supplied>,
     /// It is stopped for a moment at each scan of its memory: found paused after a crash, it was paused by that.
     #[serde(default)]
     pub quiesced_scans: bool,

@@ -85,7 +85,7 @@ pub enum Reply {
     Failed(Findings),
     /// The machine runs here.
     #[prost(message, tag = "8")]
-    Running(Nothing),
+    Running(Running),
     /// How the machine did while it was watched.
     #[prost(message, tag = "9")]
     Health(Health),
@@ -301,6 +301,27 @@ pub struct Supplied {
     /// All its waits together, in microseconds.
     #[prost(uint64, tag = "4")]
     pub total_us: u64,
+    /// Another agent began it, whose part of the waits is not known.
+    #[prost(bool, tag = "5")]
+    pub taken_over: bool,
+}
+
+impl From<crate::vm::Supplied> for Supplied {
+    fn from(supplied: crate::vm::Supplied) -> Supplied {
+        let crate::vm::Supplied { faults, longest_us, total_us, taken_over } = supplied;
+        Supplied { sums: Vec::new(), faults, longest_us, total_us, taken_over }
+    }
+}
+
+/// The machine runs here, or has run here.
+#[derive(Clone, PartialEq, Message)]
+pub struct Running {
+    /// Answering Resume: its memory has become complete, and this is how.
+    #[prost(message, optional, tag = "1")]
+    pub supplied: Option<Supplied>,
+    /// Answering Resume: it has ended while it lacked memory.
+    #[prost(bool, tag = "2")]
+    pub lacked: bool,
 }
 
 /// A part of what is missing.

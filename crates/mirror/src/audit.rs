@@ -59,6 +59,8 @@ pub(crate) struct Auditor {
 struct Shared {
     /// Set while pages are sent or written.
     busy: AtomicBool,
+    /// Set when the rolling audit is over.
+    over: AtomicBool,
     audited: AtomicU64,
 }
 
@@ -100,6 +102,11 @@ impl Auditor {
     /// By which the mirror's workers make the rolling audit stand back.
     pub(crate) fn busy(&self) -> Busy {
         Busy(Arc::clone(&self.shared))
+    }
+
+    /// Ends the rolling audit: from here on nothing is compared but what [`all`](Self::all) is asked for.
+    pub(crate) fn rest(&self) {
+        self.shared.over.store(true, Ordering::Relaxed);
     }
 
     /// Pages compared so far, all passes together.
@@ -159,6 +166,9 @@ impl<D: Differs> Work<D> {
                 Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {
                     waited += 1;
+                    if self.shared.over.load(Ordering::Relaxed) {
+                        continue;
+                    }
                     if self.shared.busy.load(Ordering::Relaxed) && waited < PATIENCE {
                         continue;
                     }

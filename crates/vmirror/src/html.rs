@@ -4,7 +4,7 @@ mod timeline;
 
 use std::fmt::{Display, Write as _};
 
-use migration::report::Verdict;
+use migration::report::{Counted, Verdict};
 use migration::{Outcome, Report};
 
 use crate::format::{bytes, count, moment, ms, rate};
@@ -121,7 +121,7 @@ fn figures(report: &Report) -> String {
         let share = if share < 1.0 { "less than 1".to_owned() } else { format!("{share:.0}") };
         all += &figure(bytes(memory.wire_bytes), "sent", format!("{share} % of what was read"));
     }
-    if let Some(late) = &report.post_copy {
+    if let Some(late) = report.post_copy.as_ref().filter(|late| late.counted != Counted::Nothing) {
         let note = format!(
             "the longest of {} waits for one of {} pages that came after the hand-over",
             count(late.faults),

@@ -1,6 +1,6 @@
 //! A migration's report in words: short at its end, in full when asked for.
 
-use migration::report::{Round, Verdict};
+use migration::report::{Counted, Round, Verdict};
 use migration::{Outcome, Report};
 
 use crate::format::{bytes, count, moment, ms, rate, short};
@@ -202,15 +202,19 @@ pub(crate) fn in_full(report: &Report) -> String {
         ));
     }
     if let Some(late) = &report.post_copy {
-        text.push_str(&format!(
-            "\npost-copy: {} pages were missing at the hand-over and came within {}; the guest waited for {} of them, {} \
-             on average and {} at most\n",
-            count(late.pages),
-            ms(late.duration_ms),
-            count(late.faults),
-            ms(late.mean_fault_ms),
-            ms(late.longest_fault_ms),
-        ));
+        let missing = format!("\npost-copy: {} pages were missing at the hand-over", count(late.pages));
+        let since =
+            if late.counted == Counted::Part { " since the agent there was last started" } else { "" };
+        text.push_str(&match late.counted {
+            Counted::Nothing => format!("{missing}, and nobody has said that all of them came\n"),
+            Counted::All | Counted::Part => format!(
+                "{missing} and came within {}; the guest waited for {} of them{since}, {} on average and {} at most\n",
+                ms(late.duration_ms),
+                count(late.faults),
+                ms(late.mean_fault_ms),
+                ms(late.longest_fault_ms),
+            ),
+        });
     }
     if !report.disks.is_empty() {
         let mut table = Table::new(&["DISK", "SIZE", "MODE"], &[1]);

@@ -83,6 +83,37 @@ fn a_supplier_that_is_gone_leaves_the_process_waiting_and_not_reading_zeros() {
 }
 
 #[test]
+fn what_a_supplier_had_read_of_when_it_ended_is_asked_for_again() {
+    let (_ram, mut tracee, range) = tracee();
+    let missing = attach(&tracee, &range);
+    tracee.say("byte 9");
+    assert_eq!(asked_for(&missing), 9, "the kernel does not tell it a second time");
+    let number = missing.number();
+    drop(missing);
+    let next = MissingPages::resume(tracee.pid(), std::slice::from_ref(&range), number).unwrap();
+    assert_eq!(asked_for(&next), 9);
+    next.supply(0, 9 * PAGE, &page(42)).unwrap();
+    assert_eq!(tracee.line(), "42");
+}
+
+#[test]
+fn a_descriptor_that_is_closed_or_another_by_now_is_not_read_from() {
+    let (_ram, tracee, range) = tracee();
+    let missing = attach(&tracee, &range);
+    let number = missing.number();
+    missing.finish();
+    // Its standard output, and one that it does not have.
+    for number in [1, number] {
+        match MissingPages::resume(tracee.pid(), std::slice::from_ref(&range), number) {
+            Err(dirty_tracker::AttachError::NotWaiting { number: refused, .. }) => {
+                assert_eq!(refused, number)
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
 fn the_end_leaves_no_descriptor_behind() {
     let (_ram, mut tracee, range) = tracee();
     let before = open_files(tracee.pid());

@@ -13,7 +13,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::arrivals::Arrivals;
-use super::post_copy::{self, Tail, Waiting};
+use super::post_copy::{self, Waiting};
+use super::tail::{Attendance, Tail};
 use super::{End, Source, failed, qemu_gone, violation};
 use crate::failure::{Finding, kind};
 use crate::host::Host;
@@ -104,6 +105,9 @@ impl Copy {
         let (addresses, places) = &self.places;
         let waiting = post_copy::attach(qmp, pid, addresses, places.clone()).await;
         self.waiting = Some(waiting.map_err(|finding| End::Failed(vec![finding]))?);
+        if let Some(memory) = &self.memory.memory {
+            memory.allow_absent();
+        }
         source.reply(Reply::PostCopyReady(wire::Nothing {})).await
     }
 
@@ -160,11 +164,12 @@ impl Copy {
     }
 
     /// RAM is complete, or will be asked for: nothing but QEMU touches what there is of it any more.
-    pub(super) fn memory_is_complete(&mut self, host: &Host) -> Result<Option<Arc<Tail>>, End> {
+    pub(super) fn memory_is_complete(&mut self, host: &Host) -> Result<Option<(Arc<Tail>, Attendance)>, End> {
         let finished = self.memory.end();
         let (Some(waiting), Some(copy)) = (self.waiting.take(), finished) else { return Ok(None) };
         let supply = std::mem::take(&mut self.supply);
-        Tail::begin(host, &mut self.reservation.record, copy, waiting, supply).map(Some)
+        let Reservation { record, qmp, .. } = &mut self.reservation;
+        Tail::begin(host, record, qmp.clone(), copy, waiting, supply).map(Some)
     }
 
     /// QEMU loads its devices.

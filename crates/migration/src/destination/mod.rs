@@ -16,6 +16,7 @@ mod copy;
 mod owner;
 pub(crate) mod post_copy;
 mod relay;
+mod tail;
 
 pub use arrivals::DataConnections;
 pub use post_copy::PostCopies;
@@ -106,7 +107,7 @@ pub(super) struct Source {
     pub(super) sender: Sender,
     pub(super) receiver: ControlReceiver,
     /// Passes on what a guest asks for whose memory is not complete.
-    pub(super) attending: Option<AbortOnDropHandle<()>>,
+    pub(super) attending: Option<AbortOnDropHandle<End>>,
 }
 
 /// The way to the source, for several tasks. A message is sent whole, one after the other.
@@ -241,11 +242,13 @@ impl Source {
         };
         self.reply(Reply::Reserved(wire::Nothing {})).await?;
         copy.run(self, &mut arrivals).await?;
-        if let Some(tail) = copy.memory_is_complete(&self.host)? {
-            self.attending = Some(tail.attend(self.sender.clone(), arrivals));
+        if let Some((tail, attendance)) = copy.memory_is_complete(&self.host)? {
+            self.attending = Some(tail.attend(self.sender.clone(), arrivals, attendance));
         }
         tokio::select! {
             loaded = copy.load() => loaded?,
+            // QEMU may wait for a page that cannot come any more.
+            end = post_copy::attended(&mut self.attending) => return Err(end),
             word = self.receiver.receive::<ToDestination>() => return Err(interrupted(word)),
         }
         self.ready(copy.reservation)

@@ -84,7 +84,7 @@ impl Source {
             }
             Ownership::Owner if record.resuming => {}
             Ownership::Owner | Ownership::HandedOver { .. } => {
-                return self.reply(Reply::Running(wire::Nothing {})).await;
+                return self.reply(Reply::Running(wire::Running::default())).await;
             }
             Ownership::Incoming { .. } => return Err(no_copy(ready.name.as_ref())),
         }
@@ -92,7 +92,7 @@ impl Source {
         if let Err(e) = resumed {
             return Err(self.give_back(record, &qmp, &e).await);
         }
-        self.reply(Reply::Running(wire::Nothing {})).await.unwrap_or_else(|e| {
+        self.reply(Reply::Running(wire::Running::default())).await.unwrap_or_else(|e| {
             tracing::warn!(vm = %record.name, ?e, "the source could not be told that its VM runs here");
         });
         record.resuming = false;
@@ -108,7 +108,10 @@ impl Source {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
         }
         if let Some(session) = ready.arrived_by {
-            self.supplied(session, Some(&qmp)).await?;
+            if let Some(tail) = self.host.post_copies.get(session) {
+                tail.monitor(qmp.clone());
+            }
+            self.supplied(session).await?;
         }
         let health = health::watch(&qmp, process.as_ref()).await;
         self.reply(Reply::Health(health)).await?;
@@ -153,7 +156,7 @@ impl Source {
     ) -> Result<(), End> {
         if Uuid::from_slice(&commit.session).is_ok_and(|session| self.host.journal.has_departed(session)) {
             // It has run here, and has since moved on or ended. It is not the source's any more.
-            return self.reply(Reply::Running(wire::Nothing {})).await;
+            return self.reply(Reply::Running(wire::Running::default())).await;
         }
         let Some((record, session)) = self.meant(commit) else { return Err(no_copy(&commit.name)) };
         let from_here = match &record.ownership {
@@ -164,7 +167,7 @@ impl Source {
             Ownership::Owner if record.resuming => true,
             // It has run here, whatever became of it since.
             Ownership::Owner | Ownership::HandedOver { .. } => {
-                return self.reply(Reply::Running(wire::Nothing {})).await;
+                return self.reply(Reply::Running(wire::Running::default())).await;
             }
         };
         if !from_here {
@@ -197,11 +200,11 @@ impl Source {
                 Err(End::Cancelled)
             }
             Some((record, session)) if record.arrived_by == Some(session) => {
-                self.reply(Reply::Running(wire::Nothing {})).await
+                self.reply(Reply::Running(wire::Running::default())).await
             }
             // It has run here and has left since, or never was here.
             _ if Uuid::from_slice(&commit.session).is_ok_and(|id| self.host.journal.has_departed(id)) => {
-                self.reply(Reply::Running(wire::Nothing {})).await
+                self.reply(Reply::Running(wire::Running::default())).await
             }
             _ => Err(End::Cancelled),
         }

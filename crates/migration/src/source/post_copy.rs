@@ -19,9 +19,9 @@ use uuid::Uuid;
 use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::failure::{Failure, Finding, Stage, chain};
+use crate::failure::{Failure, Finding, Stage, chain, kind};
 use crate::host::Host;
-use crate::report;
+use crate::report::{self, Counted};
 use crate::vm::{Ownership, Record};
 use crate::wire::{self, Nothing, Reply, Request};
 
@@ -135,8 +135,39 @@ impl Supplying {
 enum Again {
     /// It lacks these.
     Lacks(Box<Destination>, PageSet),
-    /// It lacks nothing any more.
-    Complete,
+    /// There is nothing to supply any more, for this reason.
+    Ended(wire::Running),
+}
+
+/// A link that was made again.
+enum Relinked {
+    /// So many pages are supplied over it.
+    Supplying(Destination, Supplying, u64),
+    /// There is nothing to supply any more, for this reason.
+    Ended(wire::Running),
+}
+
+/// How the machine came to have everything, if it did: that it does not ask any more says nothing yet. `said` is what
+/// the destination has said of a failure before.
+fn had_everything(
+    running: wire::Running,
+    to: &str,
+    said: Option<Finding>,
+) -> Result<wire::Supplied, Finding> {
+    let why = said.map(|said| format!(": {}", said.message)).unwrap_or_default();
+    match running {
+        wire::Running { supplied: Some(supplied), .. } => Ok(supplied),
+        wire::Running { lacked: true, .. } => Err(Finding::new(
+            kind::ENDED_THERE,
+            format!("the VM was handed over to {to} and has ended there while it lacked memory{why}"),
+            "see the VM's log there; it does not run any more, start it again from its disks",
+        )),
+        wire::Running { .. } => Err(Finding::new(
+            kind::POST_COPY,
+            format!("{to} has not said that the VM's memory became complete{why}"),
+            "see the VM there, and the agents' logs",
+        )),
+    }
 }
 
 /// Connects again, and hears what is still missing.
@@ -169,7 +200,7 @@ async fn connect_again(
             }
             Reply::Missing(part) if part.more => {}
             Reply::Missing(_) => return Ok(Again::Lacks(Box::new(destination), missing)),
-            Reply::Running(_) => return Ok(Again::Complete),
+            Reply::Running(running) => return Ok(Again::Ended(running)),
             other => return Err(violation(&format!("said {other:?} instead of what it lacks"))),
         }
     }
@@ -194,38 +225,9 @@ impl Controller {
 
     /// Supplies what the machine lacks, for as long as it takes, over as many links as it takes.
     pub(super) async fn supply_rest(&mut self) -> Result<(), Stop> {
-        let Some(mut supplying) = self.held.supplying.take().map(Some) else { return Ok(()) };
+        let Some(first) = self.held.supplying.take() else { return Ok(()) };
         let (begin, mut links) = (Instant::now(), 0);
-        let (mut wait, longest) = AGAIN;
-        let progress = self.progress.clone();
-        let left = move |pages: u64| {
-            progress.send_modify(|progress| progress.remaining_bytes = pages * PAGE_SIZE as u64);
-        };
-        let supplied = loop {
-            if let (Some(supplying), Some(destination)) = (supplying.take(), &mut self.held.destination) {
-                links += 1;
-                match supplying.push(destination, &left).await {
-                    Ok(supplied) => break Some(supplied),
-                    Err(stop) => {
-                        tracing::warn!(vm = %self.vm.record.name, ?stop, "the link was lost while memory was supplied")
-                    }
-                }
-            }
-            self.held.destination = None;
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(longest);
-            match self.again().await {
-                Ok(Some((destination, streams))) => {
-                    self.held.destination = Some(destination);
-                    supplying = Some(streams);
-                    wait = AGAIN.0;
-                }
-                Ok(None) => break None,
-                Err(stop) => {
-                    tracing::debug!(vm = %self.vm.record.name, ?stop, "the destination is not back yet")
-                }
-            }
-        };
+        let supplied = self.supply_all(first, &mut links).await;
         let rounds = self.rounds()?;
         let (sums, pages) = (rounds.sums_now(), rounds.withheld);
         let ms = |us: u64| us as f64 / 1e3;
@@ -237,6 +239,11 @@ impl Controller {
             mean_fault_ms: if stats.faults == 0 { 0.0 } else { ms(stats.total_us) / stats.faults as f64 },
             duration_ms: begin.elapsed().as_secs_f64() * 1e3,
             links,
+            counted: match &supplied {
+                Ok(supplied) if supplied.taken_over => Counted::Part,
+                Ok(_) => Counted::All,
+                Err(_) => Counted::Nothing,
+            },
         });
         self.vm.record.supplies = false;
         if let Err(e) = self.host.journal.update(&self.vm.record) {
@@ -244,24 +251,77 @@ impl Controller {
         }
         match supplied {
             // Each page was checked as it came; an agent that has taken over there has no sums of all.
-            Some(wire::Supplied { sums: there, .. }) if !there.is_empty() && there != sums => {
+            Ok(wire::Supplied { sums: there, .. }) if !there.is_empty() && there != sums => {
                 Err(Stop::Uncertain(Finding::new(
-                    "post-copy",
+                    kind::POST_COPY,
                     "the memory at the destination is not what was supplied",
                     "do not trust the VM; report this with the agents' logs",
                 )))
             }
-            _ => Ok(()),
+            Ok(_) => Ok(()),
+            Err(finding) => Err(Stop::Uncertain(finding)),
         }
     }
 
-    /// Another link, after one was lost. None when nothing is missing any more.
-    async fn again(&mut self) -> Result<Option<(Destination, Supplying)>, Stop> {
+    /// Returns how it went, or why nobody can say that the machine has everything.
+    async fn supply_all(&mut self, first: Supplying, links: &mut u32) -> Result<wire::Supplied, Finding> {
+        let (progress, name) = (self.progress.clone(), self.vm.record.name.clone());
+        let left = |pages: u64| {
+            progress.send_modify(|progress| progress.remaining_bytes = pages * PAGE_SIZE as u64);
+        };
+        let warn = |warning| progress.send_modify(|progress| progress.warning = warning);
+        let (mut supplying, mut said) = (Some(first), None);
+        let (mut wait, longest) = AGAIN;
+        let mut lacked = u64::MAX;
+        loop {
+            if let (Some(supplying), Some(destination)) = (supplying.take(), &mut self.held.destination) {
+                *links += 1;
+                match supplying.push(destination, left).await {
+                    Ok(supplied) => {
+                        warn(None);
+                        return Ok(supplied);
+                    }
+                    Err(stop) => {
+                        tracing::warn!(vm = %name, ?stop, "the link was lost while memory was supplied");
+                        warn(why(&stop, &mut said));
+                    }
+                }
+            }
+            self.held.destination = None;
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(longest);
+            match self.again().await {
+                Ok(Relinked::Supplying(destination, streams, missing)) => {
+                    // A link by which nothing got through is no reason for haste: there may be no room for it there.
+                    if missing < lacked {
+                        wait = AGAIN.0;
+                    }
+                    lacked = missing;
+                    warn(None);
+                    self.held.destination = Some(destination);
+                    supplying = Some(streams);
+                }
+                Ok(Relinked::Ended(running)) => {
+                    return had_everything(running, &self.report.destination, said);
+                }
+                Err(stop) => {
+                    tracing::debug!(vm = %name, ?stop, "the destination is not back yet");
+                    warn(why(&stop, &mut said));
+                }
+            }
+        }
+    }
+
+    /// Another link, after one was lost.
+    async fn again(&mut self) -> Result<Relinked, Stop> {
         let rounds = self.rounds()?;
         let (secret, layout) = rounds.identity().ok_or_else(nothing_held)?;
         let throughput = rounds.estimate.throughput;
         let again = connect_again(&self.host, &self.vm.record, &secret, &layout).await?;
-        let Again::Lacks(destination, missing) = again else { return Ok(None) };
+        let (destination, missing) = match again {
+            Again::Lacks(destination, missing) => (destination, missing),
+            Again::Ended(running) => return Ok(Relinked::Ended(running)),
+        };
         let bandwidth = Arc::clone(&self.orders.bandwidth);
         let streams = Streams::open(
             &self.host.endpoint,
@@ -273,9 +333,19 @@ impl Controller {
         )
         .await?;
         let rounds = self.rounds()?;
+        let lacked = missing.len();
         let supplying = streams.supply(|urgent, bulk| rounds.supply(Some(missing), urgent, bulk))?;
-        Ok(Some((*destination, supplying)))
+        Ok(Relinked::Supplying(*destination, supplying, lacked))
     }
+}
+
+/// What to tell of a link that was lost; what the destination itself has `said` is kept.
+fn why(stop: &Stop, said: &mut Option<Finding>) -> Option<String> {
+    let Stop::Failed(finding) = stop else { return None };
+    if finding.kind == kind::POST_COPY {
+        *said = Some(finding.clone());
+    }
+    Some(format!("memory is not supplied: {}; it is tried again", finding.message))
 }
 
 /// Goes on for an agent that has ended: supplies what the machine that was handed over still lacks. Returns when it lacks
@@ -287,7 +357,7 @@ pub async fn supply(host: &Host, record: &Record) -> Result<(), Failure> {
     let failed = |stop: Stop| stop.into_failure(Stage::Failed);
     let gone =
         |e: &dyn std::error::Error| failed(Stop::because("ram", e, "see what became of its QEMU here"));
-    let Ownership::HandedOver { session, .. } = &record.ownership else { return Ok(()) };
+    let Ownership::HandedOver { session, to, .. } = &record.ownership else { return Ok(()) };
     let Some(process) = &record.process else { return Ok(()) };
     let spec = Spec::parse(&record.argv).map_err(|e| gone(&e))?;
     let blocks = qemu::ram_blocks(process, &spec).map_err(|e| gone(&e))?;
@@ -300,10 +370,18 @@ pub async fn supply(host: &Host, record: &Record) -> Result<(), Failure> {
     });
     let ram = Arc::new(Ram::new(layout.clone(), files.collect()).map_err(|e| gone(&e))?);
     let secret = Secret::random().map_err(|e| gone(&e))?;
-    let Again::Lacks(mut destination, missing) =
-        connect_again(host, record, &secret, &layout).await.map_err(failed)?
-    else {
-        return Ok(());
+    let again = connect_again(host, record, &secret, &layout).await.map_err(failed)?;
+    let (mut destination, missing) = match again {
+        Again::Lacks(destination, missing) => (destination, missing),
+        Again::Ended(running) => {
+            match had_everything(running, to, None) {
+                Ok(_) => tracing::info!(vm = %record.name, "nothing is missing any more"),
+                Err(finding) => {
+                    tracing::error!(vm = %record.name, why = finding.message, "nothing can be supplied to it any more")
+                }
+            }
+            return Ok(());
+        }
     };
     let bandwidth = Bandwidth::within(&host.bandwidth, None);
     let opened =

