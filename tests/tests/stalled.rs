@@ -72,11 +72,10 @@ async fn serve(listener: Listener, manner: Manner) {
                         if out.send(&ToSource::from(reply)).await.is_err() {
                             return;
                         }
-                        while matches!(manner, Manner::AsksWithoutEnd) {
-                            let pages = Pages { pages: vec![1; 10_000] };
-                            if out.send(&ToSource::from(Reply::Mismatch(pages))).await.is_err() {
-                                return;
-                            }
+                        if matches!(manner, Manner::AsksWithoutEnd) {
+                            let ask = || ToSource::from(Reply::Mismatch(Pages { pages: vec![1; 10_000] }));
+                            while out.send(&ask()).await.is_ok() {}
+                            return;
                         }
                     }
                 });
