@@ -1,11 +1,12 @@
 //! Compression of a frame's payload. Whether it is worth it, and how, is for [`balance`](super::balance) to say.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
+use rustix::time::{ClockId, clock_gettime};
 use zstd::bulk::{Compressor, Decompressor};
 
-use super::balance::{Balance, METHODS, Method, Written};
+use super::balance::{Balance, METHODS, Method, SAMPLE, Written};
 
 /// What `--compress` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,6 +35,8 @@ pub enum Encoding {
 
 /// Payloads below this say nothing and gain nothing: they fit a few packets.
 const LEAST: usize = 4096;
+/// Zstandard's own default.
+const DEFAULT_LEVEL: i32 = 3;
 
 /// A payload that is not what it says it is.
 #[derive(Debug, thiserror::Error)]
@@ -47,21 +50,26 @@ pub struct DecodeError {
 pub(super) struct Encoder {
     compression: Compression,
     balance: Balance,
-    zstd: Option<(i32, Compressor<'static>)>,
-    output: Vec<u8>,
+    compressor: Methods,
 }
 
 /// A write that is under way.
 pub(super) struct Writing {
-    begin: Instant,
+    begin: Duration,
     waits: i64,
 }
 
 impl Writing {
     /// A frame is about to be written.
     pub(super) fn begin() -> Writing {
-        Writing { begin: Instant::now(), waits: waits() }
+        Writing { begin: cpu_time(), waits: waits() }
     }
+}
+
+/// The CPU time of this thread: a sample is so short that to be preempted once would be most of what the clock shows.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// How often this thread has given its CPU up to wait for something. To be preempted does not count.
@@ -71,32 +79,90 @@ fn waits() -> i64 {
 
 impl Encoder {
     pub(super) fn new(compression: Compression) -> Encoder {
-        Encoder { compression, balance: Balance::default(), zstd: None, output: Vec::new() }
+        Encoder { compression, balance: Balance::default(), compressor: Methods::default() }
     }
 
-    /// Whether this payload will be compressed, and so has to be in one piece.
+    /// Whether this payload may be compressed, and so has to be in one piece.
     pub(super) fn wants(&mut self, length: usize) -> Option<Attempt> {
-        let method = match self.compression {
-            _ if length < LEAST => 0,
-            Compression::Off => 0,
-            Compression::Lz4 => 1,
-            Compression::Zstd => 3,
-            Compression::Auto => self.balance.choose(),
+        let fixed = match self.compression {
+            _ if length < LEAST => return None,
+            Compression::Off => return None,
+            Compression::Lz4 => Method::Lz4,
+            Compression::Zstd => Method::Zstd(DEFAULT_LEVEL),
+            Compression::Auto => {
+                let all = self.balance.is_try_due();
+                let chosen = METHODS[self.balance.choose()];
+                return (all || chosen != Method::None).then_some(Attempt::Measured { all });
+            }
         };
-        (method != 0).then_some(Attempt(method))
+        Some(Attempt::Fixed(fixed))
     }
 
-    /// Compresses a payload. None where that would not make it smaller.
+    /// Compresses a payload. None where that would not make it smaller, or is not worth it.
     pub(super) fn encode(&mut self, attempt: &Attempt, payload: &[u8]) -> Option<(Encoding, &[u8])> {
-        let begin = Instant::now();
-        let (encoding, length) = match METHODS[attempt.0] {
-            Method::None => return None,
+        let method = match *attempt {
+            Attempt::Fixed(method) => method,
+            Attempt::Measured { all } => {
+                if all {
+                    self.try_all(&payload[..payload.len().min(SAMPLE)]);
+                }
+                METHODS[self.balance.choose()]
+            }
+        };
+        let (encoding, length) = self.compressor.compress(method, payload)?;
+        (length < payload.len()).then(|| (encoding, &self.compressor.output[..length]))
+    }
+
+    fn try_all(&mut self, sample: &[u8]) {
+        for (place, &method) in METHODS.iter().enumerate().skip(1) {
+            if self.balance.may_pay(place) {
+                let begin = cpu_time();
+                if let Some((_, length)) = self.compressor.compress(method, sample) {
+                    self.balance.tried(place, sample.len(), length, cpu_time().saturating_sub(begin));
+                }
+            }
+        }
+    }
+
+    /// It was written: so many bytes.
+    pub(super) fn written(&mut self, writing: Writing, bytes: u64) {
+        let took = cpu_time().saturating_sub(writing.begin);
+        self.balance.written(Written { bytes, took, waited: waits() > writing.waits, at: Instant::now() });
+    }
+
+    /// Nothing is written for a while.
+    pub(super) fn rest(&mut self) {
+        self.balance.rest();
+    }
+}
+
+/// What is to be done with a payload.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Attempt {
+    /// What was ordered.
+    Fixed(Method),
+    /// What measurement says; perhaps after all methods were tried on a part of it.
+    Measured { all: bool },
+}
+
+/// The compressors of one stream, and the room for what they make.
+#[derive(Default)]
+struct Methods {
+    zstd: Option<(i32, Compressor<'static>)>,
+    output: Vec<u8>,
+}
+
+impl Methods {
+    /// Compresses into `output`. Returns how long it came out. None where it cannot be done.
+    fn compress(&mut self, method: Method, input: &[u8]) -> Option<(Encoding, usize)> {
+        match method {
+            Method::None => None,
             Method::Lz4 => {
-                self.output.resize(lz4_flex::block::get_maximum_output_size(payload.len()), 0);
-                (Encoding::Lz4, lz4_flex::block::compress_into(payload, &mut self.output).ok()?)
+                self.output.resize(lz4_flex::block::get_maximum_output_size(input.len()), 0);
+                Some((Encoding::Lz4, lz4_flex::block::compress_into(input, &mut self.output).ok()?))
             }
             Method::Zstd(level) => {
-                self.output.resize(zstd::zstd_safe::compress_bound(payload.len()), 0);
+                self.output.resize(zstd::zstd_safe::compress_bound(input.len()), 0);
                 let zstd = match &mut self.zstd {
                     Some((at, zstd)) => {
                         if *at != level {
@@ -107,28 +173,11 @@ impl Encoder {
                     }
                     none => &mut none.insert((level, Compressor::new(level).ok()?)).1,
                 };
-                (Encoding::Zstd, zstd.compress_to_buffer(payload, &mut self.output[..]).ok()?)
+                Some((Encoding::Zstd, zstd.compress_to_buffer(input, &mut self.output[..]).ok()?))
             }
-        };
-        self.balance.worked(attempt.0, payload.len(), length, begin.elapsed());
-        (length < payload.len()).then(|| (encoding, &self.output[..length]))
-    }
-
-    /// It was written: so many bytes.
-    pub(super) fn written(&mut self, writing: Writing, bytes: u64) {
-        let at = Instant::now();
-        let took = at - writing.begin;
-        self.balance.written(Written { bytes, took, waited: waits() > writing.waits, at });
-    }
-
-    /// Nothing is written for a while.
-    pub(super) fn rest(&mut self) {
-        self.balance.rest();
+        }
     }
 }
-
-/// A method that was chosen for a payload.
-pub(super) struct Attempt(usize);
 
 /// Decodes the payloads of one stream.
 #[derive(Default)]
@@ -207,6 +256,5 @@ mod tests {
     fn small_payloads_and_those_told_not_to_are_left_alone() {
         assert!(Encoder::new(Compression::Zstd).wants(LEAST - 1).is_none());
         assert!(Encoder::new(Compression::Off).wants(1 << 20).is_none());
-        assert!(Encoder::new(Compression::Auto).wants(1 << 20).is_none(), "nothing is known yet");
     }
 }
