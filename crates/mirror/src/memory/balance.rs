@@ -287,7 +287,7 @@ mod tests {
         for (link, method) in [
             (0.1, Method::None),
             (0.8, Method::None),
-            (2.0, Method::Zstd(1)),
+            (2.0, Method::Lz4),
             (8.0, Method::Zstd(3)),
             (80.0, Method::Zstd(6)),
         ] {
@@ -331,7 +331,7 @@ mod tests {
             let mut model = Model::new(FRAME * 3.0);
             let took = model.send(1000, link, [1.0; 5]);
             assert!(model.used[0] == 1000, "{link}: {:?}", model.used);
-            assert!(took < WRITE.max(link) * 1.02, "{link}: {took}");
+            assert!(took < WRITE.max(link) * 1.05, "{link}: {took}");
         }
     }
 
