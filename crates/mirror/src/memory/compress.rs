@@ -1,4 +1,4 @@
-//! Compression of a frame's payload. Whether it is worth it, and how, is for [`balance`](super::balance) to say.
+//! Compression of a frame's payload. Whether it is worth it, and how, is for the module `balance` to say.
 
 use std::time::{Duration, Instant};
 
