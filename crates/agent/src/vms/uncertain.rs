@@ -58,9 +58,14 @@ impl Vms {
                 Ok(Settled::RunsThere) if record.supplies => match source::supply(self.host(), &record).await
                 {
                     // Asked for the last time, and then let go of.
-                    Ok(()) => {
+                    Ok(None) => {
                         record.supplies = false;
                         continue;
+                    }
+                    Ok(Some(finding)) => {
+                        tracing::error!(vm = %name, why = finding.message, "the VM is lost");
+                        lifecycle::forget(self.host(), &record, None).await;
+                        return self.drop_entry(&name, RemovalReason::Ended);
                     }
                     Err(failure) => {
                         tracing::info!(vm = %name, why = failure.finding.message, "it lacks memory that is here");

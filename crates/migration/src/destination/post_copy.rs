@@ -118,7 +118,8 @@ pub(crate) async fn recover(host: &Host, record: &Record) -> Result<(), String> 
         Ok(supplier) => Tail::resume(host, record, &layout, missing, supplier, places),
         // The agent before had finished, and ended before its journal said so.
         Err(AttachError::NotWaiting { .. }) if missing.is_empty() => {
-            tail::no_longer_missing(host, session, None).await;
+            let supplied = crate::vm::Supplied { taken_over: true, ..crate::vm::Supplied::default() };
+            tail::no_longer_missing(host, session, Some(supplied)).await;
             Ok(())
         }
         Err(e) => Err(chain(&e)),

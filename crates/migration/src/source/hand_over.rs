@@ -1,5 +1,6 @@
 //! The hand-over and what follows it; and the way back where there is none.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -220,27 +221,33 @@ impl Controller {
         })
     }
 
+    /// Has the machine run here again.
+    async fn resume(&self) -> Result<(), Stop> {
+        super::resume_here(&self.vm.qmp).await.map_err(|e| {
+            let socket = self.vm.record.qmp_socket.display();
+            Stop::Uncertain(Finding::new(
+                "not-resumed",
+                format!("the VM is still this host's, but could not be resumed: {}", chain(&e)),
+                format!("see its log, and resume it over QMP at {socket}"),
+            ))
+        })
+    }
+
     /// The machine stays. It runs again first; then everything is given back, here and there.
     pub(super) async fn undo(&mut self, stop: Stop) {
         let mut stop = stop;
         self.let_go();
-        let left_stopped = self.held.rounds.as_ref().is_some_and(Rounds::left_stopped);
+        let left_stopped = self.held.rounds.as_ref().map(Rounds::left_stopped);
         let mut resumed = true;
-        if self.held.qemu || left_stopped {
+        if self.held.qemu {
             if let Some(rounds) = &self.held.rounds {
                 rounds.abort();
             }
             if let Some(relay) = &self.held.relay {
                 relay.abort();
             }
-            if let Err(e) = super::resume_here(&self.vm.qmp).await {
-                resumed = false;
-                let socket = self.vm.record.qmp_socket.display();
-                stop = Stop::Uncertain(Finding::new(
-                    "not-resumed",
-                    format!("the VM is still this host's, but could not be resumed: {}", chain(&e)),
-                    format!("see its log, and resume it over QMP at {socket}"),
-                ));
+            if let Err(why) = self.resume().await {
+                (resumed, stop) = (false, why);
             }
             super::reset_capabilities(&self.vm.qmp).await;
             self.restore_parameters().await;
@@ -248,6 +255,12 @@ impl Controller {
         self.end_preparing().await;
         self.end_rounds().await;
         self.end_relay().await;
+        // A scan that was under way has ended by now.
+        if left_stopped.is_some_and(|stopped| stopped.load(Ordering::Relaxed))
+            && let Err(why) = self.resume().await
+        {
+            (resumed, stop) = (false, why);
+        }
         // One that could not be resumed is resumed by the next agent that finds this on record.
         if resumed
             && std::mem::take(&mut self.vm.record.quiesced_scans)

@@ -349,16 +349,16 @@ fn why(stop: &Stop, said: &mut Option<Finding>) -> Option<String> {
 }
 
 /// Goes on for an agent that has ended: supplies what the machine that was handed over still lacks. Returns when it lacks
-/// nothing.
+/// nothing, or, with what became of it, when it has ended while it did.
 ///
 /// # Errors
-/// [`Failure`] when the link is lost or the memory cannot be read: to be tried again.
-pub async fn supply(host: &Host, record: &Record) -> Result<(), Failure> {
+/// [`Failure`] when the link is lost, the memory cannot be read, or nobody says that all of it has arrived: to be tried again.
+pub async fn supply(host: &Host, record: &Record) -> Result<Option<Finding>, Failure> {
     let failed = |stop: Stop| stop.into_failure(Stage::Failed);
     let gone =
         |e: &dyn std::error::Error| failed(Stop::because("ram", e, "see what became of its QEMU here"));
-    let Ownership::HandedOver { session, to, .. } = &record.ownership else { return Ok(()) };
-    let Some(process) = &record.process else { return Ok(()) };
+    let Ownership::HandedOver { session, to, .. } = &record.ownership else { return Ok(None) };
+    let Some(process) = &record.process else { return Ok(None) };
     let spec = Spec::parse(&record.argv).map_err(|e| gone(&e))?;
     let blocks = qemu::ram_blocks(process, &spec).map_err(|e| gone(&e))?;
     let streams = super::controller::chosen_streams();
@@ -374,13 +374,15 @@ pub async fn supply(host: &Host, record: &Record) -> Result<(), Failure> {
     let (mut destination, missing) = match again {
         Again::Lacks(destination, missing) => (destination, missing),
         Again::Ended(running) => {
-            match had_everything(running, to, None) {
-                Ok(_) => tracing::info!(vm = %record.name, "nothing is missing any more"),
-                Err(finding) => {
-                    tracing::error!(vm = %record.name, why = finding.message, "nothing can be supplied to it any more")
+            return match had_everything(running, to, None) {
+                Ok(_) => {
+                    tracing::info!(vm = %record.name, "nothing is missing any more");
+                    Ok(None)
                 }
-            }
-            return Ok(());
+                Err(finding) if finding.kind == kind::ENDED_THERE => Ok(Some(finding)),
+                // What is here may be all there is of it.
+                Err(finding) => Err(failed(Stop::Failed(finding))),
+            };
         }
     };
     let bandwidth = Bandwidth::within(&host.bandwidth, None);
@@ -394,5 +396,5 @@ pub async fn supply(host: &Host, record: &Record) -> Result<(), Failure> {
     });
     let supplied = supplying.map_err(failed)?.push(&mut destination, |_| {}).await.map_err(failed)?;
     tracing::info!(vm = %record.name, faults = supplied.faults, "nothing is missing any more");
-    Ok(())
+    Ok(None)
 }

@@ -400,9 +400,9 @@ impl Rounds {
         }
     }
 
-    /// Whether a scan has stopped the guest and not been able to let it go on.
-    pub(super) fn left_stopped(&self) -> bool {
-        self.left_stopped.load(Ordering::Relaxed)
+    /// Tells whether a scan has stopped the guest and not been able to let it go on. It is certain when the rounds have ended.
+    pub(super) fn left_stopped(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.left_stopped)
     }
 
     /// Ends the streams; whatever blocks on them ends too.
