@@ -108,6 +108,7 @@ impl Results {
         let write = |path: PathBuf, text: String| fs::write(&path, text).map_err(BenchError::file(&path));
         let text = serde_json::to_string_pretty(self)
             .map_err(|source| BenchError::Document { command: "the run".into(), source })?;
+        let text = without_checkout(&text);
         for figure in document::FIGURES {
             write(files.join(format!("{}.svg", figure.file)), plot::dots(figure, &self.cells)?)?;
         }
@@ -116,6 +117,13 @@ impl Results {
         write(document.clone(), document::document(self))?;
         Ok(document)
     }
+}
+
+/// Paths in the checkout, told from there: the results are kept in it, and where it lies is nobody's business.
+fn without_checkout(text: &str) -> String {
+    let target = testbed::programs::target();
+    let checkout = target.parent().unwrap_or(&target);
+    text.replace(&format!("{}/", checkout.display()), "")
 }
 
 fn json_in(directory: &Path) -> PathBuf {
@@ -146,6 +154,15 @@ pub(crate) mod tests {
             cells: vec![cell],
             goals: Vec::new(),
         }
+    }
+
+    #[test]
+    fn where_the_checkout_lies_is_not_told() {
+        let image = testbed::programs::target().join("userland/root.img");
+        assert_eq!(
+            without_checkout(&format!("{:?}", image.display().to_string())),
+            "\"target/userland/root.img\""
+        );
     }
 
     #[test]
