@@ -4,8 +4,9 @@
 //! of guest memory costs is the larger of two times: the worker's, for compressing it and writing what is left, and the
 //! stream's, for carrying what is left. All of them are measured all the time:
 //!
-//! - how fast each encoding is and how much it leaves: now and then all are tried on the same part of a frame, since guest memory
-//!   is of many kinds, and what one leaves of a log says nothing against what another leaves of a library;
+//! - how fast each encoding is and how much it leaves: now and then all are tried on the same frame, since guest memory is of
+//!   many kinds, and what one leaves of a log says nothing against what another leaves of a library. It is a whole frame, for
+//!   what the higher levels are better at is to find what is far back;
 //! - what CPU time a write takes;
 //! - how fast the stream is: from the end of one write that had to wait to the end of another the buffers were full, so what
 //!   was written in between is what was carried. A stream that takes more than any buffer without a wait is at least as
@@ -29,13 +30,13 @@ pub(super) const METHODS: [Method; 5] =
     [Method::None, Method::Lz4, Method::Zstd(1), Method::Zstd(3), Method::Zstd(6)];
 /// Every how many frames the methods are tried: at the very first, later, and at most where nothing gets smaller.
 const TRY_EVERY: (u32, u32, u32) = (1, 16, 256);
-/// On how much of a frame they are tried, in bytes.
-pub(super) const SAMPLE: usize = 256 << 10;
+/// One that seems not to pay is tried so often, every how many tries: what it costs may have been measured at a bad moment.
+const TRY_AGAIN: u32 = 4;
 /// What is new counts so much against what was measured before.
 const NEW: f64 = 0.25;
 /// How much more a method may cost than the cheapest, if it leaves less.
 const MORE: f64 = 1.25;
-/// What is left counts as less if it is not more than this much of it: a whole frame shows more of a difference than a sample.
+/// What is left counts as less if it is not more than this much of it.
 const LESS: f64 = 0.98;
 /// What leaves more than this gains nothing.
 const GAINS: f64 = 0.95;
@@ -53,6 +54,14 @@ struct Lately(Option<f64>);
 impl Lately {
     fn learn(&mut self, now: f64) {
         self.0 = Some(self.0.map_or(now, |before| before + NEW * (now - before)));
+    }
+
+    /// Learns what can be measured as more than it is, but hardly as less.
+    fn learn_least(&mut self, now: f64) {
+        match self.0 {
+            Some(before) if before > now => self.0 = Some(now + NEW * (before - now)),
+            _ => self.learn(now),
+        }
     }
 }
 
@@ -97,6 +106,7 @@ pub(super) struct Balance {
     /// Frames until the next try, and how many there were between the last two.
     until_try: u32,
     try_every: u32,
+    tries: u32,
 }
 
 impl Default for Balance {
@@ -108,6 +118,7 @@ impl Default for Balance {
             stretch: None,
             until_try: TRY_EVERY.0,
             try_every: TRY_EVERY.0,
+            tries: 0,
         }
     }
 }
@@ -119,9 +130,10 @@ impl Balance {
         let due = self.until_try == 0;
         if due {
             let (_, usual, most) = TRY_EVERY;
-            let gains = self.known[1..].iter().any(|known| known.left.0.is_none_or(|left| left < GAINS));
+            let gains = self.known[1..=2].iter().any(|known| known.left.0.is_none_or(|left| left < GAINS));
             self.try_every = (self.try_every * 2).min(if gains { usual } else { most });
             self.until_try = self.try_every;
+            self.tries += 1;
         }
         due
     }
@@ -131,7 +143,10 @@ impl Balance {
     pub(super) fn may_pay(&self, method: usize) -> bool {
         let known = |method: usize| self.known.get(method).and_then(|known| known.work.0);
         let least = known(method).or(method.checked_sub(1).and_then(known)).unwrap_or(0.0);
-        method == 1 || self.best().is_some_and(|best| least <= best * MORE)
+        let again = self.tries.is_multiple_of(TRY_AGAIN) && known(method).is_some();
+        // Where the first level of zstd finds nothing, no other does.
+        let hopeless = method > 2 && self.left(2).is_some_and(|left| left > GAINS);
+        method == 1 || !hopeless && (again || self.best().is_some_and(|best| least <= best * MORE))
     }
 
     /// The method for a frame, by its place among [`METHODS`].
@@ -168,7 +183,7 @@ impl Balance {
     /// Takes in what a method has done when it was tried.
     pub(super) fn tried(&mut self, method: usize, input: usize, output: usize, time: Duration) {
         let input = input.max(1) as f64;
-        self.known[method].work.learn(nanos(time) / input);
+        self.known[method].work.learn_least(nanos(time) / input);
         self.known[method].left.learn((output as f64 / input).min(1.0));
     }
 
@@ -251,10 +266,10 @@ mod tests {
                 if self.balance.is_try_due() {
                     for method in 1..METHODS.len() {
                         if self.balance.may_pay(method) {
-                            let work = WORK[method] * SAMPLE as f64;
+                            let work = WORK[method] * FRAME;
                             self.pass(work, link);
-                            let left = (left[method] * SAMPLE as f64) as usize;
-                            self.balance.tried(method, SAMPLE, left, Duration::from_nanos(work as u64));
+                            let left = (left[method] * FRAME) as usize;
+                            self.balance.tried(method, FRAME as usize, left, Duration::from_nanos(work as u64));
                         }
                     }
                 }
@@ -288,7 +303,7 @@ mod tests {
             (0.1, Method::None),
             (0.8, Method::None),
             (2.0, Method::Lz4),
-            (8.0, Method::Zstd(3)),
+            (10.0, Method::Zstd(3)),
             (80.0, Method::Zstd(6)),
         ] {
             let mut model = Model::new(FRAME * 3.0);
@@ -333,6 +348,18 @@ mod tests {
             assert!(model.used[0] == 1000, "{link}: {:?}", model.used);
             assert!(took < WRITE.max(link) * 1.05, "{link}: {took}");
         }
+    }
+
+    #[test]
+    fn one_bad_measurement_does_not_write_a_method_off() {
+        let mut model = Model::new(FRAME * 3.0);
+        model.send(4, 16.0, LEFT);
+        let unlucky = Duration::from_nanos((40.0 * FRAME) as u64);
+        model.balance.known[3] = Known::default();
+        model.balance.tried(3, FRAME as usize, (LEFT[3] * FRAME) as usize, unlucky);
+        model.send(400, 16.0, LEFT);
+        model.send(100, 16.0, LEFT);
+        assert_eq!(model.most_used(), Method::Zstd(3), "{:?}", model.balance);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use nix::sys::resource::{UsageWho, getrusage};
 use rustix::time::{ClockId, clock_gettime};
 use zstd::bulk::{Compressor, Decompressor};
 
-use super::balance::{Balance, METHODS, Method, SAMPLE, Written};
+use super::balance::{Balance, METHODS, Method, Written};
 
 /// What `--compress` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,6 +51,8 @@ pub(super) struct Encoder {
     compression: Compression,
     balance: Balance,
     compressor: Methods,
+    /// The methods, by their place, that have been used before.
+    warm: [bool; METHODS.len()],
 }
 
 /// A write that is under way.
@@ -79,7 +81,7 @@ fn waits() -> i64 {
 
 impl Encoder {
     pub(super) fn new(compression: Compression) -> Encoder {
-        Encoder { compression, balance: Balance::default(), compressor: Methods::default() }
+        Encoder { compression, balance: Balance::default(), compressor: Methods::default(), warm: Default::default() }
     }
 
     /// Whether this payload may be compressed, and so has to be in one piece.
@@ -104,7 +106,7 @@ impl Encoder {
             Attempt::Fixed(method) => method,
             Attempt::Measured { all } => {
                 if all {
-                    self.try_all(&payload[..payload.len().min(SAMPLE)]);
+                    self.try_all(payload);
                 }
                 METHODS[self.balance.choose()]
             }
@@ -113,12 +115,17 @@ impl Encoder {
         (length < payload.len()).then(|| (encoding, &self.compressor.output[..length]))
     }
 
-    fn try_all(&mut self, sample: &[u8]) {
+    fn try_all(&mut self, payload: &[u8]) {
         for (place, &method) in METHODS.iter().enumerate().skip(1) {
             if self.balance.may_pay(place) {
+                if !self.warm[place] {
+                    // The first time costs several times as much: the tables are touched for the first time.
+                    self.compressor.compress(method, payload);
+                    self.warm[place] = true;
+                }
                 let begin = cpu_time();
-                if let Some((_, length)) = self.compressor.compress(method, sample) {
-                    self.balance.tried(place, sample.len(), length, cpu_time().saturating_sub(begin));
+                if let Some((_, length)) = self.compressor.compress(method, payload) {
+                    self.balance.tried(place, payload.len(), length, cpu_time().saturating_sub(begin));
                 }
             }
         }
@@ -141,7 +148,7 @@ impl Encoder {
 pub(super) enum Attempt {
     /// What was ordered.
     Fixed(Method),
-    /// What measurement says; perhaps after all methods were tried on a part of it.
+    /// What measurement says; perhaps after all methods were tried on it.
     Measured { all: bool },
 }
 
