@@ -70,7 +70,7 @@ impl Lately {
 struct Known {
     /// CPU time per byte that goes in, in nanoseconds.
     work: Lately,
-    /// Bytes that come out per byte that goes in.
+    /// Bytes that come out per byte that the method before leaves of the same memory. The first is compared with what goes in.
     left: Lately,
 }
 
@@ -107,6 +107,8 @@ pub(super) struct Balance {
     until_try: u32,
     try_every: u32,
     tries: u32,
+    /// The method tried last on this frame, and what it left per byte.
+    tried: (usize, f64),
 }
 
 impl Default for Balance {
@@ -119,6 +121,7 @@ impl Default for Balance {
             until_try: TRY_EVERY.0,
             try_every: TRY_EVERY.0,
             tries: 0,
+            tried: (0, 1.0),
         }
     }
 }
@@ -130,10 +133,11 @@ impl Balance {
         let due = self.until_try == 0;
         if due {
             let (_, usual, most) = TRY_EVERY;
-            let gains = self.known[1..=2].iter().any(|known| known.left.0.is_none_or(|left| left < GAINS));
+            let gains = (1..=2).any(|method| self.left(method).is_none_or(|left| left < GAINS));
             self.try_every = (self.try_every * 2).min(if gains { usual } else { most });
             self.until_try = self.try_every;
             self.tries += 1;
+            self.tried = (0, 1.0);
         }
         due
     }
@@ -169,8 +173,9 @@ impl Balance {
         (0..METHODS.len()).filter_map(|method| self.cost(method)).min_by(f64::total_cmp)
     }
 
+    /// Bytes that come out per byte that goes in.
     fn left(&self, method: usize) -> Option<f64> {
-        if method == 0 { Some(1.0) } else { self.known[method].left.0 }
+        self.known[1..=method].iter().map(|known| known.left.0).product()
     }
 
     /// What a byte of memory costs with a method, in nanoseconds. None where too little is known.
@@ -180,11 +185,17 @@ impl Balance {
         Some((work? + left * self.write.0?).max(left * self.link.0.unwrap_or(0.0)))
     }
 
-    /// Takes in what a method has done when it was tried.
+    /// Takes in what a method has done when it was tried, after those before it that were tried on the same frame.
     pub(super) fn tried(&mut self, method: usize, input: usize, output: usize, time: Duration) {
         let input = input.max(1) as f64;
         self.known[method].work.learn_least(nanos(time) / input);
-        self.known[method].left.learn((output as f64 / input).min(1.0));
+        let (last, left) = self.tried;
+        // What those in between would have left, by what they do elsewhere.
+        let between = self.known[last + 1..method].iter().filter_map(|known| known.left.0);
+        let before = left * between.product::<f64>();
+        let left = (output as f64 / input).min(1.0);
+        self.known[method].left.learn(left / before.max(f64::MIN_POSITIVE));
+        self.tried = (method, left);
     }
 
     /// Takes in what the stream has done.
@@ -356,6 +367,7 @@ mod tests {
         model.send(4, 16.0, LEFT);
         let unlucky = Duration::from_nanos((40.0 * FRAME) as u64);
         model.balance.known[3] = Known::default();
+        model.balance.tried = (2, LEFT[2]);
         model.balance.tried(3, FRAME as usize, (LEFT[3] * FRAME) as usize, unlucky);
         model.send(400, 16.0, LEFT);
         model.send(100, 16.0, LEFT);
