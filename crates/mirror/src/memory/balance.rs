@@ -9,8 +9,9 @@
 //!   what the higher levels are better at is to find what is far back;
 //! - what CPU time a write takes;
 //! - how fast the stream is: from the end of one write that had to wait to the end of another the buffers were full, so what
-//!   was written in between is what was carried. A stream that takes more than any buffer without a wait is at least as
-//!   fast as it was fed.
+//!   was written in between is what was carried. Streams share a link, so what all of them wrote counts, and each has its part:
+//!   one that has the link for itself, because the others are at work, is not faster for it. A stream that takes more than any
+//!   buffer without a wait is at least as fast as it was fed.
 //!
 //! The encoding with the least cost is used, or one that costs little more and leaves less: bytes are somebody's as well.
 
@@ -41,7 +42,7 @@ const LESS: f64 = 0.98;
 /// What leaves more than this gains nothing.
 const GAINS: f64 = 0.95;
 /// A stretch of fewer bytes says little of a stream's speed.
-const TELLING: u64 = 256 << 10;
+const TELLING: u64 = 1 << 20;
 /// More than the buffers of a stream take: the kernel gives a socket 4 MiB to 6 MiB unless told otherwise (`tcp_wmem`).
 const BUFFERS: u64 = 8 << 20;
 /// By how much a stream is taken to be faster that has long not made wait.
@@ -78,6 +79,8 @@ struct Known {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Written {
     pub(super) bytes: u64,
+    /// What all streams have written so far, in bytes.
+    pub(super) by_all: u64,
     /// CPU time.
     pub(super) took: Duration,
     /// It had to wait until the stream took it.
@@ -90,6 +93,8 @@ pub(super) struct Written {
 struct Stretch {
     since: Instant,
     bytes: u64,
+    /// What all streams had written at its beginning, in bytes.
+    by_all: u64,
     /// The buffers were full at its beginning.
     from_full: bool,
 }
@@ -97,6 +102,8 @@ struct Stretch {
 /// Chooses a method by measurement.
 #[derive(Debug)]
 pub(super) struct Balance {
+    /// How many streams share the link.
+    streams: f64,
     known: [Known; METHODS.len()],
     /// CPU time per byte of a write, in nanoseconds.
     write: Lately,
@@ -111,9 +118,11 @@ pub(super) struct Balance {
     tried: (usize, f64),
 }
 
-impl Default for Balance {
-    fn default() -> Balance {
+impl Balance {
+    /// For one of so many streams.
+    pub(super) fn new(streams: u16) -> Balance {
         Balance {
+            streams: f64::from(streams.max(1)),
             known: Default::default(),
             write: Lately::default(),
             link: Lately::default(),
@@ -124,9 +133,7 @@ impl Default for Balance {
             tried: (0, 1.0),
         }
     }
-}
 
-impl Balance {
     /// Whether the methods are to be tried on the next frame. To be asked once for each.
     pub(super) fn is_try_due(&mut self) -> bool {
         self.until_try = self.until_try.saturating_sub(1);
@@ -200,30 +207,31 @@ impl Balance {
 
     /// Takes in what the stream has done.
     pub(super) fn written(&mut self, written: Written) {
-        let Written { bytes, took, waited, at } = written;
+        let Written { bytes, by_all, took, waited, at } = written;
         if bytes > 0 {
             self.write.learn(nanos(took) / bytes as f64);
         }
         let Some(stretch) = &mut self.stretch else {
-            self.stretch = Some(Stretch { since: at, bytes: 0, from_full: waited });
+            self.stretch = Some(Stretch { since: at, bytes: 0, by_all, from_full: waited });
             return;
         };
         stretch.bytes += bytes;
-        let Stretch { since, bytes, from_full } = *stretch;
-        let pace = nanos(at.saturating_duration_since(since)) / bytes.max(1) as f64;
+        let Stretch { since, bytes, by_all: before, from_full } = *stretch;
+        let carried = by_all.saturating_sub(before);
+        let pace = self.streams * nanos(at.saturating_duration_since(since)) / carried.max(1) as f64;
         if waited {
-            if from_full && bytes < TELLING {
+            if from_full && carried < TELLING {
                 return;
             }
             if from_full {
                 self.link.learn(pace);
             }
-            self.stretch = Some(Stretch { since: at, bytes: 0, from_full: true });
+            self.stretch = Some(Stretch { since: at, bytes: 0, by_all, from_full: true });
         } else if bytes >= BUFFERS {
             // It carries at least what it was fed, and who is fed little shows little: it is taken to be faster, until it makes
             // wait again.
             self.link.0 = self.link.0.map(|link| link.min(pace) * FASTER);
-            self.stretch = Some(Stretch { since: at, bytes: 0, from_full: false });
+            self.stretch = Some(Stretch { since: at, bytes: 0, by_all, from_full: false });
         }
     }
 
@@ -255,12 +263,14 @@ mod tests {
         /// Bytes in the stream's buffers, which take so many.
         buffered: f64,
         buffers: f64,
+        written: u64,
         used: [u32; 5],
     }
 
     impl Model {
         fn new(buffers: f64) -> Model {
-            Model { balance: Balance::default(), now: Instant::now(), buffered: 0.0, buffers, used: [0; 5] }
+            let balance = Balance::new(1);
+            Model { balance, now: Instant::now(), buffered: 0.0, buffers, written: 0, used: [0; 5] }
         }
 
         /// Lets time pass in which a stream of that pace carries what is buffered.
@@ -296,7 +306,9 @@ mod tests {
                     self.pass(over * link, link);
                 }
                 let (at, took) = (self.now, Duration::from_nanos((bytes * WRITE) as u64));
-                self.balance.written(Written { bytes: bytes as u64, took, waited, at });
+                let bytes = bytes as u64;
+                self.written += bytes;
+                self.balance.written(Written { bytes, by_all: self.written, took, waited, at });
             }
             nanos(self.now - begin) / (f64::from(frames) * FRAME)
         }
@@ -349,6 +361,18 @@ mod tests {
             model.send(100, 0.2, LEFT);
             assert_eq!(model.most_used(), Method::None, "{:?}", model.balance);
         }
+    }
+
+    #[test]
+    fn a_stream_that_has_the_link_for_itself_takes_it_to_be_shared_all_the_same() {
+        let mut model = Model::new(FRAME * 3.0);
+        model.balance = Balance::new(2);
+        model.send(300, 2.0, LEFT);
+        model.send(100, 2.0, LEFT);
+        let mut alone = Model::new(FRAME * 3.0);
+        alone.send(300, 4.0, LEFT);
+        alone.send(100, 4.0, LEFT);
+        assert_eq!(model.most_used(), alone.most_used());
     }
 
     #[test]

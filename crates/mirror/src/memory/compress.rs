@@ -80,8 +80,9 @@ fn waits() -> i64 {
 }
 
 impl Encoder {
-    pub(super) fn new(compression: Compression) -> Encoder {
-        Encoder { compression, balance: Balance::default(), compressor: Methods::default(), warm: Default::default() }
+    /// For one of so many streams.
+    pub(super) fn new(compression: Compression, streams: u16) -> Encoder {
+        Encoder { compression, balance: Balance::new(streams), compressor: Methods::default(), warm: Default::default() }
     }
 
     /// Whether this payload may be compressed, and so has to be in one piece.
@@ -131,10 +132,11 @@ impl Encoder {
         }
     }
 
-    /// It was written: so many bytes.
-    pub(super) fn written(&mut self, writing: Writing, bytes: u64) {
+    /// It was written: so many bytes, and so many by all streams so far.
+    pub(super) fn written(&mut self, writing: Writing, bytes: u64, by_all: u64) {
         let took = cpu_time().saturating_sub(writing.begin);
-        self.balance.written(Written { bytes, took, waited: waits() > writing.waits, at: Instant::now() });
+        let waited = waits() > writing.waits;
+        self.balance.written(Written { bytes, by_all, took, waited, at: Instant::now() });
     }
 
     /// Nothing is written for a while.
@@ -235,7 +237,7 @@ mod tests {
             compression in prop_oneof![Just(Compression::Lz4), Just(Compression::Zstd)],
         ) {
             let payload: Vec<u8> = words.into_iter().flat_map(u16::to_le_bytes).collect();
-            let mut encoder = Encoder::new(compression);
+            let mut encoder = Encoder::new(compression, 1);
             let attempt = encoder.wants(payload.len()).unwrap();
             let (encoding, encoded) = encoder.encode(&attempt, &payload).unwrap();
             prop_assert!(encoded.len() < payload.len());
@@ -261,7 +263,7 @@ mod tests {
 
     #[test]
     fn small_payloads_and_those_told_not_to_are_left_alone() {
-        assert!(Encoder::new(Compression::Zstd).wants(LEAST - 1).is_none());
-        assert!(Encoder::new(Compression::Off).wants(1 << 20).is_none());
+        assert!(Encoder::new(Compression::Zstd, 1).wants(LEAST - 1).is_none());
+        assert!(Encoder::new(Compression::Off, 1).wants(1 << 20).is_none());
     }
 }

@@ -71,7 +71,7 @@ impl Worker {
         let twins = Twins::new(of_stream(pages));
         let mut sender = StreamSender {
             stream,
-            writer: FrameWriter::new(stream, sink, compression, flow),
+            writer: FrameWriter::new((stream, streams), sink, compression, flow),
             subject,
             buffer: vec![0; MAX_PLAIN * PAGE_SIZE],
             runs: Vec::new(),

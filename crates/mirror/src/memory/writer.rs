@@ -20,11 +20,17 @@ pub(super) struct FrameWriter<W> {
 }
 
 impl<W: Write> FrameWriter<W> {
-    pub(super) fn new(stream: u16, sink: W, compression: Compression, flow: Arc<Flow>) -> FrameWriter<W> {
+    /// For one of so many streams.
+    pub(super) fn new(
+        (stream, streams): (u16, u16),
+        sink: W,
+        compression: Compression,
+        flow: Arc<Flow>,
+    ) -> FrameWriter<W> {
         FrameWriter {
             stream,
             sink,
-            encoder: Encoder::new(compression),
+            encoder: Encoder::new(compression, streams),
             head: Vec::new(),
             joined: Vec::new(),
             flow,
@@ -62,7 +68,7 @@ impl<W: Write> FrameWriter<W> {
             }
         };
         let written = self.counted(written)?;
-        self.encoder.written(writing, written);
+        self.encoder.written(writing, written, self.flow.wire_bytes());
         Ok(written)
     }
 

@@ -242,7 +242,8 @@ struct Supply<W> {
 
 impl<W: Write> Supply<W> {
     fn new(shared: Arc<Shared>, stream: u16, sink: W, compression: Compression) -> Supply<W> {
-        let writer = FrameWriter::new(stream, sink, compression, Arc::clone(&shared.flow));
+        let streams = shared.ram.layout().streams();
+        let writer = FrameWriter::new((stream, streams), sink, compression, Arc::clone(&shared.flow));
         Supply {
             shared,
             writer,
