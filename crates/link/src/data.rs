@@ -104,8 +104,8 @@ impl DataSender {
     /// # Errors
     /// If the socket refuses.
     pub fn limit_in_flight(&self, bytes: usize) -> io::Result<()> {
-        // The kernel doubles the figure for its own book-keeping, and that is about what it needs.
-        socket2::SockRef::from(&self.socket).set_send_buffer_size(bytes)
+        // The kernel doubles the figure for its own book-keeping, which large writes need next to nothing of.
+        socket2::SockRef::from(&self.socket).set_send_buffer_size(bytes / 2)
     }
 
     /// Sends what is left and the mark of an orderly end.

@@ -156,6 +156,10 @@ impl Mirror {
     /// One round, up to the destination's acknowledgement. Returns both sides' sums too.
     fn round(&mut self, guest: Guest) -> (Sent, Vec<Sum>) {
         let sent = self.source.round(guest).unwrap();
+        self.until_acknowledged(sent)
+    }
+
+    fn until_acknowledged(&mut self, sent: Sent) -> (Sent, Vec<Sum>) {
         assert_eq!(sent.counts.pages(), sent.due, "every page that was due is accounted for");
         let mut sums = vec![None; sent.sums.len()];
         while sums.iter().any(Option::is_none) {
@@ -303,6 +307,41 @@ fn pages_are_not_left_out_of_a_copy_that_was_not_told_so() {
         assert_eq!(mirror.destination.absent() > 0, announced);
         mirror.finish();
     }
+}
+
+#[test]
+fn of_what_is_withheld_the_hottest_pages_come_before_the_guest_runs() {
+    const MOST: usize = 100;
+    let rig = Rig::new();
+    let mut mirror = rig.mirror(2);
+    mirror.destination.allow_absent();
+    mirror.round(Guest::Running);
+    // The process writes to half of all pages, again and again. Once each of four scans in a row has found most of them, more
+    // than a quarter must be hot.
+    let (mut in_a_row, mut time) = (0, Duration::from_millis(10));
+    while in_a_row < 4 {
+        std::thread::sleep(time);
+        let scanned = mirror.source.look(Guest::Running).unwrap();
+        if scanned.pages < PAGES / 2 * 3 / 4 {
+            (in_a_row, time) = (0, time * 2);
+        } else {
+            in_a_row += 1;
+        }
+        let sent = mirror.source.withhold(Guest::Running, scanned).unwrap();
+        let (sent, sums) = mirror.until_acknowledged(sent);
+        assert_eq!(sent.sums, sums);
+    }
+    let before = mirror.source.withheld();
+    rig.signal(libc::SIGSTOP);
+    let scanned = mirror.source.look(Guest::Paused).unwrap();
+    let sent = mirror.source.withhold_cold(scanned, MOST).unwrap();
+    let (sent, sums) = mirror.until_acknowledged(sent);
+    assert_eq!(sent.sums, sums, "the gate");
+    let there = sent.counts.pages() - sent.counts.withheld;
+    assert_eq!(there, MOST as u64, "of {before} pages");
+    assert_eq!(mirror.source.withheld(), mirror.destination.absent(), "both know what is still to come");
+    assert!(mirror.destination.absent() > 0);
+    mirror.finish();
 }
 
 #[test]

@@ -13,6 +13,8 @@ use crate::report::Estimated;
 
 /// Rounds of fewer pages say more about latency than about throughput.
 const TELLING_PAGES: u64 = 256;
+/// And of fewer bytes.
+const TELLING_BYTES: u64 = 1 << 20;
 /// So many rounds in a row that did not shrink mean that they will not.
 const STUBBORN: usize = 3;
 /// A round that is not at least this much smaller than the one before does not count as shrinking.
@@ -23,6 +25,8 @@ const SHRINKING: f64 = 0.9;
 pub(super) struct Estimate {
     /// Guest memory taken care of, in bytes per second.
     pub(super) throughput: f64,
+    /// What the link carried, in bytes per second.
+    pub(super) wire_rate: f64,
     /// In bytes per second.
     pub(super) dirty_rate: f64,
     /// What a switch-over costs beside the last pages.
@@ -56,8 +60,12 @@ impl Estimate {
     /// `since` from the scan before to this one's.
     pub(super) fn learn(&mut self, sent: &Sent, took: Duration, since: Option<Duration>) {
         let bytes = |pages: u64| (pages * PAGE_SIZE as u64) as f64;
-        if sent.due >= TELLING_PAGES {
+        // What is withheld is not sent, and costs nothing.
+        if sent.due >= TELLING_PAGES && sent.counts.withheld == 0 {
             self.throughput = bytes(sent.due) / took.as_secs_f64().max(1e-6);
+        }
+        if sent.counts.wire_bytes >= TELLING_BYTES {
+            self.wire_rate = sent.counts.wire_bytes as f64 / took.as_secs_f64().max(1e-6);
         }
         if let Some(since) = since {
             self.dirty_rate = bytes(sent.scanned) / since.as_secs_f64().max(1e-6);

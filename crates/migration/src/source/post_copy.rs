@@ -29,10 +29,14 @@ use crate::wire::{self, Nothing, Reply, Request};
 const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// How often the streams are looked at.
 const LOOK: Duration = Duration::from_millis(50);
-/// What is pushed may be ahead of what is asked for by as much as goes through in this time.
-const AHEAD: Duration = Duration::from_millis(10);
+/// What is pushed may be ahead of what is asked for by as much as goes through in this time, beside what is under way on the link.
+const AHEAD: Duration = Duration::from_millis(1);
 /// Bounds of that, in bytes, for all streams together.
-const AHEAD_BYTES: (usize, usize) = (256 << 10, 8 << 20);
+const AHEAD_BYTES: (usize, usize) = (32 << 10, 32 << 20);
+/// What it is where nobody knows what goes through, in bytes.
+const AHEAD_UNKNOWN: usize = 1 << 20;
+/// How often something crosses the link, there and back, until a stream is open: TCP's handshake, TLS's, and ours.
+const ROUND_TRIPS: u32 = 3;
 
 /// The connections by which memory is supplied.
 pub(super) struct Streams {
@@ -54,15 +58,15 @@ impl Drop for Supplying {
 }
 
 impl Streams {
-    /// Opens them: one for what is asked for, so many for the rest. `throughput` is what goes through, in bytes per
-    /// second.
+    /// Opens them: one for what is asked for, so many for the rest. `throughput` is what the link carries, in bytes per
+    /// second, where that is known.
     pub(super) async fn open(
         endpoint: &Endpoint,
         address: &str,
         session: Uuid,
         streams: u16,
         bandwidth: &Arc<Bandwidth>,
-        throughput: f64,
+        throughput: Option<f64>,
     ) -> Result<Streams, Stop> {
         let (endpoint, address) = (endpoint.clone(), address.to_owned());
         let bandwidth = Arc::clone(bandwidth);
@@ -70,14 +74,19 @@ impl Streams {
             let broken = |e: &dyn std::error::Error| {
                 Stop::because("data-stream", e, "see the log of the destination's agent")
             };
-            let open = |stream: u16| {
-                endpoint
+            let mut quickest = Duration::MAX;
+            let mut open = |stream: u16| {
+                let begin = Instant::now();
+                let opened = endpoint
                     .open_data(&address, session, streams.saturating_add(stream), Arc::clone(&bandwidth))
-                    .map_err(|e| broken(&e))
+                    .map_err(|e| broken(&e));
+                quickest = quickest.min(begin.elapsed());
+                opened
             };
             let urgent = open(0)?;
             let bulk = (1..=streams).map(open).collect::<Result<Vec<_>, Stop>>()?;
-            let ahead = (throughput * AHEAD.as_secs_f64()) as usize;
+            let ahead = |throughput| (throughput * (AHEAD + quickest / ROUND_TRIPS).as_secs_f64()) as usize;
+            let ahead = throughput.map_or(AHEAD_UNKNOWN, ahead);
             let ahead = ahead.clamp(AHEAD_BYTES.0, AHEAD_BYTES.1) / usize::from(streams.max(1));
             let mut aborts = vec![urgent.abort_handle().map_err(|e| broken(&e))?];
             for stream in &bulk {
@@ -212,7 +221,7 @@ impl Controller {
         let streams = self.streams();
         let (endpoint, session) = (self.host.endpoint.clone(), self.id);
         let bandwidth = Arc::clone(&self.orders.bandwidth);
-        let throughput = self.rounds()?.estimate.throughput;
+        let throughput = Some(self.rounds()?.estimate.wire_rate);
         let destination = self.destination()?;
         destination.send(Request::PostCopy(Nothing {})).await?;
         match destination.receive().await? {
@@ -316,7 +325,7 @@ impl Controller {
     async fn again(&mut self) -> Result<Relinked, Stop> {
         let rounds = self.rounds()?;
         let (secret, layout) = rounds.identity().ok_or_else(nothing_held)?;
-        let throughput = rounds.estimate.throughput;
+        let throughput = Some(rounds.estimate.wire_rate);
         let again = connect_again(&self.host, &self.vm.record, &secret, &layout).await?;
         let (destination, missing) = match again {
             Again::Lacks(destination, missing) => (destination, missing),
@@ -387,7 +396,7 @@ pub async fn supply(host: &Host, record: &Record) -> Result<Option<Finding>, Fai
     };
     let bandwidth = Bandwidth::within(&host.bandwidth, None);
     let opened =
-        Streams::open(&host.endpoint, destination.address(), *session, streams, &bandwidth, 0.0).await;
+        Streams::open(&host.endpoint, destination.address(), *session, streams, &bandwidth, None).await;
     let supplying = opened.and_then(|streams| {
         streams.supply(|urgent, bulk| {
             PostCopySource::start(ram, secret, missing, |_| 0, urgent, bulk)

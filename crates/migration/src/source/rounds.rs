@@ -203,8 +203,21 @@ impl Rounds {
     }
 
     /// A round in which what is due is not sent: the destination is told to be without it.
-    pub(super) async fn withhold(&mut self, destination: &mut Destination, guest: Guest) -> Result<(), Stop> {
-        self.exchange(destination, guest, MemorySource::withhold).await?;
+    pub(super) async fn withhold(&mut self, destination: &mut Destination) -> Result<(), Stop> {
+        self.exchange(destination, Guest::Running, MemorySource::withhold).await?;
+        self.withheld = self.memory.as_ref().map_or(0, MemorySource::withheld);
+        Ok(())
+    }
+
+    /// The last of these, of a paused guest: what it writes all the time it gets, as far as that can be sent in this time.
+    pub(super) async fn withhold_cold(
+        &mut self,
+        destination: &mut Destination,
+        time: Duration,
+    ) -> Result<(), Stop> {
+        let most = (self.estimate.wire_rate * time.as_secs_f64()) as usize / PAGE_SIZE;
+        let send = move |memory: &mut MemorySource, _, scanned| memory.withhold_cold(scanned, most);
+        self.exchange(destination, Guest::Paused, send).await?;
         self.withheld = self.memory.as_ref().map_or(0, MemorySource::withheld);
         Ok(())
     }
@@ -213,7 +226,7 @@ impl Rounds {
         &mut self,
         destination: &mut Destination,
         guest: Guest,
-        send: fn(&mut MemorySource, Guest, Scanned) -> Result<Sent, SourceError>,
+        send: impl FnOnce(&mut MemorySource, Guest, Scanned) -> Result<Sent, SourceError> + Send + 'static,
     ) -> Result<(), Stop> {
         let repairs = self.heard.take_repairs();
         self.repaired += repairs.len() as u64;

@@ -29,6 +29,12 @@ pub(super) const UNTIL_PAUSED: Duration = Duration::from_secs(10);
 /// How long the guest may be paused before the switch-over is given up, beyond the longest downtime accepted.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
+/// So many scans before the pause, with that after it, tell which pages are hot.
+const SCANS_FOR_HEAT: u32 = 3;
+/// With post-copy, hot pages are sent during the pause for at most so long: each is one that the guest would fault at and wait for
+/// as soon as it runs, one after the other.
+const HOT_WITHIN: Duration = Duration::from_millis(20);
+
 /// A guest that is paused, its copy complete and loaded at the destination.
 pub(super) struct Prepared {
     /// When the guest stopped, on this host's clock.
@@ -67,8 +73,11 @@ pub(super) async fn prepare(
         return Err(was_paused(&status.status));
     }
     if streams.is_some() {
-        // Most of what will be missing is given up while the guest still runs.
-        rounds.withhold(destination, Guest::Running).await?;
+        // Most of what will be missing is given up while the guest still runs. Once that is done scans follow soon upon each
+        // other, and show what it writes all the time.
+        for _ in 0..SCANS_FOR_HEAT {
+            rounds.withhold(destination).await?;
+        }
     }
     let asked = Instant::now();
     qmp.migrate(&uri).await.map_err(Stop::qemu)?;
@@ -175,7 +184,7 @@ impl Pausing<'_> {
     ) -> Result<u64, Stop> {
         let device_state_bytes = self.save(pump).await?;
         pause.device_state_ms = self.since();
-        rounds.withhold(destination, Guest::Paused).await?;
+        rounds.withhold_cold(destination, HOT_WITHIN.min(self.options.downtime / 2)).await?;
         pause.last_round_ms = self.since();
         Ok(device_state_bytes)
     }

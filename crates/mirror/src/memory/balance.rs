@@ -298,7 +298,12 @@ mod tests {
                             let work = WORK[method] * FRAME;
                             self.pass(work, link);
                             let left = (left[method] * FRAME) as usize;
-                            self.balance.tried(method, FRAME as usize, left, Duration::from_nanos(work as u64));
+                            self.balance.tried(
+                                method,
+                                FRAME as usize,
+                                left,
+                                Duration::from_nanos(work as u64),
+                            );
                         }
                     }
                 }

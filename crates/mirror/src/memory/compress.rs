@@ -82,7 +82,12 @@ fn waits() -> i64 {
 impl Encoder {
     /// For one of so many streams.
     pub(super) fn new(compression: Compression, streams: u16) -> Encoder {
-        Encoder { compression, balance: Balance::new(streams), compressor: Methods::default(), warm: Default::default() }
+        Encoder {
+            compression,
+            balance: Balance::new(streams),
+            compressor: Methods::default(),
+            warm: Default::default(),
+        }
     }
 
     /// Whether this payload may be compressed, and so has to be in one piece.

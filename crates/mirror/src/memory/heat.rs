@@ -31,8 +31,13 @@ impl Heat {
 
     /// Whether a page was found in three of the last four scans.
     pub(super) fn is_hot(&self, page: PageIndex) -> bool {
+        self.lately(page) >= 3
+    }
+
+    /// In how many of the last four scans a page was found.
+    pub(super) fn lately(&self, page: PageIndex) -> u32 {
         let scans = usize::try_from(page.0).ok().and_then(|page| self.scans.get(page));
-        scans.is_some_and(|scans| (scans & 0b1111).count_ones() >= 3)
+        scans.map_or(0, |scans| (scans & 0b1111).count_ones())
     }
 
     /// In how many of the last eight scans a page was found.

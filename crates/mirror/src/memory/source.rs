@@ -293,6 +293,52 @@ impl MemorySource {
         Ok(sent)
     }
 
+    /// The last round of a paused guest: as [`withhold`](Self::withhold), but what the guest has lately written again and
+    /// again, it will want at once: of that, what was withheld before included, at most so many pages are sent.
+    ///
+    /// # Errors
+    /// As [`withhold`](Self::withhold).
+    pub fn withhold_cold(&mut self, scanned: Scanned, most: usize) -> Result<Sent, SourceError> {
+        let wanted = self.wanted_soon(most);
+        self.withheld.subtract(&wanted);
+        self.owed.subtract(&wanted);
+        self.auditor.busy().set(true);
+        let mut first = Sent { due: wanted.len(), ..self.nothing_sent(&scanned) };
+        let told = self.tell(wanted, Telling::Send { last: false }, &mut first);
+        let mut sent = told.and_then(|()| self.withhold(Guest::Paused, scanned))?;
+        sent.due += first.due;
+        sent.counts.add(&first.counts);
+        Ok(sent)
+    }
+
+    /// The hottest pages of what is owed or withheld; at most so many.
+    fn wanted_soon(&self, most: usize) -> PageSet {
+        let mut unsent = self.owed.clone();
+        unsent.extend(&self.withheld);
+        let blocks = self.subject.ram.layout().blocks().iter();
+        let pages = blocks.flat_map(|block| unsent.runs(block.pages.clone())).flatten();
+        let heats = pages.map(|page| (self.heat.lately(PageIndex(page)), page));
+        let mut hot: Vec<_> = heats.filter(|(_, page)| self.heat.is_hot(PageIndex(*page))).collect();
+        hot.sort_by_key(|(heat, _)| std::cmp::Reverse(*heat));
+        let mut wanted = PageSet::new(self.subject.ram.layout().end());
+        hot.iter().take(most).for_each(|(_, page)| wanted.insert(*page..*page + 1));
+        wanted
+    }
+
+    /// A round of which nothing is sent yet.
+    fn nothing_sent(&self, scanned: &Scanned) -> Sent {
+        Sent {
+            number: self.round,
+            due: self.owed.len(),
+            scanned: scanned.pages,
+            deferred: 0,
+            counts: Counts::default(),
+            sums: vec![Sum::default(); self.workers.len()],
+            scan: scanned.took,
+            elapsed: Duration::ZERO,
+        }
+    }
+
     fn tell_due(&mut self, guest: Guest, scanned: Scanned, withhold: bool) -> Result<Sent, SourceError> {
         self.auditor.busy().set(true);
         let sent = self.tell_all(guest, scanned, withhold);
@@ -302,16 +348,7 @@ impl MemorySource {
 
     fn tell_all(&mut self, guest: Guest, scanned: Scanned, withhold: bool) -> Result<Sent, SourceError> {
         self.take_in_missed()?;
-        let mut sent = Sent {
-            number: self.round,
-            due: self.owed.len(),
-            scanned: scanned.pages,
-            deferred: 0,
-            counts: Counts::default(),
-            sums: vec![Sum::default(); self.workers.len()],
-            scan: scanned.took,
-            elapsed: Duration::ZERO,
-        };
+        let mut sent = self.nothing_sent(&scanned);
         let mut due = self.owed.clone();
         if guest == Guest::Running && !withhold {
             let mut hot = self.hot(&due);

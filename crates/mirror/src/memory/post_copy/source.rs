@@ -30,8 +30,9 @@ const PUSHED_AT_ONCE: u64 = 32;
 /// for one after the other, and what is pushed meanwhile is in the way of each: on a link of 1 Gbit/s an answer took 4.3 ms,
 /// and a guest's first answer to a client 270 ms.
 const FIRST: Duration = Duration::from_millis(250);
-/// A guest that has not asked for so long does not wait for anything.
-const QUIET: Duration = Duration::from_millis(5);
+/// A guest that has not asked for so long does not wait for anything. At first it also computes between two questions: longest
+/// where it is emulated, and all of its code has to be translated again.
+const QUIET: Duration = Duration::from_millis(20);
 
 /// The source's side of one post-copy. The memory stands still: the guest does not run here any more. Ends when dropped;
 /// whatever blocks on a stream is ended by the stream's abort handle.
@@ -374,9 +375,9 @@ mod tests {
         let wait = |state: &State, ms| state.wait(at(ms)).map(|wait| wait.as_millis());
         assert_eq!(State { open: None, asked: Some(begin) }.wait(begin), Some(Duration::MAX));
         let unasked = State { open: Some(begin), asked: None };
-        assert_eq!((wait(&unasked, 1), wait(&unasked, 5)), (Some(4), None));
+        assert_eq!((wait(&unasked, 1), wait(&unasked, 20)), (Some(19), None));
         let asked = |ms| State { open: Some(begin), asked: Some(at(ms)) };
-        assert_eq!((wait(&asked(100), 101), wait(&asked(100), 106)), (Some(4), None));
+        assert_eq!((wait(&asked(100), 101), wait(&asked(100), 121)), (Some(19), None));
         assert_eq!((wait(&asked(248), 249), wait(&asked(300), 300)), (Some(1), None));
     }
 
