@@ -7,8 +7,8 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
 use testbed::guest_spec::{Content, Pattern};
 
-/// Bytes of a page.
-const PAGE: u64 = 4096;
+/// Bytes of a page, which is what a guest dirties at once.
+pub(crate) const PAGE: u64 = 4096;
 /// What the guest's own system needs beside what it fills, in MiB.
 const SYSTEM_MIB: u64 = 192;
 /// How much is filled and checked of a guest that boots a userland, in MiB: enough to notice harm, little beside the rest.

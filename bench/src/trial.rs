@@ -102,6 +102,12 @@ impl CellRecord {
     pub fn samples(&self, contender: Contender) -> impl Iterator<Item = &Sample> {
         self.by(contender).filter_map(|trial| trial.sample.as_ref())
     }
+
+    /// Whether its guest dirtied at least nine tenths of what it was to dirty.
+    pub fn is_dirtied_as_asked(&self) -> bool {
+        let asked = (self.cell.rate() * crate::cell::PAGE) as f64;
+        asked == 0.0 || self.dirtied.is_some_and(|dirtied| dirtied >= 0.9 * asked)
+    }
 }
 
 /// How a cell is tried.

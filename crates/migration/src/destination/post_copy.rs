@@ -94,7 +94,9 @@ pub(crate) async fn recover(host: &Host, record: &Record) -> Result<(), String> 
     else {
         return Ok(());
     };
-    if host.post_copies.get(session).is_some() {
+    let _one_at_a_time = host.post_copies.recovering().await;
+    let as_before = host.journal.get(&record.name).is_some_and(|now| now.post_copy == record.post_copy);
+    if host.post_copies.get(session).is_some() || !as_before {
         return Ok(());
     }
     let Some(process) = &record.process else { return Err("the VM has no process".to_owned()) };

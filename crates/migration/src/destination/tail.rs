@@ -29,7 +29,10 @@ use crate::wire::{self, Missing, Reply};
 /// The machines of this host whose memory is not complete, by the migration that brought them. Clones are handles to
 /// the same.
 #[derive(Debug, Clone, Default)]
-pub struct PostCopies(Arc<Mutex<HashMap<Uuid, Arc<Tail>>>>);
+pub struct PostCopies {
+    tails: Arc<Mutex<HashMap<Uuid, Arc<Tail>>>>,
+    recovering: Arc<tokio::sync::Mutex<()>>,
+}
 
 impl PostCopies {
     pub(crate) fn get(&self, session: Uuid) -> Option<Arc<Tail>> {
@@ -42,12 +45,17 @@ impl PostCopies {
         drop(tail);
     }
 
+    /// To be held while one is taken over from an agent that has ended: both this agent and the source that is back may try.
+    pub(super) async fn recovering(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.recovering.lock().await
+    }
+
     fn insert(&self, session: Uuid, tail: Arc<Tail>) {
         self.lock().insert(session, tail);
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Tail>>> {
-        lock(&self.0)
+        lock(&self.tails)
     }
 }
 

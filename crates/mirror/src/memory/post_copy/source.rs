@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::NEIGHBOURHOOD;
 use crate::audit::Subject;
@@ -39,7 +39,8 @@ const QUIET: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct PostCopySource {
     shared: Arc<Shared>,
-    wants: Option<Sender<Vec<PageIndex>>>,
+    /// Tells that there is something in [`Shared::wanted`].
+    wants: Option<Sender<()>>,
     workers: Vec<JoinHandle<()>>,
     results: Receiver<Result<(), SourceError>>,
 }
@@ -52,6 +53,8 @@ struct Shared {
     flow: Arc<Flow>,
     /// Not sent by anybody yet.
     unsent: Mutex<PageSet>,
+    /// Asked for, and not answered yet: no more than there are pages, however often one is asked for.
+    wanted: Mutex<BTreeSet<PageIndex>>,
     /// Chunks with unsent pages, in the order in which they are pushed, and how many were taken.
     chunks: Vec<Range<u64>>,
     taken: AtomicUsize,
@@ -136,11 +139,12 @@ impl PostCopySource {
             secret,
             flow,
             unsent: Mutex::new(unsent),
+            wanted: Mutex::default(),
             chunks,
             taken: AtomicUsize::new(0),
             gate: Gate::default(),
         });
-        let (wants, wanted) = unbounded();
+        let (wants, wanted) = bounded(1);
         let (tell, results) = unbounded();
         let mut source =
             PostCopySource { shared: Arc::clone(&shared), wants: Some(wants), workers: Vec::new(), results };
@@ -171,8 +175,11 @@ impl PostCopySource {
     /// The guest waits for these: they go first, with their neighbours, whether or not they were sent before.
     pub fn supply(&self, pages: Vec<PageIndex>) {
         lock(&self.shared.gate.state).asked = Some(Instant::now());
+        let layout = self.shared.ram.layout();
+        lock(&self.shared.wanted).extend(pages.into_iter().filter(|page| layout.locate(*page).is_some()));
         if let Some(wants) = &self.wants {
-            let _ = wants.send(pages);
+            // Where one word waits to be heard, that is enough.
+            let _ = wants.try_send(());
         }
     }
 
@@ -256,10 +263,9 @@ impl<W: Write> Supply<W> {
     }
 
     /// Supplies what is asked for, until nobody can ask any more.
-    fn answer(&mut self, wanted: &Receiver<Vec<PageIndex>>) -> Result<(), SourceError> {
-        while let Ok(mut pages) = wanted.recv() {
-            pages.extend(wanted.try_iter().flatten());
-            let pages: BTreeSet<PageIndex> = pages.into_iter().collect();
+    fn answer(&mut self, wanted: &Receiver<()>) -> Result<(), SourceError> {
+        while let Ok(()) = wanted.recv() {
+            let pages = std::mem::take(&mut *lock(&self.shared.wanted));
             for run in self.with_neighbours(&pages) {
                 self.gather(run)?;
             }
@@ -271,10 +277,8 @@ impl<W: Write> Supply<W> {
 
     /// What is wanted, and what is unsent around it; those are taken.
     fn with_neighbours(&self, pages: &BTreeSet<PageIndex>) -> Vec<Range<u64>> {
-        let layout = self.shared.ram.layout();
         let mut unsent = lock(&self.shared.unsent);
-        let mut taken = PageSet::new(layout.end());
-        let pages = pages.iter().filter(|page| layout.locate(**page).is_some());
+        let mut taken = PageSet::new(self.shared.ram.layout().end());
         let mut around = BTreeSet::new();
         for page in pages {
             let first = page.0 / NEIGHBOURHOOD * NEIGHBOURHOOD;
