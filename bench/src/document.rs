@@ -65,8 +65,8 @@ pub(crate) fn document(results: &Results) -> String {
         let names = results.left_out.join(", ");
         let _ = writeln!(text, "\n**Not tried, for want of time: {names}.**");
     }
-    text += "\n## Goals\n\nA goal is reached only where vmirror made all its runs, each to its end, and its guest found nothing wrong in \
-             itself afterwards.\n\n| case | goal | measured | |\n| --- | --- | --- | --- |\n";
+    text += "\n## Goals\n\nA goal is reached only where vmirror made all its runs, each to its end, and its guest dirtied what \
+             it was to dirty and found nothing wrong in itself afterwards.\n\n| case | goal | measured | |\n| --- | --- | --- | --- |\n";
     for Goal { case, goal, measured, reached } in &results.goals {
         let mark = match reached {
             Some(true) => "reached",

@@ -1,6 +1,7 @@
 //! The goals, held against what was measured. Every goal is judged by medians, and a ratio only within one cell, whose
 //! contenders took turns. None is reached where vmirror has not made all the runs it was to make, each to its end.
 
+use migration::report::Round;
 use serde::{Deserialize, Serialize};
 
 use crate::contender::Contender;
@@ -169,11 +170,9 @@ fn by_post_copy(cells: &[CellRecord], name: &str, case: &str) -> Goal {
         // Whoever was not heard again stood still for longer than anything that was measured.
         let seen = samples.iter().map(|sample| stall_ms(sample).unwrap_or(f64::INFINITY));
         let stall = Spread::of(seen)?;
-        // The first pass, the one that leaves out what was written meanwhile, and the one in the pause.
-        let passes = reports
-            .iter()
-            .map(|report| report.rounds.iter().filter(|round| !round.paused && round.withheld == 0).count());
-        let passes = passes.max()?;
+        // Those that withhold, or found nothing to withhold, and the one in the pause are none.
+        let is_pass = |round: &&Round| !round.paused && round.withheld == 0 && round.dirty_pages > 0;
+        let passes = reports.iter().map(|report| report.rounds.iter().filter(is_pass).count()).max()?;
         let used = reports.iter().filter(|report| report.post_copy.is_some()).count();
         let floor = record.unmigrated.and_then(|beats| beats.gap_ms()).unwrap_or(f64::NAN);
         let measured = format!(

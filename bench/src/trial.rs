@@ -297,7 +297,8 @@ impl<'a> Scene<'a> {
         self.rest(client, ADDRESSES[0])?;
         let ms_between = after.uptime_ms.saturating_sub(before.uptime_ms);
         let pages = after.writes.saturating_sub(before.writes);
-        record.dirtied = (ms_between > 0).then(|| (pages * 4096) as f64 / ms_between as f64 * 1e3);
+        record.dirtied =
+            (ms_between > 0).then(|| (pages * crate::cell::PAGE) as f64 / ms_between as f64 * 1e3);
         record.unmigrated = beats;
         narrator.result(&format!(
             "it dirties {} per second; longest heartbeat gap {}",

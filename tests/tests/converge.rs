@@ -62,7 +62,7 @@ fn with_fail_a_guest_that_outruns_the_link_stays_and_it_is_said_why() {
         return;
     }
     // What limits is the link, or what was asked for.
-    for (percent, more) in [(300, &[][..]), (80, &["--bandwidth", "1MiB/s"])] {
+    for (percent, more) in [(300, &[][..]), (80, &["--bandwidth", "2MiB/s"])] {
         let (pair, spec) = outrun(percent);
         let guest = pair.run(pair.a(), "vm", &spec);
         let before = guest.status();

@@ -1,10 +1,11 @@
 //! One bandwidth limit for all data streams of a mirror together, and one for all mirrors of an agent.
 
-use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::fair_queue::{ALONE, FairQueue, Member};
 
 /// How much time's worth of bytes may pass at once.
 const BURST: Duration = Duration::from_millis(4);
@@ -25,8 +26,7 @@ const NANO: i128 = 1_000_000_000;
 /// Without a limit, taking is one relaxed atomic addition.
 ///
 /// Sessions that share a bucket get equal parts of it, however many streams each has; what one does not use goes to the
-/// others. Of those who wait, the one is next whose session has had the least. A session that had nothing to send has
-/// not saved up for it: it goes on from where the others are (start-time fair queueing, Goyal, Vin and Cheng 1996).
+/// others.
 #[derive(Debug)]
 pub struct Bandwidth {
     /// Bytes per second; 0 is no limit.
@@ -41,22 +41,6 @@ pub struct Bandwidth {
     shared: Option<(Arc<Bandwidth>, Member)>,
 }
 
-/// Who takes from a bucket; streams of one session are the same to a bucket that sessions share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Member(u64);
-
-/// Who takes from a bucket that is not shared by sessions.
-const ALONE: Member = Member(0);
-
-/// Somebody who waits.
-#[derive(Debug, Clone, Copy)]
-struct Waiting {
-    ticket: u64,
-    member: Member,
-    /// What the member will have had when it is this one's turn.
-    start: u64,
-}
-
 #[derive(Debug)]
 struct Bucket {
     /// Billionths of bytes that may be taken now; negative is debt.
@@ -64,46 +48,12 @@ struct Bucket {
     /// The clock when the balance was last brought up to date.
     filled: Duration,
     /// Those who wait.
-    queue: Vec<Waiting>,
-    next: u64,
-    /// Bytes that each member has had or waits for, counted from where the others were when it came.
-    had: HashMap<Member, u64>,
-    /// The start of who was served last: where the others are.
-    at: u64,
-    members: u64,
+    queue: FairQueue,
 }
 
 impl Bucket {
     fn new(now: Duration) -> Self {
-        Self { balance: 0, filled: now, queue: Vec::new(), next: 0, had: HashMap::new(), at: 0, members: 0 }
-    }
-
-    /// Who is next: whose member has had the least, and of those the first that came.
-    fn front(&self) -> Option<u64> {
-        self.queue.iter().min_by_key(|waiting| (waiting.start, waiting.ticket)).map(|waiting| waiting.ticket)
-    }
-
-    /// Puts somebody into the queue. Returns the ticket.
-    fn enter(&mut self, member: Member, bytes: usize) -> u64 {
-        let ticket = self.next;
-        self.next += 1;
-        let had = self.had.entry(member).or_default();
-        // Streams of a session that is alone are served as they come: nobody is to be compared with.
-        let start = if member == ALONE { 0 } else { (*had).max(self.at) };
-        *had = start + bytes as u64;
-        self.queue.push(Waiting { ticket, member, start });
-        ticket
-    }
-
-    /// Takes somebody out of the queue, who was served or has given up.
-    fn leave(&mut self, ticket: u64, served: bool) {
-        let Some(place) = self.queue.iter().position(|waiting| waiting.ticket == ticket) else { return };
-        let Waiting { member, start, .. } = self.queue.swap_remove(place);
-        if served {
-            self.at = start;
-        } else if let Some(had) = self.had.get_mut(&member) {
-            *had = start;
-        }
+        Self { balance: 0, filled: now, queue: FairQueue::default() }
     }
 }
 
@@ -163,11 +113,7 @@ impl Bandwidth {
     }
 
     fn sharing(mut self, all: &Arc<Self>) -> Self {
-        let member = {
-            let mut bucket = all.lock();
-            bucket.members += 1;
-            Member(bucket.members)
-        };
+        let member = all.lock().queue.join();
         self.shared = Some((Arc::clone(all), member));
         self
     }
@@ -241,7 +187,7 @@ impl Bandwidth {
 
     fn wait_for(&self, member: Member, bytes: usize, aborted: &AtomicBool) -> bool {
         let mut bucket = self.lock();
-        let me = bucket.enter(member, bytes);
+        let me = bucket.queue.enter(member, bytes);
         let taken = loop {
             if aborted.load(Ordering::Relaxed) {
                 break false;
@@ -251,7 +197,7 @@ impl Bandwidth {
             if limit == 0 {
                 break true;
             }
-            if bucket.front() != Some(me) {
+            if bucket.queue.front() != Some(me) {
                 bucket = self.changed.wait(bucket).unwrap_or_else(PoisonError::into_inner);
             } else if bucket.balance >= 0 {
                 bucket.balance -= bytes as i128 * NANO;
@@ -263,7 +209,7 @@ impl Bandwidth {
                 bucket = self.clock.wait(&self.changed, bucket, time);
             }
         };
-        bucket.leave(me, taken);
+        bucket.queue.leave(me, taken);
         if !bucket.queue.is_empty() {
             self.changed.notify_all();
         }
@@ -292,7 +238,7 @@ impl Bandwidth {
 impl Drop for Bandwidth {
     fn drop(&mut self) {
         if let Some((all, member)) = &self.shared {
-            all.lock().had.remove(member);
+            all.lock().queue.forget(*member);
         }
     }
 }
@@ -385,62 +331,6 @@ mod tests {
         assert!(passed < Duration::from_micros(2_000_010), "{passed:?}");
     }
 
-    /// Serves whoever is next, who comes again at once. Returns whose turn it was.
-    fn serve(bucket: &mut Bucket, sizes: &HashMap<Member, usize>) -> Member {
-        let ticket = bucket.front().expect("somebody waits");
-        let waiting = *bucket.queue.iter().find(|waiting| waiting.ticket == ticket).expect("it is in there");
-        bucket.leave(ticket, true);
-        bucket.enter(waiting.member, sizes[&waiting.member]);
-        waiting.member
-    }
-
-    proptest! {
-        #[test]
-        fn sessions_share_equally_whatever_their_streams_and_sizes(
-            sessions in prop::collection::vec((1usize..9, 1usize..300_000), 2..6),
-        ) {
-            let mut bucket = Bucket::new(Duration::ZERO);
-            let mut sizes = HashMap::new();
-            for (member, &(streams, size)) in (1..).map(Member).zip(&sessions) {
-                sizes.insert(member, size);
-                for _ in 0..streams { bucket.enter(member, size); }
-            }
-            let mut had: HashMap<Member, u64> = HashMap::new();
-            while had.values().sum::<u64>() < 30_000_000 {
-                let member = serve(&mut bucket, &sizes);
-                *had.entry(member).or_default() += sizes[&member] as u64;
-            }
-            let largest = *sizes.values().max().expect("not empty") as u64;
-            let (least, most) = (had.values().min().expect("some"), had.values().max().expect("some"));
-            prop_assert!(had.len() == sessions.len() && most - least <= 2 * largest, "{had:?} {sizes:?}");
-        }
-    }
-
-    #[test]
-    fn a_session_that_paused_has_not_saved_up_for_it() {
-        let mut bucket = Bucket::new(Duration::ZERO);
-        let sizes = HashMap::from([(Member(1), 1000), (Member(2), 1000)]);
-        bucket.enter(Member(1), 1000);
-        for _ in 0..500 {
-            assert_eq!(serve(&mut bucket, &sizes), Member(1), "what nobody else wants it gets");
-        }
-        bucket.enter(Member(2), 1000);
-        let of_second = (0..100).filter(|_| serve(&mut bucket, &sizes) == Member(2)).count();
-        assert!((49..=51).contains(&of_second), "{of_second} of 100");
-    }
-
-    #[test]
-    fn who_gives_up_has_had_nothing() {
-        let mut bucket = Bucket::new(Duration::ZERO);
-        let ticket = bucket.enter(Member(1), 1_000_000);
-        bucket.enter(Member(2), 10);
-        bucket.leave(ticket, false);
-        bucket.enter(Member(1), 10);
-        let sizes = HashMap::from([(Member(1), 10), (Member(2), 10)]);
-        let of_first = (0..10).filter(|_| serve(&mut bucket, &sizes) == Member(1)).count();
-        assert_eq!(of_first, 5);
-    }
-
     #[test]
     fn a_session_keeps_to_its_own_limit_and_to_the_one_it_shares() {
         for (own, all) in [(1_000_000, 3_000_000), (3_000_000, 1_000_000), (0, 1_000_000), (1_000_000, 0)] {
@@ -456,10 +346,7 @@ mod tests {
             assert!((0.99..1.01).contains(&passed.as_secs_f64()), "{own} {all}: {passed:?}");
             assert_eq!((session.sent(), shared.sent()), (1_000_000, 1_000_000));
             drop(session);
-            assert!(
-                shared.lock().had.keys().all(|member| *member == ALONE),
-                "a session that ended is forgotten"
-            );
+            assert!(shared.lock().queue.knows_nobody(), "a session that ended is forgotten");
         }
     }
 

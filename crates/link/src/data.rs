@@ -97,15 +97,12 @@ impl DataSender {
         })
     }
 
-    /// Lets no more than about so many bytes be under way: not yet acknowledged by the peer's host. A write that would
-    /// exceed it waits. What other streams send is then not far behind this one's, however deep the queues between the
-    /// hosts are.
+    /// A handle by which another thread can limit how much is under way.
     ///
     /// # Errors
-    /// If the socket refuses.
-    pub fn limit_in_flight(&self, bytes: usize) -> io::Result<()> {
-        // The kernel doubles the figure for its own book-keeping, which large writes need next to nothing of.
-        socket2::SockRef::from(&self.socket).set_send_buffer_size(bytes / 2)
+    /// If the process has no file descriptors left.
+    pub fn in_flight(&self) -> io::Result<InFlight> {
+        Ok(InFlight(self.socket.try_clone()?))
     }
 
     /// Sends what is left and the mark of an orderly end.
@@ -381,6 +378,23 @@ impl Read for DataReceiver {
                 Plaintext::None => self.advance()?,
             }
         }
+    }
+}
+
+/// Limits, from another thread, how much of a data stream is under way.
+#[derive(Debug)]
+pub struct InFlight(TcpStream);
+
+impl InFlight {
+    /// Lets no more than about so many bytes be under way: not yet acknowledged by the peer's host. A write that would
+    /// exceed it waits. What other streams send is then not far behind this one's, however deep the queues between the
+    /// hosts are.
+    ///
+    /// # Errors
+    /// If the socket refuses.
+    pub fn limit(&self, bytes: usize) -> io::Result<()> {
+        // The kernel doubles the figure for its own book-keeping, which large writes need next to nothing of.
+        socket2::SockRef::from(&self.0).set_send_buffer_size(bytes / 2)
     }
 }
 

@@ -26,6 +26,7 @@ pub mod control;
 pub mod data;
 pub mod endpoint;
 pub mod error;
+mod fair_queue;
 mod hello;
 pub mod identity;
 pub mod listener;
@@ -33,7 +34,7 @@ mod wire;
 
 pub use bandwidth::Bandwidth;
 pub use control::{Control, ControlReceiver, ControlSender};
-pub use data::{AbortHandle, DataReceiver, DataSender};
+pub use data::{AbortHandle, DataReceiver, DataSender, InFlight};
 pub use endpoint::{Deadlines, Endpoint, EndpointError, Peer, VersionRange};
 pub use error::{AcceptError, ConnectError, HelloError, LinkError, Step, TlsError};
 pub use hello::{DataHello, Purpose};

@@ -95,8 +95,11 @@ pub(crate) async fn recover(host: &Host, record: &Record) -> Result<(), String> 
         return Ok(());
     };
     let _one_at_a_time = host.post_copies.recovering().await;
-    let as_before = host.journal.get(&record.name).is_some_and(|now| now.post_copy == record.post_copy);
-    if host.post_copies.get(session).is_some() || !as_before {
+    if host.post_copies.get(session).is_some() {
+        return Ok(());
+    }
+    // After that: the end of one is put on record before it is forgotten.
+    if host.journal.get(&record.name).is_none_or(|now| now.post_copy != record.post_copy) {
         return Ok(());
     }
     let Some(process) = &record.process else { return Err("the VM has no process".to_owned()) };

@@ -25,8 +25,8 @@ const SHRINKING: f64 = 0.9;
 pub(super) struct Estimate {
     /// Guest memory taken care of, in bytes per second.
     pub(super) throughput: f64,
-    /// What the link carried, in bytes per second.
-    pub(super) wire_rate: f64,
+    /// What the link carried, in bytes per second. None before anything was sent that says so.
+    pub(super) wire_rate: Option<f64>,
     /// In bytes per second.
     pub(super) dirty_rate: f64,
     /// What a switch-over costs beside the last pages.
@@ -64,8 +64,8 @@ impl Estimate {
         if sent.due >= TELLING_PAGES && sent.counts.withheld == 0 {
             self.throughput = bytes(sent.due) / took.as_secs_f64().max(1e-6);
         }
-        if sent.counts.wire_bytes >= TELLING_BYTES {
-            self.wire_rate = sent.counts.wire_bytes as f64 / took.as_secs_f64().max(1e-6);
+        if sent.counts.wire_bytes >= TELLING_BYTES && sent.counts.withheld == 0 {
+            self.wire_rate = Some(sent.counts.wire_bytes as f64 / took.as_secs_f64().max(1e-6));
         }
         if let Some(since) = since {
             self.dirty_rate = bytes(sent.scanned) / since.as_secs_f64().max(1e-6);
@@ -159,6 +159,19 @@ mod tests {
             (due, since) = (took.as_secs_f64() * rate, Some(took));
         }
         estimate.advice(options)
+    }
+
+    #[test]
+    fn a_round_that_withholds_says_nothing_of_the_link() {
+        let mut estimate = Estimate::new(Duration::ZERO);
+        let counts = Counts { plain: 1000, wire_bytes: 4 << 20, ..Counts::default() };
+        estimate.learn(&Sent { counts, ..sent(1000, 1000) }, Duration::from_secs(2), None);
+        let (throughput, wire_rate) = (estimate.throughput, estimate.wire_rate);
+        assert_eq!((throughput, wire_rate), (1000.0 * 4096.0 / 2.0, Some(f64::from(2 << 20))));
+        let counts = Counts { withheld: 500_000, wire_bytes: 2 << 20, ..Counts::default() };
+        let quickly = Duration::from_millis(1);
+        estimate.learn(&Sent { counts, ..sent(500_000, 500_000) }, quickly, Some(quickly));
+        assert_eq!((estimate.throughput, estimate.wire_rate), (throughput, wire_rate));
     }
 
     #[test]

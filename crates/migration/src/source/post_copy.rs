@@ -4,10 +4,11 @@
 //! So it has no deadline. When the link is lost it is made again, as often as that takes, and the destination says what
 //! it still lacks; when this agent ends, the next one goes on ([`supply`]).
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use link::{AbortHandle, Bandwidth, DataSender, Endpoint};
+use link::{AbortHandle, Bandwidth, DataSender, Endpoint, InFlight};
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
 use mirror::memory::pages::PageSet;
@@ -33,8 +34,10 @@ const LOOK: Duration = Duration::from_millis(50);
 const AHEAD: Duration = Duration::from_millis(1);
 /// Bounds of that, in bytes, for all streams together.
 const AHEAD_BYTES: (usize, usize) = (32 << 10, 32 << 20);
-/// What it is where nobody knows what goes through, in bytes.
-const AHEAD_UNKNOWN: usize = 1 << 20;
+/// So many times what went over a link is taken to go over it.
+const FASTER: f64 = 1.1;
+/// What a link is taken to carry where nobody knows, in bytes per second: 1 Gbit/s.
+const ASSUMED: f64 = 125e6;
 /// How often something crosses the link, there and back, until a stream is open: TCP's handshake, TLS's, and ours.
 const ROUND_TRIPS: u32 = 3;
 
@@ -43,12 +46,42 @@ pub(super) struct Streams {
     urgent: DataSender,
     bulk: Vec<DataSender>,
     aborts: Vec<AbortHandle>,
+    ahead: Ahead,
 }
 
 /// Memory being supplied. The streams end when it is dropped.
 pub(super) struct Supplying {
     source: Arc<PostCopySource>,
     aborts: Vec<AbortHandle>,
+    ahead: Ahead,
+}
+
+/// How far what is pushed is ahead of what is asked for.
+struct Ahead {
+    bulk: Vec<InFlight>,
+    round_trip: Duration,
+    /// What goes through, in bytes per second.
+    rate: f64,
+}
+
+impl Ahead {
+    /// Lets the bulk streams be ahead by what goes through in [`AHEAD`] and a round trip.
+    fn apply(&self) -> io::Result<()> {
+        let ahead = (self.rate * (AHEAD + self.round_trip).as_secs_f64()) as usize;
+        let ahead = ahead.clamp(AHEAD_BYTES.0, AHEAD_BYTES.1);
+        self.bulk.iter().try_for_each(|stream| stream.limit(ahead / self.bulk.len().max(1)))
+    }
+
+    /// So much went through since the last look. What is under way limits what goes through: where it may be more, it shows only
+    /// if it is tried.
+    fn learn(&mut self, bytes: u64, time: Duration) -> io::Result<()> {
+        let seen = bytes as f64 / time.as_secs_f64().max(1e-3) * FASTER;
+        if seen > self.rate {
+            self.rate = seen;
+            self.apply()?;
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Supplying {
@@ -85,15 +118,15 @@ impl Streams {
             };
             let urgent = open(0)?;
             let bulk = (1..=streams).map(open).collect::<Result<Vec<_>, Stop>>()?;
-            let ahead = |throughput| (throughput * (AHEAD + quickest / ROUND_TRIPS).as_secs_f64()) as usize;
-            let ahead = throughput.map_or(AHEAD_UNKNOWN, ahead);
-            let ahead = ahead.clamp(AHEAD_BYTES.0, AHEAD_BYTES.1) / usize::from(streams.max(1));
             let mut aborts = vec![urgent.abort_handle().map_err(|e| broken(&e))?];
+            let rate = throughput.unwrap_or(ASSUMED);
+            let mut ahead = Ahead { bulk: Vec::new(), round_trip: quickest / ROUND_TRIPS, rate };
             for stream in &bulk {
-                stream.limit_in_flight(ahead).map_err(|e| broken(&e))?;
                 aborts.push(stream.abort_handle().map_err(|e| broken(&e))?);
+                ahead.bulk.push(stream.in_flight().map_err(|e| broken(&e))?);
             }
-            Ok(Streams { urgent, bulk, aborts })
+            ahead.apply().map_err(|e| broken(&e))?;
+            Ok(Streams { urgent, bulk, aborts, ahead })
         });
         opened.await.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?
     }
@@ -103,8 +136,8 @@ impl Streams {
         self,
         begin: impl FnOnce(DataSender, Vec<DataSender>) -> Result<PostCopySource, Stop>,
     ) -> Result<Supplying, Stop> {
-        let Streams { urgent, bulk, aborts } = self;
-        Ok(Supplying { source: Arc::new(begin(urgent, bulk)?), aborts })
+        let Streams { urgent, bulk, aborts, ahead } = self;
+        Ok(Supplying { source: Arc::new(begin(urgent, bulk)?), aborts, ahead })
     }
 }
 
@@ -117,12 +150,13 @@ impl Supplying {
 
     /// Pushes the rest, until the destination says that nothing is missing, or the link is lost.
     async fn push(
-        &self,
+        &mut self,
         destination: &mut Destination,
         mut left: impl FnMut(u64),
     ) -> Result<wire::Supplied, Stop> {
         self.answer(destination);
         self.source.push();
+        let (mut looked, mut sent) = (Instant::now(), self.source.sent());
         loop {
             tokio::select! {
                 reply = destination.receive() => match reply? {
@@ -131,6 +165,11 @@ impl Supplying {
                 },
                 () = tokio::time::sleep(LOOK) => {
                     left(self.source.unsent());
+                    let (now, all) = (Instant::now(), self.source.sent());
+                    if let Err(error) = self.ahead.learn(all - sent, now - looked) {
+                        tracing::debug!(error = chain(&error), "a stream is as far ahead as before");
+                    }
+                    (looked, sent) = (now, all);
                     if let Some(error) = self.source.failure() {
                         return Err(Stop::because("data-stream", &error, "see to the network between the hosts"));
                     }
@@ -221,7 +260,7 @@ impl Controller {
         let streams = self.streams();
         let (endpoint, session) = (self.host.endpoint.clone(), self.id);
         let bandwidth = Arc::clone(&self.orders.bandwidth);
-        let throughput = Some(self.rounds()?.estimate.wire_rate);
+        let throughput = self.rounds()?.estimate.wire_rate;
         let destination = self.destination()?;
         destination.send(Request::PostCopy(Nothing {})).await?;
         match destination.receive().await? {
@@ -283,7 +322,7 @@ impl Controller {
         let (mut wait, longest) = AGAIN;
         let mut lacked = u64::MAX;
         loop {
-            if let (Some(supplying), Some(destination)) = (supplying.take(), &mut self.held.destination) {
+            if let (Some(mut supplying), Some(destination)) = (supplying.take(), &mut self.held.destination) {
                 *links += 1;
                 match supplying.push(destination, left).await {
                     Ok(supplied) => {
@@ -325,7 +364,7 @@ impl Controller {
     async fn again(&mut self) -> Result<Relinked, Stop> {
         let rounds = self.rounds()?;
         let (secret, layout) = rounds.identity().ok_or_else(nothing_held)?;
-        let throughput = Some(rounds.estimate.wire_rate);
+        let throughput = rounds.estimate.wire_rate;
         let again = connect_again(&self.host, &self.vm.record, &secret, &layout).await?;
         let (destination, missing) = match again {
             Again::Lacks(destination, missing) => (destination, missing),
@@ -406,4 +445,18 @@ pub async fn supply(host: &Host, record: &Record) -> Result<Option<Finding>, Fai
     let supplied = supplying.map_err(failed)?.push(&mut destination, |_| {}).await.map_err(failed)?;
     tracing::info!(vm = %record.name, faults = supplied.faults, "nothing is missing any more");
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_that_carries_more_than_was_thought_is_given_more() {
+        let mut ahead = Ahead { bulk: Vec::new(), round_trip: Duration::ZERO, rate: 1e6 };
+        ahead.learn(50_000, Duration::from_millis(100)).expect("no stream");
+        assert!((ahead.rate - 1e6).abs() < 1.0, "less goes through when there is less to push");
+        ahead.learn(200_000, Duration::from_millis(100)).expect("no stream");
+        assert!((ahead.rate - 2e6 * FASTER).abs() < 1.0);
+    }
 }

@@ -215,7 +215,7 @@ impl Rounds {
         destination: &mut Destination,
         time: Duration,
     ) -> Result<(), Stop> {
-        let most = (self.estimate.wire_rate * time.as_secs_f64()) as usize / PAGE_SIZE;
+        let most = (self.estimate.wire_rate.unwrap_or(0.0) * time.as_secs_f64()) as usize / PAGE_SIZE;
         let send = move |memory: &mut MemorySource, _, scanned| memory.withhold_cold(scanned, most);
         self.exchange(destination, Guest::Paused, send).await?;
         self.withheld = self.memory.as_ref().map_or(0, MemorySource::withheld);

@@ -174,7 +174,8 @@ impl Pausing<'_> {
         Ok((saved.0, sound))
     }
 
-    /// Leaves out of the copy what the destination does not have. Returns the bytes of device state.
+    /// Leaves out of the copy what the destination does not have, but for what the guest will want at once. Returns the bytes of
+    /// device state.
     async fn leave_out(
         &mut self,
         rounds: &mut Rounds,

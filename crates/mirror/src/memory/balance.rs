@@ -29,10 +29,13 @@ pub(super) enum Method {
 /// What there is to choose from, the least work first.
 pub(super) const METHODS: [Method; 5] =
     [Method::None, Method::Lz4, Method::Zstd(1), Method::Zstd(3), Method::Zstd(6)];
-/// Every how many frames the methods are tried: at the very first, later, and at most where nothing gets smaller.
-const TRY_EVERY: (u32, u32, u32) = (1, 16, 256);
-/// One that seems not to pay is tried so often, every how many tries: what it costs may have been measured at a bad moment.
-const TRY_AGAIN: u32 = 4;
+/// Every how many frames the methods are tried: at the very first, later, and where nothing gets smaller.
+const TRY_EVERY: (u32, u32, u32) = (1, 32, 256);
+/// Where something would get smaller and is not worth it.
+const TRY_UNUSED: u32 = 64;
+/// One that seems not to pay is tried so often, every how many tries: what it costs may have been measured at a bad moment. Not one
+/// whose work alone is so many times what the cheapest costs.
+const TRY_AGAIN: (u32, f64) = (4, 3.0);
 /// What is new counts so much against what was measured before.
 const NEW: f64 = 0.25;
 /// How much more a method may cost than the cheapest, if it leaves less.
@@ -60,12 +63,9 @@ impl Lately {
         self.0 = Some(self.0.map_or(now, |before| before + NEW * (now - before)));
     }
 
-    /// Learns what can be measured as more than it is, but hardly as less.
-    fn learn_least(&mut self, now: f64) {
-        match self.0 {
-            Some(before) if before > now => self.0 = Some(now + NEW * (before - now)),
-            _ => self.learn(now),
-        }
+    /// Learns what is now and then measured as far more than it is: of CPU time, what an interrupt took.
+    fn learn_but_outliers(&mut self, now: f64) {
+        self.learn(self.0.map_or(now, |before| now.min(2.0 * before)));
     }
 }
 
@@ -74,8 +74,17 @@ impl Lately {
 struct Known {
     /// CPU time per byte that goes in, in nanoseconds.
     work: Lately,
-    /// Bytes that come out per byte that the method before leaves of the same memory. The first is compared with what goes in.
+    /// Bytes that come out per byte that goes in, of the frames it was tried on.
     left: Lately,
+    /// What the method before leaves of the same frames.
+    left_before: Lately,
+}
+
+impl Known {
+    /// Bytes that come out per byte that the method before leaves of the same memory.
+    fn part(&self) -> Option<f64> {
+        Some(self.left.0? / self.left_before.0?)
+    }
 }
 
 /// A write to the stream that has ended.
@@ -144,7 +153,12 @@ impl Balance {
         if due {
             let (_, usual, most) = TRY_EVERY;
             let gains = (1..=2).any(|method| self.left(method).is_none_or(|left| left < GAINS));
-            self.try_every = (self.try_every * 2).min(if gains { usual } else { most });
+            let every = match METHODS[self.choose()] {
+                _ if !gains => most,
+                Method::None => TRY_UNUSED,
+                _ => usual,
+            };
+            self.try_every = (self.try_every * 2).min(every);
             self.until_try = self.try_every;
             self.tries += 1;
             self.tried = (0, 1.0);
@@ -157,10 +171,14 @@ impl Balance {
     pub(super) fn may_pay(&self, method: usize) -> bool {
         let known = |method: usize| self.known.get(method).and_then(|known| known.work.0);
         let least = known(method).or(method.checked_sub(1).and_then(known)).unwrap_or(0.0);
-        let again = self.tries.is_multiple_of(TRY_AGAIN) && known(method).is_some();
-        // Where the first level of zstd finds nothing, no other does.
-        let hopeless = method > 2 && self.left(2).is_some_and(|left| left > GAINS);
-        method == 1 || !hopeless && (again || self.best().is_some_and(|best| least <= best * MORE))
+        let (every, most) = TRY_AGAIN;
+        let again = if self.tries.is_multiple_of(every) && known(method).is_some() { most } else { MORE };
+        method == 1 || !self.is_hopeless(method) && self.best().is_some_and(|best| least <= best * again)
+    }
+
+    /// Where the first level of Zstandard finds nothing, no other does.
+    fn is_hopeless(&self, method: usize) -> bool {
+        method > 2 && self.left(2).is_some_and(|left| left > GAINS)
     }
 
     /// The method for a frame, by its place among [`METHODS`].
@@ -185,7 +203,7 @@ impl Balance {
 
     /// Bytes that come out per byte that goes in.
     fn left(&self, method: usize) -> Option<f64> {
-        self.known[1..=method].iter().map(|known| known.left.0).product()
+        self.known[1..=method].iter().map(Known::part).product()
     }
 
     /// Time per byte that the stream carries, in nanoseconds.
@@ -196,20 +214,21 @@ impl Balance {
     /// What a byte of memory costs with a method, in nanoseconds. None where too little is known.
     fn cost(&self, method: usize) -> Option<f64> {
         let work = if method == 0 { Some(0.0) } else { self.known[method].work.0 };
-        let left = self.left(method)?;
+        let left = self.left(method).filter(|_| !self.is_hopeless(method))?;
         Some((work? + left * self.write.0?).max(left * self.link()))
     }
 
     /// Takes in what a method has done when it was tried, after those before it that were tried on the same frame.
     pub(super) fn tried(&mut self, method: usize, input: usize, output: usize, time: Duration) {
         let input = input.max(1) as f64;
-        self.known[method].work.learn_least(nanos(time) / input);
+        self.known[method].work.learn_but_outliers(nanos(time) / input);
         let (last, left) = self.tried;
         // What those in between would have left, by what they do elsewhere.
-        let between = self.known[last + 1..method].iter().filter_map(|known| known.left.0);
+        let between = self.known[last + 1..method].iter().filter_map(Known::part);
         let before = left * between.product::<f64>();
-        let left = (output as f64 / input).min(1.0);
-        self.known[method].left.learn(left / before.max(f64::MIN_POSITIVE));
+        let left = (output as f64 / input).clamp(f64::MIN_POSITIVE, 1.0);
+        self.known[method].left.learn(left);
+        self.known[method].left_before.learn(before.max(f64::MIN_POSITIVE));
         self.tried = (method, left);
     }
 
@@ -401,14 +420,29 @@ mod tests {
     #[test]
     fn one_bad_measurement_does_not_write_a_method_off() {
         let mut model = Model::new(FRAME * 3.0);
-        model.send(4, 16.0, LEFT);
+        model.send(60, 16.0, LEFT);
         let unlucky = Duration::from_nanos((40.0 * FRAME) as u64);
-        model.balance.known[3] = Known::default();
         model.balance.tried = (2, LEFT[2]);
         model.balance.tried(3, FRAME as usize, (LEFT[3] * FRAME) as usize, unlucky);
         model.send(400, 16.0, LEFT);
         model.send(100, 16.0, LEFT);
         assert_eq!(model.most_used(), Method::Zstd(3), "{:?}", model.balance);
+    }
+
+    #[test]
+    fn frames_of_different_kinds_count_by_their_bytes() {
+        let mut balance = Balance::new(1);
+        for _ in 0..50 {
+            // All but nothing is left of one, all of the other.
+            for parts in [[0.01, 0.001], [1.0, 1.0]] {
+                balance.tried = (0, 1.0);
+                for (method, part) in (1..).zip(parts) {
+                    balance.tried(method, 1 << 20, (part * FRAME) as usize, Duration::from_millis(1));
+                }
+            }
+        }
+        let left = balance.left(2).expect("tried");
+        assert!((0.4..0.6).contains(&left), "{left}");
     }
 
     #[test]

@@ -147,6 +147,8 @@ pub struct MemorySource {
     last_found: u64,
     /// Found by a scan and not yet acknowledged by the destination.
     owed: PageSet,
+    /// Owed in the round that was acknowledged last.
+    acknowledged: PageSet,
     /// What the destination was told to be without.
     withheld: PageSet,
     round: u32,
@@ -203,6 +205,7 @@ impl MemorySource {
             compression: how.compression,
             heat: Heat::new(layout.end()),
             last_found,
+            acknowledged: PageSet::new(layout.end()),
             withheld: PageSet::new(layout.end()),
             owed,
             round,
@@ -300,6 +303,8 @@ impl MemorySource {
     /// As [`withhold`](Self::withhold).
     pub fn withhold_cold(&mut self, scanned: Scanned, most: usize) -> Result<Sent, SourceError> {
         let wanted = self.wanted_soon(most);
+        // What is sent now was named by a scan, if not by this one.
+        self.doubtful.retain(|page| !wanted.contains(page.0));
         self.withheld.subtract(&wanted);
         self.owed.subtract(&wanted);
         self.auditor.busy().set(true);
@@ -311,10 +316,11 @@ impl MemorySource {
         Ok(sent)
     }
 
-    /// The hottest pages of what is owed or withheld; at most so many.
+    /// The hottest pages, at most so many. A page that three of the last four scans found was found by one of the last two: it is
+    /// owed, or was in the round before.
     fn wanted_soon(&self, most: usize) -> PageSet {
         let mut unsent = self.owed.clone();
-        unsent.extend(&self.withheld);
+        unsent.extend(&self.acknowledged);
         let blocks = self.subject.ram.layout().blocks().iter();
         let pages = blocks.flat_map(|block| unsent.runs(block.pages.clone())).flatten();
         let heats = pages.map(|page| (self.heat.lately(PageIndex(page)), page));
@@ -469,7 +475,8 @@ impl MemorySource {
             }
             ram.read(page, &mut content)?;
             let known = ledgers.lock(ram.layout().stream_of(page)).get(page);
-            if known != Some(secret.hash(&content)) {
+            // What was withheld since the audit looked is not known any more, and is not doubtful for it.
+            if known.is_some_and(|known| known != secret.hash(&content)) {
                 self.doubtful.push(page);
             }
         }
@@ -484,6 +491,7 @@ impl MemorySource {
 
     /// The destination has applied everything up to the barrier of the last round.
     pub fn acknowledge(&mut self) {
+        std::mem::swap(&mut self.owed, &mut self.acknowledged);
         self.owed.clear();
     }
 

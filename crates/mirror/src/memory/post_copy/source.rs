@@ -195,6 +195,12 @@ impl PostCopySource {
         self.results.try_iter().find_map(Result::err)
     }
 
+    /// Bytes written to the streams so far, before encryption; those of the rounds before included.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.shared.flow.wire_bytes()
+    }
+
     /// Pages that were given to no stream yet.
     #[must_use]
     pub fn unsent(&self) -> u64 {
