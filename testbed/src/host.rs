@@ -67,11 +67,16 @@ pub struct AgentOptions {
     /// that storage. `/proc/PID/root` of the agent leads to what it sees. A device that is hidden is there and cannot be
     /// opened, not even by root. Needs root.
     pub hidden: Vec<PathBuf>,
+    /// The agent, and what it starts, see the host's own [`disk_dir`](Host::disk_dir) at [`local_dir`](Host::local_dir) too: the same
+    /// place on both hosts, with storage of each host's own. Needs root.
+    pub local: bool,
 }
 
 /// Mounts an empty file system over every directory before the `--`, and every device where devices are not opened; then
 /// becomes the program after it.
+/// A directory followed by `at` and another one is mounted there.
 const HIDE: &str = r#"while [ "$1" != -- ]; do
+if [ "$2" = at ]; then mount --bind "$1" "$3" || exit; shift 3; continue; fi
 if [ -d "$1" ]; then mount -t tmpfs hidden "$1"; else mount --bind "$1" "$1" && mount -o remount,bind,nodev "$1"; fi || exit
 shift; done; shift; exec "$@""#;
 
@@ -98,7 +103,7 @@ impl Host {
             agent: Mutex::new(None),
         };
         // From here on `Drop` of the host cleans up. Both hosts share these.
-        for directory in [&host.shared_dir(), &host.consoles] {
+        for directory in [&host.shared_dir(), &host.local_dir(), &host.consoles] {
             fs::create_dir_all(directory).map_err(TestbedError::file(directory))?;
         }
         for directory in
@@ -155,6 +160,11 @@ impl Host {
         self.directory.join("disks")
     }
 
+    /// A directory at the same place on both hosts, where an agent that is started [so](AgentOptions::local) has storage of its own.
+    pub fn local_dir(&self) -> PathBuf {
+        self.directory.with_file_name("local")
+    }
+
     /// A directory that both hosts see at the same place, as storage shared between them.
     pub fn shared_dir(&self) -> PathBuf {
         self.directory.with_file_name("shared")
@@ -198,7 +208,7 @@ impl Host {
             .collect();
         // What a guest here is made of: disks, and what both hosts see; kernel and initramfs; a Debian userland.
         let [images, userland] = ["guest", "userland"].map(|name| crate::programs::target().join(name));
-        let disk_dirs = [self.disk_dir(), self.shared_dir(), images, userland];
+        let disk_dirs = [self.disk_dir(), self.shared_dir(), self.local_dir(), images, userland];
         let bridges = if self.namespace().is_some() { vec![BRIDGE.into()] } else { Vec::new() };
         let allow = toml::Table::from_iter([
             ("peers".to_owned(), toml::Value::Array(vec!["host-a".into(), "host-b".into()])),
@@ -303,11 +313,14 @@ impl Host {
         let log =
             fs::File::options().create(true).append(true).open(&path).map_err(TestbedError::file(&path))?;
         let also = log.try_clone().map_err(TestbedError::file(&path))?;
-        let mut command = if options.hidden.is_empty() {
+        let mut command = if options.hidden.is_empty() && !options.local {
             self.command(program)
         } else {
             let mut command = self.command("unshare");
             command.args(["--mount", "--propagation", "private", "--", "sh", "-c", HIDE, "sh"]);
+            if options.local {
+                command.arg(self.disk_dir()).arg("at").arg(self.local_dir());
+            }
             command.args(&options.hidden).arg("--").arg(program);
             command
         };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use migration::Report;
 use serde_json::Value;
 use testbed::guest_spec::GuestSpec;
-use testbed::{Client, Host, Inventory, Programs, Testbed};
+use testbed::{AgentOptions, Client, Host, Inventory, Programs, Testbed};
 
 use crate::{Guest, PATIENCE, Said};
 
@@ -43,8 +43,22 @@ impl Pair {
     /// If they do not start.
     #[must_use]
     pub fn of(testbed: Testbed) -> Pair {
+        Pair::with_agents(testbed, &AgentOptions::default())
+    }
+
+    /// A pair each of which has storage of its own at [`Host::local_dir`].
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn with_local_disks() -> Pair {
+        let options = AgentOptions { local: true, ..AgentOptions::default() };
+        Pair::with_agents(Testbed::new().unwrap(), &options)
+    }
+
+    fn with_agents(testbed: Testbed, options: &AgentOptions) -> Pair {
         for host in testbed.hosts() {
-            host.start_agent().unwrap();
+            host.start_agent_with(options).unwrap();
         }
         let empty = testbed.hosts().each_ref().map(|host| host.inventory().unwrap());
         Pair { testbed, empty }

@@ -132,6 +132,8 @@ impl Daemon {
         let journal = Journal::open(&config.state_dir)
             .map_err(|source| StartError::Journal { path: config.state_dir.clone(), source })?;
         let history = History::open(&config.state_dir.join("history.db"))?;
+        let remnants = migration::Remnants::open(&config.state_dir);
+        remnants.expire();
         let host = Host {
             name: config.name.clone(),
             endpoint: endpoint.clone(),
@@ -142,6 +144,7 @@ impl Daemon {
             bandwidth: link::Bandwidth::new(config.bandwidth),
             switch_cost: Arc::default(),
             post_copies: migration::PostCopies::default(),
+            remnants: Arc::new(remnants),
         };
 
         let closing = CancellationToken::new();

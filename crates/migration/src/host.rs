@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::destination::PostCopies;
 use crate::journal::Journal;
+use crate::remnants::Remnants;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -47,6 +48,8 @@ pub struct Host {
     pub switch_cost: Arc<SwitchCost>,
     /// Machines here whose memory is not complete.
     pub post_copies: PostCopies,
+    /// Images that migrations have left here.
+    pub remnants: Arc<Remnants>,
 }
 
 /// What a switch-over costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is

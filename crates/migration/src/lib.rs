@@ -11,6 +11,7 @@
 //! crate [`qemu`].
 
 pub mod destination;
+mod disks;
 pub mod failure;
 mod health;
 pub mod host;
@@ -20,6 +21,7 @@ mod machine;
 pub mod options;
 pub mod progress;
 pub mod rate;
+pub mod remnants;
 pub mod report;
 mod reservation;
 pub mod room;
@@ -34,8 +36,9 @@ pub use failure::{Failure, Finding, Stage};
 pub use host::{Allow, Host, SwitchCost};
 pub use journal::{Journal, JournalError};
 pub use lifecycle::{Recovered, Resolution, RunError, Stopped};
-pub use options::{Compress, Disks, Engine, Goal, OnDiverge, OptionError, Options, Verify};
+pub use options::{Compress, DiskRoom, Disks, Engine, Goal, OnDiverge, OptionError, Options, Verify};
 pub use progress::Progress;
+pub use remnants::Remnants;
 pub use report::{Outcome, Phase, Report};
 pub use session::{Command, Ended, Session};
 pub use source::{Readiness, Settled};

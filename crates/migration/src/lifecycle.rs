@@ -1,5 +1,6 @@
 //! A machine's life on one host: started, adopted, found again after a restart of the agent, stopped, forgotten.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,11 +10,14 @@ use qemu::{Presence, Process, Qmp, QmpError, Spec};
 use crate::failure::chain;
 use crate::host::Host;
 use crate::journal::JournalError;
+use crate::remnants::Left;
 use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
 use crate::tap::Interfaces;
-use crate::vm::{Made, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
+use crate::vm::{Made, MadeImage, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
 
+/// An image that takes no more than this, in bytes, has nothing of a disk in it: a new qcow2 image takes 196 KiB.
+const UNWRITTEN: u64 = 256 << 10;
 /// `f_type` of tmpfs (linux/magic.h).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// How long a guest may take to power off when asked to.
@@ -98,16 +102,26 @@ pub(crate) struct Paths {
     pub(crate) pid: PathBuf,
     pub(crate) log: PathBuf,
     pub(crate) device: PathBuf,
+    /// The monitor of a storage daemon, and the socket on which it serves.
+    pub(crate) daemon: PathBuf,
+    pub(crate) storage: PathBuf,
 }
 
 impl Paths {
     pub(crate) fn of(host: &Host, name: &VmName) -> Paths {
         let file = |kind| host.run_dir.join(format!("{name}.{kind}"));
-        Paths { qmp: file("qmp"), pid: file("pid"), log: file("log"), device: file("device") }
+        Paths {
+            qmp: file("qmp"),
+            pid: file("pid"),
+            log: file("log"),
+            device: file("device"),
+            daemon: file("daemon"),
+            storage: file("storage"),
+        }
     }
 
     pub(crate) fn all(self) -> Vec<PathBuf> {
-        vec![self.qmp, self.pid, self.log, self.device]
+        vec![self.qmp, self.pid, self.log, self.device, self.daemon, self.storage]
     }
 }
 
@@ -170,7 +184,7 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
         argv: spec.to_argv(),
         qmp_socket,
         memory,
-        made: Made { files, taps: Vec::new() },
+        made: Made { files, ..Made::default() },
     };
     host.journal.claim(record.clone())?;
     drop(promising);
@@ -302,6 +316,9 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
         // A stream that was under way has lost its reader; QEMU ends it by itself, or is told to.
         let _ = qmp.migrate_cancel().await;
     }
+    if let Err(e) = crate::source::disks::clear(&qmp).await {
+        tracing::error!(vm = %record.name, error = chain(&e), "QEMU keeps a copy job of ours");
+    }
     let outgoing = record.outgoing.clone();
     if outgoing.is_some() {
         crate::source::reset_capabilities(&qmp).await;
@@ -426,6 +443,11 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
     if let Some(process) = record.process.clone().or_else(|| unrecorded(record)) {
         end(record, &process, qmp).await;
     }
+    if let Some(daemon) = &record.made.storage_daemon {
+        daemon.kill();
+        daemon.wait_for_end(KILL_GRACE).await;
+    }
+    leave_images(host, record);
     if let Some(session) = record.arrived_by {
         let supplied = host.post_copies.get(session).and_then(|tail| tail.supplied());
         if let (Some(supplied), Some(mut whole)) = (supplied, host.journal.get(&record.name)) {
@@ -463,6 +485,19 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
     }
     if let Err(e) = host.journal.remove(&record.name) {
         tracing::error!(error = chain(&e), "a record cannot be removed");
+    }
+}
+
+/// What becomes of images that were mirrored to and are not the machine's: another attempt goes on from them. One that was made and
+/// has nothing in it is worth nothing.
+fn leave_images(host: &Host, record: &Record) {
+    for MadeImage { path, fresh } in &record.made.images {
+        let Ok(file) = std::fs::metadata(path) else { continue };
+        match (fresh, file.is_file() && file.blocks() * 512 > UNWRITTEN) {
+            (true, false) => drop(std::fs::remove_file(path)),
+            (true, true) => host.remnants.keep(&record.name, path, Left::Unfinished),
+            (false, _) => host.remnants.keep(&record.name, path, Left::Behind),
+        }
     }
 }
 

@@ -1,16 +1,11 @@
 //! A machine as the source describes it: everything the destination must provide.
 
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-
 use qemu::qmp::{CpuidWord, RunState, Version};
 use qemu::{NicKind, Qmp, RamBlock, Spec};
-use uuid::Uuid;
 
+use crate::disks::{self, Disk};
 use crate::failure::Finding;
-use crate::options::{Disks, Engine, Options};
-use crate::report;
+use crate::options::{Engine, Options};
 use crate::tap::Interfaces;
 use crate::vm::Vm;
 use crate::wire;
@@ -27,18 +22,8 @@ pub(crate) struct Machine {
     pub(crate) kvm: bool,
     /// A disk bypasses the page cache: devices write guest RAM behind the tracking while a read is under way.
     pub(crate) direct_disks: bool,
-    pub(crate) disks: Vec<Probe>,
+    pub(crate) disks: Vec<Disk>,
     pub(crate) taps: Vec<wire::Tap>,
-}
-
-/// A disk, and the file that the source has put beside its image, to see whether the destination sees it too.
-/// Removed when dropped.
-#[derive(Debug)]
-pub(crate) struct Probe {
-    pub(crate) image: PathBuf,
-    pub(crate) size: u64,
-    file: Option<PathBuf>,
-    nonce: Uuid,
 }
 
 impl Machine {
@@ -96,35 +81,12 @@ impl Machine {
         let qemu_version = qemu_version.to_string();
         let (taps, more) = taps(&vm.spec).await;
         findings.extend(more);
-        let (disks, more) = probes(&vm.spec, options);
+        let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
         let direct_disks = vm.spec.disks().iter().any(|disk| disk.cache_direct);
         let machine =
             Machine { machine, qemu_version, cpuid, cpu_features, ram, kvm, direct_disks, disks, taps };
         (Some(machine), findings)
-    }
-
-    /// The machine's disks, for the report.
-    pub(crate) fn reported_disks(&self) -> Vec<report::Disk> {
-        let disk = |probe: &Probe| report::Disk {
-            name: probe.image.display().to_string(),
-            size: probe.size,
-            raw_bytes: 0,
-            wire_bytes: 0,
-            mode: report::DiskMode::Shared,
-        };
-        self.disks.iter().map(disk).collect()
-    }
-
-    /// The disks, for the wire.
-    pub(crate) fn wire_disks(&self) -> Vec<wire::Disk> {
-        let path = |path: &Path| path.display().to_string();
-        let disk = |probe: &Probe| wire::Disk {
-            path: path(&probe.image),
-            probe: probe.file.as_deref().map(path).unwrap_or_default(),
-            nonce: probe.nonce.as_bytes().to_vec(),
-        };
-        self.disks.iter().map(disk).collect()
     }
 }
 
@@ -254,71 +216,4 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
         }
     }
     (taps, findings)
-}
-
-fn probes(spec: &Spec, options: &Options) -> (Vec<Probe>, Vec<Finding>) {
-    let (mut probes, mut findings) = (Vec::new(), Vec::new());
-    for disk in spec.disks() {
-        // Other protocols reach storage that is no file of this host: both hosts reach the same.
-        let Some(image) = disk.host_path().map(Path::to_owned) else { continue };
-        let metadata = std::fs::metadata(&image);
-        let size = metadata.as_ref().map_or(0, |metadata| metadata.len());
-        let mut probe = Probe { image, size, file: None, nonce: Uuid::new_v4() };
-        if options.disks == Disks::Auto {
-            let is_device = metadata.is_ok_and(|metadata| metadata.file_type().is_block_device());
-            let placed = if is_device {
-                Err("it is a block device, and whether it is shared cannot be seen from here".to_owned())
-            } else {
-                probe.place().map_err(|e| format!("no probe file can be put beside it: {e}"))
-            };
-            if let Err(why) = placed {
-                findings.push(Finding::new(
-                    "disk-not-shared",
-                    format!("disk {}: {why}", probe.image.display()),
-                    "if it is on shared storage, say so with --disks shared",
-                ));
-            }
-        }
-        probes.push(probe);
-    }
-    (probes, findings)
-}
-
-/// What the name of a probe file begins with.
-const PROBE: &str = ".vmirror-probe-";
-/// After which nobody can still be looking for a probe file.
-const PROBE_LIFE: Duration = Duration::from_secs(600);
-
-impl Probe {
-    fn place(&mut self) -> std::io::Result<()> {
-        let directory = std::fs::canonicalize(&self.image)?;
-        let directory = directory.parent().unwrap_or(Path::new("/"));
-        sweep(directory);
-        let file = directory.join(format!("{PROBE}{}", Uuid::new_v4()));
-        let mut open = std::fs::OpenOptions::new();
-        let mut opened = open.write(true).create_new(true).open(&file)?;
-        self.file = Some(file);
-        std::io::Write::write_all(&mut opened, self.nonce.as_bytes())?;
-        opened.sync_all()
-    }
-}
-
-/// Removes probes that an agent which was killed has left. None is needed for longer than a reservation takes.
-fn sweep(directory: &Path) {
-    let Ok(files) = std::fs::read_dir(directory) else { return };
-    for file in files.flatten() {
-        let is_probe = file.file_name().as_encoded_bytes().starts_with(PROBE.as_bytes());
-        let age = file.metadata().and_then(|file| file.modified()).map(|at| at.elapsed().unwrap_or_default());
-        if is_probe && age.is_ok_and(|age| age > PROBE_LIFE) {
-            let _ = std::fs::remove_file(file.path());
-        }
-    }
-}
-
-impl Drop for Probe {
-    fn drop(&mut self) {
-        if let Some(file) = &self.file {
-            let _ = std::fs::remove_file(file);
-        }
-    }
 }

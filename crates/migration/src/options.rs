@@ -34,11 +34,24 @@ pub enum Verify {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Disks {
-    /// Shared storage is recognised by a probe; anything else is refused.
+    /// Shared storage is recognised and not copied; everything else is mirrored, to where the destination has nothing yet.
     #[default]
     Auto,
+    /// Every disk is mirrored, and what the destination has in its place is overwritten. Shared storage is refused.
+    Mirror,
     /// The operator vouches that every disk is on shared storage: the probe is not made.
     Shared,
+}
+
+/// How much room an image gets that is made at the destination.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskRoom {
+    /// What its content takes: sparse stays sparse.
+    #[default]
+    Thin,
+    /// All that it can ever need, from the beginning.
+    Whole,
 }
 
 /// Whether what is sent is compressed.
@@ -113,6 +126,8 @@ pub struct Options {
     pub verify: Verify,
     /// What happens to disks.
     pub disks: Disks,
+    /// How much room images get that are made.
+    pub disk_room: DiskRoom,
     /// Whether what is sent is compressed.
     pub compress: Compress,
     /// What to do when rounds do not shrink.
@@ -131,6 +146,7 @@ impl Default for Options {
             timeout: Duration::from_secs(600),
             verify: Verify::default(),
             disks: Disks::default(),
+            disk_room: DiskRoom::default(),
             compress: Compress::default(),
             on_diverge: OnDiverge::default(),
             engine: Engine::default(),
@@ -232,6 +248,7 @@ impl Options {
     fn not_of_qemu(&self) -> Option<&'static str> {
         match self {
             Options { verify: Verify::Strict, .. } => Some("--verify strict"),
+            Options { disks: Disks::Mirror, .. } => Some("--disks mirror"),
             Options { on_diverge: OnDiverge::PostCopy, .. } => Some("--on-diverge post-copy"),
             Options { compress: Compress::Lz4 | Compress::Zstd, .. } => Some("--compress"),
             Options { streams: Some(streams), .. } if streams.get() > 1 => Some("more than one of --streams"),

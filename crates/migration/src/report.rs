@@ -146,9 +146,9 @@ pub struct Disk {
     pub name: String,
     /// Size in bytes.
     pub size: u64,
-    /// Bytes read.
+    /// Bytes copied from it or written to it meanwhile.
     pub raw_bytes: u64,
-    /// Bytes sent.
+    /// Bytes sent for that, before encryption.
     pub wire_bytes: u64,
     /// Whether it was copied.
     pub mode: DiskMode,
@@ -160,6 +160,19 @@ pub struct Disk {
 pub enum DiskMode {
     /// Both hosts see the same storage.
     Shared,
+    /// It was copied, and is proved equal.
+    Mirrored,
+}
+
+impl DiskMode {
+    /// The mode's name in reports.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            DiskMode::Shared => "shared",
+            DiskMode::Mirrored => "mirrored",
+        }
+    }
 }
 
 /// Frames of the guest's network cards.
@@ -199,6 +212,18 @@ pub struct Verification {
     pub proof_pages: u64,
     /// Pages that the proof found different.
     pub mismatches: u64,
+    /// Blocks of disks, of 64 KiB, read back and compared by the rolling audit at the destination.
+    #[serde(default)]
+    pub audited_blocks: u64,
+    /// Blocks sent again because they were found different.
+    #[serde(default)]
+    pub repaired_blocks: u64,
+    /// Blocks of mirrored disks covered by the proof.
+    #[serde(default)]
+    pub proof_blocks: u64,
+    /// Blocks that the proof found different.
+    #[serde(default)]
+    pub mismatched_blocks: u64,
 }
 
 /// The downtime by part, on the source's clock, in milliseconds from the guest's STOP.
@@ -208,6 +233,9 @@ pub struct Pause {
     pub stopped_ms: f64,
     /// The destination had acknowledged the last pages.
     pub last_round_ms: f64,
+    /// The disks' copies were complete, and QEMU's copy jobs had ended; 0 without mirrored disks.
+    #[serde(default)]
+    pub disks_ms: f64,
     /// QEMU had written its device state.
     pub device_state_ms: f64,
     /// The pages written while saving devices were acknowledged, and the gate had passed.

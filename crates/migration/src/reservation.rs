@@ -1,5 +1,7 @@
 //! Reservation: the destination proves that it can hold and run a machine, and sets the resources aside.
 
+mod disks;
+
 use std::path::{Component, Path, PathBuf};
 
 use mirror::device::destination::DeviceDestination;
@@ -9,6 +11,7 @@ use qemu::spec::{Destination, FilePurpose};
 use qemu::{LaunchError, Process, Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
+use crate::destination::images::Images;
 use crate::destination::post_copy;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
@@ -19,6 +22,8 @@ use crate::room;
 use crate::tap::{self, Interfaces};
 use crate::vm::{Made, Origin, Ownership, Record, VmName};
 use crate::wire;
+
+pub(crate) use disks::Planned;
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed.
 const CAPABILITIES: [(&str, bool); 2] = [("events", true), ("late-block-activate", true)];
@@ -43,6 +48,8 @@ pub(crate) struct Request {
     /// The size of the huge pages of each RAM block that has such, by its backend's id.
     huge: Vec<(String, u64)>,
     disks: Vec<wire::Disk>,
+    /// Images that are made get all their room at once.
+    whole_room: bool,
     taps: Vec<wire::Tap>,
     post_copy: bool,
     /// QEMU's own stream carries the memory.
@@ -83,6 +90,8 @@ pub(crate) struct Reservation {
     pub(crate) qmp: Qmp,
     pub(crate) ram: Vec<RamBlock>,
     pub(crate) device: DeviceDestination,
+    /// Where the disks are mirrored to.
+    pub(crate) images: Images,
 }
 
 impl Request {
@@ -118,6 +127,7 @@ impl Request {
             cpuid: wire.cpuid,
             cpu_features: wire.cpu_features,
             disks: wire.disks,
+            whole_room: wire.whole_room,
             taps: wire.taps,
             post_copy: wire.post_copy,
             qemu_stream: wire.qemu_stream,
@@ -131,7 +141,7 @@ impl Request {
         }
         // Until the name is claimed, and its memory with it, nobody else is promised the same room.
         let promising = host.journal.promise().await;
-        let (binary, mut findings) = self.examine(host, peer).await;
+        let (binary, planned, mut findings) = self.examine(host, peer).await;
         let huge_dirs = self.huge_directories(host, &mut findings);
         let Some(binary) = binary.filter(|_| findings.is_empty()) else { return Err(findings.into()) };
         let paths = Paths::of(host, &self.name);
@@ -174,14 +184,14 @@ impl Request {
             argv: spec.to_argv(),
             qmp_socket,
             memory: self.memory,
-            made: Made { files, taps: Vec::new() },
+            made: Made { files, ..Made::default() },
         };
         if let Err(e) = host.journal.claim(record.clone()) {
             let finding = Finding::new("name-taken", chain(&e), "choose another name, or stop that VM");
             return Err(vec![finding].into());
         }
         drop(promising);
-        match self.set_up(host, record, spec, &log, &device).await {
+        match self.set_up(host, record, spec, planned, &log, &device).await {
             Ok(reservation) => Ok(reservation),
             Err(refusal) => {
                 let ours = |record: &Record| record.arrived_by == Some(self.session);
@@ -206,7 +216,7 @@ impl Request {
     }
 
     /// Everything that can be told without starting anything.
-    async fn examine(&self, host: &Host, peer: &str) -> (Option<PathBuf>, Vec<Finding>) {
+    async fn examine(&self, host: &Host, peer: &str) -> (Option<PathBuf>, Vec<Planned>, Vec<Finding>) {
         let mut findings = Vec::new();
         if peer == host.name {
             findings.push(Finding::new(
@@ -214,7 +224,7 @@ impl Request {
                 format!("{peer} is both source and destination"),
                 "name another host's agent with --to",
             ));
-            return (None, findings);
+            return (None, Vec::new(), findings);
         }
         if let Some(record) = host.journal.get(&self.name) {
             findings.push(Finding::new(
@@ -234,8 +244,9 @@ impl Request {
         self.examine_consistency(&mut findings);
         self.examine_memory(host, &mut findings);
         self.examine_files(host, &mut findings);
+        let planned = self.examine_disks(host, &mut findings);
         self.examine_taps(host, &mut findings).await;
-        (binary, findings)
+        (binary, planned, findings)
     }
 
     /// The allowed QEMU that comes nearest to the source's: the same path, else the same name.
@@ -339,45 +350,11 @@ impl Request {
     }
 
     fn examine_files(&self, host: &Host, findings: &mut Vec<Finding>) {
-        let allowed = |path: &Path| {
-            let real = std::fs::canonicalize(path).ok();
-            let inside = |directory: &PathBuf| {
-                let directory = std::fs::canonicalize(directory).ok();
-                directory
-                    .is_some_and(|directory| real.as_ref().is_some_and(|path| path.starts_with(directory)))
-            };
-            host.allow.disk_dirs.iter().any(inside)
-        };
-        let outside = |path: &Path| {
-            Finding::new(
-                "path-not-allowed",
-                format!("{} is in none of the directories that {} allows", path.display(), host.name),
-                format!("add its directory to [allow] disk_dirs in the configuration of {}", host.name),
-            )
-        };
-        for disk in &self.disks {
-            let path = Path::new(&disk.path);
-            let sees_probe = || read_probe(Path::new(&disk.probe)).is_ok_and(|nonce| nonce[..] == disk.nonce);
-            // Only a probe beside the image says anything about the image.
-            let beside = Path::new(&disk.probe).parent()
-                == std::fs::canonicalize(path).ok().as_deref().and_then(Path::parent);
-            if !path.exists() {
-                findings.push(Finding::new(
-                    "disk-missing",
-                    format!("{} does not exist on {}", path.display(), host.name),
-                    "put the disk on storage that both hosts share, under the same path",
-                ));
-            } else if !allowed(path) {
-                findings.push(outside(path));
-            } else if !disk.probe.is_empty() && (!beside || !sees_probe()) {
-                findings.push(Finding::new(
-                    "disk-not-shared",
-                    format!("{} on {} is not the same storage as at the source", path.display(), host.name),
-                    "put the disk on storage that both hosts share; this version does not copy disks",
-                ));
-            }
-        }
         for file in self.spec.files() {
+            // Flash that can be written is among the disks.
+            if file.purpose == FilePurpose::Flash && file.writable {
+                continue;
+            }
             // A bare name of firmware is looked up among QEMU's own files.
             let own = matches!(file.purpose, FilePurpose::Firmware | FilePurpose::Rom);
             if own && matches!(file.path.components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
@@ -389,8 +366,8 @@ impl Request {
                     format!("{} does not exist on {}", file.path.display(), host.name),
                     "copy it there, under the same path",
                 ));
-            } else if !allowed(&file.path) {
-                findings.push(outside(&file.path));
+            } else if !disks::allowed(host, &file.path) {
+                findings.push(disks::outside(host, &file.path));
             }
         }
     }
@@ -450,6 +427,7 @@ impl Request {
         host: &Host,
         mut record: Record,
         spec: Spec,
+        planned: Vec<Planned>,
         log: &Path,
         device: &Path,
     ) -> Result<Reservation, Refusal> {
@@ -460,6 +438,10 @@ impl Request {
         for stale in own_ram_files(host, &spec) {
             let _ = std::fs::remove_file(stale);
         }
+        // QEMU opens its images when it starts, so they are there before.
+        let images = Images::make(host, &mut record, planned, self.whole_room, spec.binary())
+            .await
+            .map_err(|finding| vec![finding])?;
         let process = qemu::launch(&spec, log).await.map_err(|e| vec![self.not_launched(host, &e)])?;
         record.process = Some(process.clone());
         let journal = host.journal.update(&record);
@@ -479,7 +461,7 @@ impl Request {
         monitor.migrate_incoming(&device.uri()).await.map_err(qmp)?;
         let connected = device.connect().await;
         connected.map_err(|e| failed("qemu", &e, "see the log of the destination's agent"))?;
-        Ok(Reservation { record, spec, qmp: monitor, ram, device })
+        Ok(Reservation { record, spec, qmp: monitor, ram, device, images })
     }
 
     async fn make_taps(&self, host: &Host, record: &mut Record) -> Result<(), Vec<Finding>> {

@@ -105,6 +105,21 @@ pub struct Made {
     pub files: Vec<PathBuf>,
     /// Tap interfaces.
     pub taps: Vec<String>,
+    /// Images that disks are mirrored to. They are the machine's once it is this host's.
+    #[serde(default)]
+    pub images: Vec<MadeImage>,
+    /// The process that serves some of them meanwhile.
+    #[serde(default)]
+    pub storage_daemon: Option<Process>,
+}
+
+/// An image that a disk is mirrored to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeImage {
+    /// Where.
+    pub path: PathBuf,
+    /// It was made for the mirror, and not there before.
+    pub fresh: bool,
 }
 
 /// A switch-over under way.

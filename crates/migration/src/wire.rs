@@ -55,7 +55,7 @@ pub enum Request {
 #[derive(Clone, PartialEq, Message)]
 pub struct ToSource {
     /// One of them.
-    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     pub reply: Option<Reply>,
 }
 
@@ -64,7 +64,7 @@ pub struct ToSource {
 pub enum Reply {
     /// Everything is set aside; the data streams may come.
     #[prost(message, tag = "1")]
-    Reserved(Nothing),
+    Reserved(Reserved),
     /// It cannot be done; for a rehearsal, an empty list says that it could.
     #[prost(message, tag = "2")]
     Refused(Findings),
@@ -104,11 +104,56 @@ pub enum Reply {
     /// What is still missing, in as many messages as it takes.
     #[prost(message, tag = "14")]
     Missing(Missing),
+    /// What an image that was there before holds, in as many messages as it takes.
+    #[prost(message, tag = "15")]
+    Holds(Holds),
+    /// These blocks of disks are not what they should be at the destination: send them again.
+    #[prost(message, tag = "16")]
+    WrongBlocks(WrongBlocks),
 }
 
 /// No content.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Nothing {}
+
+/// What is set aside.
+#[derive(Clone, PartialEq, Message)]
+pub struct Reserved {
+    /// Which of the disks are to be mirrored, by their place in the request; the others are shared.
+    #[prost(uint32, repeated, tag = "1")]
+    pub mirrored: Vec<u32>,
+    /// Which of these have images that were there before, by their place among the mirrored: what they hold is told next.
+    #[prost(uint32, repeated, tag = "2")]
+    pub known: Vec<u32>,
+}
+
+/// What a part of an image holds.
+#[derive(Clone, PartialEq, Message)]
+pub struct Holds {
+    /// The disk, by its place among the mirrored.
+    #[prost(uint32, tag = "1")]
+    pub disk: u32,
+    /// The first block of it.
+    #[prost(uint64, tag = "2")]
+    pub first: u64,
+    /// Content hashes, 16 bytes each, little-endian.
+    #[prost(bytes = "vec", tag = "3")]
+    pub hashes: Vec<u8>,
+    /// Nothing more follows, of any disk.
+    #[prost(bool, tag = "4")]
+    pub last: bool,
+}
+
+/// Blocks of disks, by their index.
+#[derive(Clone, PartialEq, Message)]
+pub struct WrongBlocks {
+    /// The blocks.
+    #[prost(uint64, repeated, tag = "1")]
+    pub blocks: Vec<u64>,
+    /// They are not what a check expected, which a guest that runs explains.
+    #[prost(bool, tag = "2")]
+    pub checked: bool,
+}
 
 /// A machine, and what it needs.
 #[derive(Clone, PartialEq, Message)]
@@ -149,6 +194,9 @@ pub struct Reserve {
     /// Key material of the content hashes.
     #[prost(bytes = "vec", tag = "12")]
     pub secret: Vec<u8>,
+    /// Images that are made get all the room that they can need, at once.
+    #[prost(bool, tag = "22")]
+    pub whole_room: bool,
     /// Only find out, and give everything back at once.
     #[prost(bool, tag = "13")]
     pub rehearsal: bool,
@@ -206,6 +254,39 @@ pub struct Disk {
     /// The probe's content.
     #[prost(bytes = "vec", tag = "3")]
     pub nonce: Vec<u8>,
+    /// What is to become of it: 0, found out by the probe; 1, it is mirrored; 2, it is shared.
+    #[prost(uint32, tag = "4")]
+    pub mode: u32,
+    /// Bytes, as the guest sees them; 0 where the source cannot mirror it.
+    #[prost(uint64, tag = "5")]
+    pub size: u64,
+    /// The image's format: `raw`, `qcow2`.
+    #[prost(string, tag = "6")]
+    pub format: String,
+    /// Bytes in a cluster, of formats that have such.
+    #[prost(uint64, tag = "7")]
+    pub cluster_size: u64,
+    /// Bytes that it takes at the source.
+    #[prost(uint64, tag = "8")]
+    pub allocated: u64,
+    /// It is a block device. Which one, where that can be told, so that two hosts see whether it is the same.
+    #[prost(bool, tag = "9")]
+    pub is_device: bool,
+    /// See above.
+    #[prost(string, tag = "10")]
+    pub device: String,
+    /// Where the source cannot mirror it, why.
+    #[prost(string, tag = "11")]
+    pub not_mirrorable: String,
+    /// The image that it is based on; empty for none.
+    #[prost(string, tag = "12")]
+    pub backing: String,
+    /// The format of that.
+    #[prost(string, tag = "13")]
+    pub backing_format: String,
+    /// A probe beside that image.
+    #[prost(string, tag = "14")]
+    pub backing_probe: String,
 }
 
 /// A tap interface as it is at the source.
@@ -240,6 +321,12 @@ pub struct Sums {
     /// Pages that the destination's audit has compared so far.
     #[prost(uint64, tag = "3")]
     pub audited: u64,
+    /// The sums of the ledgers of disks, likewise.
+    #[prost(bytes = "vec", tag = "4")]
+    pub disks: Vec<u8>,
+    /// Blocks of disks that the destination's audit has compared so far.
+    #[prost(uint64, tag = "5")]
+    pub audited_blocks: u64,
 }
 
 /// Page indices.
@@ -259,6 +346,12 @@ pub struct Audited {
     /// Pages that were not what they should be.
     #[prost(uint64, tag = "2")]
     pub differing: u64,
+    /// Blocks of disks compared.
+    #[prost(uint64, tag = "3")]
+    pub blocks: u64,
+    /// Blocks that were not what they should be.
+    #[prost(uint64, tag = "4")]
+    pub differing_blocks: u64,
 }
 
 /// Which hand-over is meant.
@@ -439,17 +532,57 @@ impl Missing {
     }
 }
 
+fn bytes_of(sums: &[mirror::ledger::Sum]) -> Vec<u8> {
+    sums.iter().flat_map(|sum| sum.0.to_le_bytes()).collect()
+}
+
+fn sums_of(bytes: &[u8]) -> Option<Vec<mirror::ledger::Sum>> {
+    let (sums, rest) = bytes.as_chunks::<16>();
+    rest.is_empty().then(|| sums.iter().map(|sum| mirror::ledger::Sum(u128::from_le_bytes(*sum))).collect())
+}
+
+/// Hashes in one [`Holds`]: 2 GiB worth of blocks in 512 KiB.
+pub(crate) const HOLDS_HASHES: usize = 32 << 10;
+
+impl Holds {
+    /// What a part of a disk holds.
+    pub fn of(disk: u32, first: u64, hashes: &[mirror::hash::ContentHash]) -> Holds {
+        let hashes = hashes.iter().flat_map(|hash| hash.bits().to_le_bytes()).collect();
+        Holds { disk, first, hashes, last: false }
+    }
+
+    /// The hashes; none where they are not whole.
+    pub fn decode(&self) -> Option<Vec<Option<mirror::hash::ContentHash>>> {
+        let (hashes, rest) = self.hashes.as_chunks::<16>();
+        let hash = |bytes: &[u8; 16]| Some(mirror::hash::ContentHash::from_bits(u128::from_le_bytes(*bytes)));
+        rest.is_empty().then(|| hashes.iter().map(hash).collect())
+    }
+}
+
 impl Sums {
     /// Sums of all streams, for the wire.
     pub fn new(barrier: u32, sums: &[mirror::ledger::Sum], audited: u64) -> Sums {
-        Sums { barrier, sums: sums.iter().flat_map(|sum| sum.0.to_le_bytes()).collect(), audited }
+        Sums { barrier, sums: bytes_of(sums), audited, disks: Vec::new(), audited_blocks: 0 }
+    }
+
+    /// The same with the sums of disks, of all streams too.
+    #[must_use]
+    pub fn with_disks(self, sums: &[mirror::ledger::Sum], audited_blocks: u64) -> Sums {
+        Sums { disks: bytes_of(sums), audited_blocks, ..self }
     }
 
     /// The sums, when there is one for each of so many streams.
     pub fn decode(&self, streams: usize) -> Option<Vec<mirror::ledger::Sum>> {
-        let (sums, rest) = self.sums.as_chunks::<16>();
-        let whole = rest.is_empty() && sums.len() == streams;
-        whole.then(|| sums.iter().map(|sum| mirror::ledger::Sum(u128::from_le_bytes(*sum))).collect())
+        sums_of(&self.sums).filter(|sums| sums.len() == streams)
+    }
+
+    /// The sums of disks, when there is one for each of so many streams. A peer without disks tells none: they are as good as
+    /// nothing.
+    pub fn decode_disks(&self, streams: usize) -> Option<Vec<mirror::ledger::Sum>> {
+        if self.disks.is_empty() {
+            return Some(vec![mirror::ledger::Sum::default(); streams]);
+        }
+        sums_of(&self.disks).filter(|sums| sums.len() == streams)
     }
 }
 

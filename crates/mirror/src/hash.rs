@@ -7,6 +7,7 @@
 use std::fmt;
 
 use crate::layout::PAGE_SIZE;
+use crate::storage::layout::BLOCK_SIZE;
 
 /// Bytes of key material: the length that XXH3 specifies for a custom secret.
 pub const SECRET_LENGTH: usize = 192;
@@ -16,6 +17,7 @@ pub const SECRET_LENGTH: usize = 192;
 pub struct Secret {
     bytes: [u8; SECRET_LENGTH],
     zero_page: ContentHash,
+    zero_block: ContentHash,
 }
 
 /// The hash of one page's content. Never zero, so that a ledger can keep zero for "unknown".
@@ -47,7 +49,7 @@ impl Secret {
         &self.bytes
     }
 
-    /// The hash of a page's content.
+    /// The hash of content: of a page, as a rule.
     #[must_use]
     pub fn hash(&self, page: &[u8]) -> ContentHash {
         let hash = twox_hash::XxHash3_128::oneshot_with_secret(&self.bytes, page)
@@ -61,6 +63,27 @@ impl Secret {
             .expect("the secret is longer than the least that XXH3 takes")
     }
 
+    /// The hash of a disk block's content. A disk's last block may be short; it counts as if zeros followed, so that every block of
+    /// zeros has the same hash.
+    #[must_use]
+    pub fn hash_block(&self, block: &[u8]) -> ContentHash {
+        if is_zero(block) {
+            return self.zero_block;
+        }
+        if block.len() == BLOCK_SIZE {
+            return self.hash(block);
+        }
+        let mut padded = vec![0; BLOCK_SIZE];
+        padded[..block.len()].copy_from_slice(block);
+        self.hash(&padded)
+    }
+
+    /// The hash of a disk block of zeros.
+    #[must_use]
+    pub fn zero_block(&self) -> ContentHash {
+        self.zero_block
+    }
+
     /// The hash of a page of zeros.
     #[must_use]
     pub fn zero_page(&self) -> ContentHash {
@@ -70,8 +93,9 @@ impl Secret {
 
 impl From<[u8; SECRET_LENGTH]> for Secret {
     fn from(bytes: [u8; SECRET_LENGTH]) -> Secret {
-        let mut secret = Secret { bytes, zero_page: ContentHash(1) };
+        let mut secret = Secret { bytes, zero_page: ContentHash(1), zero_block: ContentHash(1) };
         secret.zero_page = secret.hash(&[0; PAGE_SIZE]);
+        secret.zero_block = secret.hash(&vec![0; BLOCK_SIZE]);
         secret
     }
 }

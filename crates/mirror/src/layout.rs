@@ -23,6 +23,18 @@ pub const MAX_BLOCKS: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageIndex(pub u64);
 
+/// A number of an index space: of a page of memory, or of a block of a disk.
+pub trait Index: Copy {
+    /// The number.
+    fn number(self) -> u64;
+}
+
+impl Index for PageIndex {
+    fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// One RAM block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Block {

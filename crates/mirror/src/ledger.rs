@@ -1,57 +1,57 @@
-//! The ledger: for every page, the hash of the content that the destination holds.
+//! The ledger: for every page of memory, and every block of a disk, the hash of the content that the destination holds.
 //!
 //! Each side keeps its own: the source from what it sends, the destination from what it has written. An
-//! order-independent sum over (page, hash) is kept up to date with every entry, so comparing two whole ledgers is
-//! comparing two numbers. A ledger covers the pages of one stream and is touched by that stream's worker alone,
-//! but for the audit.
+//! order-independent sum over (number, hash) is kept up to date with every entry, so comparing two whole ledgers is
+//! comparing two numbers. A ledger covers the pages or blocks of one stream and is touched by that stream's worker
+//! alone, but for the audit.
 
+use std::marker::PhantomData;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::hash::{ContentHash, Secret};
-use crate::layout::{CHUNK_PAGES, Layout, PageIndex};
+use crate::layout::{CHUNK_PAGES, Index, Layout, PageIndex};
 
-/// The order-independent 128-bit sum over the (page, hash) pairs of a ledger.
+/// The order-independent 128-bit sum over the (number, hash) pairs of a ledger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Hash)]
 pub struct Sum(pub u128);
 
 impl Sum {
-    fn add(&mut self, page: PageIndex, hash: ContentHash) {
-        self.0 = self.0.wrapping_add(mix(page, hash));
+    fn add(&mut self, number: u64, hash: ContentHash) {
+        self.0 = self.0.wrapping_add(mix(number, hash));
     }
 
-    fn remove(&mut self, page: PageIndex, hash: ContentHash) {
-        self.0 = self.0.wrapping_sub(mix(page, hash));
+    fn remove(&mut self, number: u64, hash: ContentHash) {
+        self.0 = self.0.wrapping_sub(mix(number, hash));
     }
 }
 
-/// Ties a hash to its page. Without this, two pages that changed places would leave the sum as it was. The
+/// Ties a hash to its place. Without this, two pages that changed places would leave the sum as it was. The
 /// multiply and fold are those of common 128-bit finalisers; the hash coming in is already uniform and secret.
-fn mix(page: PageIndex, hash: ContentHash) -> u128 {
+fn mix(number: u64, hash: ContentHash) -> u128 {
     const ODD_A: u128 = 0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835;
     const ODD_B: u128 = 0xc2b2_ae3d_27d4_eb4f_1656_67b1_9e37_79f9;
-    let mut x = hash.bits() ^ u128::from(page.0).wrapping_add(1).wrapping_mul(ODD_A);
+    let mut x = hash.bits() ^ u128::from(number).wrapping_add(1).wrapping_mul(ODD_A);
     x ^= x >> 67;
     x = x.wrapping_mul(ODD_B);
     x ^ (x >> 59)
 }
 
-/// The ledger of one stream's pages.
+/// The ledger of what one stream carries: pages of memory, or blocks of disks.
 #[derive(Debug)]
-pub struct Ledger {
-    /// By page number within the stream; 0 is "unknown".
+pub struct Ledger<I = PageIndex> {
+    /// By number within the stream; 0 is "unknown".
     hashes: Vec<u128>,
+    chunk: u64,
     streams: u64,
     sum: Sum,
+    numbers: PhantomData<fn(I)>,
 }
 
-impl Ledger {
+impl Ledger<PageIndex> {
     /// A ledger of a stream whose pages are all known to be zero, as those of a new RAM file are.
     #[must_use]
     pub fn all_zero(layout: &Layout, stream: u16, secret: &Secret) -> Ledger {
-        let streams = u64::from(layout.streams());
-        let chunks = layout.end().div_ceil(CHUNK_PAGES).div_ceil(streams);
-        let len = usize::try_from(chunks * CHUNK_PAGES).expect("a layout is bounded");
-        let mut ledger = Ledger { hashes: vec![0; len], streams, sum: Sum::default() };
+        let mut ledger = Ledger::unknown(layout.end(), CHUNK_PAGES, layout.streams());
         for (_, pages) in layout.chunks(stream) {
             for page in pages {
                 ledger.record(PageIndex(page), secret.zero_page());
@@ -59,34 +59,46 @@ impl Ledger {
         }
         ledger
     }
+}
 
-    fn slot(&self, page: PageIndex) -> usize {
-        let local = page.0 / CHUNK_PAGES / self.streams * CHUNK_PAGES + page.0 % CHUNK_PAGES;
+impl<I: Index> Ledger<I> {
+    /// A ledger of one of so many streams that knows nothing, of numbers below `end` that are dealt out in chunks.
+    #[must_use]
+    pub fn unknown(end: u64, chunk: u64, streams: u16) -> Ledger<I> {
+        let streams = u64::from(streams);
+        let chunks = end.div_ceil(chunk).div_ceil(streams);
+        let len = usize::try_from(chunks * chunk).expect("a layout is bounded");
+        Ledger { hashes: vec![0; len], chunk, streams, sum: Sum::default(), numbers: PhantomData }
+    }
+
+    fn slot(&self, index: I) -> usize {
+        let number = index.number();
+        let local = number / self.chunk / self.streams * self.chunk + number % self.chunk;
         usize::try_from(local).expect("a layout is bounded")
     }
 
     /// What the destination holds; `None` when that is in doubt.
     #[must_use]
-    pub fn get(&self, page: PageIndex) -> Option<ContentHash> {
-        match self.hashes[self.slot(page)] {
+    pub fn get(&self, index: I) -> Option<ContentHash> {
+        match self.hashes[self.slot(index)] {
             0 => None,
             bits => Some(ContentHash::from_bits(bits)),
         }
     }
 
     /// The destination holds this content, or will once the stream has been read this far.
-    pub fn record(&mut self, page: PageIndex, hash: ContentHash) {
-        self.forget(page);
-        let slot = self.slot(page);
+    pub fn record(&mut self, index: I, hash: ContentHash) {
+        self.forget(index);
+        let slot = self.slot(index);
         self.hashes[slot] = hash.bits();
-        self.sum.add(page, hash);
+        self.sum.add(index.number(), hash);
     }
 
     /// What the destination holds is in doubt: the next content is sent whatever it is.
-    pub fn forget(&mut self, page: PageIndex) {
-        if let Some(old) = self.get(page) {
-            self.sum.remove(page, old);
-            let slot = self.slot(page);
+    pub fn forget(&mut self, index: I) {
+        if let Some(old) = self.get(index) {
+            self.sum.remove(index.number(), old);
+            let slot = self.slot(index);
             self.hashes[slot] = 0;
         }
     }
@@ -100,20 +112,28 @@ impl Ledger {
 
 /// The ledgers of all streams. Each is locked for a batch at a time: by its stream's worker, or by the audit.
 #[derive(Debug)]
-pub struct Ledgers {
-    streams: Vec<Mutex<Ledger>>,
+pub struct Ledgers<I = PageIndex> {
+    streams: Vec<Mutex<Ledger<I>>>,
+}
+
+impl<I> From<Vec<Ledger<I>>> for Ledgers<I> {
+    fn from(streams: Vec<Ledger<I>>) -> Ledgers<I> {
+        Ledgers { streams: streams.into_iter().map(Mutex::new).collect() }
+    }
 }
 
 impl Ledgers {
     /// Ledgers of a machine whose RAM is all zero at the destination.
     #[must_use]
     pub fn all_zero(layout: &Layout, secret: &Secret) -> Ledgers {
-        let of = |stream| Mutex::new(Ledger::all_zero(layout, stream, secret));
-        Ledgers { streams: (0..layout.streams()).map(of).collect() }
+        let of = |stream| Ledger::all_zero(layout, stream, secret);
+        (0..layout.streams()).map(of).collect::<Vec<_>>().into()
     }
+}
 
+impl<I> Ledgers<I> {
     /// The ledger of one stream. A worker that panicked ends its mirror, so what it left is never relied on.
-    pub fn lock(&self, stream: u16) -> MutexGuard<'_, Ledger> {
+    pub fn lock(&self, stream: u16) -> MutexGuard<'_, Ledger<I>> {
         self.streams[usize::from(stream)].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,4 @@
-//! The mirroring module: memory and device state of a running machine kept equal at the destination, and
+//! The mirroring module: memory, disks and device state of a running machine kept equal at the destination, and
 //! proved so.
 //!
 //! The two sides of every kind of state stand side by side, with the same verbs:
@@ -6,6 +6,7 @@
 //! | state | source | destination |
 //! | --- | --- | --- |
 //! | memory | [`memory::source::MemorySource`] scans, reads, sends | [`memory::destination::MemoryDestination`] receives, checks, writes |
+//! | disks | [`storage::source::StorageSource`] serves QEMU's copy jobs, sends | [`storage::destination::StorageDestination`] receives, checks, writes |
 //! | devices | [`device::source::DeviceSource`] takes QEMU's stream | [`device::destination::DeviceDestination`] feeds it to QEMU |
 //!
 //! What both sides agree on is the [`layout`] of guest RAM, the [`hash`] secret of the mirror, and, kept up to
@@ -21,3 +22,4 @@ pub mod hash;
 pub mod layout;
 pub mod ledger;
 pub mod memory;
+pub mod storage;

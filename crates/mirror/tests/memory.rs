@@ -126,14 +126,15 @@ impl Rig {
         let mut sinks = Vec::new();
         for stream in 0..streams {
             let (sink, source) = UnixStream::pair().unwrap();
-            destination.attach(stream, source).unwrap();
+            destination.attach(stream, source, None).unwrap();
             sinks.push(sink);
         }
         let range = self.address..self.address + SIZE;
         let tracker = Tracker::attach(self.child.id(), &[range], DescriptorSource::Injected).unwrap();
         let ranges = vec![TrackedRange { block: 0, offset: 0 }];
         let how = How { scanning: Scanning::Quickest, compression };
-        let source = MemorySource::start(ram(&self.source), secret, tracker, ranges, how, sinks).unwrap();
+        let ram = ram(&self.source);
+        let source = MemorySource::start(ram, secret, tracker, ranges, how, sinks, Vec::new()).unwrap();
         Mirror { source, destination, events, mismatches: Vec::new() }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use migration::rate::RateError;
-use migration::{Compress, Disks, Engine, OnDiverge, Options, Verify, VmName};
+use migration::{Compress, DiskRoom, Disks, Engine, OnDiverge, Options, Verify, VmName};
 
 /// Moves running virtual machines between hosts by keeping a verified mirror of them.
 #[derive(Debug, Parser)]
@@ -201,9 +201,13 @@ pub(crate) struct MigrateOptions {
     /// addition to both, all of the destination's copy read back during the pause
     #[arg(long, value_enum, default_value_t = VerifyChoice::Proof)]
     verify: VerifyChoice,
-    /// What to do with disks: find out whether they are on shared storage, or take your word that all are
+    /// What to do with disks: mirror those that are not on shared storage, to where there is nothing yet; mirror all, over what is
+    /// there; or take your word that all are on shared storage
     #[arg(long, value_enum, default_value_t = DisksChoice::Auto)]
     disks: DisksChoice,
+    /// How much room images get that are made at the destination: what their content takes, or all they can ever need, at once
+    #[arg(long, value_enum, default_value_t = DiskRoomChoice::Thin)]
+    disk_room: DiskRoomChoice,
     /// Compress what is sent: whatever moves the memory soonest by measured speed of CPU and link; never; always so
     #[arg(long, value_enum, default_value_t = CompressChoice::Auto)]
     compress: CompressChoice,
@@ -224,8 +228,15 @@ enum VerifyChoice {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DiskRoomChoice {
+    Thin,
+    Whole,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum DisksChoice {
     Auto,
+    Mirror,
     Shared,
 }
 
@@ -274,8 +285,13 @@ impl From<MigrateOptions> for Options {
                 VerifyChoice::Proof => Verify::Proof,
                 VerifyChoice::Strict => Verify::Strict,
             },
+            disk_room: match given.disk_room {
+                DiskRoomChoice::Thin => DiskRoom::Thin,
+                DiskRoomChoice::Whole => DiskRoom::Whole,
+            },
             disks: match given.disks {
                 DisksChoice::Auto => Disks::Auto,
+                DisksChoice::Mirror => Disks::Mirror,
                 DisksChoice::Shared => Disks::Shared,
             },
             compress: match given.compress {
@@ -386,7 +402,7 @@ mod tests {
     #[test]
     fn what_this_version_cannot_do_is_not_offered() {
         for arguments in
-            [["--disks", "mirror"], ["--engine", "xen"], ["--on-diverge", "hope"], ["--compress", "gzip"]]
+            [["--disks", "copy"], ["--engine", "xen"], ["--on-diverge", "hope"], ["--compress", "gzip"]]
         {
             assert!(migrate(&arguments).is_err(), "{arguments:?}");
         }

@@ -214,16 +214,18 @@ fn verification(report: &Report) -> String {
 
 fn disks(report: &Report) -> String {
     let mut table = String::from(
-        "<div class=\"scroll\"><table>\n<thead><tr><th class=\"text\">disk<th>size<th>mode</tr></thead>\n<tbody>\n",
+        "<div class=\"scroll\"><table>\n<thead><tr><th class=\"text\">disk<th>size<th>mode<th>read<th>sent</tr></thead>\n<tbody>\n",
     );
     for disk in &report.disks {
-        let migration::report::DiskMode::Shared = disk.mode;
         put(
             &mut table,
             format_args!(
-                "<tr><td class=\"text\">{}<td>{}<td>shared</tr>\n",
+                "<tr><td class=\"text\">{}<td>{}<td>{}<td>{}<td>{}</tr>\n",
                 escape(&disk.name),
-                bytes(disk.size)
+                bytes(disk.size),
+                disk.mode.name(),
+                bytes(disk.raw_bytes),
+                bytes(disk.wire_bytes)
             ),
         );
     }

@@ -1,6 +1,6 @@
 //! A migration's report in words: short at its end, in full when asked for.
 
-use migration::report::{Counted, Round, Verdict};
+use migration::report::{Counted, DiskMode, Round, Verdict, Verification};
 use migration::{Outcome, Report};
 
 use crate::format::{bytes, count, moment, ms, rate, short};
@@ -84,23 +84,23 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
     }
     let found = &report.verification;
     if found.gate == Verdict::NotMade && found.audited_pages > 0 {
-        let (audited, repaired) = (count(found.audited_pages), count(found.repaired_pages));
-        facts.push(("audited", format!("{audited} pages, {repaired} repaired")));
+        facts.push(("audited", audited(found)));
     } else if found.gate != Verdict::NotMade {
         let proof = match found.proof {
             Verdict::NotMade => "proof not made".to_owned(),
-            Verdict::Match => format!("proof match over {} pages", count(found.proof_pages)),
-            Verdict::Mismatch => {
-                format!("proof MISMATCH in {} of {} pages", count(found.mismatches), count(found.proof_pages))
-            }
+            Verdict::Match => format!("proof match over {}", pages_and_blocks(found.proof_pages, found.proof_blocks)),
+            Verdict::Mismatch => format!(
+                "proof MISMATCH in {} of {}",
+                pages_and_blocks(found.mismatches, found.mismatched_blocks),
+                pages_and_blocks(found.proof_pages, found.proof_blocks)
+            ),
         };
         facts.push((
             "verified",
             format!(
-                "gate {}, {proof}; {} audited, {} repaired",
+                "gate {}, {proof}; {}",
                 verdict(found.gate),
-                count(found.audited_pages),
-                count(found.repaired_pages)
+                audited(found)
             ),
         ));
     }
@@ -217,14 +217,34 @@ pub(crate) fn in_full(report: &Report) -> String {
         });
     }
     if !report.disks.is_empty() {
-        let mut table = Table::new(&["DISK", "SIZE", "MODE"], &[1]);
+        let mut table = Table::new(&["DISK", "SIZE", "MODE", "READ", "SENT"], &[1, 3, 4]);
         for disk in &report.disks {
-            let migration::report::DiskMode::Shared = disk.mode;
-            table.row([disk.name.clone(), bytes(disk.size), "shared".to_owned()]);
+            let moved = |count| if disk.mode == DiskMode::Shared { "-".to_owned() } else { bytes(count) };
+            table.row([
+                disk.name.clone(),
+                bytes(disk.size),
+                disk.mode.name().to_owned(),
+                moved(disk.raw_bytes),
+                moved(disk.wire_bytes),
+            ]);
         }
         text.push_str(&format!("\n{}", table.render()));
     }
     text
+}
+
+/// What was compared while the machine ran.
+pub(crate) fn audited(found: &Verification) -> String {
+    let compared = pages_and_blocks(found.audited_pages, found.audited_blocks);
+    format!("{compared} audited, {} repaired", count(found.repaired_pages + found.repaired_blocks))
+}
+
+/// So many pages of memory, and blocks of disks if there are any.
+pub(crate) fn pages_and_blocks(pages: u64, blocks: u64) -> String {
+    match blocks {
+        0 => format!("{} pages", count(pages)),
+        blocks => format!("{} pages and {} blocks of disks", count(pages), count(blocks)),
+    }
 }
 
 /// The downtime that was foreseen after a round, in milliseconds.

@@ -86,7 +86,7 @@ impl Tracee {
         let ram = ram(&self.path, self.layout(sinks.len().try_into().unwrap()));
         let ranges = vec![TrackedRange { block: 0, offset: 0 }];
         let how = How { scanning: Scanning::Quickest, compression };
-        MemorySource::start(ram, secret(), self.track(), ranges, how, sinks).unwrap()
+        MemorySource::start(ram, secret(), self.track(), ranges, how, sinks, Vec::new()).unwrap()
     }
 }
 
@@ -118,7 +118,7 @@ impl Destination {
         })
         .unwrap();
         for (stream, source) in (0..).zip(sources) {
-            destination.attach(stream, source).unwrap();
+            destination.attach(stream, source, None).unwrap();
         }
         Destination { _directory: directory, destination, events, streams }
     }

@@ -8,6 +8,7 @@ use link::{AbortHandle, DataReceiver};
 use mirror::ledger::Sum;
 use mirror::memory::destination::{Event, Finished, MemoryDestination};
 use mirror::memory::post_copy::Places;
+use mirror::storage::destination::{StorageDestination, Wrong};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -34,8 +35,8 @@ pub(super) struct Copy {
     pub(super) attached: Vec<bool>,
     /// The barrier that streams are arriving at.
     pub(super) barrier: Option<Barrier>,
-    /// The sums at the last barrier that all streams have reached, until the copy is found changed.
-    pub(super) last: Option<Vec<Sum>>,
+    /// The sums, of memory and of disks, at the last barrier that all streams have reached, until the copy is found changed.
+    pub(super) last: Option<(Vec<Sum>, Vec<Sum>)>,
     /// Where QEMU has guest RAM: addresses, and which part of it each is.
     pub(super) places: (Vec<Range<u64>>, Places),
     /// Where post-copy was asked for: QEMU, that waits for what is missing.
@@ -46,7 +47,7 @@ pub(super) struct Copy {
 
 pub(super) struct Barrier {
     pub(super) number: u32,
-    pub(super) sums: Vec<Option<Sum>>,
+    pub(super) sums: Vec<Option<(Sum, Sum)>>,
 }
 
 impl Copy {
@@ -91,11 +92,11 @@ impl Copy {
             self.supply.push(receiver);
             return Ok(());
         }
-        let Upkeep { memory: Some(memory), aborts } = &mut self.memory else { return Ok(()) };
+        let Upkeep { memory: Some(memory), storage, aborts } = &mut self.memory else { return Ok(()) };
         let free = self.attached.get_mut(usize::from(stream)).filter(|attached| !**attached);
         *free.ok_or_else(|| violation("opened a data stream too many"))? = true;
         aborts.push(receiver.abort_handle().map_err(|e| failed("data-stream", &e))?);
-        memory.attach(stream, receiver).map_err(|e| failed("data-stream", &e))
+        memory.attach(stream, receiver, storage.as_ref()).map_err(|e| failed("data-stream", &e))
     }
 
     /// Has QEMU wait for pages that are not there: from here on the source may leave some out.
@@ -113,7 +114,17 @@ impl Copy {
 
     async fn event(&mut self, event: Event, source: &mut Source) -> Result<(), End> {
         match event {
-            Event::Barrier { stream, number, sum } => self.arrive(stream, number, sum, source).await,
+            Event::Barrier { stream, number, sum, disks } => {
+                self.arrive(stream, number, (sum, disks), source).await
+            }
+            Event::WrongBlock(Wrong { block, checked }) => {
+                self.last = None;
+                if !checked {
+                    tracing::warn!(vm = %self.reservation.record.name, block = block.0, "a block of the copy is not what it should be");
+                }
+                let blocks = vec![block.0];
+                source.reply(Reply::WrongBlocks(wire::WrongBlocks { blocks, checked })).await
+            }
             Event::Mismatch(page) => {
                 self.last = None;
                 tracing::warn!(vm = %self.reservation.record.name, page = page.0, "a page of the copy is not what it should be");
@@ -125,35 +136,60 @@ impl Copy {
     }
 
     /// Notes that a stream has reached a barrier, and tells the source when all have.
-    async fn arrive(&mut self, stream: u16, number: u32, sum: Sum, source: &mut Source) -> Result<(), End> {
+    async fn arrive(
+        &mut self,
+        stream: u16,
+        number: u32,
+        sum: (Sum, Sum),
+        source: &mut Source,
+    ) -> Result<(), End> {
         let empty = || Barrier { number, sums: vec![None; self.streams] };
         let barrier = self.barrier.get_or_insert_with(empty);
         if barrier.number != number {
             return Err(violation("let its streams go past each other's barriers"));
         }
         barrier.sums[usize::from(stream)] = Some(sum);
-        let Some(sums) = barrier.sums.iter().copied().collect::<Option<Vec<Sum>>>() else { return Ok(()) };
+        let Some(sums) = barrier.sums.iter().copied().collect::<Option<Vec<_>>>() else { return Ok(()) };
         self.barrier = None;
-        let audited = self.memory.memory.as_ref().map_or(0, MemoryDestination::audited);
-        let reply = Reply::Barrier(wire::Sums::new(number, &sums, audited));
-        self.last = Some(sums);
-        source.reply(reply).await
+        let Upkeep { memory, storage, .. } = &self.memory;
+        let audited = memory.as_ref().map_or(0, MemoryDestination::audited);
+        let audited_blocks = storage.as_ref().map_or(0, StorageDestination::audited);
+        let (memory, disks): (Vec<Sum>, Vec<Sum>) = sums.into_iter().unzip();
+        let reply = wire::Sums::new(number, &memory, audited).with_disks(&disks, audited_blocks);
+        self.last = Some((memory, disks));
+        source.reply(Reply::Barrier(reply)).await
     }
 
     async fn audit(&mut self, source: &mut Source) -> Result<(), End> {
         let Some(memory) = &self.memory.memory else { return Ok(()) };
         let audit = tokio::task::block_in_place(|| memory.audit()).map_err(|e| failed("ram", &e))?;
+        let mut wrong = Vec::new();
+        let blocks = match &self.memory.storage {
+            Some(storage) => tokio::task::block_in_place(|| storage.audit(|found| wrong.push(found)))
+                .map_err(|e| failed("disk", &e))?,
+            None => 0,
+        };
+        let differing_blocks = wrong.len() as u64;
+        for found in wrong {
+            self.event(Event::WrongBlock(found), source).await?;
+        }
         // Which pages they are is told before how many.
         while let Ok(event) = self.events.try_recv() {
             self.event(event, source).await?;
         }
         let differing = audit.differing.len() as u64;
-        source.reply(Reply::Audited(wire::Audited { pages: audit.pages, differing })).await
+        source.reply(Reply::Audited(wire::Audited {
+            pages: audit.pages,
+            differing,
+            blocks,
+            differing_blocks,
+        })).await
     }
 
     /// Whether what was applied is what was sent.
     fn gate(&self, sums: &wire::Sums) -> Result<(), End> {
-        if self.last.is_some() && sums.decode(self.streams) == self.last {
+        let there = sums.decode(self.streams).zip(sums.decode_disks(self.streams));
+        if self.last.is_some() && there == self.last {
             return Ok(());
         }
         Err(End::Failed(vec![Finding::new(
@@ -170,6 +206,26 @@ impl Copy {
         let supply = std::mem::take(&mut self.supply);
         let Reservation { record, qmp, .. } = &mut self.reservation;
         Tail::begin(host, record, qmp.clone(), copy, waiting, supply).map(Some)
+    }
+
+    /// QEMU loads its devices, while the disks are put on stable storage and given up to it.
+    pub(super) async fn load_all(&mut self) -> Result<(), End> {
+        let storage = self.memory.storage.take();
+        let mut images = std::mem::take(&mut self.reservation.images);
+        let finish = async {
+            if let Some(storage) = storage {
+                let ended = tokio::task::spawn_blocking(move || {
+                    let synced = storage.sync();
+                    storage.finish();
+                    synced
+                });
+                ended.await.map_err(|e| failed("disk", &e))?.map_err(|e| failed("disk", &e))?;
+            }
+            images.release().await.map_err(|e| failed("disk", &e))
+        };
+        let ((), ()) = tokio::try_join!(self.load(), finish)?;
+        self.reservation.record.made.storage_daemon = None;
+        Ok(())
     }
 
     /// QEMU loads its devices.
@@ -216,6 +272,7 @@ pub(super) fn not_loaded(message: &str) -> End {
 /// What keeps the copy up to date. Ends when dropped.
 pub(super) struct Upkeep {
     pub(super) memory: Option<MemoryDestination>,
+    pub(super) storage: Option<StorageDestination>,
     pub(super) aborts: Vec<AbortHandle>,
 }
 

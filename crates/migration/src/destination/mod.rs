@@ -13,9 +13,11 @@
 //! need be, or a person says what it is to be.
 mod arrivals;
 mod copy;
+pub(crate) mod images;
 mod owner;
 pub(crate) mod post_copy;
 mod relay;
+mod storage;
 mod tail;
 
 pub use arrivals::DataConnections;
@@ -225,13 +227,15 @@ impl Source {
             .collect();
         let ram = Ram::new(request.layout.clone(), files).map_err(|e| failed("ram", &e))?;
         let (tell, events) = mpsc::unbounded_channel();
+        let told = tell.clone();
         let memory =
             MemoryDestination::start(ram, request.secret.clone(), move |event| drop(tell.send(event)))
                 .map_err(|e| failed("ram", &e))?;
+        let storage = storage::begin(&self.host, request, &mut reservation.images, told).await?;
         let mut copy = Copy {
             streams: usize::from(request.layout.streams()),
             reservation,
-            memory: Upkeep { memory: Some(memory), aborts: Vec::new() },
+            memory: Upkeep { memory: Some(memory), storage, aborts: Vec::new() },
             events,
             attached: vec![false; usize::from(request.layout.streams())],
             barrier: None,
@@ -240,13 +244,14 @@ impl Source {
             waiting: None,
             supply: Vec::new(),
         };
-        self.reply(Reply::Reserved(wire::Nothing {})).await?;
+        self.reply(Reply::Reserved(storage::reserved(&copy.reservation.images))).await?;
+        storage::tell_contents(&copy, self).await?;
         copy.run(self, &mut arrivals).await?;
         if let Some((tail, attendance)) = copy.memory_is_complete(&self.host)? {
             self.attending = Some(tail.attend(self.sender.clone(), arrivals, attendance));
         }
         tokio::select! {
-            loaded = copy.load() => loaded?,
+            loaded = copy.load_all() => loaded?,
             // QEMU may wait for a page that cannot come any more.
             end = post_copy::attended(&mut self.attending) => return Err(end),
             word = self.receiver.receive::<ToDestination>() => return Err(interrupted(word)),
@@ -260,7 +265,7 @@ impl Source {
         reservation: Reservation,
         mut arrivals: Arrivals,
     ) -> Result<(Record, Spec, Qmp), End> {
-        self.reply(Reply::Reserved(wire::Nothing {})).await?;
+        self.reply(Reply::Reserved(wire::Reserved::default())).await?;
         let reservation = Relay::new(reservation).run(self, &mut arrivals).await?;
         self.ready(reservation)
     }

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::account::blank;
+use super::disks::{self, Disks};
 use super::orders::Orders;
 use super::peer::{self, Destination};
 use super::post_copy::Supplying;
@@ -22,13 +23,14 @@ use super::rounds::{Begin, Rounds};
 use super::stop::Stop;
 use super::switch::{self, Prepared};
 use super::throttle::Throttling;
+use crate::disks::Disk;
 use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::machine::Machine;
 use crate::options::{Compress, Engine, Goal, Options};
 use crate::progress::Progress;
-use crate::report::{Outcome, Phase, Report, Verdict, Verification};
+use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
 use crate::vm::{Outgoing, Vm};
 use crate::wire::{self, Request};
@@ -58,6 +60,8 @@ pub(super) struct Controller {
 pub(super) struct Held {
     pub(super) destination: Option<Destination>,
     pub(super) rounds: Option<Rounds>,
+    /// The disks that are mirrored.
+    pub(super) disks: Option<Disks>,
     /// The thread that opens streams and begins tracking: to be waited for even when nobody wants its result.
     pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
     /// QEMU's own stream, where that carries the memory.
@@ -161,12 +165,12 @@ impl Controller {
         self.enter(Phase::Initialize);
         let machine = self.initialize().await?;
         self.enter(Phase::Reserve);
-        let (layout, secret) = self.reserve(&machine).await?;
+        let (layout, secret, reserved) = self.reserve(&machine).await?;
         if self.options.engine == Engine::Qemu {
             return self.by_qemu().await;
         }
         self.enter(Phase::Prepare);
-        self.prepare(machine, layout, secret).await?;
+        self.prepare(machine, layout, secret, reserved).await?;
         self.enter(Phase::Synchronize);
         self.synchronize().await?;
         self.enter(Phase::Verify);
@@ -202,7 +206,7 @@ impl Controller {
     }
 
     /// The destination sets everything aside.
-    async fn reserve(&mut self, machine: &Machine) -> Result<(Layout, Secret), Stop> {
+    async fn reserve(&mut self, machine: &Machine) -> Result<(Layout, Secret, wire::Reserved), Stop> {
         let streams = self.streams();
         let layout = Layout::new(machine.ram.iter().map(|block| (block.id.as_str(), block.size)), streams)
             .map_err(|e| Stop::because("ram", &e, "see the VM's command line"))?;
@@ -217,11 +221,15 @@ impl Controller {
             secret.as_bytes(),
             false,
         );
-        self.report.disks = machine.reported_disks();
+        self.report.disks = machine.disks.iter().map(Disk::reported).collect();
         self.report.memory.pages = layout.page_count();
         let qmp = self.vm.qmp.clone();
-        self.destination()?.reserve(request, &qmp).await?;
-        Ok((layout, secret))
+        let reserved = self.destination()?.reserve(request, &qmp).await?;
+        for number in &reserved.mirrored {
+            let disk = usize::try_from(*number).ok().and_then(|number| self.report.disks.get_mut(number));
+            disk.ok_or_else(|| peer::violation("wants a disk that there is not"))?.mode = DiskMode::Mirrored;
+        }
+        Ok((layout, secret, reserved))
     }
 
     pub(super) fn streams(&self) -> u16 {
@@ -232,9 +240,15 @@ impl Controller {
     }
 
     /// Data streams open, tracking begins.
-    async fn prepare(&mut self, machine: Machine, layout: Layout, secret: Secret) -> Result<(), Stop> {
+    async fn prepare(
+        &mut self,
+        machine: Machine,
+        layout: Layout,
+        secret: Secret,
+        reserved: wire::Reserved,
+    ) -> Result<(), Stop> {
         let address = self.destination()?.address().to_owned();
-        let (endpoint, session, streams) = (self.host.endpoint.clone(), self.id, layout.streams());
+        let (endpoint, session) = (self.host.endpoint.clone(), self.id);
         let bandwidth = Arc::clone(&self.orders.bandwidth);
         let switch_cost = self.host.switch_cost.expected();
         let compression = match self.options.compress {
@@ -249,6 +263,18 @@ impl Controller {
                 "the VM has no process",
                 "see `vmirror show`",
             )));
+        };
+        let places = disks::Places {
+            directory: self.host.run_dir.clone(),
+            machine: self.vm.record.name.to_string(),
+            binary: self.vm.spec.binary().to_owned(),
+        };
+        let (qmp, streams) = (self.vm.qmp.clone(), layout.streams());
+        let prepared =
+            Disks::prepare(&qmp, &machine.disks, &reserved, secret.clone(), streams, places).await?;
+        let (storage, lanes) = match prepared {
+            Some((disks, lanes)) => (Some(self.held.disks.insert(disks).storage()), lanes),
+            None => (None, Vec::new()),
         };
         let quiesce = machine.direct_disks.then(|| self.vm.qmp.clone());
         if quiesce.is_some() {
@@ -281,6 +307,8 @@ impl Controller {
                 switch_cost,
                 compression,
                 quiesce,
+                storage,
+                lanes,
             })
         }));
         let begun = preparing.await;
@@ -288,7 +316,13 @@ impl Controller {
         let rounds = begun.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))??;
         self.report.tracking_hold_ms = rounds.hold.as_secs_f64() * 1e3;
         self.held.rounds = Some(rounds);
-        Ok(())
+        let Held { destination: Some(destination), disks, .. } = &mut self.held else {
+            return Err(nothing_held());
+        };
+        match disks {
+            Some(disks) => disks.begin(&self.vm.qmp, destination, !reserved.known.is_empty()).await,
+            None => Ok(()),
+        }
     }
 
     /// Pause, last rounds, gate, device state, until the destination is ready.
@@ -305,7 +339,8 @@ impl Controller {
             false => None,
         };
         self.held.qemu = true;
-        let Held { destination: Some(destination), rounds: Some(rounds), throttling, .. } = &mut self.held
+        let Held { destination: Some(destination), rounds: Some(rounds), disks, throttling, .. } =
+            &mut self.held
         else {
             return Err(nothing_held());
         };
@@ -313,7 +348,8 @@ impl Controller {
         // Paused for good, the guest need not be slowed any more.
         let paused = || *slowed = throttling.take().map(Throttling::end);
         let prepared =
-            switch::prepare(&self.vm.qmp, rounds, destination, &socket, &self.options, streams, paused).await;
+            switch::prepare(&self.vm.qmp, rounds, destination, disks, &socket, &self.options, streams, paused)
+                .await;
         match prepared {
             Ok(prepared) => {
                 self.report.verification.gate = Verdict::Match;

@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
+use mirror::storage::source::DiskProof;
+
 use super::controller::{Controller, commit, nothing_held};
+use super::disks::Disks;
 use super::peer::Withdrawal;
 use super::peer::violation;
 use super::rounds::Rounds;
@@ -16,6 +19,7 @@ use crate::failure::{Finding, chain};
 use crate::health;
 use crate::lifecycle::{self};
 use crate::options::Verify;
+use crate::remnants::Left;
 use crate::report::{Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::vm::Ownership;
 use crate::wire::{Reply, Request};
@@ -141,6 +145,7 @@ impl Controller {
         self.enter(Phase::Resume);
         let supplied = self.supply_rest().await;
         // What was not supplied is in no ledger: where nobody said that all was, there is nothing to prove.
+        self.account_for_disks();
         let whole = self.report.post_copy.as_ref().is_none_or(|late| late.counted != Counted::Nothing);
         let proved = if whole { self.prove().await.and(supplied) } else { supplied };
         self.enter(Phase::CleanUp);
@@ -161,6 +166,15 @@ impl Controller {
             return Ok(());
         }
         let Some(rounds) = &mut self.held.rounds else { return Ok(()) };
+        // It runs there by now: whatever fails here is for a person to look at.
+        let uncertain = |stop| match stop {
+            Stop::Failed(finding) => Stop::Uncertain(finding),
+            stop => stop,
+        };
+        let disks = match &self.held.disks {
+            Some(disks) => disks.prove().await.map_err(uncertain)?,
+            None => DiskProof::default(),
+        };
         let proof = match rounds.prove().await {
             Ok(proof) => proof,
             Err(Stop::Failed(finding)) => return Err(Stop::Uncertain(finding)),
@@ -169,9 +183,20 @@ impl Controller {
         let verification = &mut self.report.verification;
         verification.proof_pages = proof.pages;
         verification.mismatches = proof.mismatches;
-        verification.proof = if proof.mismatches == 0 { Verdict::Match } else { Verdict::Mismatch };
-        if proof.mismatches == 0 {
+        verification.proof_blocks = disks.blocks;
+        verification.mismatched_blocks = disks.mismatches;
+        let equal = proof.mismatches == 0 && disks.mismatches == 0;
+        verification.proof = if equal { Verdict::Match } else { Verdict::Mismatch };
+        if equal {
             return Ok(());
+        }
+        if proof.mismatches == 0 {
+            let message = format!("{} blocks of the VM's disks at the source are not what was sent", disks.mismatches);
+            return Err(Stop::Uncertain(Finding::new(
+                "proof",
+                message,
+                "do not trust the VM; report this with the agents' logs",
+            )));
         }
         let message = format!(
             "{} pages of the VM's memory changed at the source without being tracked, the first is page {}",
@@ -185,10 +210,34 @@ impl Controller {
         )))
     }
 
+    /// What was read of the disks, and what that took.
+    fn account_for_disks(&mut self) {
+        if let Some(disks) = self.held.disks.take() {
+            self.account_for(&disks);
+            self.held.disks = Some(disks);
+        }
+    }
+
+    fn account_for(&mut self, disks: &Disks) {
+        for (path, flow) in disks.flows() {
+            let name = path.display().to_string();
+            for disk in self.report.disks.iter_mut().filter(|disk| disk.name == name) {
+                (disk.raw_bytes, disk.wire_bytes) = (flow.raw_bytes, flow.wire_bytes);
+            }
+        }
+    }
+
     /// The source gives everything back: tracking, QEMU, files, taps, its record.
     pub(super) async fn clean_up(&mut self) {
         self.end_rounds().await;
         self.end_relay().await;
+        if let Some(disks) = self.held.disks.take() {
+            // The machine may come back, and then has less to bring.
+            for image in disks.paths() {
+                self.host.remnants.keep(&self.vm.record.name, image, Left::Behind);
+            }
+            disks.end().await;
+        }
         lifecycle::forget(&self.host, &self.vm.record, Some(&self.vm.qmp)).await;
     }
 
@@ -253,7 +302,16 @@ impl Controller {
             self.restore_parameters().await;
         }
         self.end_preparing().await;
+        if let Some(rounds) = &self.held.rounds {
+            // Nothing is taken for the streams any more, so a copy job waits for nothing.
+            rounds.abort();
+        }
         self.end_rounds().await;
+        if let Some(mut disks) = self.held.disks.take() {
+            disks.abandon(&self.vm.qmp).await;
+            self.account_for(&disks);
+            disks.end().await;
+        }
         self.end_relay().await;
         // A scan that was under way has ended by now.
         if left_stopped.is_some_and(|stopped| stopped.load(Ordering::Relaxed))

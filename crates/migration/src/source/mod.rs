@@ -1,12 +1,13 @@
 //! The source's controller: describes the machine, mirrors it, hands it over, gives everything back.
 //!
 //! `controller` is the flat list of phases. The longer ones stand beside it: `synchronize`, the `switch`-over, the
-//! `hand_over`. So does what they need: the `peer` at the other end of the link, the memory's `rounds`, the
+//! `hand_over`. So does what they need: the `peer` at the other end of the link, the memory's `rounds`, the `disks`, the
 //! `estimate` that says when to switch over, the operator's `orders`, the `account` that is given of it all, and
 //! the `settlement` of a hand-over whose end was not heard of.
 
 mod account;
 mod controller;
+pub(crate) mod disks;
 mod estimate;
 mod hand_over;
 mod heard;
@@ -89,7 +90,7 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
             // The destination cannot be asked about a machine without RAM; what was found says why there is none.
         } else {
             match destination.reserve(request, &vm.qmp).await {
-                Ok(()) => {}
+                Ok(_) => {}
                 Err(stop::Stop::Refused(more)) => findings.extend(more),
                 Err(other) => return Err(other.into_failure(Stage::Refused)),
             }

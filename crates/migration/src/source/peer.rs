@@ -16,7 +16,7 @@ use super::stop::Stop;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::machine::{self, Machine};
-use crate::options::{Engine, OnDiverge, Options};
+use crate::options::{DiskRoom, Engine, OnDiverge, Options};
 use crate::reservation::CPU_FEATURE_MISSING;
 use crate::vm::Vm;
 use crate::wire::{self, Reply, Request, ToDestination, ToSource};
@@ -143,13 +143,15 @@ impl Destination {
     }
 
     /// Asks the destination to set everything aside for the machine behind `qmp`.
-    pub(super) async fn reserve(&mut self, request: wire::Reserve, qmp: &Qmp) -> Result<(), Stop> {
+    pub(super) async fn reserve(&mut self, request: wire::Reserve, qmp: &Qmp) -> Result<wire::Reserved, Stop> {
         let rehearsal = request.rehearsal;
         self.send(Request::Reserve(request)).await?;
         let reply = self.receive_within(RESERVE, "answer the reservation").await?;
         match reply {
-            Reply::Reserved(_) => Ok(()),
-            Reply::Refused(wire::Findings { findings, .. }) if rehearsal && findings.is_empty() => Ok(()),
+            Reply::Reserved(reserved) => Ok(reserved),
+            Reply::Refused(wire::Findings { findings, .. }) if rehearsal && findings.is_empty() => {
+                Ok(wire::Reserved::default())
+            }
             Reply::Refused(wire::Findings { findings, cpu_features }) => {
                 let mut findings: Vec<Finding> = findings.into_iter().map(Into::into).collect();
                 for finding in findings.iter_mut().filter(|finding| finding.kind == CPU_FEATURE_MISSING) {
@@ -266,7 +268,8 @@ pub(super) fn reserve_request(
         cpuid: machine.cpuid.iter().map(wire_word).collect(),
         cpu_features: machine.cpu_features.clone(),
         ram: machine.ram.iter().map(wire_ram).collect(),
-        disks: machine.wire_disks(),
+        disks: machine.disks.iter().map(crate::disks::Disk::wire).collect(),
+        whole_room: options.disk_room == DiskRoom::Whole,
         taps: machine.taps.clone(),
         streams: u32::from(streams),
         secret: secret.to_vec(),

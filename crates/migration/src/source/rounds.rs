@@ -14,10 +14,13 @@ use mirror::memory::post_copy::PostCopySource;
 use mirror::memory::round::{Flow, Guest, Sent};
 use mirror::memory::source::{How, MemorySource, Proof, Scanned, Scanning, SourceError, TrackedRange};
 use mirror::memory::{Ram, RamFile};
+use mirror::storage::Lane;
+use mirror::storage::source::StorageSource;
 use qemu::{Qmp, RamBlock};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use super::disks::blocks;
 use super::estimate::Estimate;
 use super::heard::Heard;
 use super::peer::{Destination, violation};
@@ -65,6 +68,10 @@ pub(super) struct Rounds {
     pub(super) quiesced: Option<Quiesced>,
     /// What has gone through, a round under way included.
     pub(super) flow: Arc<Flow>,
+    /// The mirror of disks, on the same streams.
+    storage: Option<Arc<StorageSource>>,
+    audited_blocks: u64,
+    repaired_blocks: u64,
 }
 
 /// What the rounds begin with.
@@ -80,12 +87,16 @@ pub(super) struct Begin<W> {
     pub(super) compression: Compression,
     /// The guest's QEMU, where it must be quiesced for scans.
     pub(super) quiesce: Option<Qmp>,
+    /// The mirror of disks, and what waits of it for each stream.
+    pub(super) storage: Option<Arc<StorageSource>>,
+    pub(super) lanes: Vec<Lane>,
 }
 
 impl Rounds {
     /// Begins tracking: from here on nothing that the guest writes is missed. Blocks.
     pub(super) fn begin<W: std::io::Write + Send + 'static>(begin: Begin<W>) -> Result<Rounds, Stop> {
-        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression, quiesce } = begin;
+        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression, quiesce, .. } = begin;
+        let (storage, lanes) = (begin.storage, begin.lanes);
         let streams = sinks.len();
         let (mut addresses, mut ranges) = (Vec::new(), Vec::new());
         for (block, ram) in ram.iter().enumerate() {
@@ -106,15 +117,20 @@ impl Rounds {
         let ram = Ram::new(layout, ram.into_iter().map(file).collect())
             .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
         let scanning = if kvm { Scanning::AlwaysSparing } else { Scanning::Quickest };
-        let memory = MemorySource::start(ram, secret, tracker, ranges, How { scanning, compression }, sinks)
+        let how = How { scanning, compression };
+        let memory = MemorySource::start(ram, secret, tracker, ranges, how, sinks, lanes)
             .map_err(|e| broken(&e))?;
+        let blocks = storage.as_ref().map_or(0, |storage| storage.layout().block_count());
         Ok(Rounds {
             flow: memory.flow(),
             memory: Some(memory),
             busy: None,
             aborts,
             streams,
-            heard: Heard::new(totals.pages),
+            heard: Heard::new(totals.pages, blocks),
+            storage,
+            audited_blocks: 0,
+            repaired_blocks: 0,
             last_scan: None,
             audited_there: 0,
             repaired: 0,
@@ -230,6 +246,7 @@ impl Rounds {
     ) -> Result<(), Stop> {
         let repairs = self.heard.take_repairs();
         self.repaired += repairs.len() as u64;
+        self.repair_blocks(guest)?;
         let scanned = self.scan(destination, guest).await?;
         let begin = scanned.begin;
         let sent = self
@@ -242,9 +259,12 @@ impl Rounds {
         let took = begin.elapsed();
         let there =
             sums.decode(self.streams).ok_or_else(|| violation("sent sums for another number of streams"))?;
-        self.equal = there == sent.sums;
-        self.audited_there = sums.audited;
-        self.sums = Some(Sums::new(sums.barrier, &sent.sums, 0));
+        let disks = sums
+            .decode_disks(self.streams)
+            .ok_or_else(|| violation("sent sums for another number of streams"))?;
+        self.equal = there == sent.sums && disks == sent.disk_sums;
+        (self.audited_there, self.audited_blocks) = (sums.audited, sums.audited_blocks);
+        self.sums = Some(Sums::new(sums.barrier, &sent.sums, 0).with_disks(&sent.disk_sums, 0));
         if let Some(memory) = &mut self.memory {
             memory.acknowledge();
         }
@@ -274,6 +294,21 @@ impl Rounds {
         Ok(())
     }
 
+    /// Has blocks sent again that the destination has found wrong.
+    fn repair_blocks(&mut self, guest: Guest) -> Result<(), Stop> {
+        for wrong in self.heard.take_blocks() {
+            // A check fails where the guest has written the block since: that is no discrepancy.
+            if !wrong.checked || guest == Guest::Paused {
+                self.repaired_blocks += wrong.blocks.len() as u64;
+            }
+            let repaired = self.storage.as_ref().is_some_and(|storage| storage.repair(&blocks(&wrong)));
+            if !repaired {
+                return Err(violation("finds blocks wrong that there are not"));
+            }
+        }
+        Ok(())
+    }
+
     async fn acknowledged(&mut self, destination: &mut Destination, sent: &Sent) -> Result<Sums, Stop> {
         loop {
             let reply = match self.heard.other() {
@@ -282,7 +317,7 @@ impl Rounds {
             };
             match reply {
                 Reply::Barrier(sums) if sums.barrier == sent.number => return Ok(sums),
-                Reply::Mismatch(_) => self.heard.note(reply)?,
+                Reply::Mismatch(_) | Reply::WrongBlocks(_) => self.heard.note(reply)?,
                 other => {
                     return Err(violation(&format!(
                         "said {other:?} instead of reaching barrier {}",
@@ -357,9 +392,11 @@ impl Rounds {
             match destination.receive_within(limit, "read its copy back").await? {
                 Reply::Audited(audited) => {
                     self.audited_there = self.audited_there.saturating_add(audited.pages);
-                    return Ok((audited.pages, audited.differing));
+                    self.audited_blocks = self.audited_blocks.saturating_add(audited.blocks);
+                    let differing = audited.differing.saturating_add(audited.differing_blocks);
+                    return Ok((audited.pages, differing));
                 }
-                reply @ Reply::Mismatch(_) => self.heard.note(reply)?,
+                reply @ (Reply::Mismatch(_) | Reply::WrongBlocks(_)) => self.heard.note(reply)?,
                 other => return Err(violation(&format!("said {other:?} instead of what its audit found"))),
             }
         }
@@ -384,7 +421,7 @@ impl Rounds {
 
     /// Whether the destination has asked for pages that it has not yet been sent again.
     pub(super) fn repairs_due(&self) -> bool {
-        self.heard.repairs() > 0
+        self.heard.repairs() > 0 || self.heard.has_blocks()
     }
 
     /// Whether an audit has raised a doubt that further rounds must settle.
@@ -409,6 +446,8 @@ impl Rounds {
         Verification {
             audited_pages: audited.saturating_add(self.audited_there),
             repaired_pages: self.repaired + self.heard.repairs() as u64 + missed,
+            audited_blocks: self.audited_blocks,
+            repaired_blocks: self.repaired_blocks,
             ..Verification::default()
         }
     }

@@ -13,6 +13,7 @@ use tokio::sync::broadcast;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::disks::Disks;
 use super::peer::{Destination, Sender, violation};
 use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
@@ -54,6 +55,7 @@ pub(super) async fn prepare(
     qmp: &Qmp,
     rounds: &mut Rounds,
     destination: &mut Destination,
+    disks: &mut Option<Disks>,
     socket: &Path,
     options: &Options,
     streams: Option<Streams>,
@@ -87,7 +89,7 @@ pub(super) async fn prepare(
     })??;
     paused_for_good();
     let limit = options.max_downtime + PATIENCE;
-    let pausing = Pausing { qmp, events, paused_at, options };
+    let pausing = Pausing { qmp, events, paused_at, options, disks };
     let work = pausing.finish(rounds, destination, &mut pump, streams);
     let (pause, device_state_bytes, supplying) =
         timeout(limit, work).await.map_err(|_| too_long(limit))??;
@@ -100,6 +102,7 @@ struct Pausing<'a> {
     events: broadcast::Receiver<Event>,
     paused_at: Instant,
     options: &'a Options,
+    disks: &'a mut Option<Disks>,
 }
 
 impl Pausing<'_> {
@@ -158,7 +161,10 @@ impl Pausing<'_> {
         // guest RAM after the scan is found by the next one.
         let (paused_at, options) = (self.paused_at, self.options);
         let since = || paused_at.elapsed().as_secs_f64() * 1e3;
-        let save = async { Ok::<_, Stop>((self.save(pump).await?, since())) };
+        let save = async {
+            self.finish_disks(pause).await?;
+            Ok::<_, Stop>((self.save(pump).await?, since()))
+        };
         let send = async {
             rounds.round(destination, Guest::Paused).await?;
             Ok::<_, Stop>(since())
@@ -183,11 +189,21 @@ impl Pausing<'_> {
         pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
         pause: &mut Pause,
     ) -> Result<u64, Stop> {
+        self.finish_disks(pause).await?;
         let device_state_bytes = self.save(pump).await?;
         pause.device_state_ms = self.since();
         rounds.withhold_cold(destination, HOT_WITHIN.min(self.options.downtime / 2)).await?;
         pause.last_round_ms = self.since();
         Ok(device_state_bytes)
+    }
+
+    /// The copies of the disks are complete. Before devices are saved: with them QEMU gives its images up.
+    async fn finish_disks(&mut self, pause: &mut Pause) -> Result<(), Stop> {
+        if let Some(disks) = &mut self.disks {
+            disks.finish(self.qmp).await?;
+            pause.disks_ms = self.since();
+        }
+        Ok(())
     }
 
     /// Has QEMU save its devices. Returns how many bytes that took.

@@ -65,16 +65,18 @@ impl Controller {
             if self.goal == Goal::Mirror && switching {
                 ordered_at.get_or_insert_with(Instant::now);
             }
-            let ready = matches!(advice, Advice::Switch | Advice::SwitchWithinLimit);
+            let copied = self.disks_are_ready().await?;
+            let ready = copied && matches!(advice, Advice::Switch | Advice::SwitchWithinLimit);
             if switching && ready {
                 return Ok(());
             }
-            if switching && self.options.on_diverge == OnDiverge::PostCopy && self.is_outrun(advice).await? {
+            let post_copy = copied && switching && self.options.on_diverge == OnDiverge::PostCopy;
+            if post_copy && self.is_outrun(advice).await? {
                 tracing::info!(vm = %self.vm.record.name, "the guest outruns the mirror: post-copy");
                 self.post_copy = true;
                 return Ok(());
             }
-            if switching && advice == Advice::DoesNotConverge {
+            if switching && copied && advice == Advice::DoesNotConverge {
                 let since = *diverged_at.get_or_insert_with(Instant::now);
                 match self.options.on_diverge {
                     OnDiverge::Throttle => self.slow_down().await?,
@@ -87,13 +89,26 @@ impl Controller {
             if switching && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Err(self.not_converged());
             }
-            if !switching && ready {
+            if !copied {
+                // Rounds without end would only take from the disks' share of the link.
+                self.stand(&mut events).await?;
+            } else if !switching && ready {
                 self.stand(&mut events).await?;
             } else if advice == Advice::DoesNotConverge && self.held.throttling.is_none() {
                 // More rounds at once would not help; the guest's next quiet moment might.
                 tokio::time::sleep(STANDING).await;
             }
         }
+    }
+
+    /// Whether the disks are copied, and all but equal. What is not certain is settled now, so that little is left for the pause.
+    async fn disks_are_ready(&mut self) -> Result<bool, Stop> {
+        let Some(disks) = &self.held.disks else { return Ok(true) };
+        if !disks.is_copied(&self.vm.qmp).await? {
+            return Ok(false);
+        }
+        disks.settle().await?;
+        Ok(disks.is_settled())
     }
 
     /// Whether the guest dirties its memory faster than it can be sent: seen from the rounds, or at once after the first,
@@ -207,12 +222,18 @@ impl Controller {
         let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
         rounds.read_back(destination).await?;
         rounds.audit(destination).await?;
+        let blocks = match &self.held.disks {
+            Some(disks) => disks.audit().await?,
+            None => 0,
+        };
         self.settle_doubts().await?;
         let after = self.rounds()?.verification();
         let gate = if self.rounds()?.equal { Verdict::Match } else { Verdict::Mismatch };
         let found = Verification {
             audited_pages: after.audited_pages - before.audited_pages,
             repaired_pages: after.repaired_pages - before.repaired_pages,
+            audited_blocks: after.audited_blocks - before.audited_blocks + blocks,
+            repaired_blocks: after.repaired_blocks - before.repaired_blocks,
             gate,
             ..Verification::default()
         };
@@ -224,6 +245,9 @@ impl Controller {
     pub(super) async fn settle_doubts(&mut self) -> Result<(), Stop> {
         // One round at the least: the doubts are told apart by what the next scan says.
         for _ in 0..SETTLING_ROUNDS {
+            if let Some(disks) = &self.held.disks {
+                disks.settle().await?;
+            }
             self.round(Guest::Running).await?;
             if !self.rounds()?.in_doubt() {
                 break;

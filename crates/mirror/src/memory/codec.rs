@@ -14,6 +14,7 @@
 //! | 1 | pages | the round | as below |
 //! | 2 | barrier | the barrier | none |
 //! | 3 | absent | the round | for each of `entries` chunks 72 bytes: first page u64 · a bit for each page, 64 bytes |
+//! | 4, 5 | of disks | | see [there](crate::storage::codec) |
 //!
 //! The pages of an *absent* frame are ones that the destination is to be without: a switch-over with post-copy begins
 //! before they are there.
@@ -44,7 +45,7 @@ use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
 /// Bytes of a frame's header.
 pub const HEADER_LENGTH: usize = 16;
 /// Bytes of a table entry.
-const ENTRY_LENGTH: usize = 24;
+pub(crate) const ENTRY_LENGTH: usize = 24;
 /// Most plain pages and deltas of a frame: 1 MiB.
 pub const MAX_PLAIN: usize = 256;
 /// Most entries of a frame.
@@ -57,6 +58,8 @@ pub const MAX_ABSENT: usize = 1024;
 const KIND_PAGES: u8 = 1;
 const KIND_BARRIER: u8 = 2;
 const KIND_ABSENT: u8 = 3;
+const KIND_BLOCKS: u8 = 4;
+const KIND_SYNC: u8 = 5;
 const ENCODINGS: [Encoding; 3] = [Encoding::None, Encoding::Lz4, Encoding::Zstd];
 const CLASS_ZERO: u8 = 1;
 const CLASS_PLAIN: u8 = 2;
@@ -160,6 +163,17 @@ pub enum Header {
         /// How many chunks are told of.
         chunks: usize,
     },
+    /// Blocks of disks follow.
+    Blocks {
+        /// Entries of the table.
+        entries: usize,
+        /// How the payload is encoded.
+        encoding: Encoding,
+        /// Bytes of the payload, as encoded.
+        payload: usize,
+    },
+    /// What came before of disks is to be put on stable storage soon.
+    Sync,
 }
 
 /// A frame that breaks the protocol.
@@ -223,6 +237,24 @@ pub fn encode_pages(out: &mut Vec<u8>, round: u32, entries: &[Entry], encoding: 
         out.extend_from_slice(&what.to_le_bytes());
         out.extend_from_slice(&value.to_le_bytes());
     }
+}
+
+/// Appends the header and table of a frame of disk blocks to `out`. The payload, of so many bytes, is to follow on the stream.
+pub fn encode_blocks(
+    out: &mut Vec<u8>,
+    entries: &[crate::storage::codec::Entry],
+    encoding: Encoding,
+    payload: usize,
+) {
+    let bounded = |n: usize| u32::try_from(n).expect("a frame is bounded");
+    debug_assert!(payload <= MAX_PLAIN * PAGE_SIZE && entries.len() <= MAX_ENTRIES);
+    header(out, KIND_BLOCKS, encoding, bounded(entries.len()), bounded(payload), 0);
+    crate::storage::codec::encode_table(out, entries);
+}
+
+/// Appends a sync frame to `out`.
+pub fn encode_sync(out: &mut Vec<u8>) {
+    header(out, KIND_SYNC, Encoding::None, 0, 0, 0);
 }
 
 /// Bytes of the payload that a table describes, before it is encoded as a whole.
@@ -297,13 +329,21 @@ pub fn decode_header(bytes: &[u8; HEADER_LENGTH]) -> Result<Header, FrameError> 
     }
     let too_long = FrameError::Length { entries, payload };
     match kind {
-        KIND_PAGES if entries as usize > MAX_ENTRIES || payload as usize > MAX_PLAIN * PAGE_SIZE => {
+        KIND_PAGES | KIND_BLOCKS
+            if entries as usize > MAX_ENTRIES || payload as usize > MAX_PLAIN * PAGE_SIZE =>
+        {
             Err(too_long)
         }
         KIND_PAGES => {
             let (entries, payload) = (entries as usize, payload as usize);
             Ok(Header::Pages { round: number, entries, encoding, payload })
         }
+        KIND_BLOCKS => {
+            let (entries, payload) = (entries as usize, payload as usize);
+            Ok(Header::Blocks { entries, encoding, payload })
+        }
+        KIND_SYNC if entries != 0 || payload != 0 => Err(too_long),
+        KIND_SYNC => Ok(Header::Sync),
         KIND_ABSENT if payload != 0 || entries as usize > MAX_ABSENT => Err(too_long),
         KIND_ABSENT => Ok(Header::Absent { round: number, chunks: entries as usize }),
         KIND_BARRIER if entries != 0 || payload != 0 => Err(too_long),

@@ -195,13 +195,13 @@ impl Methods {
 
 /// Decodes the payloads of one stream.
 #[derive(Default)]
-pub(super) struct Decoder {
+pub(crate) struct Decoder {
     zstd: Option<Decompressor<'static>>,
 }
 
 impl Decoder {
     /// Decodes a payload into `out`, which then has exactly as many bytes as its table says.
-    pub(super) fn decode(
+    pub(crate) fn decode(
         &mut self,
         encoding: Encoding,
         payload: &[u8],

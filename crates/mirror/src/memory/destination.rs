@@ -14,6 +14,7 @@ use crate::audit::{Audit, Auditor, Busy, Subject};
 use crate::hash::{ContentHash, Secret, is_zero};
 use crate::layout::{PAGE_SIZE, PageIndex};
 use crate::ledger::{Ledger, Ledgers, Sum};
+use crate::storage::destination::{BlockReceiver, StorageDestination, StorageError, Wrong};
 
 /// What the destination's workers and audit have to say. Mismatches of pages are always told before any barrier
 /// whose sum they have changed.
@@ -27,7 +28,11 @@ pub enum Event {
         number: u32,
         /// The stream's ledger sum at this point.
         sum: Sum,
+        /// The sum of its ledger of disks.
+        disks: Sum,
     },
+    /// A block of a disk is not what it should be; it has been struck from the ledger and is to be sent again.
+    WrongBlock(Wrong),
     /// The copy of a page is not what the ledger says; it has been struck from the ledger and is to be sent again.
     Mismatch(PageIndex),
     /// A stream ended in order.
@@ -69,6 +74,9 @@ pub enum DestinationError {
     /// The copy could not be written.
     #[error(transparent)]
     Ram(#[from] RamError),
+    /// The copy of a disk could not be written.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
 }
 
 /// The destination's side of one mirror of memory.
@@ -115,11 +123,16 @@ impl MemoryDestination {
         Ok(MemoryDestination { subject, auditor, workers: Vec::new(), events, absent })
     }
 
-    /// Takes in one of the layout's data streams.
+    /// Takes in one of the layout's data streams, which may carry blocks of disks too.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn attach<R: Read + Send + 'static>(&mut self, stream: u16, source: R) -> io::Result<()> {
+    pub fn attach<R: Read + Send + 'static>(
+        &mut self,
+        stream: u16,
+        source: R,
+        storage: Option<&StorageDestination>,
+    ) -> io::Result<()> {
         let mut receiver = StreamReceiver {
             stream,
             source,
@@ -127,6 +140,7 @@ impl MemoryDestination {
             events: Arc::clone(&self.events),
             busy: self.auditor.busy(),
             absent: Arc::clone(&self.absent),
+            blocks: storage.map(|storage| storage.stream(stream)),
             entries: Vec::new(),
             table: Vec::new(),
             encoded: Vec::new(),
@@ -187,6 +201,8 @@ struct StreamReceiver<R> {
     events: Arc<dyn Fn(Event) + Send + Sync>,
     busy: Busy,
     absent: Arc<Mutex<Option<PageSet>>>,
+    /// Where blocks of disks go.
+    blocks: Option<BlockReceiver>,
     entries: Vec<Entry>,
     table: Vec<u8>,
     /// The payload as it came, where it is compressed.
@@ -225,8 +241,11 @@ impl<R: Read> StreamReceiver<R> {
                     // Told with the ledger locked, as the audit's findings are: their order is the order of the
                     // changes to the sum.
                     let ledger = self.subject.ledgers.lock(self.stream);
-                    (self.events)(Event::Barrier { stream: self.stream, number, sum: ledger.sum() });
+                    let disks = self.blocks.as_ref().map(BlockReceiver::sum).unwrap_or_default();
+                    (self.events)(Event::Barrier { stream: self.stream, number, sum: ledger.sum(), disks });
                 }
+                Header::Blocks { entries, encoding, payload } => self.take_blocks(entries, encoding, payload)?,
+                Header::Sync => self.blocks.as_ref().ok_or(StorageError::NoDisks)?.sync(),
             }
         }
         Ok(())
@@ -245,6 +264,27 @@ impl<R: Read> StreamReceiver<R> {
             return Err(FrameError::Payload { described, payload }.into());
         }
         Ok(())
+    }
+
+    /// Reads, checks and writes blocks of disks.
+    fn take_blocks(
+        &mut self,
+        entries: usize,
+        encoding: Encoding,
+        payload: usize,
+    ) -> Result<(), DestinationError> {
+        let blocks = self.blocks.as_mut().ok_or(StorageError::NoDisks)?;
+        let into = if encoding == Encoding::None { &mut self.pages } else { &mut self.encoded };
+        codec::read_body(&mut self.source, entries, payload, &mut self.table, into)
+            .map_err(DestinationError::Stream)?;
+        let described = blocks.table(&self.table).map_err(StorageError::from)?;
+        if encoding != Encoding::None {
+            self.decoder.decode(encoding, &self.encoded, described, &mut self.pages)?;
+        } else if payload != described {
+            return Err(FrameError::Payload { described, payload }.into());
+        }
+        let events = &self.events;
+        Ok(blocks.apply(&self.pages, |wrong| events(Event::WrongBlock(wrong)))?)
     }
 
     /// Gives up pages that are to be absent: they are holes, and not in the ledger.

@@ -21,6 +21,6 @@ mod sender;
 mod sent;
 pub mod source;
 mod twins;
-mod writer;
+pub(crate) mod writer;
 
 pub use ram::{Ram, RamError, RamFile};

@@ -51,6 +51,7 @@ impl Counts {
 pub struct Flow {
     raw_bytes: AtomicU64,
     wire_bytes: AtomicU64,
+    disk_bytes: AtomicU64,
 }
 
 impl Flow {
@@ -59,13 +60,23 @@ impl Flow {
         self.wire_bytes.fetch_add(wire_bytes, Ordering::Relaxed);
     }
 
+    /// So many bytes were written to the streams for disks.
+    pub(super) fn add_disk(&self, bytes: u64) {
+        self.disk_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes written to the streams, for memory and for disks: what the link shows of its speed.
+    pub(super) fn all_bytes(&self) -> u64 {
+        self.wire_bytes() + self.disk_bytes.load(Ordering::Relaxed)
+    }
+
     /// Bytes of guest memory that were looked at.
     #[must_use]
     pub fn raw_bytes(&self) -> u64 {
         self.raw_bytes.load(Ordering::Relaxed)
     }
 
-    /// Bytes written to the streams, before encryption.
+    /// Bytes of memory written to the streams, before encryption.
     #[must_use]
     pub fn wire_bytes(&self) -> u64 {
         self.wire_bytes.load(Ordering::Relaxed)
@@ -96,6 +107,8 @@ pub struct Sent {
     pub counts: Counts,
     /// The source's ledger sums at the barrier, by stream. The destination's must be the same.
     pub sums: Vec<Sum>,
+    /// Those of disks.
+    pub disk_sums: Vec<Sum>,
     /// How long the scan took.
     pub scan: Duration,
     /// From the scan's beginning to the last byte given to the streams.

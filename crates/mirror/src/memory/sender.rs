@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::codec::{self, Absent, Entry, MAX_PLAIN};
 use super::compress::Compression;
@@ -19,6 +19,7 @@ use crate::audit::Subject;
 use crate::hash::is_zero;
 use crate::layout::{PAGE_SIZE, PageIndex};
 use crate::ledger::Sum;
+use crate::storage::Lane;
 
 /// Runs of at least this many pages are asked for holes before they are read: below it, reading costs less.
 const HOLE_SEARCH_PAGES: u64 = 64;
@@ -35,19 +36,28 @@ pub(super) struct Worker {
 /// Where a worker tells, with its stream's number, what its job came to.
 pub(super) type Done<T> = Sender<(u16, Result<T, SourceError>)>;
 
+/// What came of telling the destination something.
+pub(super) struct Told {
+    pub(super) counts: Counts,
+    /// The stream's ledger sum of memory.
+    pub(super) sum: Sum,
+    /// The stream's ledger sum of disks.
+    pub(super) disks: Sum,
+}
+
 pub(super) enum Job {
     /// Send these; the barrier follows the last part of a round.
     Round {
         number: u32,
         due: Arc<PageSet>,
         last: bool,
-        done: Done<(Counts, Sum)>,
+        done: Done<Told>,
     },
     /// Tell the destination what it is to be without.
     Withhold {
         number: u32,
         due: Arc<PageSet>,
-        done: Done<(Counts, Sum)>,
+        done: Done<Told>,
     },
     Prove {
         done: Done<Proof>,
@@ -61,6 +71,7 @@ impl Worker {
         subject: Subject,
         compression: Compression,
         flow: Arc<Flow>,
+        lane: Option<Lane>,
     ) -> Result<Worker, SourceError> {
         let (jobs, receiver) = bounded(1);
         let layout = subject.ram.layout();
@@ -72,6 +83,8 @@ impl Worker {
         let mut sender = StreamSender {
             stream,
             writer: FrameWriter::new((stream, streams), sink, compression, flow),
+            lane,
+            broken: None,
             subject,
             buffer: vec![0; MAX_PLAIN * PAGE_SIZE],
             runs: Vec::new(),
@@ -105,6 +118,10 @@ impl Drop for Worker {
 struct StreamSender<W> {
     stream: u16,
     writer: FrameWriter<W>,
+    /// What waits of disks, to be sent on the same stream.
+    lane: Option<Lane>,
+    /// The stream broke when nobody had asked for anything.
+    broken: Option<SourceError>,
     subject: Subject,
     /// Content of the runs that wait to be sent.
     buffer: Vec<u8>,
@@ -122,7 +139,7 @@ struct StreamSender<W> {
 
 impl<W: Write> StreamSender<W> {
     fn work(&mut self, jobs: &Receiver<Job>) {
-        while let Ok(job) = jobs.recv() {
+        while let Some(job) = self.next(jobs) {
             let failed = match job {
                 Job::Round { number, due, last, done } => {
                     let result = self.round(number, &due, last);
@@ -149,7 +166,33 @@ impl<W: Write> StreamSender<W> {
         }
     }
 
-    fn round(&mut self, number: u32, due: &PageSet, last: bool) -> Result<(Counts, Sum), SourceError> {
+    /// The next job. Until it comes, what waits of disks is sent.
+    fn next(&mut self, jobs: &Receiver<Job>) -> Option<Job> {
+        loop {
+            let Some(lane) = &mut self.lane else { return jobs.recv().ok() };
+            select! {
+                recv(jobs) -> job => return job.ok(),
+                recv(lane.woken()) -> _ => {
+                    let sent = lane.send_all(&mut self.writer).and_then(|()| self.writer.flush());
+                    if let Err(error) = sent {
+                        // Told by the next job; nothing is taken from the lane any more.
+                        (self.lane, self.broken) = (None, Some(error));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Between two frames of memory: what is urgent of disks goes first, and the copy has its share.
+    fn send_blocks(&mut self) -> Result<(), SourceError> {
+        match &mut self.lane {
+            Some(lane) => lane.send(&mut self.writer),
+            None => self.broken.take().map_or(Ok(()), Err),
+        }
+    }
+
+    fn round(&mut self, number: u32, due: &PageSet, last: bool) -> Result<Told, SourceError> {
+        self.send_blocks()?;
         self.counts = Counts::default();
         let ram = Arc::clone(&self.subject.ram);
         for (_, chunk) in ram.layout().chunks(self.stream) {
@@ -159,13 +202,27 @@ impl<W: Write> StreamSender<W> {
         }
         self.flush(number)?;
         if last {
-            self.counts.wire_bytes += self.writer.barrier(number)?;
+            self.barrier(number)?;
         }
-        Ok((self.counts, self.subject.ledgers.lock(self.stream).sum()))
+        Ok(self.told())
+    }
+
+    fn told(&self) -> Told {
+        let sum = self.subject.ledgers.lock(self.stream).sum();
+        Told { counts: self.counts, sum, disks: self.lane.as_ref().map(Lane::sum).unwrap_or_default() }
+    }
+
+    /// Ends a round: everything of disks that waits goes before it.
+    fn barrier(&mut self, number: u32) -> Result<(), SourceError> {
+        if let Some(lane) = &mut self.lane {
+            lane.send_all(&mut self.writer)?;
+        }
+        self.counts.wire_bytes += self.writer.barrier(number)?;
+        Ok(())
     }
 
     /// Tells which pages the destination is to be without, instead of sending them.
-    fn withhold(&mut self, number: u32, due: &PageSet) -> Result<(Counts, Sum), SourceError> {
+    fn withhold(&mut self, number: u32, due: &PageSet) -> Result<Told, SourceError> {
         self.counts = Counts::default();
         let Subject { ram, ledgers, .. } = &self.subject;
         let mut ledger = ledgers.lock(self.stream);
@@ -182,13 +239,12 @@ impl<W: Write> StreamSender<W> {
             }
             chunks.push(absent);
         }
-        let sum = ledger.sum();
         drop(ledger);
         for chunks in chunks.chunks(codec::MAX_ABSENT) {
             self.counts.wire_bytes += self.writer.absent(number, chunks)?;
         }
-        self.counts.wire_bytes += self.writer.barrier(number)?;
-        Ok((self.counts, sum))
+        self.barrier(number)?;
+        Ok(self.told())
     }
 
     /// Takes up a run of due pages: holes are noted as zero, the rest is read into the buffer.
@@ -247,7 +303,7 @@ impl<W: Write> StreamSender<W> {
         }
         self.send(number, &parts)?;
         self.entries.clear();
-        Ok(())
+        self.send_blocks()
     }
 
     /// Turns what is in the buffer into entries of a table. Returns their payload, in pieces.

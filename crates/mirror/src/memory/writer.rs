@@ -7,9 +7,10 @@ use super::codec::{self, Absent, Entry};
 use super::compress::{Compression, Encoder, Encoding, Writing};
 use super::round::Flow;
 use super::source::SourceError;
+use crate::storage;
 
 /// Writes frames to one stream: compressed where that is worth it, counted in any case.
-pub(super) struct FrameWriter<W> {
+pub(crate) struct FrameWriter<W> {
     stream: u16,
     sink: W,
     encoder: Encoder,
@@ -21,7 +22,7 @@ pub(super) struct FrameWriter<W> {
 
 impl<W: Write> FrameWriter<W> {
     /// For one of so many streams.
-    pub(super) fn new(
+    pub(crate) fn new(
         (stream, streams): (u16, u16),
         sink: W,
         compression: Compression,
@@ -38,18 +39,54 @@ impl<W: Write> FrameWriter<W> {
     }
 
     /// So many bytes of guest memory were looked at.
-    pub(super) fn looked_at(&self, bytes: u64) {
+    pub(crate) fn looked_at(&self, bytes: u64) {
         self.flow.add(bytes, 0);
     }
 
     /// Writes entries, and the pieces of their payload. Returns how many bytes that took.
-    pub(super) fn pages<'a>(
+    pub(crate) fn pages<'a>(
         &mut self,
         round: u32,
         entries: &[Entry],
         payload: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<u64, SourceError> {
-        let length = codec::payload_of(entries);
+        let head = |out: &mut Vec<u8>, encoding, length| {
+            codec::encode_pages(out, round, entries, encoding, length);
+        };
+        let written = self.frame(codec::payload_of(entries), payload, head)?;
+        self.flow.add(0, written);
+        Ok(written)
+    }
+
+    /// Writes blocks of disks, and the pieces of their payload. Returns how many bytes that took.
+    pub(crate) fn blocks<'a>(
+        &mut self,
+        entries: &[storage::codec::Entry],
+        payload: impl Iterator<Item = &'a [u8]> + Clone,
+    ) -> Result<u64, SourceError> {
+        let head = |out: &mut Vec<u8>, encoding, length| codec::encode_blocks(out, entries, encoding, length);
+        let written = self.frame(entries.iter().map(storage::codec::Entry::payload).sum(), payload, head)?;
+        self.flow.add_disk(written);
+        Ok(written)
+    }
+
+    /// Asks for stable storage. Returns how many bytes that took.
+    pub(crate) fn sync(&mut self) -> Result<u64, SourceError> {
+        self.head.clear();
+        codec::encode_sync(&mut self.head);
+        let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty());
+        let written = self.sound(written)?;
+        self.flow.add_disk(written);
+        Ok(written)
+    }
+
+    /// Writes a frame whose payload has so many bytes in these pieces, compressed where that is worth it.
+    fn frame<'a>(
+        &mut self,
+        length: usize,
+        payload: impl Iterator<Item = &'a [u8]> + Clone,
+        head: impl Fn(&mut Vec<u8>, Encoding, usize),
+    ) -> Result<u64, SourceError> {
         let encoded = self.encoder.wants(length).and_then(|attempt| {
             self.joined.clear();
             payload.clone().for_each(|piece| self.joined.extend_from_slice(piece));
@@ -59,21 +96,21 @@ impl<W: Write> FrameWriter<W> {
         let writing = Writing::begin();
         let written = match encoded {
             Some((encoding, encoded)) => {
-                codec::encode_pages(&mut self.head, round, entries, encoding, encoded.len());
+                head(&mut self.head, encoding, encoded.len());
                 codec::write_frame(&mut self.sink, &self.head, std::iter::once(encoded))
             }
             None => {
-                codec::encode_pages(&mut self.head, round, entries, Encoding::None, length);
+                head(&mut self.head, Encoding::None, length);
                 codec::write_frame(&mut self.sink, &self.head, payload)
             }
         };
-        let written = self.counted(written)?;
-        self.encoder.written(writing, written, self.flow.wire_bytes());
+        let written = self.sound(written)?;
+        self.encoder.written(writing, written, self.flow.all_bytes() + written);
         Ok(written)
     }
 
     /// Writes which pages the destination is to be without. Returns how many bytes that took.
-    pub(super) fn absent(&mut self, round: u32, chunks: &[Absent]) -> Result<u64, SourceError> {
+    pub(crate) fn absent(&mut self, round: u32, chunks: &[Absent]) -> Result<u64, SourceError> {
         self.head.clear();
         codec::encode_absent(&mut self.head, round, chunks);
         let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty());
@@ -81,7 +118,7 @@ impl<W: Write> FrameWriter<W> {
     }
 
     /// Writes a barrier, and sees that everything leaves. Returns how many bytes that took.
-    pub(super) fn barrier(&mut self, number: u32) -> Result<u64, SourceError> {
+    pub(crate) fn barrier(&mut self, number: u32) -> Result<u64, SourceError> {
         self.head.clear();
         codec::encode_barrier(&mut self.head, number);
         let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty());
@@ -92,15 +129,19 @@ impl<W: Write> FrameWriter<W> {
     }
 
     /// Sees that everything written so far leaves.
-    pub(super) fn flush(&mut self) -> Result<(), SourceError> {
+    pub(crate) fn flush(&mut self) -> Result<(), SourceError> {
         let stream = self.stream;
         self.sink.flush().map_err(|source| SourceError::Stream { stream, source })
     }
 
     fn counted(&self, written: io::Result<u64>) -> Result<u64, SourceError> {
-        let stream = self.stream;
-        let written = written.map_err(|source| SourceError::Stream { stream, source })?;
+        let written = self.sound(written)?;
         self.flow.add(0, written);
         Ok(written)
+    }
+
+    fn sound(&self, written: io::Result<u64>) -> Result<u64, SourceError> {
+        let stream = self.stream;
+        written.map_err(|source| SourceError::Stream { stream, source })
     }
 }

@@ -430,7 +430,9 @@ impl<R: Read> Receiver<R> {
                     self.supply()?;
                 }
                 Header::Barrier(_) => {}
-                Header::Absent { .. } => return Err(FrameError::Kind(head[0]).into()),
+                Header::Absent { .. } | Header::Blocks { .. } | Header::Sync => {
+                    return Err(FrameError::Kind(head[0]).into());
+                }
             }
         }
         Ok(())

@@ -1,0 +1,79 @@
+//! The mirror of disks, beside that of memory: begun, and what its images hold already told to the source.
+
+use mirror::memory::destination::Event;
+use mirror::storage::destination::StorageDestination;
+use mirror::storage::layout::DiskLayout;
+use tokio::sync::mpsc;
+
+use super::copy::Copy;
+use super::images::Images;
+use super::{End, Source, failed};
+use crate::host::Host;
+use crate::reservation::Request;
+use crate::wire::{self, HOLDS_HASHES, Reply};
+
+/// What is told of a disk may be ahead of the link by so many messages.
+const AHEAD: usize = 4;
+
+/// Begins to keep copies of the disks that are to be mirrored; None where there are none.
+pub(super) async fn begin(
+    host: &Host,
+    request: &Request,
+    images: &mut Images,
+    tell: mpsc::UnboundedSender<Event>,
+) -> Result<Option<StorageDestination>, End> {
+    if images.planned.is_empty() {
+        return Ok(None);
+    }
+    let sizes = images.planned.iter().map(|plan| plan.size);
+    let layout = DiskLayout::new(sizes, request.layout.streams()).map_err(|e| failed("disk", &e))?;
+    let opened = images.open(host).await.map_err(|finding| End::Failed(vec![finding]))?;
+    let wrong = move |wrong| drop(tell.send(Event::WrongBlock(wrong)));
+    StorageDestination::start(layout, request.secret.clone(), opened, &images.are_zero(), wrong)
+        .map(Some)
+        .map_err(|e| failed("disk", &e))
+}
+
+/// What is set aside, for the wire.
+pub(super) fn reserved(images: &Images) -> wire::Reserved {
+    let known = (0..).zip(images.are_zero()).filter(|(_, zero)| !zero).map(|(disk, _)| disk);
+    wire::Reserved { mirrored: images.planned.iter().map(|plan| plan.number).collect(), known: known.collect() }
+}
+
+/// Reads images that were there before, and tells the source what they hold.
+pub(super) async fn tell_contents(copy: &Copy, source: &Source) -> Result<(), End> {
+    let Some(storage) = &copy.memory.storage else { return Ok(()) };
+    let known: Vec<u32> = reserved(&copy.reservation.images).known;
+    if known.is_empty() {
+        return Ok(());
+    }
+    let (tell, mut told) = mpsc::channel(AHEAD);
+    let contents = storage.contents();
+    let reading = tokio::task::spawn_blocking(move || {
+        for disk in known {
+            let (mut first, mut hashes) = (0, Vec::new());
+            let mut send = |hashes: &mut Vec<_>| {
+                let part = wire::Holds::of(disk, first, hashes);
+                first += hashes.len() as u64;
+                hashes.clear();
+                // Nobody listens any more where the link is gone, which the sender tells.
+                let _ = tell.blocking_send(part);
+            };
+            contents.read_back(disk as usize, |_, part| {
+                hashes.extend_from_slice(part);
+                if hashes.len() >= HOLDS_HASHES {
+                    send(&mut hashes);
+                }
+            })?;
+            if !hashes.is_empty() {
+                send(&mut hashes);
+            }
+        }
+        Ok::<_, mirror::storage::destination::StorageError>(())
+    });
+    while let Some(part) = told.recv().await {
+        source.sender.send(Reply::Holds(part)).await?;
+    }
+    reading.await.map_err(|e| failed("disk", &e))?.map_err(|e| failed("disk", &e))?;
+    Ok(source.sender.send(Reply::Holds(wire::Holds { last: true, ..wire::Holds::default() })).await?)
+}

@@ -1,0 +1,241 @@
+//! The disks of a machine, as its source describes them.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use qemu::spec::FilePurpose;
+use qemu::{Drive, Spec};
+use uuid::Uuid;
+
+use crate::failure::{Finding, chain};
+use crate::options::{Disks, Engine, Options};
+use crate::report;
+use crate::vm::Vm;
+use crate::wire;
+
+/// Formats that can be made at a destination.
+pub(crate) const FORMATS: [&str; 2] = ["raw", "qcow2"];
+
+/// A disk, and the file that the source has put beside its image, to see whether the destination sees it too.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    pub(crate) image: PathBuf,
+    /// Bytes, as the guest sees them; of a disk that cannot be mirrored those of its image.
+    pub(crate) size: u64,
+    /// What QEMU knows of it, if the mirror can take it.
+    pub(crate) drive: Option<Drive>,
+    /// Why not.
+    not_mirrorable: String,
+    /// The guest's reads and writes bypass the page cache.
+    pub(crate) direct: bool,
+    allocated: u64,
+    is_device: bool,
+    device: String,
+    probe: Probe,
+    backing_probe: Option<Probe>,
+    mode: Disks,
+}
+
+impl Disk {
+    /// For the report, as long as nothing was copied.
+    pub(crate) fn reported(&self) -> report::Disk {
+        report::Disk {
+            name: self.image.display().to_string(),
+            size: self.size,
+            raw_bytes: 0,
+            wire_bytes: 0,
+            mode: report::DiskMode::Shared,
+        }
+    }
+
+    /// For the wire.
+    pub(crate) fn wire(&self) -> wire::Disk {
+        let path = |path: &Path| path.display().to_string();
+        let probe = |probe: &Probe| probe.file.as_deref().map(path).unwrap_or_default();
+        let drive = self.drive.as_ref();
+        wire::Disk {
+            path: path(&self.image),
+            probe: probe(&self.probe),
+            nonce: self.probe.nonce.as_bytes().to_vec(),
+            mode: match self.mode {
+                Disks::Auto => 0,
+                Disks::Mirror => 1,
+                Disks::Shared => 2,
+            },
+            size: drive.map_or(0, |_| self.size),
+            format: drive.map(|drive| drive.format.clone()).unwrap_or_default(),
+            cluster_size: drive.and_then(|drive| drive.cluster_size).unwrap_or_default(),
+            allocated: self.allocated,
+            is_device: self.is_device,
+            device: self.device.clone(),
+            not_mirrorable: self.not_mirrorable.clone(),
+            backing: drive.and_then(|drive| drive.backing.as_deref()).map(path).unwrap_or_default(),
+            backing_format: drive.and_then(|drive| drive.backing_format.clone()).unwrap_or_default(),
+            backing_probe: self.backing_probe.as_ref().map(probe).unwrap_or_default(),
+        }
+    }
+}
+
+/// Describes the disks of a machine, and finds every reason for which they cannot leave this host.
+pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Finding>) {
+    let images = images(&vm.spec);
+    if images.is_empty() {
+        return (Vec::new(), Vec::new());
+    }
+    let drives = match vm.qmp.drives().await {
+        Ok(drives) => drives,
+        Err(e) => {
+            let finding = Finding::new("qemu-gone", chain(&e), "see what became of the VM with `vmirror show`");
+            return (Vec::new(), vec![finding]);
+        }
+    };
+    let (mut disks, mut findings) = (Vec::new(), Vec::new());
+    for (image, direct, base) in images {
+        let metadata = std::fs::metadata(&image);
+        if let Err(e) = &metadata {
+            findings.push(Finding::new(
+                "disk-missing",
+                format!("disk {} cannot be seen at the source: {e}", image.display()),
+                "run the agent where the VM's disks are",
+            ));
+            continue;
+        }
+        let is_device = metadata.as_ref().is_ok_and(|metadata| metadata.file_type().is_block_device());
+        let same = |drive: &&Drive| same_file(&drive.path, &image);
+        let drive = drives.iter().find(same).cloned();
+        let not_mirrorable = not_mirrorable(drive.as_ref(), base, options);
+        let mut disk = Disk {
+            size: drive.as_ref().map_or(metadata.as_ref().map_or(0, |file| file.len()), |drive| drive.virtual_size),
+            drive: drive.filter(|_| not_mirrorable.is_empty()),
+            not_mirrorable,
+            direct,
+            allocated: metadata.as_ref().map_or(0, |file| file.blocks() * 512),
+            is_device,
+            device: metadata.as_ref().ok().filter(|_| is_device).map(identity).unwrap_or_default(),
+            probe: Probe::none(),
+            backing_probe: None,
+            mode: options.disks,
+            image,
+        };
+        if options.disks != Disks::Shared && !is_device {
+            // Where no probe can be put, it is not found out that storage is shared: an image that is there is then refused,
+            // and never overwritten.
+            disk.probe.place(&disk.image);
+            if let Some(backing) = disk.drive.as_ref().and_then(|drive| drive.backing.as_deref()) {
+                let mut probe = Probe { file: None, nonce: disk.probe.nonce };
+                probe.place(backing);
+                disk.backing_probe = Some(probe);
+            }
+        }
+        disks.push(disk);
+    }
+    (disks, findings)
+}
+
+/// The images that a machine uses: of its disks, and of firmware in flash. Whether each is read around the page cache, and whether
+/// it is the base of another.
+fn images(spec: &Spec) -> Vec<(PathBuf, bool, bool)> {
+    // Other protocols reach storage that is no file of this host: both hosts reach the same.
+    let disks = spec.disks().into_iter().filter_map(|disk| {
+        let path = disk.host_path().map(Path::to_owned)?;
+        Some((path, disk.cache_direct, disk.is_backing))
+    });
+    // What cannot be written is firmware of the host, which its packages bring.
+    let flash = spec.files().into_iter().filter(|file| file.purpose == FilePurpose::Flash && file.writable);
+    disks.chain(flash.map(|file| (file.path, false, false))).collect()
+}
+
+/// Why the mirror cannot take a disk. Empty where it can.
+fn not_mirrorable(drive: Option<&Drive>, base: bool, options: &Options) -> String {
+    let Some(drive) = drive else {
+        return match base {
+            true => "it is the base of another disk, and only shared storage can have such".to_owned(),
+            false => "QEMU does not use it under this name".to_owned(),
+        };
+    };
+    if options.engine == Engine::Qemu {
+        return "--engine qemu moves no disks".to_owned();
+    }
+    if !FORMATS.contains(&drive.format.as_str()) {
+        return format!("images of format {} cannot be made at the destination", drive.format);
+    }
+    String::new()
+}
+
+/// Whether two paths lead to the same file.
+fn same_file(a: &Path, b: &Path) -> bool {
+    let id = |path: &Path| std::fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    a == b || id(a).is_some_and(|a| Some(a) == id(b))
+}
+
+/// Which block device it is: by the name that its maker gave it, else, for hosts of one kernel, by its number.
+pub(crate) fn identity(device: &std::fs::Metadata) -> String {
+    let number = device.rdev();
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let read = |path: String| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
+    let given = ["wwid", "device/wwid"]
+        .iter()
+        .find_map(|name| read(format!("/sys/dev/block/{major}:{minor}/{name}")))
+        .filter(|name| !name.is_empty());
+    given.unwrap_or_else(|| {
+        let kernel = read("/proc/sys/kernel/random/boot_id".to_owned()).unwrap_or_default();
+        format!("{kernel}/{major}:{minor}")
+    })
+}
+
+/// A file that is put beside an image. Removed when dropped.
+#[derive(Debug)]
+struct Probe {
+    file: Option<PathBuf>,
+    nonce: Uuid,
+}
+
+/// What the name of a probe file begins with.
+const PROBE: &str = ".vmirror-probe-";
+/// After which nobody can still be looking for a probe file.
+const PROBE_LIFE: Duration = Duration::from_secs(600);
+
+impl Probe {
+    fn none() -> Probe {
+        Probe { file: None, nonce: Uuid::new_v4() }
+    }
+
+    fn place(&mut self, image: &Path) {
+        if let Err(e) = self.try_place(image) {
+            tracing::warn!(image = %image.display(), error = %e, "no probe can be put beside an image");
+        }
+    }
+
+    fn try_place(&mut self, image: &Path) -> std::io::Result<()> {
+        let directory = std::fs::canonicalize(image)?;
+        let directory = directory.parent().unwrap_or(Path::new("/"));
+        sweep(directory);
+        let file = directory.join(format!("{PROBE}{}", Uuid::new_v4()));
+        let mut open = std::fs::OpenOptions::new();
+        let mut opened = open.write(true).create_new(true).open(&file)?;
+        self.file = Some(file);
+        std::io::Write::write_all(&mut opened, self.nonce.as_bytes())?;
+        opened.sync_all()
+    }
+}
+
+/// Removes probes that an agent which was killed has left. None is needed for longer than a reservation takes.
+fn sweep(directory: &Path) {
+    let Ok(files) = std::fs::read_dir(directory) else { return };
+    for file in files.flatten() {
+        let is_probe = file.file_name().as_encoded_bytes().starts_with(PROBE.as_bytes());
+        let age = file.metadata().and_then(|file| file.modified()).map(|at| at.elapsed().unwrap_or_default());
+        if is_probe && age.is_ok_and(|age| age > PROBE_LIFE) {
+            let _ = std::fs::remove_file(file.path());
+        }
+    }
+}
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        if let Some(file) = &self.file {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Images that migrations have left on this host: the copy of an attempt that did not come to its end, and the disks of a machine
+//! that has moved away. When the machine comes, or comes again, only what differs from them travels.
+//!
+//! An image that was made for an attempt that failed is removed after a while. All others were somebody's before, and are never
+//! removed.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::vm::VmName;
+
+/// How long an image of an attempt that failed is kept.
+const KEPT: Duration = Duration::from_secs(24 * 3600);
+const FILE: &str = "remnants.json";
+
+/// Why an image was left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Left {
+    /// It was made for a migration to here that did not come to its end.
+    Unfinished,
+    /// It was there before: a disk of a machine that has moved away, or one that was to be overwritten.
+    Behind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Remnant {
+    vm: VmName,
+    path: PathBuf,
+    left: Left,
+    at: SystemTime,
+}
+
+/// What migrations have left on this host.
+#[derive(Debug)]
+pub struct Remnants {
+    file: PathBuf,
+    known: Mutex<Vec<Remnant>>,
+}
+
+impl Remnants {
+    /// Reads what is on record below the agent's state directory. What cannot be understood is as if there were nothing: images are
+    /// then refused, and never overwritten.
+    #[must_use]
+    pub fn open(state_dir: &Path) -> Remnants {
+        let file = state_dir.join(FILE);
+        let known = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        Remnants { file, known: Mutex::new(known.unwrap_or_default()) }
+    }
+
+    /// Whether an image is one that this machine has left.
+    #[must_use]
+    pub fn has(&self, vm: &VmName, path: &Path) -> bool {
+        self.known().iter().any(|remnant| remnant.vm == *vm && remnant.path == path)
+    }
+
+    /// Remembers an image that is left.
+    pub fn keep(&self, vm: &VmName, path: &Path, left: Left) {
+        let mut known = self.known();
+        // What its owner had before stays its owner's.
+        let behind = known.iter().any(|remnant| remnant.path == path && remnant.left == Left::Behind);
+        known.retain(|remnant| remnant.path != path);
+        let left = if behind { Left::Behind } else { left };
+        known.push(Remnant { vm: vm.clone(), path: path.to_owned(), left, at: SystemTime::now() });
+        self.write(&known);
+    }
+
+    /// An image is a machine's now.
+    pub fn taken(&self, path: &Path) {
+        let mut known = self.known();
+        known.retain(|remnant| remnant.path != path);
+        self.write(&known);
+    }
+
+    /// Removes what was made here and has been kept for long enough.
+    pub fn expire(&self) {
+        self.expire_older_than(KEPT);
+    }
+
+    fn expire_older_than(&self, age: Duration) {
+        let mut known = self.known();
+        let before = known.len();
+        known.retain(|remnant| {
+            let old = remnant.at.elapsed().is_ok_and(|elapsed| elapsed > age);
+            if remnant.left == Left::Unfinished && old {
+                tracing::info!(image = %remnant.path.display(), vm = %remnant.vm, "removing the image of an attempt that failed");
+                let _ = std::fs::remove_file(&remnant.path);
+                return false;
+            }
+            remnant.path.exists()
+        });
+        if known.len() != before {
+            self.write(&known);
+        }
+    }
+
+    fn known(&self) -> std::sync::MutexGuard<'_, Vec<Remnant>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, known: &[Remnant]) {
+        let written = serde_json::to_vec_pretty(known).map_err(std::io::Error::from).and_then(|text| {
+            let new = self.file.with_extension("new");
+            std::fs::write(&new, text)?;
+            std::fs::File::open(&new)?.sync_all()?;
+            std::fs::rename(&new, &self.file)
+        });
+        if let Err(e) = written {
+            tracing::error!(file = %self.file.display(), error = %e, "what migrations have left cannot be put on record");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_made_is_removed_in_time_and_what_was_left_behind_never() {
+        let directory = tempfile::tempdir().unwrap();
+        let image = |name: &str| {
+            let path = directory.path().join(name);
+            std::fs::write(&path, b"content").unwrap();
+            path
+        };
+        let (made, behind, both) = (image("made"), image("behind"), image("both"));
+        let vm: VmName = "web1".parse().unwrap();
+        let remnants = Remnants::open(directory.path());
+        remnants.keep(&vm, &made, Left::Unfinished);
+        remnants.keep(&vm, &behind, Left::Behind);
+        remnants.keep(&vm, &both, Left::Behind);
+        remnants.keep(&vm, &both, Left::Unfinished);
+        remnants.expire();
+        let again = Remnants::open(directory.path());
+        for path in [&made, &behind, &both] {
+            assert!(again.has(&vm, path) && !again.has(&"other".parse().unwrap(), path));
+        }
+        again.expire_older_than(Duration::ZERO);
+        assert!(!made.exists() && behind.exists() && both.exists());
+        assert!(!again.has(&vm, &made) && again.has(&vm, &behind) && again.has(&vm, &both));
+        again.taken(&behind);
+        assert!(!Remnants::open(directory.path()).has(&vm, &behind));
+    }
+}

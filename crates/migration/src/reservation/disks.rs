@@ -1,0 +1,295 @@
+//! Disks of a machine that is to come: which are shared, which are to be mirrored, and whether there is a place for those.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use super::{Request, mib, read_probe};
+use crate::disks;
+use crate::failure::Finding;
+use crate::host::Host;
+use crate::wire;
+
+/// A disk that is to be mirrored.
+#[derive(Debug, Clone)]
+pub(crate) struct Planned {
+    /// Its place in the request.
+    pub(crate) number: u32,
+    pub(crate) path: PathBuf,
+    pub(crate) format: String,
+    /// Bytes, as the guest sees them.
+    pub(crate) size: u64,
+    pub(crate) cluster_size: Option<u64>,
+    /// The image that it is based on, and its format: both hosts see the same.
+    pub(crate) backing: Option<(PathBuf, String)>,
+    /// There is an image, whose content is to be found out.
+    pub(crate) exists: bool,
+}
+
+/// `disk_mode` on the wire.
+const MIRROR: u32 = 1;
+const SHARED: u32 = 2;
+
+impl Request {
+    /// Says of every disk whether it is mirrored, and finds every reason for which one cannot come.
+    pub(super) fn examine_disks(&self, host: &Host, findings: &mut Vec<Finding>) -> Vec<Planned> {
+        let mut planned = Vec::new();
+        let mut room: BTreeMap<u64, (PathBuf, u64)> = BTreeMap::new();
+        for (number, disk) in (0..).zip(&self.disks) {
+            match self.examine_disk(host, number, disk) {
+                Ok(None) => {}
+                Ok(Some(plan)) => {
+                    let needed = if self.whole_room { plan.size } else { disk.allocated.min(plan.size) };
+                    let directory = plan.path.parent().unwrap_or(Path::new("/")).to_owned();
+                    if let Ok(file_system) = std::fs::metadata(&directory)
+                        && !plan.exists
+                    {
+                        room.entry(file_system.dev()).or_insert((directory, 0)).1 += needed;
+                    }
+                    planned.push(plan);
+                }
+                Err(finding) => findings.push(finding),
+            }
+        }
+        for (directory, needed) in room.into_values() {
+            let Ok(file_system) = rustix::fs::statvfs(&directory) else { continue };
+            let free = file_system.f_bavail.saturating_mul(file_system.f_frsize);
+            if needed > free {
+                findings.push(Finding::new(
+                    "disk-room",
+                    format!(
+                        "the VM's disks take {}; on {} there are {} free in {}",
+                        mib(needed),
+                        host.name,
+                        mib(free),
+                        directory.display()
+                    ),
+                    "make room there",
+                ));
+            }
+        }
+        planned
+    }
+
+    /// None for a disk that is shared.
+    fn examine_disk(&self, host: &Host, number: u32, disk: &wire::Disk) -> Result<Option<Planned>, Finding> {
+        let path = Path::new(&disk.path);
+        let there = std::fs::symlink_metadata(path).ok();
+        if there.is_some() && !allowed(host, path) {
+            return Err(outside(host, path));
+        }
+        if disk.mode == SHARED {
+            return match path.exists() {
+                true => Ok(None),
+                false => Err(missing(host, path)),
+            };
+        }
+        let shared = path.exists() && self.is_shared(path, disk);
+        if shared && disk.mode == MIRROR {
+            return Err(Finding::new(
+                "disk-shared",
+                format!("{} is the same storage on {} as at the source", path.display(), host.name),
+                "leave --disks away: shared storage is recognised, and never copied onto itself",
+            ));
+        }
+        if shared {
+            return Ok(None);
+        }
+        if !disk.not_mirrorable.is_empty() {
+            return Err(Finding::new(
+                "disk-not-shared",
+                format!(
+                    "{} on {} is not the same storage as at the source, and cannot be mirrored: {}",
+                    path.display(),
+                    host.name,
+                    disk.not_mirrorable
+                ),
+                "put the disk on storage that both hosts share, under the same path",
+            ));
+        }
+        if self.qemu_stream {
+            return Err(Finding::new(
+                "disk-not-shared",
+                format!("{} on {} is not the same storage as at the source", path.display(), host.name),
+                "put the disk on storage that both hosts share: --engine qemu moves no disks",
+            ));
+        }
+        let backing = self.backing(host, disk)?;
+        let plan = Planned {
+            number,
+            path: path.to_owned(),
+            format: disk.format.clone(),
+            size: disk.size,
+            cluster_size: (disk.cluster_size > 0).then_some(disk.cluster_size),
+            backing,
+            exists: there.is_some(),
+        };
+        match there {
+            None if disk.is_device => Err(missing(host, path)),
+            None => creatable(host, path).map(|()| Some(plan)),
+            Some(_) => self.usable(host, disk, path).map(|()| Some(plan)),
+        }
+    }
+
+    /// Whether the image here is the one that the source has.
+    fn is_shared(&self, path: &Path, disk: &wire::Disk) -> bool {
+        if disk.is_device {
+            let device = std::fs::metadata(path).ok().filter(|file| file.file_type().is_block_device());
+            return !disk.device.is_empty()
+                && device.is_some_and(|device| disks::identity(&device) == disk.device);
+        }
+        sees(path, &disk.probe, &disk.nonce)
+    }
+
+    /// The image that a disk is based on, which only shared storage can have.
+    fn backing(&self, host: &Host, disk: &wire::Disk) -> Result<Option<(PathBuf, String)>, Finding> {
+        if disk.backing.is_empty() {
+            return Ok(None);
+        }
+        let path = Path::new(&disk.backing);
+        if !path.exists() {
+            return Err(Finding::new(
+                "backing-missing",
+                format!(
+                    "{} is based on {}, which {} does not have",
+                    disk.path,
+                    path.display(),
+                    host.name
+                ),
+                "put the base on storage that both hosts share, or have the VM use an image without a base",
+            ));
+        }
+        if !allowed(host, path) {
+            return Err(outside(host, path));
+        }
+        if !sees(path, &disk.backing_probe, &disk.nonce) {
+            return Err(Finding::new(
+                "backing-not-shared",
+                format!(
+                    "{} is based on {}, and what {} has there is not the same storage",
+                    disk.path,
+                    path.display(),
+                    host.name
+                ),
+                "put the base on storage that both hosts share",
+            ));
+        }
+        Ok(Some((path.to_owned(), disk.backing_format.clone())))
+    }
+
+    /// Whether what is there can be overwritten.
+    fn usable(&self, host: &Host, disk: &wire::Disk, path: &Path) -> Result<(), Finding> {
+        let shown = path.display();
+        let finding = |kind: &str, message: String, hint: &str| Err(Finding::new(kind, message, hint));
+        if disk.mode != MIRROR && !host.remnants.has(&self.name, path) {
+            return finding(
+                "disk-exists",
+                format!("{} already has {shown}, which is not the storage that the source has", host.name),
+                "remove it there, or overwrite it with --disks mirror",
+            );
+        }
+        let Ok(file) = std::fs::metadata(path) else {
+            return finding("disk-missing", format!("{shown} on {} leads nowhere", host.name), "remove it there");
+        };
+        if file.file_type().is_block_device() != disk.is_device {
+            let what = if disk.is_device { "no block device" } else { "a block device" };
+            return finding(
+                "disk-kind",
+                format!("{shown} on {} is {what}, other than at the source", host.name),
+                "have the same kind of storage there",
+            );
+        }
+        let found = match qemu::image::examine(path) {
+            Ok(found) => found,
+            Err(e) => {
+                let message = format!("{shown} on {} cannot be read: {e}", host.name);
+                return finding("disk-unreadable", message, "let the agent use it");
+            }
+        };
+        if found.format() != disk.format {
+            return finding(
+                "disk-format",
+                format!("{shown} on {} is of format {}, at the source it is {}", host.name, found.format(), disk.format),
+                "remove it there",
+            );
+        }
+        let remnant = host.remnants.has(&self.name, path);
+        let size = found.virtual_size();
+        // One of our own is made to fit, if it is raw.
+        if size != disk.size && !(remnant && disk.format == "raw" && !disk.is_device) {
+            let kind = if size < disk.size { "disk-smaller" } else { "disk-larger" };
+            return finding(
+                kind,
+                format!("{shown} on {} has {size} bytes, at the source it has {}", host.name, disk.size),
+                "make it the same size, or remove it there",
+            );
+        }
+        match qemu::image::in_use(path) {
+            Ok(false) => Ok(()),
+            Ok(true) => finding(
+                "disk-in-use",
+                format!("{shown} on {} is in use by another program", host.name),
+                "end that program, or move the image away",
+            ),
+            Err(e) => finding(
+                "disk-unreadable",
+                format!("whether {shown} on {} is in use cannot be told: {e}", host.name),
+                "let the agent use it",
+            ),
+        }
+    }
+}
+
+/// Whether this host sees the probe that the source has put beside an image.
+fn sees(image: &Path, probe: &str, nonce: &[u8]) -> bool {
+    // Only a probe beside the image says anything about the image.
+    let beside = Path::new(probe).parent() == std::fs::canonicalize(image).ok().as_deref().and_then(Path::parent);
+    !probe.is_empty() && beside && read_probe(Path::new(probe)).is_ok_and(|found| found[..] == *nonce)
+}
+
+/// Whether a path, with every link in it followed, lies where peers may use disks.
+pub(super) fn allowed(host: &Host, path: &Path) -> bool {
+    let Ok(real) = std::fs::canonicalize(path) else { return false };
+    let inside = |directory: &PathBuf| {
+        std::fs::canonicalize(directory).is_ok_and(|directory| real.starts_with(directory))
+    };
+    host.allow.disk_dirs.iter().any(inside)
+}
+
+pub(super) fn outside(host: &Host, path: &Path) -> Finding {
+    Finding::new(
+        "path-not-allowed",
+        format!("{} is in none of the directories that {} allows", path.display(), host.name),
+        format!("add its directory to [allow] disk_dirs in the configuration of {}", host.name),
+    )
+}
+
+fn missing(host: &Host, path: &Path) -> Finding {
+    Finding::new(
+        "disk-missing",
+        format!("{} does not exist on {}", path.display(), host.name),
+        "make it there, or put the disk on storage that both hosts share, under the same path",
+    )
+}
+
+/// Whether an image can be made.
+fn creatable(host: &Host, path: &Path) -> Result<(), Finding> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    if !directory.is_dir() {
+        return Err(Finding::new(
+            "directory-missing",
+            format!("{} has no directory {} for the VM's disk", host.name, directory.display()),
+            "make the directory there",
+        ));
+    }
+    if !allowed(host, directory) {
+        return Err(outside(host, path));
+    }
+    rustix::fs::access(directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK).map_err(|e| {
+        Finding::new(
+            "disk-permission",
+            format!("the agent of {} cannot make files in {}: {e}", host.name, directory.display()),
+            "let it write there",
+        )
+    })
+}

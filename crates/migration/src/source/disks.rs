@@ -1,0 +1,376 @@
+//! The disks at the source: QEMU's copy jobs into the mirror, their end at the pause, and the way back.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mirror::hash::Secret;
+use mirror::storage::Lane;
+use mirror::storage::image::{Image, RawImage, ServedImage};
+use mirror::storage::layout::{BlockIndex, DiskLayout};
+use mirror::storage::nbd::client::Client;
+use mirror::storage::source::{DiskFlow, DiskProof, SourceDisk, StorageSource};
+use qemu::{JobEnd, MirrorJob, Qmp, QmpError, StorageDaemon, Sync};
+
+use super::peer::{Destination, violation};
+use super::stop::Stop;
+use crate::disks::Disk;
+use crate::failure::{Finding, chain};
+use crate::wire::{self, Reply};
+
+/// What everything that is put into QEMU's block graph is called by.
+const NAME: &str = "vmirror-disk";
+/// How long a job may take to end when the guest is paused, or when it is given up.
+const END: Duration = Duration::from_secs(10);
+/// How long a destination may take to read a part of an image that it had before.
+const READ: Duration = Duration::from_secs(300);
+/// A switch-over begins with at most so many blocks of which it is not certain what the destination has: 2 ms to read and compare.
+const UNCERTAIN: u64 = 64;
+
+/// Where everything is put that a machine's disks need on this host.
+#[derive(Debug, Clone)]
+pub(super) struct Places {
+    /// Sockets and nothing else.
+    pub(super) directory: PathBuf,
+    /// The machine's name.
+    pub(super) machine: String,
+    /// QEMU's own program, for the storage daemon beside it.
+    pub(super) binary: PathBuf,
+}
+
+impl Places {
+    /// Where QEMU serves what can only be read through it.
+    fn read(&self) -> PathBuf {
+        self.directory.join(format!("{}.read", self.machine))
+    }
+}
+
+/// A disk that is mirrored.
+#[derive(Debug)]
+struct Mirrored {
+    path: PathBuf,
+    format: String,
+    node: String,
+    direct: bool,
+    read_only: bool,
+    sync: Sync,
+    name: String,
+}
+
+/// The mirrored disks of one machine.
+#[derive(Debug)]
+pub(super) struct Disks {
+    storage: Arc<StorageSource>,
+    mirrored: Vec<Mirrored>,
+    places: Places,
+    /// QEMU serves disks that can only be read through it.
+    serving: bool,
+    /// Whether copy jobs, targets or exports may be in QEMU's graph.
+    in_graph: bool,
+}
+
+fn broken(what: &Path, error: &dyn std::error::Error) -> Stop {
+    Stop::Failed(Finding::new("disk", format!("{}: {}", what.display(), chain(error)), "see the logs of both agents"))
+}
+
+impl Disks {
+    /// Begins to serve the disks that the destination wants to have mirrored. None where there are none. Nothing is copied before
+    /// [`begin`](Self::begin).
+    pub(super) async fn prepare(
+        qmp: &Qmp,
+        disks: &[Disk],
+        reserved: &wire::Reserved,
+        secret: Secret,
+        streams: u16,
+        places: Places,
+    ) -> Result<Option<(Disks, Vec<Lane>)>, Stop> {
+        let mut mirrored = Vec::new();
+        let mut sizes = Vec::new();
+        for (place, number) in reserved.mirrored.iter().enumerate() {
+            let disk = usize::try_from(*number).ok().and_then(|number| disks.get(number));
+            let Some((disk, drive)) = disk.and_then(|disk| disk.drive.as_ref().map(|drive| (disk, drive))) else {
+                return Err(violation("wants a disk that there is not"));
+            };
+            sizes.push(disk.size);
+            mirrored.push(Mirrored {
+                path: disk.image.clone(),
+                format: drive.format.clone(),
+                node: drive.node.clone(),
+                direct: disk.direct,
+                read_only: drive.read_only,
+                sync: if drive.backing.is_some() { Sync::Top } else { Sync::Full },
+                name: format!("{NAME}{place}"),
+            });
+        }
+        if mirrored.is_empty() {
+            return Ok(None);
+        }
+        let layout = DiskLayout::new(sizes, streams).map_err(|e| Stop::because("disk", &e, "detach some of the VM's disks"))?;
+        // What an agent that was killed has left.
+        clear(qmp).await.map_err(Stop::qemu)?;
+        let served = mirrored.iter().any(|disk| disk.format != "raw");
+        if served {
+            let socket = places.read();
+            let _ = std::fs::remove_file(&socket);
+            qmp.start_serving(&socket).await.map_err(|e| {
+                Stop::because("nbd-server", &e, "end QEMU's own NBD server (nbd-server-stop): images other than raw are read through it")
+            })?;
+        }
+        let opened = open(qmp, &mirrored, &places).await;
+        let sources = match opened {
+            Ok(images) => images.into_iter().enumerate().map(|(disk, image)| source_disk(&places, disk, image)),
+            Err(stop) => {
+                clear(qmp).await.map_err(Stop::qemu)?;
+                return Err(stop);
+            }
+        };
+        let zero: Vec<bool> =
+            (0..).zip(&mirrored).map(|(disk, _): (u32, _)| !reserved.known.contains(&disk)).collect();
+        let started = StorageSource::start(layout, secret, sources.collect(), &zero);
+        let (storage, lanes) =
+            started.map_err(|e| Stop::because("disk", &e, "see to the source agent's run_dir"))?;
+        let disks =
+            Disks { storage: Arc::new(storage), mirrored, places, serving: served, in_graph: served };
+        Ok(Some((disks, lanes)))
+    }
+
+    /// The mirror of the disks, for whoever sends.
+    pub(super) fn storage(&self) -> Arc<StorageSource> {
+        Arc::clone(&self.storage)
+    }
+
+    /// Hears what the destination has already, and begins to copy.
+    pub(super) async fn begin(
+        &mut self,
+        qmp: &Qmp,
+        destination: &mut Destination,
+        known: bool,
+    ) -> Result<(), Stop> {
+        while known {
+            match destination.receive_within(READ, "say what its images hold").await? {
+                Reply::Holds(wire::Holds { last: true, .. }) => break,
+                Reply::Holds(part) => {
+                    let held = part.decode().is_some_and(|hashes| {
+                        usize::try_from(part.disk).is_ok_and(|disk| self.storage.holds(disk, part.first, &hashes))
+                    });
+                    if !held {
+                        return Err(violation("says what no disk can hold"));
+                    }
+                }
+                other => return Err(violation(&format!("said {other:?} instead of what its images hold"))),
+            }
+        }
+        self.in_graph = true;
+        for (number, disk) in self.mirrored.iter().enumerate() {
+            if disk.read_only {
+                // Nobody writes it: it is read like whatever could not be sent when it was written.
+                self.storage.owe_disk(number);
+                continue;
+            }
+            let (socket, export) = place(&self.places, number);
+            qmp.add_nbd_node(&disk.name, &socket, &export).await.map_err(Stop::qemu)?;
+            let job = MirrorJob {
+                job: disk.name.clone(),
+                node: disk.node.clone(),
+                target: disk.name.clone(),
+                filter: format!("{}-filter", disk.name),
+                sync: disk.sync,
+            };
+            qmp.mirror_disk(&job).await.map_err(|e| broken(&disk.path, &e))?;
+        }
+        Ok(())
+    }
+
+    /// Whether everything has been copied, so that what the guest writes is all that travels. A job that has ended by itself has
+    /// failed.
+    pub(super) async fn is_copied(&self, qmp: &Qmp) -> Result<bool, Stop> {
+        let jobs = qmp.block_jobs().await.map_err(Stop::qemu)?;
+        let mut ready = true;
+        for disk in self.mirrored.iter().filter(|disk| !disk.read_only) {
+            match jobs.iter().find(|job| job.job == disk.name) {
+                Some(job) => ready &= job.ready,
+                None => {
+                    let message = format!("the copy of disk {} has ended by an error", disk.path.display());
+                    return Err(Stop::Failed(Finding::new("disk", message, "see the VM's log and those of both agents")));
+                }
+            }
+        }
+        Ok(ready)
+    }
+
+    /// Whether so little is uncertain that it can be made certain while the guest is paused.
+    pub(super) fn is_settled(&self) -> bool {
+        self.storage.uncertain() <= UNCERTAIN
+    }
+
+    /// Makes certain what can be while the guest runs.
+    pub(super) async fn settle(&self) -> Result<(), Stop> {
+        let storage = Arc::clone(&self.storage);
+        let settled = tokio::task::spawn_blocking(move || storage.settle()).await;
+        self.readable(settled.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?)
+    }
+
+    fn readable<T>(&self, result: Result<T, (usize, std::io::Error)>) -> Result<T, Stop> {
+        result.map_err(|(disk, error)| match self.mirrored.get(disk) {
+            Some(disk) => broken(&disk.path, &error),
+            None => Stop::because("disk", &error, "see the source agent's log"),
+        })
+    }
+
+    /// The guest is paused: ends the copy jobs, takes everything out of QEMU's graph, and settles what is left. With the next barrier
+    /// the destination has all of it.
+    pub(super) async fn finish(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+        // All at the same time: each drains its disk.
+        let ends = self.mirrored.iter().filter(|disk| !disk.read_only).map(|disk| async move {
+            match qmp.end_mirror(&disk.name, false, END).await.map_err(Stop::qemu)? {
+                JobEnd::Done => Ok(()),
+                JobEnd::Failed(why) => Err(Stop::Failed(Finding::new(
+                    "disk",
+                    format!("the copy of disk {} failed: {why}", disk.path.display()),
+                    "see the VM's log and those of both agents",
+                ))),
+            }
+        });
+        futures::future::try_join_all(ends).await?;
+        // Until nothing is left: a block that was written while it was read is read again.
+        while self.storage.uncertain() > 0 {
+            self.settle().await?;
+        }
+        clear(qmp).await.map_err(Stop::qemu)?;
+        (self.in_graph, self.serving) = (false, false);
+        Ok(())
+    }
+
+    /// Takes everything of ours out of QEMU's graph, whatever state it is in.
+    pub(super) async fn abandon(&mut self, qmp: &Qmp) {
+        if !std::mem::take(&mut self.in_graph) {
+            return;
+        }
+        if let Err(e) = clear(qmp).await {
+            tracing::error!(error = chain(&e), "QEMU keeps a copy job of ours");
+        }
+    }
+
+    /// What was read of each disk, and what that took on the link.
+    pub(super) fn flows(&self) -> impl Iterator<Item = (&Path, DiskFlow)> {
+        self.mirrored.iter().enumerate().map(|(disk, mirrored)| (mirrored.path.as_path(), self.storage.flow(disk)))
+    }
+
+    /// Compares all of the running disks with the ledger. Returns how many blocks were compared.
+    pub(super) async fn audit(&self) -> Result<u64, Stop> {
+        let storage = Arc::clone(&self.storage);
+        let audited = tokio::task::spawn_blocking(move || storage.audit()).await;
+        self.readable(audited.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?)
+    }
+
+    /// Compares all of the frozen disks with the ledger: QEMU has let go of them, so they are read from the images themselves.
+    pub(super) async fn prove(&self) -> Result<DiskProof, Stop> {
+        let needs_daemon = self.mirrored.iter().any(|disk| disk.format != "raw");
+        let daemon = match needs_daemon {
+            true => Some(self.serve_frozen().await.map_err(|e| Stop::because("storage-daemon", &e, "see the source agent's log"))?),
+            false => None,
+        };
+        let proved = async {
+            let mut images: Vec<Box<dyn Image>> = Vec::new();
+            for disk in &self.mirrored {
+                images.push(match disk.format.as_str() {
+                    "raw" => Box::new(RawImage::readable(&disk.path, disk.direct).map_err(|e| broken(&disk.path, &e))?),
+                    _ => Box::new(ServedImage::new(
+                        Client::connect(&self.places.read(), &disk.name).map_err(|e| broken(&disk.path, &e))?,
+                    )),
+                });
+            }
+            let storage = Arc::clone(&self.storage);
+            let proved = tokio::task::spawn_blocking(move || storage.prove(&images)).await;
+            self.readable(proved.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?)
+        };
+        let proof = proved.await;
+        if let Some(daemon) = daemon
+            && let Err(e) = daemon.end().await
+        {
+            tracing::warn!(error = chain(&e), "after the proof");
+        }
+        let _ = std::fs::remove_file(self.places.read());
+        proof
+    }
+
+    async fn serve_frozen(&self) -> Result<StorageDaemon, qemu::StorageDaemonError> {
+        let monitor = self.places.directory.join(format!("{}.daemon", self.places.machine));
+        let _ = std::fs::remove_file(self.places.read());
+        let daemon = StorageDaemon::start(&self.places.binary, &monitor).await?;
+        let served = async {
+            daemon.listen(&self.places.read()).await?;
+            for disk in self.mirrored.iter().filter(|disk| disk.format != "raw") {
+                daemon.serve(&disk.path, &disk.format, &disk.name, false).await?;
+            }
+            Ok(())
+        };
+        match served.await {
+            Ok(()) => Ok(daemon),
+            Err(e) => {
+                daemon.process().kill();
+                Err(e)
+            }
+        }
+    }
+
+    /// The images that are mirrored.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.mirrored.iter().map(|disk| disk.path.as_path())
+    }
+
+    /// Gives everything back. Must not be called while something is in QEMU's graph.
+    pub(super) async fn end(self) {
+        let (storage, read) = (self.storage, self.places.read());
+        let _ = tokio::task::spawn_blocking(move || drop(storage)).await;
+        let _ = std::fs::remove_file(read);
+    }
+}
+
+fn place(places: &Places, disk: usize) -> (PathBuf, String) {
+    (places.directory.join(format!("{}.disk{disk}", places.machine)), format!("disk{disk}"))
+}
+
+fn source_disk(places: &Places, disk: usize, image: Box<dyn Image>) -> SourceDisk {
+    let (socket, export) = place(places, disk);
+    SourceDisk { socket, export, image }
+}
+
+/// Opens the machine's own images to be read, as the guest sees them.
+async fn open(qmp: &Qmp, mirrored: &[Mirrored], places: &Places) -> Result<Vec<Box<dyn Image>>, Stop> {
+    let mut images: Vec<Box<dyn Image>> = Vec::new();
+    for disk in mirrored {
+        if disk.format == "raw" {
+            let image = RawImage::readable(&disk.path, disk.direct).map_err(|e| broken(&disk.path, &e))?;
+            images.push(Box::new(image));
+            continue;
+        }
+        qmp.export_node(&disk.node, &disk.name, false).await.map_err(Stop::qemu)?;
+        let (socket, name) = (places.read(), disk.name.clone());
+        let connecting = tokio::task::spawn_blocking(move || Client::connect(&socket, &name)).await;
+        let client = connecting.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?;
+        images.push(Box::new(ServedImage::new(client.map_err(|e| broken(&disk.path, &e))?)));
+    }
+    Ok(images)
+}
+
+/// Takes everything of ours out of a QEMU's block graph: jobs, exports, targets. Nothing of the user's is touched.
+pub(crate) async fn clear(qmp: &Qmp) -> Result<(), QmpError> {
+    let ours = |name: &str| name.starts_with(NAME);
+    for job in qmp.block_jobs().await?.into_iter().filter(|job| ours(&job.job)) {
+        qmp.end_mirror(&job.job, true, END).await?;
+    }
+    let exports = qmp.exports().await?;
+    if exports.iter().any(|export| ours(export)) {
+        qmp.stop_serving().await?;
+    }
+    for node in qmp.node_names().await?.into_iter().filter(|node| ours(node)) {
+        qmp.remove_node(&node).await?;
+    }
+    Ok(())
+}
+
+/// Blocks by their index on the wire.
+pub(super) fn blocks(wrong: &wire::WrongBlocks) -> Vec<BlockIndex> {
+    wrong.blocks.iter().copied().map(BlockIndex).collect()
+}

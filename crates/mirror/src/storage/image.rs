@@ -1,0 +1,296 @@
+//! What holds a disk's content: a file, a block device, or somebody who serves it.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+
+use super::nbd::client::Client;
+use crate::hash::is_zero;
+
+/// Zeros are looked for in pieces of this size, so that a sparse image stays sparse: what file systems allocate by.
+const GRAIN: usize = 4096;
+/// Zeros are written in pieces of this size where there is no better way.
+const ZEROS: usize = 1 << 20;
+/// Alignment of offsets, lengths and memory that every device takes for direct reads.
+const ALIGNMENT: usize = 4096;
+
+/// What holds a disk's content as the guest sees it. Used by several threads at once, never for the same bytes.
+pub trait Image: Send + Sync + 'static {
+    /// Fills the buffer from this offset on.
+    ///
+    /// # Errors
+    /// Those of the file, device or server.
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+
+    /// Writes.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn write(&self, offset: u64, content: &[u8]) -> io::Result<()>;
+
+    /// Makes a range zero.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()>;
+
+    /// Puts everything that was written on stable storage.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn sync(&self) -> io::Result<()>;
+
+    /// The next range at or after this offset, and before `end`, that may hold something else than zeros.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    fn next_data(&self, from: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+        Ok((from < end).then_some(from..end))
+    }
+}
+
+/// What becomes of room that holds zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// It is given back: sparse files stay sparse.
+    Thin,
+    /// It is kept.
+    Reserved,
+}
+
+/// A raw image: a file or a block device.
+#[derive(Debug)]
+pub struct RawImage {
+    file: File,
+    room: Room,
+    /// Reads bypass the page cache, as the guest's writes do: what is cached may be older.
+    direct: bool,
+}
+
+impl RawImage {
+    /// Opens an image to be written.
+    ///
+    /// # Errors
+    /// As `open(2)`.
+    pub fn writable(path: &Path, room: Room) -> io::Result<RawImage> {
+        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path)?;
+        Ok(RawImage { file, room, direct: false })
+    }
+
+    /// Opens an image to be read. `direct` where somebody writes to it around the page cache; a file system that does not know
+    /// of that has nothing else than the cache.
+    ///
+    /// # Errors
+    /// As `open(2)`.
+    pub fn readable(path: &Path, direct: bool) -> io::Result<RawImage> {
+        let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
+        let opened = if direct { open(libc::O_DIRECT) } else { Err(Errno::INVAL.into()) };
+        let direct = opened.is_ok();
+        let file = opened.or_else(|_| open(0))?;
+        Ok(RawImage { file, room: Room::Thin, direct })
+    }
+
+    /// The file itself.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    fn read_direct(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        let start = offset - offset % ALIGNMENT as u64;
+        let skip = (offset - start) as usize;
+        let length = (skip + buffer.len()).next_multiple_of(ALIGNMENT);
+        let mut room = vec![0u8; length + ALIGNMENT];
+        let shift = room.as_ptr().align_offset(ALIGNMENT);
+        let aligned = &mut room[shift..shift + length];
+        read_to_end(&self.file, start, aligned)?;
+        buffer.copy_from_slice(&aligned[skip..skip + buffer.len()]);
+        Ok(())
+    }
+
+    fn write_zeros(&self, mut offset: u64, mut length: u64) -> io::Result<()> {
+        let zeros = vec![0; ZEROS.min(usize::try_from(length).unwrap_or(ZEROS))];
+        while length > 0 {
+            let part = zeros.len().min(usize::try_from(length).unwrap_or(ZEROS));
+            self.file.write_all_at(&zeros[..part], offset)?;
+            offset += part as u64;
+            length -= part as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Reads what there is; what lies beyond the file's end is zero, as QEMU has it.
+fn read_to_end(file: &File, mut offset: u64, mut buffer: &mut [u8]) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match file.read_at(buffer, offset) {
+            Ok(0) => {
+                buffer.fill(0);
+                return Ok(());
+            }
+            Ok(count) => {
+                buffer = &mut buffer[count..];
+                offset += count as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+impl Image for RawImage {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        if self.direct { self.read_direct(offset, buffer) } else { read_to_end(&self.file, offset, buffer) }
+    }
+
+    fn write(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+        if self.room == Room::Reserved || !offset.is_multiple_of(GRAIN as u64) {
+            return self.file.write_all_at(content, offset);
+        }
+        // Runs of pieces that are all zero, or all not, go in one call each.
+        let mut at = 0;
+        while at < content.len() {
+            let zero = is_zero(&content[at..content.len().min(at + GRAIN)]);
+            let mut end = at;
+            while end < content.len() && is_zero(&content[end..content.len().min(end + GRAIN)]) == zero {
+                end = content.len().min(end + GRAIN);
+            }
+            if zero {
+                self.zero(offset + at as u64, (end - at) as u64)?;
+            } else {
+                self.file.write_all_at(&content[at..end], offset + at as u64)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        let how = match self.room {
+            Room::Thin => FallocateFlags::PUNCH_HOLE,
+            Room::Reserved => FallocateFlags::ZERO_RANGE,
+        };
+        match fallocate(&self.file, how | FallocateFlags::KEEP_SIZE, offset, length) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NODEV | Errno::INVAL) => self.write_zeros(offset, length),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn next_data(&self, from: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+        if from >= end {
+            return Ok(None);
+        }
+        let start = match seek(&self.file, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(None),
+            // A device, or a file system that cannot say.
+            Err(_) => return Ok(Some(from..end)),
+        };
+        if start >= end {
+            return Ok(None);
+        }
+        let stop = seek(&self.file, SeekFrom::Hole(start)).unwrap_or(end);
+        Ok(Some(start..stop.min(end)))
+    }
+}
+
+/// An image that somebody serves over NBD: a QEMU storage daemon, or the machine's own QEMU.
+#[derive(Debug)]
+pub struct ServedImage(Mutex<Client>);
+
+impl ServedImage {
+    /// By this connection.
+    #[must_use]
+    pub fn new(client: Client) -> ServedImage {
+        ServedImage(Mutex::new(client))
+    }
+
+    fn with<T>(&self, ask: impl FnOnce(&mut Client) -> Result<T, super::nbd::client::NbdError>) -> io::Result<T> {
+        let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ask(&mut client).map_err(io::Error::other)
+    }
+}
+
+impl Image for ServedImage {
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.with(|client| client.read(offset, buffer))
+    }
+
+    fn write(&self, offset: u64, content: &[u8]) -> io::Result<()> {
+        self.with(|client| client.write(offset, content))
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.with(|client| client.zero(offset, length, true))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.with(Client::flush)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    fn image(room: Room) -> (tempfile::NamedTempFile, RawImage) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let image = RawImage::writable(file.path(), room).unwrap();
+        (file, image)
+    }
+
+    #[test]
+    fn zeros_within_what_is_written_stay_holes() {
+        let (file, image) = image(Room::Thin);
+        let mut content = vec![0; 64 << 10];
+        content[8192] = 1;
+        content[40_000] = 2;
+        image.write(64 << 10, &content).unwrap();
+        let mut back = vec![9; 64 << 10];
+        image.read(64 << 10, &mut back).unwrap();
+        assert_eq!(back, content);
+        assert!(file.as_file().metadata().unwrap().blocks() * 512 <= 16 << 10);
+        assert_eq!(image.next_data(0, 1 << 20).unwrap().unwrap().start, (64 << 10) + 8192);
+        // And zeros that replace data are zeros.
+        content[8192] = 0;
+        image.write(64 << 10, &content).unwrap();
+        image.read(64 << 10, &mut back).unwrap();
+        assert_eq!(back, content);
+    }
+
+    #[test]
+    fn room_that_is_reserved_is_kept() {
+        let (file, image) = image(Room::Reserved);
+        image.write(0, &[0; 64 << 10]).unwrap();
+        image.zero(64 << 10, 64 << 10).unwrap();
+        assert!(file.as_file().metadata().unwrap().blocks() * 512 >= 64 << 10);
+    }
+
+    #[test]
+    fn direct_reads_need_no_alignment_and_end_in_zeros() {
+        let (file, image) = image(Room::Thin);
+        image.write(5000, b"content").unwrap();
+        image.sync().unwrap();
+        let reader = RawImage::readable(file.path(), true).unwrap();
+        let mut back = [0; 9];
+        reader.read(4999, &mut back).unwrap();
+        assert_eq!(&back, b"\0content\0");
+        let mut beyond = [7; 100];
+        reader.read((1 << 20) - 50, &mut beyond).unwrap();
+        assert_eq!(beyond, [0; 100]);
+    }
+}

@@ -1,0 +1,475 @@
+//! What waits to be sent of disks, on every stream, and what is not certain about them.
+//!
+//! Two things come in over the same connection: what the guest writes, and what QEMU's copy job reads. What has been written
+//! before, or is a part of a block only, is taken to be the guest's and goes first; it is answered at once while little waits, so
+//! that the guest does not wait for the link. The rest is taken to be the copy and answered when it is on its way, which paces the
+//! job. A wrong guess costs time only: pieces that overlap never pass each other.
+//!
+//! A guest must not wait for a link that has stopped. What has waited too long is let go of: the blocks are *owed*, and are read
+//! from the source's own image and sent again when the link is back. A block of which only a part was sent is *unhashed*: nobody here
+//! has seen all of it.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::codec::MAX_PAYLOAD;
+use super::layout::{BLOCK_SIZE, BlockIndex, CHUNK_BLOCKS, DiskLayout};
+use super::nbd::server::Reply;
+// A set of numbers of any index space.
+use crate::memory::pages::PageSet as BlockSet;
+
+/// With more than this waiting on a stream, in bytes, whoever writes waits too.
+const EARLY: usize = 8 << 20;
+/// After which a stream that takes nothing is not waited for any more. On a slow link frames take longer: then it is so many times
+/// the longest wait of late.
+const STALL: Duration = Duration::from_millis(500);
+const PATIENCE: u32 = 4;
+/// Most items of a frame: with these no table is too long.
+const MAX_ITEMS: usize = 128;
+
+/// Answers a request when the last of its pieces is done with.
+#[derive(Debug)]
+pub(super) struct Answer(Mutex<Option<Reply>>);
+
+impl Answer {
+    pub(super) fn new(reply: Reply) -> Arc<Answer> {
+        Arc::new(Answer(Mutex::new(Some(reply))))
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(reply) = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            reply.done(Ok(()));
+        }
+    }
+}
+
+/// What an item brings.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// Bytes that were written.
+    Bytes {
+        /// All that was written with them.
+        data: Arc<Vec<u8>>,
+        /// Which of it.
+        range: Range<usize>,
+    },
+    /// So many blocks of zeros.
+    Zero(u64),
+    /// All of a block, read from the source's image.
+    Settled {
+        /// Its content.
+        data: Vec<u8>,
+        /// What the destination has may be something else; if not, only nobody here has seen it whole.
+        owed: bool,
+    },
+    /// Everything before is to be put on stable storage.
+    Sync,
+}
+
+/// A piece that waits to be sent: within one chunk, and at most [`MAX_PAYLOAD`] bytes.
+#[derive(Debug)]
+pub(super) struct Item {
+    /// The first block.
+    pub(super) block: BlockIndex,
+    /// Where in it the piece begins, in bytes.
+    pub(super) at: usize,
+    pub(super) content: Content,
+    /// Dropped when the piece is on its way.
+    pub(super) answer: Option<Arc<Answer>>,
+}
+
+impl Item {
+    pub(super) fn bytes(&self) -> usize {
+        match &self.content {
+            Content::Bytes { range, .. } => range.len(),
+            Content::Settled { data, .. } => data.len(),
+            Content::Zero(_) | Content::Sync => 0,
+        }
+    }
+
+    /// The blocks that it touches.
+    fn blocks(&self) -> Range<u64> {
+        let count = match &self.content {
+            Content::Bytes { range, .. } => (self.at + range.len()).div_ceil(BLOCK_SIZE) as u64,
+            Content::Zero(count) => *count,
+            Content::Settled { .. } => 1,
+            Content::Sync => 0,
+        };
+        self.block.0..self.block.0 + count
+    }
+}
+
+/// What waits on one stream.
+#[derive(Debug)]
+struct Lane {
+    urgent: VecDeque<Item>,
+    copy: VecDeque<Item>,
+    bytes: usize,
+    /// When it last took something, or began to have something to take.
+    moved: Instant,
+    /// The longest wait of late.
+    pace: Duration,
+    state: Taking,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taking {
+    /// What is pushed is taken, sooner or later.
+    Open,
+    /// Nothing has been taken for too long.
+    Stalled,
+    /// Nothing will ever be taken again.
+    Closed,
+}
+
+impl Lane {
+    fn new() -> Lane {
+        Lane {
+            urgent: VecDeque::new(),
+            copy: VecDeque::new(),
+            bytes: 0,
+            moved: Instant::now(),
+            pace: Duration::ZERO,
+            state: Taking::Open,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.urgent.is_empty() && self.copy.is_empty()
+    }
+
+    fn push(&mut self, item: Item, copy: bool) {
+        if self.is_empty() {
+            self.moved = Instant::now();
+        }
+        self.bytes += item.bytes();
+        if copy {
+            self.copy.push_back(item);
+            return;
+        }
+        // Whatever it would overtake goes before it.
+        let blocks = item.blocks();
+        let overlaps = |waiting: &Item| {
+            let other = waiting.blocks();
+            blocks.start < other.end && other.start < blocks.end
+        };
+        let everything = matches!(item.content, Content::Sync);
+        let mut at = 0;
+        while at < self.copy.len() {
+            match everything || overlaps(&self.copy[at]) {
+                true => self.urgent.extend(self.copy.remove(at)),
+                false => at += 1,
+            }
+        }
+        self.urgent.push_back(item);
+    }
+}
+
+/// What has happened to a block since its content was read to settle it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meanwhile {
+    Nothing,
+    Part,
+    Whole,
+}
+
+/// All that waits and all that is not certain.
+#[derive(Debug)]
+pub(super) struct Queue {
+    layout: DiskLayout,
+    lanes: Vec<Lane>,
+    /// Written at least once.
+    seen: BlockSet,
+    unhashed: BlockSet,
+    owed: BlockSet,
+    /// Being read, to be settled; whether they are owed, and what came in between.
+    settling: HashMap<u64, (bool, Meanwhile)>,
+    /// Nothing more is answered early.
+    paced: bool,
+}
+
+impl Queue {
+    pub(super) fn new(layout: DiskLayout) -> Queue {
+        let end = layout.end();
+        let lanes = (0..layout.streams()).map(|_| Lane::new()).collect();
+        let set = || BlockSet::new(end);
+        Queue {
+            layout,
+            lanes,
+            seen: set(),
+            unhashed: set(),
+            owed: set(),
+            settling: HashMap::new(),
+            paced: false,
+        }
+    }
+
+    /// Takes in what was written to a disk.
+    pub(super) fn write(&mut self, disk: usize, offset: u64, data: Vec<u8>, answer: Arc<Answer>) {
+        let data = Arc::new(data);
+        let first = self.layout.block_at(disk, offset).0;
+        let last = self.layout.block_at(disk, offset + (data.len() as u64).saturating_sub(1)).0;
+        let copy = (first..=last).all(|block| self.is_whole(block, disk, offset, data.len()))
+            && !(first..=last).any(|block| self.seen.contains(block));
+        let answer = (copy || !self.answers_early()).then_some(answer);
+        let mut at = 0;
+        while at < data.len() {
+            let position = offset + at as u64;
+            let block = self.layout.block_at(disk, position);
+            let within = (position % BLOCK_SIZE as u64) as usize;
+            let chunk_end = (block.0 / CHUNK_BLOCKS + 1) * CHUNK_BLOCKS;
+            let in_chunk = (chunk_end - block.0) as usize * BLOCK_SIZE - within;
+            let length = (data.len() - at).min(in_chunk).min(MAX_PAYLOAD - within);
+            let content = Content::Bytes { data: Arc::clone(&data), range: at..at + length };
+            for touched in block.0..=self.layout.block_at(disk, position + length as u64 - 1).0 {
+                let whole = self.is_whole(touched, disk, offset, data.len());
+                self.touched(touched, whole);
+            }
+            self.push(Item { block, at: within, content, answer: answer.clone() }, copy);
+            at += length;
+        }
+    }
+
+    /// Whether a write covers all of a block.
+    fn is_whole(&self, block: u64, disk: usize, offset: u64, length: usize) -> bool {
+        let place = self.layout.locate(BlockIndex(block));
+        place.is_some_and(|place| {
+            place.disk == disk
+                && offset <= place.offset
+                && place.offset + place.length as u64 <= offset + length as u64
+        })
+    }
+
+    /// Takes in that a range of a disk is zero.
+    pub(super) fn zero(&mut self, disk: usize, offset: u64, length: u64, answer: Arc<Answer>) {
+        let end = offset + length;
+        let size = self.layout.disks()[disk].size;
+        let block_size = BLOCK_SIZE as u64;
+        let head = offset.next_multiple_of(block_size).min(end);
+        // A short last block counts as whole when all that there is of it is zero.
+        let tail = if end == size { end } else { (end - end % block_size).max(head) };
+        for edge in [offset..head, tail..end] {
+            if !edge.is_empty() {
+                let zeros = vec![0; (edge.end - edge.start) as usize];
+                self.write(disk, edge.start, zeros, Arc::clone(&answer));
+            }
+        }
+        if head >= tail {
+            return;
+        }
+        let (first, last) = (self.layout.block_at(disk, head).0, self.layout.block_at(disk, tail - 1).0);
+        let copy = !(first..=last).any(|block| self.seen.contains(block));
+        let mut block = first;
+        while block <= last {
+            let chunk_end = (block / CHUNK_BLOCKS + 1) * CHUNK_BLOCKS;
+            let count = (last + 1).min(chunk_end) - block;
+            (block..block + count).for_each(|block| self.touched(block, true));
+            let item = Item {
+                block: BlockIndex(block),
+                at: 0,
+                content: Content::Zero(count),
+                answer: copy.then(|| Arc::clone(&answer)),
+            };
+            self.push(item, copy);
+            block += count;
+        }
+    }
+
+    /// What a range of a disk holds is not known any more: it has been given back.
+    pub(super) fn trimmed(&mut self, disk: usize, offset: u64, length: u64) {
+        if length == 0 {
+            return;
+        }
+        let first = self.layout.block_at(disk, offset).0;
+        let last = self.layout.block_at(disk, offset + length - 1).0;
+        self.owed.insert(first..last + 1);
+        for block in first..=last {
+            if let Some((owed, meanwhile)) = self.settling.get_mut(&block) {
+                (*owed, *meanwhile) = (true, Meanwhile::Part);
+            }
+        }
+    }
+
+    /// Everything taken in so far is to be put on stable storage; answered when the wish is on its way.
+    pub(super) fn sync(&mut self, answer: &Arc<Answer>) {
+        for stream in 0..self.lanes.len() {
+            let item = Item {
+                block: BlockIndex(0),
+                at: 0,
+                content: Content::Sync,
+                answer: Some(Arc::clone(answer)),
+            };
+            if self.lanes[stream].state == Taking::Open {
+                self.lanes[stream].push(item, false);
+            }
+        }
+    }
+
+    /// These blocks are not at the destination what they should be.
+    pub(super) fn owe(&mut self, block: BlockIndex) {
+        self.owed.insert(block.0..block.0 + 1);
+        if let Some((owed, _)) = self.settling.get_mut(&block.0) {
+            *owed = true;
+        }
+    }
+
+    fn touched(&mut self, block: u64, whole: bool) {
+        self.seen.insert(block..block + 1);
+        if let Some((_, meanwhile)) = self.settling.get_mut(&block) {
+            *meanwhile = if whole { Meanwhile::Whole } else { Meanwhile::Part };
+        }
+        if whole {
+            self.unhashed.remove(block..block + 1);
+            self.owed.remove(block..block + 1);
+        } else {
+            self.unhashed.insert(block..block + 1);
+        }
+    }
+
+    fn answers_early(&self) -> bool {
+        !self.paced && self.lanes.iter().all(|lane| lane.bytes < EARLY)
+    }
+
+    fn push(&mut self, item: Item, copy: bool) {
+        let stream = usize::from(self.layout.stream_of(item.block));
+        if self.lanes[stream].state == Taking::Open {
+            self.lanes[stream].push(item, copy);
+        } else {
+            self.let_go(&item);
+        }
+    }
+
+    /// An item is not sent: what it was about is owed.
+    fn let_go(&mut self, item: &Item) {
+        let blocks = item.blocks();
+        match &item.content {
+            Content::Settled { owed: false, .. } => self.unhashed.insert(blocks),
+            Content::Sync => {}
+            _ => self.owed.insert(blocks),
+        }
+    }
+
+    /// Takes what makes up the next frame of a stream: of one disk, what is urgent first. The copy waits where it is not to be
+    /// taken.
+    pub(super) fn take(&mut self, stream: u16, copy_too: bool, into: &mut Vec<Item>) {
+        let (lane, layout) = (&mut self.lanes[usize::from(stream)], &self.layout);
+        let disk = |item: &Item| layout.locate(item.block).map(|place| place.disk);
+        let mut payload = 0;
+        let fits = |first: Option<&Item>, item: &Item, payload: usize| {
+            let same = first.is_none_or(|first| {
+                let is_sync = |item: &Item| matches!(item.content, Content::Sync);
+                !is_sync(first) && !is_sync(item) && disk(first) == disk(item)
+            });
+            same && payload + item.bytes() <= MAX_PAYLOAD
+        };
+        while into.len() < MAX_ITEMS {
+            let from = match (lane.urgent.front(), lane.copy.front()) {
+                (Some(item), _) if fits(into.first(), item, payload) => &mut lane.urgent,
+                (None, Some(item)) if copy_too && fits(into.first(), item, payload) => &mut lane.copy,
+                _ => break,
+            };
+            let Some(item) = from.pop_front() else { break };
+            payload += item.bytes();
+            into.push(item);
+        }
+        lane.bytes -= payload;
+        // The longest wait, slowly forgotten.
+        let waited = if into.is_empty() { Duration::ZERO } else { lane.moved.elapsed() };
+        lane.pace = waited.max(lane.pace.mul_f64(0.9));
+        lane.moved = Instant::now();
+        if lane.state == Taking::Stalled {
+            lane.state = Taking::Open;
+        }
+    }
+
+    /// Lets go of what waits for streams that have stopped. What is let go of is given back, to be dropped without the lock.
+    pub(super) fn let_go_of_stalled(&mut self) -> Vec<Item> {
+        let mut gone = Vec::new();
+        for stream in 0..self.lanes.len() {
+            let lane = &self.lanes[stream];
+            let limit = STALL.max(lane.pace * PATIENCE);
+            if lane.state == Taking::Open && !lane.is_empty() && lane.moved.elapsed() > limit {
+                gone.extend(self.empty(stream, Taking::Stalled));
+            }
+        }
+        gone
+    }
+
+    /// Nothing is taken from a stream any more.
+    pub(super) fn close(&mut self, stream: u16) -> Vec<Item> {
+        self.empty(usize::from(stream), Taking::Closed)
+    }
+
+    fn empty(&mut self, stream: usize, state: Taking) -> Vec<Item> {
+        let lane = &mut self.lanes[stream];
+        lane.state = state;
+        lane.bytes = 0;
+        let gone: Vec<Item> = lane.urgent.drain(..).chain(lane.copy.drain(..)).collect();
+        gone.iter().for_each(|item| self.let_go(item));
+        gone
+    }
+
+    /// Takes up to so many blocks that are not certain, to be read. Whoever takes them brings them back by
+    /// [`settle`](Self::settle).
+    pub(super) fn take_uncertain(&mut self, most: usize) -> Vec<BlockIndex> {
+        let mut taken = Vec::new();
+        for disk in 0..self.layout.disks().len() {
+            let blocks = self.layout.disks()[disk].blocks.clone();
+            for owed in [true, false] {
+                let set = if owed { &self.owed } else { &self.unhashed };
+                let found: Vec<u64> = set.runs(blocks.clone()).flatten().take(most - taken.len()).collect();
+                for block in found {
+                    self.owed.remove(block..block + 1);
+                    self.unhashed.remove(block..block + 1);
+                    self.settling.insert(block, (owed, Meanwhile::Nothing));
+                    taken.push(BlockIndex(block));
+                }
+            }
+        }
+        taken
+    }
+
+    /// Brings a block back with its content. If the block was written meanwhile, the content is worth nothing.
+    pub(super) fn settle(&mut self, block: BlockIndex, data: Vec<u8>) {
+        match self.settling.remove(&block.0) {
+            Some((owed, Meanwhile::Nothing)) => {
+                self.seen.insert(block.0..block.0 + 1);
+                let content = Content::Settled { data, owed };
+                self.push(Item { block, at: 0, content, answer: None }, true);
+            }
+            Some((true, Meanwhile::Part)) => self.owed.insert(block.0..block.0 + 1),
+            Some((false, Meanwhile::Part)) => self.unhashed.insert(block.0..block.0 + 1),
+            Some((_, Meanwhile::Whole)) | None => {}
+        }
+    }
+
+    /// A block could not be read: it is as uncertain as before.
+    pub(super) fn not_settled(&mut self, block: BlockIndex) {
+        match self.settling.remove(&block.0) {
+            Some((true, _)) => self.owed.insert(block.0..block.0 + 1),
+            Some((false, _)) => self.unhashed.insert(block.0..block.0 + 1),
+            None => {}
+        }
+    }
+
+    /// Blocks that are not certain.
+    pub(super) fn uncertain(&self) -> u64 {
+        let mut all = self.owed.clone();
+        all.extend(&self.unhashed);
+        all.len() + self.settling.len() as u64
+    }
+
+    /// Bytes that wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.bytes).sum()
+    }
+
+    /// Whether something waits on a stream.
+    pub(super) fn waits(&self, stream: u16) -> bool {
+        !self.lanes[usize::from(stream)].is_empty()
+    }
+}
