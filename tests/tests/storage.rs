@@ -20,7 +20,6 @@ fn a_disk_of_a_local_file_moves_with_its_machine() {
     let guest = pair.run(pair.a(), "disk", &spec);
     let before = guest.status();
     let report = pair.migrate("disk", pair.a(), pair.b(), &[]);
-    println!("{report:#?}");
     accounted(&report, &guest);
     assert_eq!(report.disks[0].mode, DiskMode::Mirrored);
     guest.sound_since(&before);
