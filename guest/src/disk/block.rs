@@ -1,4 +1,4 @@
-//! A block of a disk that describes itself, as a [page](crate::page) of memory does: which it is, of which disk, which write
+//! A block of a disk that describes itself, as a [page] of memory does: which it is, of which disk, which write
 //! it holds, and a checksum over all of it.
 //!
 //! | bytes | content |
