@@ -16,6 +16,10 @@ pub enum Command {
     Resume,
     /// Write that many pages per second from now on.
     Rate(u64),
+    /// Read everything back that the test disks must hold. Answered by a [`Verdict`](crate::disk::Verdict).
+    Check,
+    /// End the work on the test disks for good, with everything on them and their file systems unmounted.
+    Quiet,
     /// Switch the machine off.
     PowerOff,
     /// Restart the machine.
@@ -28,7 +32,9 @@ pub enum Command {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
     /// There is no such command.
-    #[error("unknown command {0:?}: expected status, pause, resume, rate N, poweroff, reboot or panic")]
+    #[error(
+        "unknown command {0:?}: expected status, pause, resume, rate N, check, quiet, poweroff, reboot or panic"
+    )]
     Unknown(String),
     /// The rate is none.
     #[error("bad rate {0:?}: expected pages per second, or MiB per second as in 4MiB")]
@@ -46,6 +52,8 @@ impl Command {
             (None | Some("status"), None, _) => Self::Status,
             (Some("pause"), None, _) => Self::Pause,
             (Some("resume"), None, _) => Self::Resume,
+            (Some("check"), None, _) => Self::Check,
+            (Some("quiet"), None, _) => Self::Quiet,
             (Some("poweroff"), None, _) => Self::PowerOff,
             (Some("reboot"), None, _) => Self::Reboot,
             (Some("panic"), None, _) => Self::Panic,
@@ -57,13 +65,13 @@ impl Command {
         Ok(command)
     }
 
-    /// Does what concerns the writer; what concerns the machine is left to the caller, who answers first.
+    /// Does what concerns the writer; what concerns the disks and the machine is left to the caller.
     pub fn apply(self, control: &Control) {
         match self {
             Self::Pause => control.paused.store(true, Relaxed),
             Self::Resume => control.paused.store(false, Relaxed),
             Self::Rate(rate) => control.rate.store(rate, Relaxed),
-            Self::Status | Self::PowerOff | Self::Reboot | Self::Panic => {}
+            Self::Status | Self::Check | Self::Quiet | Self::PowerOff | Self::Reboot | Self::Panic => {}
         }
     }
 }
@@ -77,6 +85,8 @@ mod tests {
         assert_eq!(Command::parse("\r\n"), Ok(Command::Status));
         assert_eq!(Command::parse("rate 250\n"), Ok(Command::Rate(250)));
         assert_eq!(Command::parse("rate 1MiB"), Ok(Command::Rate(256)));
+        assert_eq!(Command::parse("check"), Ok(Command::Check));
+        assert_eq!(Command::parse("quiet\n"), Ok(Command::Quiet));
         assert_eq!(Command::parse(" poweroff"), Ok(Command::PowerOff));
         assert_eq!(Command::parse("rate x"), Err(CommandError::Rate("x".into())));
         assert_eq!(Command::parse("pause now"), Err(CommandError::Unknown("pause now".into())));

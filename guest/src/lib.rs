@@ -3,6 +3,7 @@
 //! The guest's init (`guest-init`) fills memory with [pages that describe themselves](page), keeps
 //! [dirtying](writer) some of them in a chosen [pattern](workload), [checks](checker) all of them from inside against a
 //! record kept elsewhere, and [answers](service) heartbeats, echo connections and questions about its [status].
+//! Where it has test [disks](disk), it writes to them, reads back what they hold, and tells what they have acknowledged.
 //! Where it is given a Debian [userland], it boots it beside itself and warms its page cache before it is ready.
 //! `guest-image` packs it with the kernel modules it needs into an [initramfs](image).
 //!
@@ -10,6 +11,7 @@
 
 pub mod checker;
 pub mod command;
+pub mod disk;
 pub mod image;
 pub mod memory;
 pub mod page;

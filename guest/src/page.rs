@@ -141,7 +141,8 @@ fn checksum(page: &[u8]) -> u64 {
     XxHash64::oneshot(MAGIC, &page[..CHECKSUM])
 }
 
-fn fill_body(body: &mut [u8], identity: Identity, content: Content) {
+/// Fills what is not header or checksum. The body's length must be a multiple of eight.
+pub(crate) fn fill_body(body: &mut [u8], identity: Identity, content: Content) {
     let seed = identity.boot ^ identity.number.rotate_left(32);
     match content {
         Content::Zero => body.fill(0),
@@ -167,13 +168,13 @@ fn text(body: &mut [u8], mut sequence: Sequence) {
     }
 }
 
-fn get(page: &[u8], at: usize) -> u64 {
+pub(crate) fn get(page: &[u8], at: usize) -> u64 {
     let mut word = [0; 8];
     word.copy_from_slice(&page[at..at + 8]);
     u64::from_le_bytes(word)
 }
 
-fn put(page: &mut [u8], at: usize, value: u64) {
+pub(crate) fn put(page: &mut [u8], at: usize, value: u64) {
     page[at..at + 8].copy_from_slice(&value.to_le_bytes());
 }
 

@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 
+use crate::disk::Plan;
 use crate::page::{self, Content};
 use crate::workload::Pattern;
 
@@ -26,6 +27,8 @@ pub struct Parameters {
     pub read: bool,
     /// `vmirror.userland=on|off`: whether the first disk is a userland to boot ([`userland`](crate::userland)).
     pub userland: bool,
+    /// `vmirror.disk=SERIAL:ROLE…`, once for each disk: what is done with it, as told at [`plan`](crate::disk::plan).
+    pub disks: Vec<Plan>,
     /// `vmirror.check=on|off`: whether everything is checked all the time.
     pub check: bool,
     /// `vmirror.check_rate=PAGES` or `…MiB`: how much is checked per second at most, in pages; 0 is as fast as it goes.
@@ -44,6 +47,7 @@ impl Default for Parameters {
             content: None,
             read: false,
             userland: false,
+            disks: Vec::new(),
             check: true,
             // All of 256 MiB in two seconds, and still most of an emulated CPU left for everything else.
             check_rate: pages(128),
@@ -100,11 +104,18 @@ impl Parameters {
             "content" => self.content = Some(Content::named(value).ok_or("still, text, noise or zero")?),
             "read" => self.read = switch(value)?,
             "userland" => self.userland = switch(value)?,
+            "disk" => {
+                let plan = Plan::parse(value)?;
+                if self.disks.iter().any(|other| other.serial == plan.serial) {
+                    return Err("one word for each disk");
+                }
+                self.disks.push(plan);
+            }
             "check" => self.check = switch(value)?,
             "check_rate" => self.check_rate = rate(value)?,
             _ => {
                 return Err(
-                    "ip, gw, fill, workset, rate, pattern, content, read, userland, check or check_rate",
+                    "ip, gw, fill, workset, rate, pattern, content, read, userland, disk, check or check_rate",
                 );
             }
         }
@@ -163,7 +174,7 @@ mod tests {
     fn every_parameter_is_read_and_those_of_others_are_not() {
         let line = "console=ttyS0 quiet vmirror.ip=10.88.0.10/24 vmirror.gw=10.88.0.1 vmirror.fill=200 vmirror.workset=20 \
                     vmirror.rate=4MiB vmirror.pattern=counter vmirror.check=off vmirror.content=noise vmirror.check_rate=0 \
-                    vmirror.read=on\n";
+                    vmirror.read=on vmirror.disk=d1:blocks,region=8:journal vmirror.disk=d2:ext4\n";
         let expected = Parameters {
             address: Some((Ipv4Addr::new(10, 88, 0, 10), 24)),
             gateway: Some(Ipv4Addr::new(10, 88, 0, 1)),
@@ -174,6 +185,7 @@ mod tests {
             content: Some(Content::Noise),
             read: true,
             userland: false,
+            disks: vec![Plan::parse("d1:blocks,region=8:journal").unwrap(), Plan::parse("d2:ext4").unwrap()],
             check: false,
             check_rate: 0,
         };
@@ -206,11 +218,14 @@ mod tests {
             "vmirror.rate=fast",
             "vmirror.rate=99999999999MiB",
             "vmirror.fill=-1",
+            "vmirror.disk=d1",
+            "vmirror.disk=d1:blocks,io=mapped",
         ] {
             let error = Parameters::parse(word).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
         }
         assert!(Parameters::parse("vmirror.patern=random").is_err());
+        assert!(Parameters::parse("vmirror.disk=a:ext4 vmirror.disk=a:blocks").is_err());
         assert!(Parameters::parse("vmirror.userland=on vmirror.read=off").is_ok());
         assert!(Parameters::parse("vmirror.userland=on vmirror.read=on").is_err());
     }

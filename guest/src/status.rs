@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::disk::DiskStatus;
 use serde::{Deserialize, Serialize};
 
 /// One line of status: on the serial console behind [`PREFIX`], and as the answer to a status question.
@@ -27,6 +28,9 @@ pub struct Status {
     pub lost: u64,
     /// The highest generation of any page.
     pub generation_max: u64,
+    /// What became of its test disks; none where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<DiskStatus>,
 }
 
 /// What every line of this guest on the serial console begins with, to tell it from the kernel's.
@@ -35,9 +39,9 @@ pub const PREFIX: &str = "vmirror-guest: ";
 pub const READY: &str = "ready";
 
 impl Status {
-    /// Torn, stale and lost pages together: zero for a sound guest.
+    /// Torn, stale and lost pages together, and everything wrong with its test disks: zero for a sound guest.
     pub fn faults(&self) -> u64 {
-        self.torn + self.stale + self.lost
+        self.torn + self.stale + self.lost + self.disks.as_ref().map_or(0, |disks| disks.faults.total())
     }
 
     /// The status on that line of a serial log, if it has one.
@@ -72,7 +76,7 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// The counters as a status of a guest with that boot, uptime and area.
+    /// The counters as a status of a guest with that boot, uptime and area, and without test disks.
     pub fn status(&self, boot_id: &str, uptime_ms: u64, pages: u64) -> Status {
         Status {
             uptime_ms,
@@ -85,6 +89,7 @@ impl Counters {
             stale: self.stale.load(Relaxed),
             lost: self.lost.load(Relaxed),
             generation_max: self.generation_max.load(Relaxed),
+            disks: None,
         }
     }
 }
@@ -107,5 +112,21 @@ mod tests {
         assert_eq!(Status::latest_in(&log), Some(new.clone()));
         assert_eq!(new.faults(), 1);
         assert_eq!(Status::latest_in("Linux\n"), None);
+    }
+
+    #[test]
+    fn a_status_from_before_there_were_disks_is_one() {
+        let line = format!(
+            r#"{PREFIX}{{"uptime_ms":1,"boot_id":"a","pages":2,"writes":3,"passes":4,"checked":5,"torn":0,"stale":0,"lost":0,"generation_max":1}}"#
+        );
+        assert_eq!(Status::from_serial_line(&line).unwrap().disks, None);
+    }
+
+    #[test]
+    fn faults_of_disks_are_faults() {
+        let line = format!(
+            r#"{PREFIX}{{"uptime_ms":1,"boot_id":"a","pages":2,"writes":3,"passes":4,"checked":5,"torn":1,"stale":0,"lost":0,"generation_max":1,"disks":{{"faults":{{"lost":2,"ahead":1}}}}}}"#
+        );
+        assert_eq!(Status::from_serial_line(&line).unwrap().faults(), 4);
     }
 }

@@ -35,6 +35,15 @@ pub fn mount_with(
     check(unsafe { libc::mount(source.as_ptr(), at.as_ptr(), kind.as_ptr(), flags, options.as_ptr().cast()) })
 }
 
+/// Unmounts what is mounted there, all of it written to its disk.
+///
+/// # Errors
+/// As `umount(2)`.
+pub fn unmount(at: &CStr) -> io::Result<()> {
+    // SAFETY: the path is a terminated string that outlives the call.
+    check(unsafe { libc::umount2(at.as_ptr(), 0) })
+}
+
 /// Loads a kernel module from a file; one that is there already is no error.
 ///
 /// # Errors

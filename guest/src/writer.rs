@@ -8,7 +8,7 @@ use crate::status::Counters;
 use crate::workload::Order;
 
 /// How often the writer looks whether writes are due.
-const TICK: Duration = Duration::from_millis(5);
+pub(crate) const TICK: Duration = Duration::from_millis(5);
 /// What a writer that fell behind, or stood still with the machine, makes up for at most: so a pause is not followed by a burst.
 const BACKLOG: Duration = Duration::from_millis(100);
 
@@ -30,13 +30,20 @@ impl Control {
 
 /// Writes due by the clock.
 #[derive(Debug)]
-struct Pace {
+pub(crate) struct Pace {
     since: Instant,
+}
+
+impl From<Instant> for Pace {
+    /// Writes become due from then on.
+    fn from(since: Instant) -> Self {
+        Self { since }
+    }
 }
 
 impl Pace {
     /// How many writes are due at `now` at that rate; the time they stand for counts as spent.
-    fn due(&mut self, now: Instant, rate: u64) -> u64 {
+    pub(crate) fn due(&mut self, now: Instant, rate: u64) -> u64 {
         let elapsed = now.saturating_duration_since(self.since);
         if elapsed > BACKLOG {
             self.since = now - BACKLOG;
@@ -52,7 +59,7 @@ impl Pace {
 
 /// Writes pages in that order, for ever.
 pub fn run(memory: &Memory, mut order: Order, control: &Control, counters: &Counters) -> ! {
-    let mut pace = Pace { since: Instant::now() };
+    let mut pace = Pace::from(Instant::now());
     loop {
         let due = pace.due(Instant::now(), control.rate.load(Relaxed));
         if !control.paused.load(Relaxed) {

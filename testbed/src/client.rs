@@ -2,17 +2,22 @@
 
 mod echo;
 mod heartbeats;
+mod journal;
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use guest::service::{CONTROL_PORT, ECHO_PORT, HEARTBEAT_PORT};
+use serde::de::DeserializeOwned;
+
+use guest::disk::Verdict;
+use guest::service::{CONTROL_PORT, ECHO_PORT, HEARTBEAT_PORT, JOURNAL_PORT};
 use guest::status::Status;
 
 pub use echo::{Echo, EchoReport};
 pub use heartbeats::{HeartbeatReport, Heartbeats};
+pub use journal::{Journal, JournalReport};
 
 use crate::TestbedError;
 use crate::namespace::Namespace;
@@ -22,6 +27,10 @@ const ANSWER: Duration = Duration::from_secs(1);
 const ATTEMPTS: usize = 10;
 /// How long the answer to a command may take that cannot be given again: a guest told twice would reboot twice.
 const LAST_ANSWER: Duration = Duration::from_secs(10);
+/// How often the answer to a question is asked for that takes a guest a while.
+const LONG_ATTEMPTS: usize = 120;
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(10);
 
 /// The client host.
 #[derive(Debug)]
@@ -60,11 +69,46 @@ impl Client {
         self.tell(guest, "status")
     }
 
-    /// Gives the guest a command (`pause`, `resume`, `rate N`, `poweroff`, `reboot`, `panic`); gives back the status it answers with.
+    /// Listens for what the journal on the guest's disk with that serial number acknowledges, from now on and whenever the guest
+    /// can be reached.
+    ///
+    /// # Errors
+    /// Where there is no thread to be had.
+    pub fn journal(&self, guest: Ipv4Addr, serial: &str) -> Result<Journal, TestbedError> {
+        let namespace = Arc::clone(&self.namespace);
+        let address = SocketAddrV4::new(guest, JOURNAL_PORT).into();
+        let connect = move || {
+            namespace.enter(|| TcpStream::connect_timeout(&address, CONNECT)).map_err(io::Error::other)?
+        };
+        Journal::start(serial, connect).map_err(TestbedError::Network)
+    }
+
+    /// Has the guest read back everything that its test disks must hold, while it goes on writing.
+    ///
+    /// # Errors
+    /// Where no answer comes.
+    pub fn check_disks(&self, guest: Ipv4Addr) -> Result<Verdict, TestbedError> {
+        self.ask(guest, "check")
+    }
+
+    /// Has the guest end its work on its test disks for good, with everything written and file systems unmounted.
+    ///
+    /// # Errors
+    /// Where no answer comes, or it cannot.
+    pub fn quiet_disks(&self, guest: Ipv4Addr) -> Result<Status, TestbedError> {
+        self.tell(guest, "quiet")
+    }
+
+    /// Gives the guest a command (`pause`, `resume`, `rate N`, `quiet`, `poweroff`, `reboot`, `panic`); gives back the status it
+    /// answers with.
     ///
     /// # Errors
     /// Where no answer comes, or one that is no status, as to a command it does not know.
     pub fn tell(&self, guest: Ipv4Addr, command: &str) -> Result<Status, TestbedError> {
+        self.ask(guest, command)
+    }
+
+    fn ask<T: DeserializeOwned>(&self, guest: Ipv4Addr, command: &str) -> Result<T, TestbedError> {
         let socket = self.socket(guest, CONTROL_PORT)?;
         let answer = ask(&socket, command).map_err(TestbedError::Network)?;
         serde_json::from_str(&answer).map_err(|_| TestbedError::Answer(answer))
@@ -86,8 +130,12 @@ impl Client {
 
 /// Asks until there is an answer: a datagram may get lost, and every command but those that end the guest can be given twice.
 fn ask(socket: &UdpSocket, question: &str) -> io::Result<String> {
-    let once = matches!(question, "reboot" | "poweroff" | "panic");
-    let (attempts, patience) = if once { (1, LAST_ANSWER) } else { (ATTEMPTS, ANSWER) };
+    let (attempts, patience) = match question {
+        "reboot" | "poweroff" | "panic" => (1, LAST_ANSWER),
+        // Asked again, it is the same question: the guest does not begin anew.
+        "check" | "quiet" => (LONG_ATTEMPTS, ANSWER),
+        _ => (ATTEMPTS, ANSWER),
+    };
     socket.set_read_timeout(Some(patience))?;
     let mut answer = [0; 2048];
     let mut last = io::Error::from(io::ErrorKind::TimedOut);

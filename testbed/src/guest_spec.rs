@@ -1,10 +1,15 @@
 //! The QEMU command line of a test guest.
 
+mod test_disk;
+
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+pub use guest::disk::{Io, Role, Work};
 pub use guest::page::Content;
 pub use guest::workload::Pattern;
+
+pub use test_disk::{Aio, Cache, Syntax, TestDisk};
 
 use crate::accelerator::Accelerator;
 use crate::programs::{self, Programs};
@@ -47,6 +52,8 @@ pub struct GuestSpec {
     /// A raw image of a Debian file system that it boots beside itself, by `guest::userland`, and only reads. Not together with
     /// `direct_disk`: each wants to be the first disk.
     pub userland: Option<PathBuf>,
+    /// Disks that it works on, each known by its serial number.
+    pub disks: Vec<TestDisk>,
     /// Its network interface.
     pub nic: Option<Nic>,
     /// The file its serial console is appended to.
@@ -131,6 +138,7 @@ impl GuestSpec {
             check_rate: None,
             direct_disk: None,
             userland: None,
+            disks: Vec::new(),
             nic: None,
             serial: serial.into(),
             qmp: None,
@@ -172,6 +180,7 @@ impl GuestSpec {
             let drive = format!("file={},format=raw,if=virtio,readonly=on", escape(image));
             words.extend(["-drive".into(), drive]);
         }
+        words.extend(self.disks.iter().enumerate().flat_map(|(place, disk)| disk.arguments(place)));
         if let Some(nic) = &self.nic {
             let netdev = format!("tap,id=net0,ifname={},script=no,downscript=no", nic.tap);
             // No boot ROM: the guest never boots from the network, and ROMs of two QEMU versions need not be alike.
@@ -218,6 +227,9 @@ impl GuestSpec {
         if self.userland.is_some() {
             add("userland", "on".into());
         }
+        for parameter in self.disks.iter().filter_map(TestDisk::parameter) {
+            add("disk", parameter);
+        }
         if let Some(nic) = &self.nic {
             add("ip", format!("{}/{GUEST_PREFIX}", nic.address));
         }
@@ -253,6 +265,7 @@ mod tests {
             check_rate: Some(1000),
             direct_disk: Some("/d".into()),
             userland: None,
+            disks: Vec::new(),
             nic: Some(Nic::new("tap7", 10)),
             serial: "/tmp/serial".into(),
             qmp: Some("/tmp/qmp".into()),
@@ -283,6 +296,17 @@ mod tests {
         assert!(words.join(" ").contains("-drive file=/u,,1,format=raw,if=virtio,readonly=on "));
         let append = words.iter().position(|word| word == "-append").unwrap() + 1;
         assert!(Parameters::parse(&words[append]).unwrap().userland);
+    }
+
+    #[test]
+    fn the_guest_is_told_of_its_disks() {
+        let disk = |serial| TestDisk::new("/t", crate::disk::Format::Raw, serial);
+        let ext4 = TestDisk { roles: vec![Work::Ext4 { rate: 9 }.in_the_rest()], ..disk("e") };
+        let words = GuestSpec { disks: vec![disk("idle"), ext4], ..spec() }.command_line();
+        assert!(words.join(" ").contains("serial=e,addr=0x11 -netdev "));
+        let append = words.iter().position(|word| word == "-append").unwrap() + 1;
+        let plans = Parameters::parse(&words[append]).unwrap().disks;
+        assert_eq!(plans.iter().map(ToString::to_string).collect::<Vec<_>>(), ["e:ext4,rate=9"]);
     }
 
     #[test]

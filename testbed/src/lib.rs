@@ -21,12 +21,14 @@ pub mod accelerator;
 mod bed;
 pub mod client;
 pub mod cpu;
+pub mod disk;
 mod error;
 pub mod fault;
 pub mod guest_spec;
 mod host;
 pub mod huge_pages;
 pub mod inventory;
+pub mod monitor;
 mod name;
 mod namespace;
 pub mod old_kernel;
@@ -40,14 +42,17 @@ mod wire;
 pub use bed::{CLIENT_ADDRESS, GUEST_PREFIX, Testbed};
 pub use client::Client;
 pub use error::TestbedError;
-pub use guest_spec::GuestSpec;
+pub use guest_spec::{GuestSpec, TestDisk};
 pub use host::{AgentOptions, Host};
 pub use huge_pages::HugePages;
 pub use inventory::Inventory;
+pub use monitor::Monitor;
 pub use programs::Programs;
 pub use running::{Console, RunningGuest};
 pub use wire::Wire;
 
+/// What the test guest found in a full check of its disks.
+pub use guest::disk::Verdict;
 /// The status of the test guest, as it says it itself.
 pub use guest::status::Status;
 

@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use guest::checker::Checker;
 use guest::command::Command;
+use guest::disk::Disks;
 use guest::image::{DEPENDENCIES, Dependencies, MODULES};
 use guest::memory::Memory;
 use guest::parameters::Parameters;
 use guest::reader;
-use guest::service;
+use guest::service::{self, Answer};
 use guest::status::{Counters, PREFIX, READY, Status};
 use guest::system::{self, End};
 use guest::userland::{self, Userland};
@@ -60,7 +61,7 @@ fn run() -> Result<(), Failure> {
     system::mount(c"sysfs", c"/sys")?;
     system::mount(c"devtmpfs", c"/dev")?;
     let parameters = Parameters::parse(&fs::read_to_string("/proc/cmdline")?)?;
-    let console = Console::open()?;
+    let console = Arc::new(Console::open()?);
     load_modules(&parameters)?;
     if let Some((address, prefix)) = parameters.address {
         wait_for_interface()?;
@@ -73,8 +74,11 @@ fn run() -> Result<(), Failure> {
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
     let boot = boot_number(&boot_id)?;
     let memory = Memory::fill(system::map(parameters.fill_bytes())?, boot, parameters.page_content());
+    let tells = Arc::clone(&console);
+    let disks = Disks::open(&parameters.disks, boot, move |finding| tells.say(finding))?;
     let guest = Arc::new(Guest {
         memory,
+        disks: Arc::new(disks),
         counters: Counters::default(),
         control: Control::new(parameters.rate),
         boot_id,
@@ -87,6 +91,7 @@ fn run() -> Result<(), Failure> {
     }
     start_services(&guest)?;
     start_workload(&guest, &parameters, boot)?;
+    start_disks(&guest)?;
     guest.console.say(READY);
     loop {
         guest.console.say(&guest.status_line()?);
@@ -109,44 +114,78 @@ fn boot_userland(console: &Console, parameters: &Parameters) -> Result<Userland,
 /// The guest's state, shared by its threads.
 struct Guest {
     memory: Memory,
+    disks: Arc<Disks>,
     counters: Counters,
     control: Control,
     boot_id: String,
-    console: Console,
+    console: Arc<Console>,
 }
 
 impl Guest {
     fn status(&self) -> Result<Status, Failure> {
         let uptime = fs::read_to_string("/proc/uptime")?;
         let seconds: f64 = uptime.split(' ').next().unwrap_or_default().parse()?;
-        Ok(self.counters.status(&self.boot_id, (seconds * 1e3) as u64, self.memory.pages()))
+        let status = self.counters.status(&self.boot_id, (seconds * 1e3) as u64, self.memory.pages());
+        Ok(Status { disks: self.disks.status(), ..status })
     }
 
     fn status_line(&self) -> Result<String, Failure> {
         Ok(serde_json::to_string(&self.status()?)?)
     }
 
-    /// Carries out a command as far as it concerns the workload, and says what to answer and how the machine then ends.
-    fn obey(&self, line: &str) -> (String, Option<End>) {
+    /// Carries out a command as far as it concerns the workload, and says what to answer and how the machine then ends. What
+    /// takes a while is left to do.
+    fn obey(self: &Arc<Self>, line: &str) -> Answer<Option<End>> {
         let command = match Command::parse(line) {
             Ok(command) => command,
-            Err(error) => return (serde_json::json!({ "error": error.to_string() }).to_string(), None),
+            Err(error) => return Answer::Now(error_line(&error), None),
         };
         command.apply(&self.control);
-        let end = match command {
-            Command::PowerOff => Some(End::PowerOff),
-            Command::Reboot => Some(End::Reboot),
-            Command::Panic => Some(End::Panic),
-            Command::Status | Command::Pause | Command::Resume | Command::Rate(_) => None,
-        };
-        let answer = self.status_line().unwrap_or_else(|error| panic!("{PREFIX}no status: {error}"));
-        (answer, end)
+        let mut end = None;
+        match command {
+            Command::Status | Command::Rate(_) => {}
+            Command::Pause => self.disks.pause(true),
+            Command::Resume => self.disks.pause(false),
+            Command::Check => {
+                let guest = Arc::clone(self);
+                return Answer::Later(Box::new(move || answer(serde_json::to_string(&guest.disks.check()))));
+            }
+            Command::Quiet => {
+                let guest = Arc::clone(self);
+                return Answer::Later(Box::new(move || match guest.disks.quiet() {
+                    Ok(()) => answer(guest.status_line()),
+                    Err(error) => error_line(&error),
+                }));
+            }
+            Command::PowerOff => end = Some(End::PowerOff),
+            Command::Reboot => end = Some(End::Reboot),
+            Command::Panic => end = Some(End::Panic),
+        }
+        Answer::Now(answer(self.status_line()), end)
+    }
+
+    /// Ends the machine. But for a crash, its disks are first left as an orderly shutdown leaves them.
+    fn end(&self, how: Option<End>) {
+        let Some(how) = how else { return };
+        thread::sleep(LAST_WORDS);
+        if how != End::Panic
+            && let Err(error) = self.disks.quiet()
+        {
+            self.console.say(&error.to_string());
+        }
+        end(how);
     }
 }
 
-fn end(how: Option<End>) {
-    let Some(how) = how else { return };
-    thread::sleep(LAST_WORDS);
+fn answer<E: std::fmt::Display>(line: Result<String, E>) -> String {
+    line.unwrap_or_else(|error| panic!("{PREFIX}no answer: {error}"))
+}
+
+fn error_line(error: &dyn std::error::Error) -> String {
+    serde_json::json!({ "error": error.to_string() }).to_string()
+}
+
+fn end(how: End) {
     if let Err(error) = system::end(how) {
         panic!("{PREFIX}{how:?}: {error}");
     }
@@ -160,13 +199,20 @@ fn start_services(guest: &Arc<Guest>) -> Result<(), Failure> {
     start("echo", move || service::echo(&echo).map_err(Into::into))?;
     let control = service::bind_udp(service::CONTROL_PORT)?;
     let asked = Arc::clone(guest);
-    start("control", move || service::control(&control, |line| asked.obey(line), end).map_err(Into::into))?;
+    start("control", move || Ok(service::control(&control, |line| asked.obey(line), |how| asked.end(how))?))?;
+    let journal = service::bind_tcp(service::JOURNAL_PORT)?;
+    let disks = Arc::clone(&guest.disks);
+    start("journal", move || Ok(service::acknowledged(&journal, &disks)?))?;
     let typed = Arc::clone(guest);
     start("console", move || {
         for line in BufReader::new(&typed.console.input).lines() {
-            let (answer, how) = typed.obey(&line?);
-            typed.console.say(&answer);
-            end(how);
+            match typed.obey(&line?) {
+                Answer::Now(answer, how) => {
+                    typed.console.say(&answer);
+                    typed.end(how);
+                }
+                Answer::Later(find) => typed.console.say(&find()),
+            }
         }
         Err("the console was closed".into())
     })
@@ -198,6 +244,17 @@ fn start_workload(guest: &Arc<Guest>, parameters: &Parameters, boot: u64) -> Res
         start("reader", move || {
             let blocks = sectors * 512 / reader::BLOCK as u64;
             Ok(reader::run(&disk, blocks, &guest.counters, |finding| guest.console.say(finding))?)
+        })?;
+    }
+    Ok(())
+}
+
+fn start_disks(guest: &Arc<Guest>) -> Result<(), Failure> {
+    for worker in guest.disks.workers() {
+        start(&worker.name, move || {
+            system::be_nice()?;
+            (worker.run)();
+            Ok(())
         })?;
     }
     Ok(())
