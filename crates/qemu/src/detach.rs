@@ -1,4 +1,4 @@
-//! A child that does not belong to its starter's terminal session. The only unsafe code of this crate.
+//! A child that does not belong to its starter's terminal session.
 
 use std::os::unix::process::CommandExt;
 
