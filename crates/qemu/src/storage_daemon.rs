@@ -33,7 +33,7 @@ pub enum StorageDaemonError {
     #[error("the QEMU storage daemon does not start")]
     Launch(#[from] LaunchError),
     /// The daemon refused a command, or does not answer.
-    #[error("the QEMU storage daemon")]
+    #[error("the QEMU storage daemon did not do what it was told")]
     Qmp(#[from] QmpError),
     /// The daemon's NBD server does not start.
     #[error("the QEMU storage daemon cannot serve")]

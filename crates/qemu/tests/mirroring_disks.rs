@@ -56,15 +56,19 @@ fn disk(place: &Place, name: &str) -> PathBuf {
     path
 }
 
-/// A machine with virtio disks `d0`, `d1`, …, stopped.
+/// A machine with virtio disks `d0`, `d1`, …, stopped. The second and later ones have a thread of their own for their I/O.
 async fn start(place: &Place, disks: &[(&Path, &str)]) -> (Process, Qmp) {
-    let mut options: Vec<String> = ["-M", "q35", "-m", "64", "-S"].map(str::to_owned).to_vec();
+    let mut options: Vec<String> =
+        ["-M", "q35", "-m", "64", "-S", "-object", "iothread,id=io"].map(str::to_owned).to_vec();
     for (number, (path, format)) in disks.iter().enumerate() {
         options.extend([
             "-drive".to_owned(),
             format!("file={},format={format},if=none,id=d{number},discard=unmap", path.display()),
             "-device".to_owned(),
-            format!("virtio-blk-pci,drive=d{number},id=vd{number}"),
+            format!(
+                "virtio-blk-pci,drive=d{number},id=vd{number}{}",
+                if number > 0 { ",iothread=io" } else { "" }
+            ),
         ]);
     }
     let options: Vec<&str> = options.iter().map(String::as_str).collect();

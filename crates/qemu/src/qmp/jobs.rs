@@ -168,6 +168,11 @@ impl Qmp {
     /// rest gets smaller however much the guest writes. An error of reading or at the target ends the job (`report`)
     /// and never reaches the guest. QEMU removes the job by itself when it is through (`auto-finalize`, `auto-dismiss`).
     ///
+    /// The guest's flushes go to its own disk only. The target is flushed when the job becomes ready, when it ends, and
+    /// whenever QEMU stops the machine; how long it takes for that is time in which the guest does not run (seen: 0.15 s
+    /// for 256 MiB that a server had not flushed yet, with 7.2 and 10.0). A server that is to be quick at the end flushes
+    /// beforehand.
+    ///
     /// # Errors
     /// [`QmpError::Refused`] if a node is missing or in use by another job. What goes wrong later ends the job and is
     /// told by [`JobNews::Completed`].
@@ -240,7 +245,7 @@ impl Qmp {
             }
         }
         let deadline = Instant::now() + END_DEADLINE;
-        loop {
+        while Instant::now() < deadline {
             match timeout_at(Instant::now() + LOOK_AGAIN, events.recv()).await {
                 Ok(Ok(event)) => {
                     if learn(&event, job, &mut end) {
@@ -262,10 +267,8 @@ impl Qmp {
                 drain(&mut events, job, &mut end);
                 return Ok(end);
             }
-            if Instant::now() >= deadline {
-                return Err(QmpError::Deadline { command: CancelJob::NAME, after: END_DEADLINE });
-            }
         }
+        Err(QmpError::Deadline { command: CancelJob::NAME, after: END_DEADLINE })
     }
 
     /// Has QEMU or a storage daemon make an image by a job, and waits until it is made. Returns why it failed, if it did.
