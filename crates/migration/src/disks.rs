@@ -4,8 +4,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qemu::qmp::Drive;
 use qemu::spec::FilePurpose;
-use qemu::{Drive, Spec};
+use qemu::Spec;
 use uuid::Uuid;
 
 use crate::failure::{Finding, chain};

@@ -102,8 +102,7 @@ pub(crate) struct Paths {
     pub(crate) pid: PathBuf,
     pub(crate) log: PathBuf,
     pub(crate) device: PathBuf,
-    /// The monitor of a storage daemon, and the socket on which it serves.
-    pub(crate) daemon: PathBuf,
+    /// A directory for a storage daemon.
     pub(crate) storage: PathBuf,
 }
 
@@ -115,13 +114,12 @@ impl Paths {
             pid: file("pid"),
             log: file("log"),
             device: file("device"),
-            daemon: file("daemon"),
             storage: file("storage"),
         }
     }
 
     pub(crate) fn all(self) -> Vec<PathBuf> {
-        vec![self.qmp, self.pid, self.log, self.device, self.daemon, self.storage]
+        vec![self.qmp, self.pid, self.log, self.device]
     }
 }
 
@@ -316,7 +314,7 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
         // A stream that was under way has lost its reader; QEMU ends it by itself, or is told to.
         let _ = qmp.migrate_cancel().await;
     }
-    if let Err(e) = crate::source::disks::clear(&qmp).await {
+    if let Err(e) = crate::source::disks::clear_after(host, &record.name, &qmp).await {
         tracing::error!(vm = %record.name, error = chain(&e), "QEMU keeps a copy job of ours");
     }
     let outgoing = record.outgoing.clone();
@@ -447,6 +445,7 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
         daemon.kill();
         daemon.wait_for_end(KILL_GRACE).await;
     }
+    let _ = std::fs::remove_dir_all(Paths::of(host, &record.name).storage);
     leave_images(host, record);
     if let Some(session) = record.arrived_by {
         let supplied = host.post_copies.get(session).and_then(|tail| tail.supplied());

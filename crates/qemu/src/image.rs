@@ -1,198 +1,322 @@
-//! What an image file is, and whether somebody uses it.
+//! What an image file is, by its first bytes.
+//!
+//! To be trusted only for images that no guest has written as raw ones: a guest can put any header on its raw disk.
+//! The format of a disk that is in use is what its QEMU opened it as.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom},
+    os::unix::{ffi::OsStringExt, fs::FileExt},
+    path::{Path, PathBuf},
+};
 
-/// What an image is.
+/// How much of a file is looked at for its format. VDI's mark is at 64.
+const HEAD: usize = 4096;
+/// Most bytes of a backing file's name in a qcow2 image.
+const LONGEST_NAME: u32 = 1023;
+/// Most header extensions that are looked at. There are a handful.
+const MOST_EXTENSIONS: usize = 64;
+/// The extension that names the backing file's format.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+
+/// Marks of image formats: QEMU's driver name, where the mark is, and what it is. Those of `qemu-img --help` that have one.
+const MARKS: &[(&str, usize, &[u8])] = &[
+    ("qcow2", 0, b"QFI\xfb"),
+    ("vmdk", 0, b"KDMV"),
+    ("vmdk", 0, b"COWD"),
+    ("vmdk", 0, b"# Disk DescriptorFile"),
+    ("vhdx", 0, b"vhdxfile"),
+    ("vpc", 0, b"conectix"),
+    ("vdi", 64, &[0x7f, 0x10, 0xda, 0xbe]),
+    ("qed", 0, b"QED\0"),
+    ("parallels", 0, b"WithoutFreeSpace"),
+    ("parallels", 0, b"WithouFreSpacExt"),
+    ("luks", 0, b"LUKS\xba\xbe"),
+    ("bochs", 0, b"Bochs Virtual HD Image"),
+    ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop"),
+];
+
+/// An image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Image {
-    /// A qcow2 image (docs/interop/qcow2.txt).
-    Qcow2 {
-        /// Bytes, as the guest sees them.
-        virtual_size: u64,
-        /// Bytes in a cluster.
-        cluster_size: u64,
-    },
-    /// An image of another known format.
-    Other(&'static str),
-    /// None of these: its bytes are the disk's.
+    /// A plain file or block device: what is in it is what the guest sees.
     Raw {
         /// Bytes.
         size: u64,
     },
+    /// QEMU's own format.
+    Qcow2(Qcow2),
+    /// Another one.
+    Other {
+        /// QEMU's name of the format: `vmdk`, `vdi`, `qcow`, ….
+        format: &'static str,
+    },
 }
 
 impl Image {
-    /// The format, by QEMU's name for it.
+    /// QEMU's name of the format.
     #[must_use]
     pub fn format(&self) -> &'static str {
         match self {
-            Image::Qcow2 { .. } => "qcow2",
-            Image::Other(format) => format,
             Image::Raw { .. } => "raw",
+            Image::Qcow2(_) => "qcow2",
+            Image::Other { format } => format,
         }
     }
 
-    /// Bytes, as the guest sees them; 0 where that is not known.
+    /// Bytes that a guest sees. None: not known.
     #[must_use]
-    pub fn virtual_size(&self) -> u64 {
+    pub fn virtual_size(&self) -> Option<u64> {
         match self {
-            Image::Qcow2 { virtual_size, .. } => *virtual_size,
-            Image::Raw { size } => *size,
-            Image::Other(_) => 0,
+            Image::Raw { size } => Some(*size),
+            Image::Qcow2(header) => Some(header.virtual_size),
+            Image::Other { .. } => None,
         }
     }
 }
 
-/// What the formats that QEMU knows begin with.
-const MAGIC: &[(&[u8], &str)] = &[
-    (b"KDMV", "vmdk"),
-    (b"COWD", "vmdk"),
-    (b"# Disk DescriptorFile", "vmdk"),
-    (b"<<< ", "vdi"),
-    (b"conectix", "vpc"),
-    (b"vhdxfile", "vhdx"),
-    (b"QED\0", "qed"),
-    (b"LUKS\xba\xbe", "luks"),
-    (b"WithoutFreeSpace", "parallels"),
-];
-const QCOW2: &[u8; 4] = b"QFI\xfb";
-/// Cluster sizes that QEMU accepts, as powers of two.
-const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
+/// What a qcow2 image says of itself (QEMU's `docs/interop/qcow2.txt`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Qcow2 {
+    /// Bytes that a guest sees.
+    pub virtual_size: u64,
+    /// Bytes per cluster: a power of two from 512 to 2 MiB.
+    pub cluster_size: u64,
+    /// The backing file, as the image names it: relative to the image, or a `json:` description.
+    pub backing: Option<PathBuf>,
+    /// The backing file's format, where the image says it.
+    pub backing_format: Option<String>,
+    /// Whether the content is encrypted.
+    pub encrypted: bool,
+    /// Whether the content is in another file.
+    pub external_data: bool,
+    /// Whether QEMU has found it corrupt.
+    pub corrupt: bool,
+    /// Internal snapshots. A copy of what the guest sees does not have them.
+    pub snapshots: u32,
+}
 
-/// Finds out what an image is, from how it begins.
+/// Why it is not known what an image is.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The image.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// It begins like a qcow2 image but is none.
+    #[error("{} is a broken qcow2 image: {what}", path.display())]
+    Qcow2 {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong.
+        what: &'static str,
+    },
+}
+
+/// Looks what an image file or block device is: raw if it has no other format's mark. Takes no lock.
 ///
 /// # Errors
-/// Where it cannot be read, or calls itself qcow2 and is not.
-pub fn examine(path: &Path) -> io::Result<Image> {
-    let mut file = File::open(path)?;
-    let size = file.seek(SeekFrom::End(0))?;
-    let mut head = [0; 64];
-    let length = file.read_at(&mut head, 0)?;
-    let head = &head[..length];
-    if head.starts_with(QCOW2) {
-        let field = |at: usize, length: usize| -> io::Result<u64> {
-            let bytes = head.get(at..at + length).ok_or(io::ErrorKind::UnexpectedEof)?;
-            Ok(bytes.iter().fold(0, |number, &byte| number << 8 | u64::from(byte)))
-        };
-        let bits = u32::try_from(field(20, 4)?).unwrap_or(u32::MAX);
-        if !CLUSTER_BITS.contains(&bits) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a qcow2 image with impossible clusters"));
+/// If it cannot be read, or is a qcow2 image with a header that makes no sense.
+pub fn probe_format(path: &Path) -> Result<Image, ImageError> {
+    let failed = |source| ImageError::Read { path: path.to_owned(), source };
+    let mut file = File::open(path).map_err(failed)?;
+    let mut head = Vec::with_capacity(HEAD);
+    file.by_ref().take(HEAD as u64).read_to_end(&mut head).map_err(failed)?;
+    // Also where a block device ends, whose metadata say 0.
+    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+    let found = MARKS.iter().find(|(_, at, mark)| head.get(*at..).is_some_and(|rest| rest.starts_with(mark)));
+    match found {
+        // Version 1 is another format of the same mark.
+        Some(("qcow2", ..)) if be32(&head, 4) == Some(1) => Ok(Image::Other { format: "qcow" }),
+        Some(("qcow2", ..)) => {
+            let header = qcow2(&head, |buffer, at| file.read_exact_at(buffer, at));
+            header.map(Image::Qcow2).map_err(|what| ImageError::Qcow2 { path: path.to_owned(), what })
         }
-        return Ok(Image::Qcow2 { virtual_size: field(24, 8)?, cluster_size: 1 << bits });
-    }
-    let other = MAGIC.iter().find(|(magic, _)| head.starts_with(magic));
-    Ok(other.map_or(Image::Raw { size }, |(_, format)| Image::Other(format)))
-}
-
-/// Where QEMU's image locks are (block/file-posix.c): a byte for each permission that a user has, and one for each that
-/// it does not share.
-const HAS: i64 = 100;
-const SHARES_NOT: i64 = 200;
-/// The permission to write (include/block/block-common.h).
-const WRITE: i64 = 1;
-
-/// Whether another program writes an image, or does not want it to be written.
-///
-/// # Errors
-/// Where that cannot be told.
-pub fn in_use(path: &Path) -> io::Result<bool> {
-    let file = OpenOptions::new().read(true).write(true).open(path)?;
-    for at in [HAS + WRITE, SHARES_NOT + WRITE] {
-        let mut lock = write_lock(at, libc::F_WRLCK);
-        // SAFETY: the descriptor is open, and the structure outlives the call.
-        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        if i32::from(lock.l_type) != libc::F_UNLCK {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn write_lock(at: i64, kind: libc::c_int) -> libc::flock {
-    libc::flock {
-        l_type: libc::c_short::try_from(kind).unwrap_or_default(),
-        l_whence: 0,
-        l_start: at,
-        l_len: 1,
-        l_pid: 0,
+        Some(&(format, ..)) => Ok(Image::Other { format }),
+        None if has_trailer(&file, size).map_err(failed)? => Ok(Image::Other { format: "vpc" }),
+        None => Ok(Image::Raw { size }),
     }
 }
 
-/// The lock of a program that writes an image: no QEMU writes it meanwhile. Let go of when dropped.
-#[derive(Debug)]
-pub struct ImageLock {
-    _file: File,
+/// Whether the last sector is that of a VHD image of fixed size, which has no mark at its beginning.
+fn has_trailer(file: &File, size: u64) -> io::Result<bool> {
+    let mut mark = [0; 8];
+    match size.checked_sub(512) {
+        Some(at) => file.read_exact_at(&mut mark, at).map(|()| &mark == b"conectix"),
+        None => Ok(false),
+    }
 }
 
-impl ImageLock {
-    /// Locks an image.
-    ///
-    /// # Errors
-    /// [`io::ErrorKind::ResourceBusy`] where somebody else writes it.
-    pub fn take(path: &Path) -> io::Result<ImageLock> {
-        let file = OpenOptions::new().read(true).write(true).open(path)?;
-        for at in [HAS + WRITE, SHARES_NOT + WRITE] {
-            // Shared, as QEMU takes them: that another holds the opposite byte is what excludes it.
-            let lock = write_lock(at, libc::F_RDLCK);
-            // SAFETY: as above.
-            if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
-        for at in [HAS + WRITE, SHARES_NOT + WRITE] {
-            let mut lock = write_lock(at, libc::F_WRLCK);
-            // SAFETY: as above.
-            if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) } != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            if i32::from(lock.l_type) != libc::F_UNLCK {
-                return Err(io::Error::new(io::ErrorKind::ResourceBusy, "another program uses the image"));
-            }
-        }
-        Ok(ImageLock { _file: file })
+fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+/// Reads the header, which begins with `head`; `read` reads the file from an offset.
+fn qcow2(head: &[u8], read: impl Fn(&mut [u8], u64) -> io::Result<()>) -> Result<Qcow2, &'static str> {
+    const SHORT: &str = "it ends within its header";
+    let word = |at| be32(head, at).ok_or(SHORT);
+    let long = |at| be64(head, at).ok_or(SHORT);
+    let version = word(4)?;
+    if !matches!(version, 2 | 3) {
+        return Err("its version is neither 2 nor 3");
     }
+    let bits = word(20)?;
+    if !(9..=21).contains(&bits) {
+        return Err("its clusters are smaller than 512 bytes or larger than 2 MiB");
+    }
+    let cluster_size = 1 << bits;
+    let (features, header_length) = if version == 2 { (0, 72) } else { (long(72)?, word(100)?) };
+    if header_length < 72 || u64::from(header_length) > cluster_size {
+        return Err("the length of its header is impossible");
+    }
+    let (name_at, name_len) = (long(8)?, word(16)?);
+    let backing = if name_at == 0 || name_len == 0 {
+        None
+    } else {
+        let fits = name_at.checked_add(name_len.into()).is_some_and(|end| end <= cluster_size);
+        if name_len > LONGEST_NAME || !fits {
+            return Err("the name of its backing file is too long");
+        }
+        let mut name = vec![0; name_len as usize];
+        read(&mut name, name_at).map_err(|_| SHORT)?;
+        Some(PathBuf::from(std::ffi::OsString::from_vec(name)))
+    };
+    // Extensions lie between the header and the name.
+    let end = if name_at == 0 { cluster_size } else { name_at };
+    let backing_format = if backing.is_some() { backing_format(head, header_length, end)? } else { None };
+    Ok(Qcow2 {
+        virtual_size: long(24)?,
+        cluster_size,
+        backing,
+        backing_format,
+        encrypted: word(32)? != 0,
+        external_data: features & 1 << 2 != 0,
+        corrupt: features & 1 << 1 != 0,
+        snapshots: word(60)?,
+    })
+}
+
+/// Looks for the backing file's format among the extensions that begin at `from`, as far as they are in `head`.
+fn backing_format(head: &[u8], from: u32, end: u64) -> Result<Option<String>, &'static str> {
+    let mut at = from as usize;
+    for _ in 0..MOST_EXTENSIONS {
+        let (Some(kind), Some(len)) = (be32(head, at), be32(head, at + 4)) else { return Ok(None) };
+        let len = len as usize;
+        let data = at + 8;
+        if kind == 0 {
+            return Ok(None);
+        }
+        if (data as u64).saturating_add(len as u64) > end {
+            return Err("an extension of its header is too long");
+        }
+        if kind == BACKING_FORMAT {
+            let name = head.get(data..data + len).ok_or("an extension of its header is too long")?;
+            return Ok(Some(String::from_utf8_lossy(name).into_owned()));
+        }
+        // Padded to whole multiples of 8.
+        at = data + len.next_multiple_of(8);
+    }
+    Ok(None)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
-    fn image(content: &[u8]) -> tempfile::NamedTempFile {
+    fn header(edit: impl FnOnce(&mut Vec<u8>)) -> Result<Image, ImageError> {
+        let mut bytes = vec![0; 512];
+        bytes[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        bytes[20..24].copy_from_slice(&16u32.to_be_bytes());
+        bytes[24..32].copy_from_slice(&(5u64 << 30).to_be_bytes());
+        bytes[100..104].copy_from_slice(&104u32.to_be_bytes());
+        edit(&mut bytes);
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), content).unwrap();
-        file
+        std::fs::write(file.path(), bytes).unwrap();
+        probe_format(file.path())
+    }
+
+    fn name_backing(bytes: &mut [u8]) {
+        bytes[104..108].copy_from_slice(&BACKING_FORMAT.to_be_bytes());
+        bytes[108..112].copy_from_slice(&3u32.to_be_bytes());
+        bytes[112..115].copy_from_slice(b"raw");
+        bytes[8..16].copy_from_slice(&128u64.to_be_bytes());
+        bytes[16..20].copy_from_slice(&4u32.to_be_bytes());
+        bytes[128..132].copy_from_slice(b"base");
     }
 
     #[test]
-    fn images_are_known_by_how_they_begin() {
-        let mut qcow2 = vec![0; 104];
-        qcow2[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
-        qcow2[20..24].copy_from_slice(&16u32.to_be_bytes());
-        qcow2[24..32].copy_from_slice(&(5u64 << 30).to_be_bytes());
-        let found = examine(image(&qcow2).path()).unwrap();
-        assert_eq!(found, Image::Qcow2 { virtual_size: 5 << 30, cluster_size: 65536 });
-        qcow2[23] = 63;
-        assert!(examine(image(&qcow2).path()).is_err());
-        assert!(examine(image(b"QFI\xfb").path()).is_err());
-        assert_eq!(examine(image(b"KDMV....").path()).unwrap().format(), "vmdk");
-        assert_eq!(examine(image(b"").path()).unwrap(), Image::Raw { size: 0 });
-        assert_eq!(examine(image(&[7; 1000]).path()).unwrap().virtual_size(), 1000);
+    fn what_a_header_says() {
+        let Image::Qcow2(found) = header(|bytes| name_backing(bytes)).unwrap() else { panic!() };
+        assert_eq!((found.virtual_size, found.cluster_size), (5 << 30, 65536));
+        assert_eq!(found.backing.as_deref(), Some(Path::new("base")));
+        assert_eq!(found.backing_format.as_deref(), Some("raw"));
+        assert!(!found.encrypted && !found.external_data && !found.corrupt);
+        let Image::Qcow2(found) = header(|bytes| bytes[79] = 6).unwrap() else { panic!() };
+        assert!(found.external_data && found.corrupt && found.backing.is_none());
     }
 
     #[test]
-    fn one_writer_at_a_time() {
-        let image = image(&[0; 4096]);
-        assert!(!in_use(image.path()).unwrap());
-        let lock = ImageLock::take(image.path()).unwrap();
-        assert!(in_use(image.path()).unwrap());
-        assert_eq!(ImageLock::take(image.path()).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
-        drop(lock);
-        assert!(!in_use(image.path()).unwrap());
+    fn headers_that_make_no_sense_are_refused() {
+        let edits: [fn(&mut Vec<u8>); 7] = [
+            |bytes| bytes[7] = 4,
+            |bytes| bytes[23] = 22,
+            |bytes| bytes[23] = 8,
+            |bytes| bytes[100] = 1,
+            |bytes| bytes.truncate(80),
+            |bytes| {
+                name_backing(bytes);
+                bytes[16] = 1;
+            },
+            |bytes| {
+                name_backing(bytes);
+                bytes[108..112].copy_from_slice(&[0xff; 4]);
+            },
+        ];
+        for (number, edit) in edits.into_iter().enumerate() {
+            let found = header(edit);
+            assert!(matches!(found, Err(ImageError::Qcow2 { .. })), "{number}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn other_formats_are_not_taken_for_raw() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let probe = |bytes: &[u8]| {
+            std::fs::write(file.path(), bytes).unwrap();
+            probe_format(file.path()).unwrap()
+        };
+        assert_eq!(probe(b""), Image::Raw { size: 0 });
+        assert_eq!(probe(&[0x5a; 1000]), Image::Raw { size: 1000 });
+        assert_eq!(probe(b"KDMVxxxx").format(), "vmdk");
+        assert_eq!(probe(b"QFI\xfb\0\0\0\x01").format(), "qcow");
+        let fixed = [&[0; 1024], b"conectix".as_slice(), &[0; 504]].concat();
+        assert_eq!(probe(&fixed).format(), "vpc");
+        let mut vdi = vec![0; 512];
+        vdi[64..68].copy_from_slice(&0xbeda_107f_u32.to_le_bytes());
+        assert_eq!(probe(&vdi).format(), "vdi");
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_makes_it_stumble(bytes in proptest::collection::vec(any::<u8>(), 0..300), bits in 9u8..=21) {
+            let mut bytes = bytes;
+            for (at, byte) in [(0, b'Q'), (1, b'F'), (2, b'I'), (3, 0xfb), (7, 3), (23, bits)] {
+                if let Some(place) = bytes.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            drop(qcow2(&bytes, |_, _| Ok(())));
+        }
     }
 }

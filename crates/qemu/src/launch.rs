@@ -94,22 +94,31 @@ pub enum LaunchError {
 pub async fn launch(spec: &Spec, log: &Path) -> Result<Process, LaunchError> {
     let socket =
         spec.own_qmp_socket().or_else(|| spec.qmp_sockets().into_iter().next()).ok_or(LaunchError::NoQmp)?;
+    start(spec.binary(), &spec.to_argv()[1..], &socket, log).await
+}
+
+/// Starts a program of QEMU's that has its QMP on `socket`, as [`launch`] does.
+pub(crate) async fn start(
+    binary: &Path,
+    arguments: &[String],
+    socket: &Path,
+    log: &Path,
+) -> Result<Process, LaunchError> {
     let log_failed = |source| LaunchError::Log { log: log.to_owned(), source };
     let mut output = OpenOptions::new().create(true).append(true).read(true).open(log).map_err(log_failed)?;
     let begin = output.seek(SeekFrom::End(0)).map_err(log_failed)?;
-    let argv = spec.to_argv();
-    let mut command = std::process::Command::new(&argv[0]);
+    let mut command = std::process::Command::new(binary);
     command
-        .args(&argv[1..])
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(output.try_clone().map_err(log_failed)?)
         .stderr(output.try_clone().map_err(log_failed)?);
     detach(&mut command);
     let mut child = Command::from(command)
         .spawn()
-        .map_err(|source| LaunchError::Run { binary: spec.binary().to_owned(), source })?;
+        .map_err(|source| LaunchError::Run { binary: binary.to_owned(), source })?;
     let pid = child.id().unwrap_or_default();
-    let identity = Process::of_pid(pid, &socket);
+    let identity = Process::of_pid(pid, socket);
     let (ended, mut end) = watch::channel(None);
     tokio::spawn(async move {
         match child.wait().await {
@@ -120,7 +129,7 @@ pub async fn launch(spec: &Spec, log: &Path) -> Result<Process, LaunchError> {
     // The process is read before the reaper runs or fails with it, so a pid that was reused cannot get here.
     let mut unless_ready = KillOnDrop(Some(identity?));
     let answered = tokio::select! {
-        answered = wait_for_qmp(&socket, pid) => answered,
+        answered = wait_for_qmp(socket, pid) => answered,
         Ok(status) = async { end.wait_for(Option::is_some).await.map(|status| *status) } => {
             unless_ready.0 = None;
             let status = status.expect("the wait was for a status");
@@ -173,7 +182,7 @@ fn last_words(mut log: File, begin: u64) -> String {
 }
 
 /// Kills a QEMU that nobody will know of.
-struct KillOnDrop(Option<Process>);
+pub(crate) struct KillOnDrop(pub(crate) Option<Process>);
 
 impl Drop for KillOnDrop {
     fn drop(&mut self) {

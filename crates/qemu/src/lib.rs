@@ -5,14 +5,16 @@
 //! - [`launch`] starts a QEMU that outlives its starter; [`find`] finds it again; [`adopt`] takes in a running one.
 //! - [`Qmp`] is QEMU's monitor protocol: typed commands through the [`qapi`] crate, events kept as they come, so that a
 //!   newer QEMU's new events, fields and values break nothing.
-//! - [`StorageDaemon`] makes and serves images without a machine; [`image`] says what an image is and whether it is in use.
 //! - [`ram_blocks`] finds guest RAM: its files, and where QEMU has mapped them.
+//! - [`Qmp::mirror_disk`] and what goes with it mirrors a guest's disk into an NBD export and ends that without a trace;
+//!   [`StorageDaemon`] makes images and serves them; [`probe_format`] and [`ImageLock`] know an image from outside.
 //!
 //! Linux only. Knows nothing of hosts, links or migration as a whole.
 
 mod adopt;
 mod detach;
-pub mod image;
+mod image;
+mod image_lock;
 mod launch;
 mod probe;
 mod process;
@@ -22,14 +24,15 @@ pub mod spec;
 mod storage_daemon;
 
 pub use adopt::{AdoptError, Adopted, adopt};
+pub use image::{Image, ImageError, Qcow2, probe_format};
+pub use image_lock::{ImageLock, ImageLockError, in_use};
 pub use launch::{LaunchError, launch};
 pub use probe::{ProbeGuest, accelerator_works};
 pub use process::{Presence, Process, ProcessError, Vm, find, vcpu_cpu_time};
-pub use qmp::block::{BlockJob, Drive, JobEnd, MirrorJob, Sync};
 pub use qmp::{Event, Qmp, QmpError};
 pub use ram::{Mapping, RamBlock, RamError, huge_page_size, ram_blocks};
 pub use spec::{
     DeclaredDevice, Destination, Disk, FilePurpose, FileUse, Mirrorable, Nic, NicKind, NotMirrorable,
     ParseError, Protocol, RamBackend, RamKind, SizeError, Spec,
 };
-pub use storage_daemon::{NewImage, StorageDaemon, StorageDaemonError};
+pub use storage_daemon::{Create, NewFormat, Serve, ServedBacking, StorageDaemon, StorageDaemonError};

@@ -1,70 +1,132 @@
-//! QEMU's storage daemon: images of formats that only QEMU knows, made and served without a machine.
+//! QEMU's storage daemon: makes images, and serves them over NBD, in QEMU's own image formats.
+//!
+//! It is started detached like a VM, so that it outlives its starter; who keeps its [`Process`] can
+//! [attach](StorageDaemon::attach) to it again, or end it. Everything that it serves is on one unix socket beside that
+//! of its QMP.
 
-use std::io;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use serde_json::{Value, json};
-use tokio::process::Command;
 
-use crate::detach::detach;
-use crate::process::{Process, ProcessError};
-use crate::qmp::{Qmp, QmpError};
+use crate::{
+    launch::{KillOnDrop, LaunchError, start},
+    process::Process,
+    qmp::{ExportError, Qmp, QmpError},
+};
 
 /// The program's name.
 const PROGRAM: &str = "qemu-storage-daemon";
-/// How long it may take until it answers; between looks.
-const START: Duration = Duration::from_secs(10);
-const LOOK_AGAIN: Duration = Duration::from_millis(2);
-/// How long making an image may take: all of its room may be written.
-const CREATE: Duration = Duration::from_secs(600);
-/// How long it may take to end.
-const END: Duration = Duration::from_secs(30);
-const KILL: Duration = Duration::from_secs(5);
+/// How long the daemon may take to end. It flushes what it has open.
+const END_DEADLINE: Duration = Duration::from_secs(60);
+/// Most letters of an export's name: its nodes are named after it, and QEMU allows 31.
+const LONGEST_EXPORT: usize = 26;
 
-/// Why the storage daemon is of no use.
+/// Why an image is not made or served.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StorageDaemonError {
-    /// It cannot be run.
-    #[error("cannot run {PROGRAM}, which images other than raw need")]
-    Run(#[source] io::Error),
-    /// It cannot be looked at.
-    #[error("the {PROGRAM} that was started cannot be looked at")]
-    Process(#[from] ProcessError),
-    /// It does not answer.
-    #[error("the {PROGRAM} that was started does not answer")]
+    /// The daemon does not start.
+    #[error("the QEMU storage daemon does not start")]
+    Launch(#[from] LaunchError),
+    /// The daemon refused a command, or does not answer.
+    #[error("the QEMU storage daemon did not do what it was told")]
     Qmp(#[from] QmpError),
-    /// An image cannot be made.
-    #[error("image {} cannot be made: {why}", path.display())]
+    /// The daemon's NBD server does not start.
+    #[error("the QEMU storage daemon cannot serve")]
+    Export(#[from] ExportError),
+    /// The file of a new image cannot be made, or is there already.
+    #[error("cannot make {}", path.display())]
+    File {
+        /// The image.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// The image cannot be made.
+    #[error("cannot make the image {}: {reason}", path.display())]
     Create {
         /// The image.
         path: PathBuf,
-        /// In its words.
-        why: String,
+        /// QEMU's words.
+        reason: String,
     },
-    /// It does not end.
-    #[error("{PROGRAM} does not end")]
-    Stuck,
+    /// The name of an export is too long.
+    #[error("the name of the export {export:?} is longer than 26 letters")]
+    ExportName {
+        /// The name.
+        export: String,
+    },
+    /// The daemon does not end.
+    #[error("the QEMU storage daemon {pid} has not ended in {after:?}")]
+    Lingers {
+        /// Its process id.
+        pid: u32,
+        /// How long was waited.
+        after: Duration,
+    },
 }
 
-/// An image to be made.
-#[derive(Debug, Clone)]
-pub struct NewImage<'a> {
-    /// Where.
-    pub path: &'a Path,
-    /// Bytes, as the guest sees them.
+/// The format of a new image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NewFormat {
+    /// Raw.
+    Raw,
+    /// qcow2.
+    Qcow2 {
+        /// Bytes per cluster. None: QEMU's choice, 64 KiB.
+        cluster_size: Option<u64>,
+        /// The backing file's name, written into the image as it is, and its format. It is not looked at.
+        backing: Option<(PathBuf, String)>,
+    },
+}
+
+/// An image to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Create {
+    /// The new file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: NewFormat,
+    /// Bytes that a guest sees, in whole sectors of 512.
     pub size: u64,
-    /// Bytes in a cluster; the format's default where not given.
-    pub cluster_size: Option<u64>,
-    /// What it is based on, and the format of that.
-    pub backing: Option<(&'a Path, &'a str)>,
-    /// It gets all of its room at once.
+    /// A qcow2 image without a backing file gets all the room that it can need, at once.
     pub whole_room: bool,
 }
 
-/// A storage daemon. It outlives its starter unless it is [ended](Self::end).
+/// What is behind a served image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ServedBacking {
+    /// What the image names, if anything.
+    AsNamed,
+    /// Nothing, whatever the image names: clusters that it does not have read as zeros.
+    Nothing,
+    /// This file of this format, whatever the image names.
+    File(PathBuf, String),
+}
+
+/// An image to serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Serve {
+    /// The image.
+    pub path: PathBuf,
+    /// Its format, by QEMU's driver name.
+    pub format: String,
+    /// What is behind it. Only for formats that have backing files.
+    pub backing: ServedBacking,
+    /// Whether clients may write.
+    pub writable: bool,
+    /// Whether to read it though another process writes it, or has it locked for itself. Only for what is not writable.
+    pub force_share: bool,
+    /// The name of the export, at most 26 letters: letters, digits, `-`, `.` and `_`, a letter first.
+    pub export: String,
+}
+
+/// A running storage daemon. Dropping it leaves the process.
 #[derive(Debug)]
 pub struct StorageDaemon {
     process: Process,
@@ -72,130 +134,206 @@ pub struct StorageDaemon {
 }
 
 impl StorageDaemon {
-    /// Starts one that listens for commands on `socket`: the one that belongs to this QEMU, else whichever there is.
+    /// Starts the daemon of the QEMU whose binary is given, or, where that has none beside it, the one in PATH. Its
+    /// sockets (`qmp`, `nbd`) and its `log` are put in a directory, which must be private to the caller (who reaches the
+    /// sockets reaches the images) and hold no other daemon: that would lose its sockets.
     ///
     /// # Errors
-    /// [`StorageDaemonError`]; nothing is left of the attempt then.
-    pub async fn start(qemu: &Path, socket: &Path) -> Result<StorageDaemon, StorageDaemonError> {
-        let beside = qemu.with_file_name(PROGRAM);
-        let program = if beside.is_file() { beside } else { PathBuf::from(PROGRAM) };
-        let _ = std::fs::remove_file(socket);
-        let chardev = format!("socket,id=monitor,path={},server=on,wait=off", crate::spec::escape(&socket.to_string_lossy()));
-        let mut command = std::process::Command::new(program);
-        command.args(["--chardev", &chardev, "--monitor", "chardev=monitor"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        detach(&mut command);
-        let mut child = Command::from(command).spawn().map_err(StorageDaemonError::Run)?;
-        let process = Process::of_pid(child.id().unwrap_or_default(), socket)?;
-        tokio::spawn(async move { drop(child.wait().await) });
-        let begin = tokio::time::Instant::now();
-        loop {
-            match Qmp::connect(socket).await {
-                Ok(qmp) => return Ok(StorageDaemon { process, qmp }),
-                Err(error) if begin.elapsed() > START || !process.exists() => {
-                    process.kill();
-                    return Err(error.into());
-                }
-                Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
-            }
-        }
+    /// With the daemon's own last words if it gave up.
+    pub async fn start(qemu: &Path, directory: &Path) -> Result<StorageDaemon, StorageDaemonError> {
+        let beside = qemu.parent().map(|directory| directory.join(PROGRAM)).filter(|path| path.is_file());
+        let binary = beside.unwrap_or_else(|| PathBuf::from(PROGRAM));
+        let socket = directory.join("qmp");
+        // A comma in a path is doubled in QEMU's options.
+        let path = socket.display().to_string().replace(',', ",,");
+        let arguments = [
+            "--chardev",
+            &format!("socket,id=monitor,path={path},server=on,wait=off"),
+            "--monitor",
+            "chardev=monitor",
+        ];
+        let arguments = arguments.map(str::to_owned);
+        let process = start(&binary, &arguments, &socket, &directory.join("log")).await?;
+        let mut unless_ready = KillOnDrop(Some(process.clone()));
+        let daemon = StorageDaemon::attach(process).await?;
+        daemon.qmp.start_nbd_server(&daemon.nbd_socket()).await?;
+        unless_ready.0 = None;
+        Ok(daemon)
     }
 
-    /// Its process.
+    /// Connects to a daemon that was started earlier.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn attach(process: Process) -> Result<StorageDaemon, StorageDaemonError> {
+        let qmp = Qmp::connect(&process.qmp_socket).await?;
+        Ok(StorageDaemon { process, qmp })
+    }
+
+    /// Its process, for [`StorageDaemon::attach`] after a restart, or to end what does not answer.
     #[must_use]
     pub fn process(&self) -> &Process {
         &self.process
     }
 
-    /// Makes a qcow2 image. The file is made, or what is there is emptied.
+    /// Its monitor.
+    #[must_use]
+    pub fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// Where it serves.
+    #[must_use]
+    pub fn nbd_socket(&self) -> PathBuf {
+        self.process.qmp_socket.with_file_name("nbd")
+    }
+
+    /// Makes an image that reads as zeros, or as its backing file.
     ///
     /// # Errors
-    /// [`StorageDaemonError`]
-    pub async fn create_qcow2(&self, image: &NewImage<'_>) -> Result<(), StorageDaemonError> {
-        let room = if image.whole_room { "falloc" } else { "off" };
-        self.create(image.path, json!({ "driver": "file", "filename": image.path, "size": 0 })).await?;
-        let node = json!({ "driver": "file", "filename": image.path, "node-name": "new" });
-        self.qmp.execute_raw("blockdev-add", node).await?;
-        let mut options = json!({
-            "driver": "qcow2", "file": "new", "size": image.size, "preallocation": room,
-        });
-        if let (Value::Object(options), Some(size)) = (&mut options, image.cluster_size) {
-            options.insert("cluster-size".to_owned(), size.into());
+    /// [`StorageDaemonError::File`] if there is a file of that name; [`StorageDaemonError::Create`] with QEMU's words. No
+    /// file is left behind.
+    pub async fn create(&self, image: &Create) -> Result<(), StorageDaemonError> {
+        // QEMU would empty a file that is there.
+        fs::File::create_new(&image.path)
+            .map_err(|source| StorageDaemonError::File { path: image.path.clone(), source })?;
+        let created = self.fill(image).await;
+        if created.is_err()
+            && let Err(error) = fs::remove_file(&image.path)
+        {
+            tracing::warn!(%error, image = %image.path.display(), "an image that failed cannot be removed");
         }
-        if let (Value::Object(options), Some((path, format))) = (&mut options, image.backing) {
-            options.insert("backing-file".to_owned(), path.to_string_lossy().into());
-            options.insert("backing-fmt".to_owned(), format.into());
-            options.remove("preallocation");
-        }
-        let created = self.create(image.path, options).await;
-        self.qmp.remove_node("new").await?;
         created
     }
 
-    async fn create(&self, path: &Path, options: Value) -> Result<(), StorageDaemonError> {
-        let failed = |why: String| StorageDaemonError::Create { path: path.to_owned(), why };
-        self.qmp.execute_raw("blockdev-create", json!({ "job-id": "create", "options": options })).await?;
-        let begin = tokio::time::Instant::now();
-        loop {
-            let jobs = self.qmp.execute_raw("query-jobs", json!({})).await?;
-            let job = jobs.as_array().into_iter().flatten().find(|job| job["id"] == "create").cloned();
-            let Some(job) = job else { return Err(failed("its job is gone".to_owned())) };
-            if job["status"] == "concluded" {
-                self.qmp.execute_raw("job-dismiss", json!({ "id": "create" })).await?;
-                return match job.get("error").and_then(Value::as_str) {
-                    Some(why) => Err(failed(why.to_owned())),
-                    None => Ok(()),
-                };
-            }
-            if begin.elapsed() > CREATE {
-                return Err(failed(format!("that takes longer than {CREATE:?}")));
-            }
-            tokio::time::sleep(LOOK_AGAIN).await;
-        }
-    }
-
-    /// Has it listen on a socket for those that use what it serves.
-    ///
-    /// # Errors
-    /// [`StorageDaemonError`]
-    pub async fn listen(&self, socket: &Path) -> Result<(), StorageDaemonError> {
-        Ok(self.qmp.start_serving(socket).await?)
-    }
-
-    /// Opens an image and serves it under a name. It is locked meanwhile; one that is only read may be in use by others.
-    ///
-    /// # Errors
-    /// [`StorageDaemonError`]
-    pub async fn serve(
-        &self,
-        path: &Path,
-        format: &str,
-        name: &str,
-        writable: bool,
-    ) -> Result<(), StorageDaemonError> {
-        let is_device = std::fs::metadata(path)
-            .is_ok_and(|file| std::os::unix::fs::FileTypeExt::is_block_device(&file.file_type()));
-        let driver = if is_device { "host_device" } else { "file" };
-        let node = json!({
-            "driver": format, "node-name": name, "read-only": !writable, "discard": "unmap",
-            "force-share": !writable,
-            "file": { "driver": driver, "filename": path, "discard": "unmap" },
-        });
+    async fn fill(&self, image: &Create) -> Result<(), StorageDaemonError> {
+        const JOB: &str = "create";
+        const NODE: &str = "created-file";
+        let failed = |reason| StorageDaemonError::Create { path: image.path.clone(), reason };
+        // The format's driver makes the file as long as it needs it.
+        let length = if image.format == NewFormat::Raw { image.size } else { 0 };
+        let file = json!({ "driver": "file", "filename": image.path, "size": length });
+        self.qmp.create_image(JOB, file).await?.map_err(failed)?;
+        let NewFormat::Qcow2 { cluster_size, backing } = &image.format else { return Ok(()) };
+        let node = json!({ "driver": "file", "node-name": NODE, "filename": image.path });
         self.qmp.execute_raw("blockdev-add", node).await?;
-        Ok(self.qmp.export_node(name, name, writable).await?)
+        let mut options = json!({ "driver": "qcow2", "file": NODE, "size": image.size });
+        if let Some(size) = cluster_size {
+            options["cluster-size"] = json!(size);
+        }
+        if image.whole_room && backing.is_none() {
+            options["preallocation"] = json!("falloc");
+        }
+        if let Some((backing, format)) = backing {
+            options["backing-file"] = json!(backing);
+            options["backing-fmt"] = json!(format);
+        }
+        let created = self.qmp.create_image(JOB, options).await;
+        self.qmp.remove_node(NODE).await?;
+        created?.map_err(failed)
     }
 
-    /// Ends it. Everything that was written is in the images, and nothing is locked any more, when this returns.
+    /// Serves an image on [`StorageDaemon::nbd_socket`]. Discards reach the file, zeros are written as they come, and
+    /// QEMU's image locks are taken, unless `force_share` is asked for.
     ///
     /// # Errors
-    /// [`StorageDaemonError::Stuck`] where it had to be killed.
+    /// With QEMU's words, such as `Failed to get "write" lock` if a QEMU has the image open. Nothing is left of what
+    /// failed.
+    pub async fn serve(&self, image: &Serve) -> Result<(), StorageDaemonError> {
+        let [node, file] = nodes(&image.export)?;
+        self.qmp.execute_raw("blockdev-add", file_node(image, &file)).await?;
+        let served = async {
+            self.qmp.execute_raw("blockdev-add", format_node(image, &node, &file)).await?;
+            self.qmp.add_export(&node, &image.export, image.writable).await
+        };
+        if let Err(error) = served.await {
+            self.qmp.remove_node(&node).await?;
+            self.qmp.remove_node(&file).await?;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    /// Ends an export: cuts its clients off, writes the image's metadata, flushes and closes it. No error if there is no
+    /// such export.
+    ///
+    /// QEMU does not tell an error of that last flush: who has written flushes over NBD first, and looks at the answer.
+    ///
+    /// # Errors
+    /// [`StorageDaemonError::Qmp`]
+    pub async fn end_serving(&self, export: &str) -> Result<(), StorageDaemonError> {
+        let [node, file] = nodes(export)?;
+        self.qmp.remove_export(export).await?;
+        self.qmp.remove_node(&node).await?;
+        self.qmp.remove_node(&file).await?;
+        Ok(())
+    }
+
+    /// Ends the daemon, and all exports with it, and waits until it has ended.
+    ///
+    /// # Errors
+    /// [`StorageDaemonError::Lingers`] after a minute.
     pub async fn end(self) -> Result<(), StorageDaemonError> {
-        let told = self.qmp.quit().await;
-        if told.is_ok() && self.process.wait_for_end(END).await {
+        self.qmp.quit().await?;
+        if self.process.wait_for_end(END_DEADLINE).await {
             return Ok(());
         }
-        self.process.kill();
-        self.process.wait_for_end(KILL).await;
-        Err(StorageDaemonError::Stuck)
+        Err(StorageDaemonError::Lingers { pid: self.process.pid, after: END_DEADLINE })
     }
+}
+
+/// The names of an export's nodes: of the image, and of its file.
+fn nodes(export: &str) -> Result<[String; 2], StorageDaemonError> {
+    if export.len() > LONGEST_EXPORT {
+        return Err(StorageDaemonError::ExportName { export: export.to_owned() });
+    }
+    Ok([format!("{export}-img"), format!("{export}-file")])
+}
+
+fn file_node(image: &Serve, name: &str) -> Value {
+    json!({
+        "driver": protocol_driver(&image.path),
+        "node-name": name,
+        "filename": image.path,
+        "discard": "unmap",
+        "read-only": !image.writable,
+        "force-share": image.force_share,
+    })
+}
+
+fn format_node(image: &Serve, name: &str, file: &str) -> Value {
+    let mut node = json!({
+        "driver": image.format,
+        "node-name": name,
+        "file": file,
+        "discard": "unmap",
+        "detect-zeroes": "off",
+        "read-only": !image.writable,
+        "force-share": image.force_share,
+    });
+    match &image.backing {
+        ServedBacking::AsNamed => {}
+        ServedBacking::Nothing => node["backing"] = Value::Null,
+        ServedBacking::File(path, format) => {
+            node["backing"] = json!({
+                "driver": format,
+                "read-only": true,
+                "force-share": image.force_share,
+                "file": {
+                    "driver": protocol_driver(path),
+                    "filename": path,
+                    "read-only": true,
+                    "force-share": image.force_share,
+                },
+            });
+        }
+    }
+    node
+}
+
+/// QEMU has a driver for files, and one for block devices.
+fn protocol_driver(path: &Path) -> &'static str {
+    let is_device = fs::metadata(path)
+        .is_ok_and(|file| std::os::unix::fs::FileTypeExt::is_block_device(&file.file_type()));
+    if is_device { "host_device" } else { "file" }
 }

@@ -1,13 +1,12 @@
 //! The images that disks are mirrored to: made before QEMU starts, held while they are written, given up before it uses them.
 
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use mirror::storage::image::{Image, RawImage, Room, ServedImage};
 use mirror::storage::nbd::client::Client;
-use qemu::image::ImageLock;
-use qemu::{NewImage, StorageDaemon};
+use qemu::{Create, ImageLock, NewFormat, Serve, ServedBacking, StorageDaemon};
 use rustix::fs::{FallocateFlags, fallocate};
 
 use crate::failure::{Finding, chain};
@@ -27,7 +26,8 @@ pub(crate) struct Images {
     locks: Vec<ImageLock>,
     /// Serves images of formats that only QEMU knows.
     daemon: Option<StorageDaemon>,
-    socket: PathBuf,
+    /// Where that has its sockets.
+    directory: PathBuf,
 }
 
 /// An image could not be made or opened.
@@ -59,12 +59,14 @@ impl Images {
         let mut images = Images {
             room: Some(if whole_room { Room::Reserved } else { Room::Thin }),
             planned,
-            socket: paths.storage,
+            directory: paths.storage.clone(),
             locks: Vec::new(),
             daemon: None,
         };
         if images.planned.iter().any(|plan| plan.format != "raw") {
-            let daemon = StorageDaemon::start(binary, &paths.daemon).await.map_err(|e| {
+            let private = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&paths.storage);
+            private.map_err(|e| unusable(host, &paths.storage, &e))?;
+            let daemon = StorageDaemon::start(binary, &paths.storage).await.map_err(|e| {
                 Finding::new("storage-daemon", format!("on {}: {}", host.name, chain(&e)), "install qemu-storage-daemon there")
             })?;
             record.made.storage_daemon = Some(daemon.process().clone());
@@ -92,35 +94,34 @@ impl Images {
         if plan.exists {
             return Ok(());
         }
-        // Made with our permissions first: the daemon would use its own.
-        OpenOptions::new().write(true).create(true).truncate(false).mode(MODE).open(&plan.path)?;
         let daemon = self.daemon.as_ref().ok_or("there is no storage daemon")?;
-        let backing = plan.backing.as_ref().map(|(path, format)| (path.as_path(), format.as_str()));
-        let image = NewImage {
-            path: &plan.path,
-            size: plan.size,
-            cluster_size: plan.cluster_size,
-            backing,
-            whole_room,
-        };
-        Ok(daemon.create_qcow2(&image).await?)
+        let format = NewFormat::Qcow2 { cluster_size: plan.cluster_size, backing: plan.backing.clone() };
+        let image = Create { path: plan.path.clone(), format, size: plan.size, whole_room };
+        daemon.create(&image).await?;
+        // Nothing is in it yet.
+        Ok(std::fs::set_permissions(&plan.path, std::fs::Permissions::from_mode(MODE))?)
     }
 
     /// Opens all of them to be written: locked, so that no QEMU does.
     pub(crate) async fn open(&mut self, host: &Host) -> Result<Vec<Box<dyn Image>>, Finding> {
         let mut opened: Vec<Box<dyn Image>> = Vec::new();
-        if let Some(daemon) = &self.daemon {
-            let _ = std::fs::remove_file(&self.socket);
-            daemon.listen(&self.socket).await.map_err(|e| unusable(host, &self.socket, &e))?;
-        }
         let room = self.room.unwrap_or(Room::Thin);
         for plan in &self.planned {
             let path = &plan.path;
             match &self.daemon {
                 Some(daemon) if plan.format != "raw" => {
-                    let name = format!("disk{}", plan.number);
-                    daemon.serve(path, &plan.format, &name, true).await.map_err(|e| unusable(host, path, &e))?;
-                    let client = Client::connect(&self.socket, &name).map_err(|e| unusable(host, path, &e))?;
+                    let export = format!("disk{}", plan.number);
+                    let serve = Serve {
+                        path: path.clone(),
+                        format: plan.format.clone(),
+                        backing: ServedBacking::AsNamed,
+                        writable: true,
+                        force_share: false,
+                        export: export.clone(),
+                    };
+                    daemon.serve(&serve).await.map_err(|e| unusable(host, path, &e))?;
+                    let client = Client::connect(&daemon.nbd_socket(), &export);
+                    let client = client.map_err(|e| unusable(host, path, &e))?;
                     opened.push(Box::new(ServedImage::new(client)));
                 }
                 _ => {
@@ -141,10 +142,11 @@ impl Images {
     /// Lets go of them: nobody but QEMU uses them any more.
     pub(crate) async fn release(&mut self) -> Result<(), qemu::StorageDaemonError> {
         self.locks.clear();
-        match self.daemon.take() {
-            Some(daemon) => daemon.end().await,
-            None => Ok(()),
+        if let Some(daemon) = self.daemon.take() {
+            daemon.end().await?;
         }
+        let _ = std::fs::remove_dir_all(&self.directory);
+        Ok(())
     }
 }
 

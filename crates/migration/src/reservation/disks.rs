@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Request, mib, read_probe};
 use crate::disks;
-use crate::failure::Finding;
+use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::wire;
 
@@ -199,10 +199,10 @@ impl Request {
                 "have the same kind of storage there",
             );
         }
-        let found = match qemu::image::examine(path) {
+        let found = match qemu::probe_format(path) {
             Ok(found) => found,
             Err(e) => {
-                let message = format!("{shown} on {} cannot be read: {e}", host.name);
+                let message = format!("{shown} on {} cannot be read: {}", host.name, chain(&e));
                 return finding("disk-unreadable", message, "let the agent use it");
             }
         };
@@ -214,7 +214,7 @@ impl Request {
             );
         }
         let remnant = host.remnants.has(&self.name, path);
-        let size = found.virtual_size();
+        let size = found.virtual_size().unwrap_or_default();
         // One of our own is made to fit, if it is raw.
         if size != disk.size && !(remnant && disk.format == "raw" && !disk.is_device) {
             let kind = if size < disk.size { "disk-smaller" } else { "disk-larger" };
@@ -224,7 +224,7 @@ impl Request {
                 "make it the same size, or remove it there",
             );
         }
-        match qemu::image::in_use(path) {
+        match qemu::in_use(path) {
             Ok(false) => Ok(()),
             Ok(true) => finding(
                 "disk-in-use",

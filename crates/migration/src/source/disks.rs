@@ -1,5 +1,6 @@
 //! The disks at the source: QEMU's copy jobs into the mirror, their end at the pause, and the way back.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,21 +8,24 @@ use std::time::Duration;
 use mirror::hash::Secret;
 use mirror::storage::Lane;
 use mirror::storage::image::{Image, RawImage, ServedImage};
-use mirror::storage::layout::{BlockIndex, DiskLayout};
+use mirror::storage::layout::{BlockIndex, DiskLayout, MAX_DISKS};
 use mirror::storage::nbd::client::Client;
 use mirror::storage::source::{DiskFlow, DiskProof, SourceDisk, StorageSource};
-use qemu::{JobEnd, MirrorJob, Qmp, QmpError, StorageDaemon, Sync};
+use qemu::qmp::{MirrorEnd, MirrorJob, NbdNode, Sync};
+use qemu::{Qmp, QmpError, Serve, ServedBacking, StorageDaemon};
 
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::disks::Disk;
+use crate::host::Host;
+use crate::vm::VmName;
 use crate::failure::{Finding, chain};
 use crate::wire::{self, Reply};
 
 /// What everything that is put into QEMU's block graph is called by.
 const NAME: &str = "vmirror-disk";
-/// How long a job may take to end when the guest is paused, or when it is given up.
-const END: Duration = Duration::from_secs(10);
+/// The name of a storage daemon's NBD socket.
+const NBD: &str = "nbd";
 /// How long a destination may take to read a part of an image that it had before.
 const READ: Duration = Duration::from_secs(300);
 /// A switch-over begins with at most so many blocks of which it is not certain what the destination has: 2 ms to read and compare.
@@ -42,6 +46,11 @@ impl Places {
     /// Where QEMU serves what can only be read through it.
     fn read(&self) -> PathBuf {
         self.directory.join(format!("{}.read", self.machine))
+    }
+
+    /// A directory for a storage daemon.
+    fn storage(&self) -> PathBuf {
+        self.directory.join(format!("{}.storage", self.machine))
     }
 }
 
@@ -107,12 +116,12 @@ impl Disks {
         }
         let layout = DiskLayout::new(sizes, streams).map_err(|e| Stop::because("disk", &e, "detach some of the VM's disks"))?;
         // What an agent that was killed has left.
-        clear(qmp).await.map_err(Stop::qemu)?;
+        clear(qmp, &places.read()).await.map_err(Stop::qemu)?;
         let served = mirrored.iter().any(|disk| disk.format != "raw");
         if served {
             let socket = places.read();
             let _ = std::fs::remove_file(&socket);
-            qmp.start_serving(&socket).await.map_err(|e| {
+            qmp.start_nbd_server(&socket).await.map_err(|e| {
                 Stop::because("nbd-server", &e, "end QEMU's own NBD server (nbd-server-stop): images other than raw are read through it")
             })?;
         }
@@ -120,7 +129,7 @@ impl Disks {
         let sources = match opened {
             Ok(images) => images.into_iter().enumerate().map(|(disk, image)| source_disk(&places, disk, image)),
             Err(stop) => {
-                clear(qmp).await.map_err(Stop::qemu)?;
+                clear(qmp, &places.read()).await.map_err(Stop::qemu)?;
                 return Err(stop);
             }
         };
@@ -168,13 +177,15 @@ impl Disks {
                 continue;
             }
             let (socket, export) = place(&self.places, number);
-            qmp.add_nbd_node(&disk.name, &socket, &export).await.map_err(Stop::qemu)?;
+            let target = NbdNode { node: &disk.name, socket: &socket, export: &export };
+            qmp.add_nbd_node(&target).await.map_err(Stop::qemu)?;
             let job = MirrorJob {
-                job: disk.name.clone(),
-                node: disk.node.clone(),
-                target: disk.name.clone(),
-                filter: format!("{}-filter", disk.name),
+                job: &disk.name,
+                device_node: &disk.node,
+                target_node: &disk.name,
+                filter_node: &format!("{}-filter", disk.name),
                 sync: disk.sync,
+                speed: None,
             };
             qmp.mirror_disk(&job).await.map_err(|e| broken(&disk.path, &e))?;
         }
@@ -187,13 +198,16 @@ impl Disks {
         let jobs = qmp.block_jobs().await.map_err(Stop::qemu)?;
         let mut ready = true;
         for disk in self.mirrored.iter().filter(|disk| !disk.read_only) {
-            match jobs.iter().find(|job| job.job == disk.name) {
+            match jobs.iter().find(|job| job.id == disk.name) {
                 Some(job) => ready &= job.ready,
                 None => {
                     let message = format!("the copy of disk {} has ended by an error", disk.path.display());
                     return Err(Stop::Failed(Finding::new("disk", message, "see the VM's log and those of both agents")));
                 }
             }
+        }
+        if ready {
+            self.storage.copied();
         }
         Ok(ready)
     }
@@ -222,21 +236,23 @@ impl Disks {
     pub(super) async fn finish(&mut self, qmp: &Qmp) -> Result<(), Stop> {
         // All at the same time: each drains its disk.
         let ends = self.mirrored.iter().filter(|disk| !disk.read_only).map(|disk| async move {
-            match qmp.end_mirror(&disk.name, false, END).await.map_err(Stop::qemu)? {
-                JobEnd::Done => Ok(()),
-                JobEnd::Failed(why) => Err(Stop::Failed(Finding::new(
-                    "disk",
-                    format!("the copy of disk {} failed: {why}", disk.path.display()),
-                    "see the VM's log and those of both agents",
-                ))),
-            }
+            let why = match qmp.end_mirror(&disk.name, false).await.map_err(Stop::qemu)? {
+                MirrorEnd::Synchronised => return Ok(()),
+                MirrorEnd::Failed(why) => why,
+                MirrorEnd::Cancelled | MirrorEnd::NoJob => "its job ended by itself".to_owned(),
+            };
+            Err(Stop::Failed(Finding::new(
+                "disk",
+                format!("the copy of disk {} failed: {why}", disk.path.display()),
+                "see the VM's log and those of both agents",
+            )))
         });
         futures::future::try_join_all(ends).await?;
         // Until nothing is left: a block that was written while it was read is read again.
         while self.storage.uncertain() > 0 {
             self.settle().await?;
         }
-        clear(qmp).await.map_err(Stop::qemu)?;
+        clear(qmp, &self.places.read()).await.map_err(Stop::qemu)?;
         (self.in_graph, self.serving) = (false, false);
         Ok(())
     }
@@ -246,7 +262,7 @@ impl Disks {
         if !std::mem::take(&mut self.in_graph) {
             return;
         }
-        if let Err(e) = clear(qmp).await {
+        if let Err(e) = clear(qmp, &self.places.read()).await {
             tracing::error!(error = chain(&e), "QEMU keeps a copy job of ours");
         }
     }
@@ -276,7 +292,8 @@ impl Disks {
                 images.push(match disk.format.as_str() {
                     "raw" => Box::new(RawImage::readable(&disk.path, disk.direct).map_err(|e| broken(&disk.path, &e))?),
                     _ => Box::new(ServedImage::new(
-                        Client::connect(&self.places.read(), &disk.name).map_err(|e| broken(&disk.path, &e))?,
+                        Client::connect(&self.places.storage().join(NBD), &disk.name)
+                            .map_err(|e| broken(&disk.path, &e))?,
                     )),
                 });
             }
@@ -290,18 +307,27 @@ impl Disks {
         {
             tracing::warn!(error = chain(&e), "after the proof");
         }
-        let _ = std::fs::remove_file(self.places.read());
+        let _ = std::fs::remove_dir_all(self.places.storage());
         proof
     }
 
     async fn serve_frozen(&self) -> Result<StorageDaemon, qemu::StorageDaemonError> {
-        let monitor = self.places.directory.join(format!("{}.daemon", self.places.machine));
-        let _ = std::fs::remove_file(self.places.read());
-        let daemon = StorageDaemon::start(&self.places.binary, &monitor).await?;
+        let directory = self.places.storage();
+        let made = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&directory);
+        made.map_err(|source| qemu::StorageDaemonError::File { path: directory.clone(), source })?;
+        let daemon = StorageDaemon::start(&self.places.binary, &directory).await?;
         let served = async {
-            daemon.listen(&self.places.read()).await?;
             for disk in self.mirrored.iter().filter(|disk| disk.format != "raw") {
-                daemon.serve(&disk.path, &disk.format, &disk.name, false).await?;
+                let serve = Serve {
+                    path: disk.path.clone(),
+                    format: disk.format.clone(),
+                    backing: ServedBacking::AsNamed,
+                    writable: false,
+                    // The machine's QEMU is still there, and has given it up.
+                    force_share: true,
+                    export: disk.name.clone(),
+                };
+                daemon.serve(&serve).await?;
             }
             Ok(())
         };
@@ -345,7 +371,7 @@ async fn open(qmp: &Qmp, mirrored: &[Mirrored], places: &Places) -> Result<Vec<B
             images.push(Box::new(image));
             continue;
         }
-        qmp.export_node(&disk.node, &disk.name, false).await.map_err(Stop::qemu)?;
+        qmp.add_export(&disk.node, &disk.name, false).await.map_err(Stop::qemu)?;
         let (socket, name) = (places.read(), disk.name.clone());
         let connecting = tokio::task::spawn_blocking(move || Client::connect(&socket, &name)).await;
         let client = connecting.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?;
@@ -355,17 +381,28 @@ async fn open(qmp: &Qmp, mirrored: &[Mirrored], places: &Places) -> Result<Vec<B
 }
 
 /// Takes everything of ours out of a QEMU's block graph: jobs, exports, targets. Nothing of the user's is touched.
-pub(crate) async fn clear(qmp: &Qmp) -> Result<(), QmpError> {
+async fn clear(qmp: &Qmp, read: &Path) -> Result<(), QmpError> {
     let ours = |name: &str| name.starts_with(NAME);
-    for job in qmp.block_jobs().await?.into_iter().filter(|job| ours(&job.job)) {
-        qmp.end_mirror(&job.job, true, END).await?;
+    for job in qmp.block_jobs().await?.into_iter().filter(|job| ours(&job.id)) {
+        qmp.end_mirror(&job.id, true).await?;
     }
-    let exports = qmp.exports().await?;
-    if exports.iter().any(|export| ours(export)) {
-        qmp.stop_serving().await?;
+    for export in qmp.exports().await?.into_iter().filter(|export| ours(export)) {
+        qmp.end_export(read, &export).await?;
     }
     for node in qmp.node_names().await?.into_iter().filter(|node| ours(node)) {
         qmp.remove_node(&node).await?;
+    }
+    Ok(())
+}
+
+/// Takes out of a machine's QEMU, and off this host, what a mirror of its disks has left that ended with its agent.
+pub(crate) async fn clear_after(host: &Host, name: &VmName, qmp: &Qmp) -> Result<(), QmpError> {
+    let places = Places { directory: host.run_dir.clone(), machine: name.to_string(), binary: PathBuf::new() };
+    clear(qmp, &places.read()).await?;
+    let _ = std::fs::remove_file(places.read());
+    let _ = std::fs::remove_dir_all(places.storage());
+    for disk in 0..MAX_DISKS {
+        let _ = std::fs::remove_file(place(&places, disk).0);
     }
     Ok(())
 }

@@ -5,6 +5,10 @@
 //! that the guest does not wait for the link. The rest is taken to be the copy and answered when it is on its way, which paces the
 //! job. A wrong guess costs time only: pieces that overlap never pass each other.
 //!
+//! QEMU's copy job first makes all of its target zero, and then writes what is not. Where the destination has content of before, that
+//! would be thrown away for most of it to come again: such zeros are *deferred*, and what is left of them when the job is through is
+//! compared like what is owed.
+//!
 //! A guest must not wait for a link that has stopped. What has waited too long is let go of: the blocks are *owed*, and are read
 //! from the source's own image and sent again when the link is back. A block of which only a part was sent is *unhashed*: nobody here
 //! has seen all of it.
@@ -186,6 +190,10 @@ pub(super) struct Queue {
     seen: BlockSet,
     unhashed: BlockSet,
     owed: BlockSet,
+    /// Said to be zero, and not written since.
+    deferred: BlockSet,
+    /// The disks whose copies were not empty.
+    had_content: Vec<bool>,
     /// Being read, to be settled; whether they are owed, and what came in between.
     settling: HashMap<u64, (bool, Meanwhile)>,
     /// Nothing more is answered early.
@@ -193,7 +201,8 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    pub(super) fn new(layout: DiskLayout) -> Queue {
+    /// With nothing in it. `had_content` says which disks' copies are not known to be all zero.
+    pub(super) fn new(layout: DiskLayout, had_content: Vec<bool>) -> Queue {
         let end = layout.end();
         let lanes = (0..layout.streams()).map(|_| Lane::new()).collect();
         let set = || BlockSet::new(end);
@@ -203,6 +212,8 @@ impl Queue {
             seen: set(),
             unhashed: set(),
             owed: set(),
+            deferred: set(),
+            had_content,
             settling: HashMap::new(),
             paced: false,
         }
@@ -263,6 +274,10 @@ impl Queue {
         }
         let (first, last) = (self.layout.block_at(disk, head).0, self.layout.block_at(disk, tail - 1).0);
         let copy = !(first..=last).any(|block| self.seen.contains(block));
+        if copy && self.had_content[disk] {
+            self.deferred.insert(first..last + 1);
+            return;
+        }
         let mut block = first;
         while block <= last {
             let chunk_end = (block / CHUNK_BLOCKS + 1) * CHUNK_BLOCKS;
@@ -325,6 +340,7 @@ impl Queue {
         if whole {
             self.unhashed.remove(block..block + 1);
             self.owed.remove(block..block + 1);
+            self.deferred.remove(block..block + 1);
         } else {
             self.unhashed.insert(block..block + 1);
         }
@@ -454,6 +470,12 @@ impl Queue {
             Some((false, _)) => self.unhashed.insert(block.0..block.0 + 1),
             None => {}
         }
+    }
+
+    /// The copy jobs are through: what is still deferred is owed.
+    pub(super) fn owe_deferred(&mut self) {
+        self.owed.extend(&self.deferred);
+        self.deferred.clear();
     }
 
     /// Blocks that are not certain.

@@ -115,7 +115,7 @@ impl StorageSource {
             places.push((socket, export));
         }
         let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue::new(layout.clone())),
+            queue: Mutex::new(Queue::new(layout.clone(), zero.iter().map(|zero| !zero).collect())),
             counted: images.iter().map(|_| Counted::default()).collect(),
             layout,
             secret,
@@ -201,6 +201,12 @@ impl StorageSource {
     pub fn flow(&self, disk: usize) -> DiskFlow {
         let Counted { raw, wire } = &self.shared.counted[disk];
         DiskFlow { raw_bytes: raw.load(Ordering::Relaxed), wire_bytes: wire.load(Ordering::Relaxed) }
+    }
+
+    /// QEMU's copy jobs have gone over everything: what they have not written since they began is compared with what the destination
+    /// had before.
+    pub fn copied(&self) {
+        self.shared.queue().owe_deferred();
     }
 
     /// Settles what is not certain. Of a guest that stands still nothing is uncertain afterwards; what was found is on its way with

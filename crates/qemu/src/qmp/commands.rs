@@ -156,21 +156,6 @@ pub struct Blocks {
     pub backing_files: Vec<String>,
 }
 
-/// Defines commands with answers of our own.
-macro_rules! commands {
-    ($($name:ident $(<$life:lifetime>)? { $($field:ident : $kind:ty),* } = $wire:literal -> $ok:ty;)*) => {$(
-        #[derive(Serialize)]
-        #[serde(rename_all = "kebab-case")]
-        struct $name $(<$life>)? { $($field: $kind),* }
-
-        impl $(<$life>)? Command for $name $(<$life>)? {
-            type Ok = $ok;
-            const NAME: &'static str = $wire;
-            const ALLOW_OOB: bool = false;
-        }
-    )*};
-}
-
 commands! {
     QueryVersion {} = "query-version" -> QueryVersionAnswer;
     QueryStatus {} = "query-status" -> RunState;

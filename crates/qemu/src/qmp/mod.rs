@@ -3,12 +3,32 @@
 //! The framing here is our own. The `qapi` crate types the commands, but its event type is an enum of what QEMU 7
 //! knew, and its reader fails at the first event that is not in it; the stream must survive a newer QEMU.
 
-pub mod block;
+/// Defines commands with answers of our own.
+macro_rules! commands {
+    ($($name:ident $(<$life:lifetime>)? { $($field:ident : $kind:ty),* } = $wire:literal -> $ok:ty;)*) => {$(
+        #[derive(Serialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct $name $(<$life>)? { $($field: $kind),* }
+
+        impl $(<$life>)? Command for $name $(<$life>)? {
+            type Ok = $ok;
+            const NAME: &'static str = $wire;
+            const ALLOW_OOB: bool = false;
+        }
+    )*};
+}
+
+mod block;
 mod commands;
 mod connection;
+mod export;
+mod jobs;
 
+pub use block::{Drive, NbdNode};
 pub use commands::{
     Blocks, CpuidWord, GivenDescriptor, MemoryDevice, MigrationState, QomProperty, RunState, VcpuThread,
     Version,
 };
 pub use connection::{Event, Qmp, QmpError};
+pub use export::ExportError;
+pub use jobs::{BlockJob, JobEvent, JobNews, MirrorEnd, MirrorJob, Sync};

@@ -136,8 +136,8 @@ pub(super) fn drive_disk(drive: &Properties) -> Option<Disk> {
     Some(disk)
 }
 
-/// A file name as QEMU's old-style options take it: a path, `PROTOCOL:…`, or `json:{…}`.
-fn from_file_name(file: &str, format: Option<&str>) -> Disk {
+/// A file name as QEMU's old-style options take it and as QEMU tells it: a path, `PROTOCOL:…`, or `json:{…}`.
+pub(crate) fn from_file_name(file: &str, format: Option<&str>) -> Disk {
     let mut disk = Disk {
         path: PathBuf::from(file),
         protocol: Protocol::File,

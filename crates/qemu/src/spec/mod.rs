@@ -17,6 +17,7 @@ mod paths;
 
 pub use destination::Destination;
 pub use devices::DeclaredDevice;
+pub(crate) use disks::from_file_name;
 pub use disks::{Disk, Protocol};
 pub use files::{FilePurpose, FileUse};
 pub use memory::{RamBackend, RamKind, SizeError};

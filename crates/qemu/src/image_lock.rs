@@ -1,0 +1,155 @@
+//! QEMU's locks on image files, as an outsider sees and takes them.
+//!
+//! QEMU tells others what it does with an image, and what it lets them do, by locks on single bytes of the file
+//! (`block/file-posix.c`): byte 100 + n is locked by who does n, byte 200 + n by who does not let others do n, where n is the
+//! bit of a permission (`include/block/block-common.h`). All locks are shared ones of an open file (F_OFD_SETLK); who takes
+//! some then looks whether anybody has one that contradicts. The bytes need not exist.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::AsRawFd,
+    path::{Path, PathBuf},
+};
+
+/// `RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE`.
+const DOES: i64 = 100;
+const FORBIDS: i64 = 200;
+/// Bits of permissions: `BLK_PERM_CONSISTENT_READ`, `BLK_PERM_WRITE`, `BLK_PERM_RESIZE`.
+const READ: i64 = 0;
+const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
+/// What a writer locks: it reads and writes, and lets nobody write or resize.
+const OURS: [i64; 4] = [DOES + READ, DOES + WRITE, FORBIDS + WRITE, FORBIDS + RESIZE];
+/// What contradicts it.
+const AGAINST_US: [i64; 4] = [FORBIDS + READ, FORBIDS + WRITE, DOES + WRITE, DOES + RESIZE];
+
+/// Why an image is not locked.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageLockError {
+    /// Another process writes the image, or does not let others write.
+    #[error("{} is in use by another process", path.display())]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The file cannot be opened, or its file system has no such locks.
+    #[error("cannot lock {}", path.display())]
+    System {
+        /// The image.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The locks of a writer, on an image that no QEMU can open meanwhile unless it was told to ignore locks. Released on
+/// drop.
+#[derive(Debug)]
+pub struct ImageLock {
+    file: File,
+}
+
+impl ImageLock {
+    /// Takes the locks.
+    ///
+    /// # Errors
+    /// [`ImageLockError::InUse`] if a QEMU has the image open for writing, or for reading without others writing.
+    pub fn take(path: &Path) -> Result<ImageLock, ImageLockError> {
+        let failed = |source| ImageLockError::System { path: path.to_owned(), source };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+        let lock = ImageLock { file };
+        for byte in OURS {
+            set(&lock.file, byte, 1, libc::F_RDLCK).map_err(failed)?;
+        }
+        // Looked at after ours are there: of two that come at the same time, at least one sees the other.
+        for byte in AGAINST_US {
+            if is_locked(&lock.file, byte).map_err(failed)? {
+                return Err(ImageLockError::InUse { path: path.to_owned() });
+            }
+        }
+        Ok(lock)
+    }
+}
+
+impl Drop for ImageLock {
+    fn drop(&mut self) {
+        // Closing would do, but for a child that is just being started and has not closed its copy yet.
+        if let Err(error) = set(&self.file, DOES, FORBIDS, libc::F_UNLCK) {
+            tracing::warn!(%error, "an image's locks stay until its file is closed everywhere");
+        }
+    }
+}
+
+/// Whether another process writes an image or does not let others write it, by QEMU's locks. A QEMU that is paused has
+/// its locks; one that was migrated away has let go of them. A lock of this process counts too.
+///
+/// # Errors
+/// If the file cannot be opened for reading, or its file system has no such locks.
+pub fn in_use(path: &Path) -> io::Result<bool> {
+    let file = File::open(path)?;
+    Ok(is_locked(&file, DOES + WRITE)? || is_locked(&file, FORBIDS + WRITE)?)
+}
+
+fn set(file: &File, start: i64, len: i64, kind: libc::c_int) -> io::Result<()> {
+    fcntl(file, libc::F_OFD_SETLK, &mut flock(start, len, kind))
+}
+
+/// Whether somebody else has a lock on a byte.
+fn is_locked(file: &File, byte: i64) -> io::Result<bool> {
+    // An exclusive lock, which any other stands in the way of, is only asked about.
+    let mut lock = flock(byte, 1, libc::F_WRLCK);
+    fcntl(file, libc::F_OFD_GETLK, &mut lock)?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn flock(start: i64, len: i64, kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        // The kinds are 0, 1 and 2.
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
+    }
+}
+
+fn fcntl(file: &File, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
+    // SAFETY: the descriptor is open while `file` is borrowed, and both commands that are used here read and write
+    // nothing but the one flock, which is borrowed for as long.
+    match unsafe { libc::fcntl(file.as_raw_fd(), command, std::ptr::from_mut(lock)) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_keeps_others_out_until_it_is_dropped() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        assert!(!in_use(image.path()).unwrap());
+        let lock = ImageLock::take(image.path()).unwrap();
+        assert!(in_use(image.path()).unwrap());
+        let copy = lock.file.try_clone().unwrap();
+        assert!(matches!(ImageLock::take(image.path()), Err(ImageLockError::InUse { .. })));
+        drop(lock);
+        assert!(!in_use(image.path()).unwrap(), "a copy of the descriptor does not keep the lock");
+        drop(ImageLock::take(image.path()).unwrap());
+        drop(copy);
+    }
+
+    #[test]
+    fn readers_that_let_others_write_are_no_hindrance() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let reader = File::open(image.path()).unwrap();
+        set(&reader, DOES + READ, 1, libc::F_RDLCK).unwrap();
+        drop(ImageLock::take(image.path()).unwrap());
+        set(&reader, FORBIDS + WRITE, 1, libc::F_RDLCK).unwrap();
+        assert!(ImageLock::take(image.path()).is_err());
+    }
+}
