@@ -44,6 +44,9 @@ pub enum AgentError {
     /// It is not in a migration.
     #[error("{0} has no mirror and is not being migrated")]
     NoSession(String),
+    /// It is being migrated, and no mirror of it is kept standing.
+    #[error("{0} is being migrated, and switches over as soon as it can")]
+    NotStanding(String),
     /// The migration ended before the command reached it.
     #[error("the migration of {0} has already ended")]
     SessionEnded(String),

@@ -52,7 +52,7 @@ pub struct Host {
     pub remnants: Arc<Remnants>,
 }
 
-/// What a switch-over costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is
+/// What a switch-over of the mirror costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is
 /// measured at each, and the last one is what the next is expected to cost.
 #[derive(Debug)]
 pub struct SwitchCost {
@@ -67,6 +67,15 @@ impl SwitchCost {
     #[must_use]
     pub fn expected(&self) -> Duration {
         Duration::from_micros(self.microseconds.load(Ordering::Relaxed))
+    }
+
+    /// What was measured last keeps a migration from being tried: half of what it is above the usual is forgotten, so that one bad
+    /// measurement does not decide for ever.
+    pub(crate) fn doubt(&self) {
+        let expected = self.expected();
+        if expected > Self::UNMEASURED {
+            self.measured(Self::UNMEASURED + (expected - Self::UNMEASURED) / 2);
+        }
     }
 
     /// Takes in what one has cost.

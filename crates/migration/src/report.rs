@@ -106,11 +106,35 @@ pub struct Round {
     pub duration_ms: f64,
     /// The scan alone, in milliseconds.
     pub scan_ms: f64,
+    /// So many rounds that followed are told together with this one: there were too many to tell each. Counts, bytes and durations are
+    /// those of all of them.
+    #[serde(default)]
+    pub merged: u32,
     /// Whether the guest was paused meanwhile.
     pub paused: bool,
     /// What was estimated after this round; none for rounds of a paused guest, of which nothing is to be foreseen.
     #[serde(default)]
     pub estimate: Option<Estimated>,
+}
+
+impl Round {
+    /// Tells another round, which followed, together with this one.
+    pub(crate) fn take_in(&mut self, next: &Round) {
+        self.dirty_pages += next.dirty_pages;
+        self.deferred += next.deferred;
+        self.zero += next.zero;
+        self.unchanged += next.unchanged;
+        self.delta += next.delta;
+        self.duplicate += next.duplicate;
+        self.plain += next.plain;
+        self.withheld += next.withheld;
+        self.raw_bytes += next.raw_bytes;
+        self.wire_bytes += next.wire_bytes;
+        self.duration_ms += next.duration_ms;
+        self.scan_ms += next.scan_ms;
+        self.merged += 1 + next.merged;
+        self.estimate.clone_from(&next.estimate);
+    }
 }
 
 /// What the rounds so far have foreseen. What happened then is in the rounds that follow, and in [`Report::pause`].

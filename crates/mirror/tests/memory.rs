@@ -165,7 +165,7 @@ impl Mirror {
         let mut sums = vec![None; sent.sums.len()];
         while sums.iter().any(Option::is_none) {
             match self.events.recv().unwrap() {
-                Event::Barrier { stream, number, sum } if number == sent.number => {
+                Event::Barrier { stream, number, sum, .. } if number == sent.number => {
                     sums[usize::from(stream)] = Some(sum);
                 }
                 Event::Mismatch(page) => self.mismatches.push(page),

@@ -31,7 +31,7 @@ async fn daemon(place: &Place, name: &str) -> StorageDaemon {
 }
 
 fn raw_image(path: &Path) -> Create {
-    Create { path: path.to_owned(), format: NewFormat::Raw, size: SIZE }
+    Create { path: path.to_owned(), format: NewFormat::Raw, size: SIZE, whole_room: false }
 }
 
 fn serve(path: &Path, format: &str, export: &str) -> Serve {
@@ -273,7 +273,7 @@ async fn only_the_top_image_is_copied_where_the_backing_file_is_there_already() 
     for path in &images {
         let backing = Some((base.clone(), "raw".to_owned()));
         let format = NewFormat::Qcow2 { cluster_size: Some(65536), backing };
-        daemon.create(&Create { path: path.clone(), format, size: SIZE }).await.unwrap();
+        daemon.create(&Create { path: path.clone(), format, size: SIZE, whole_room: false }).await.unwrap();
         let qemu::Image::Qcow2(header) = qemu::probe_format(path).unwrap() else { panic!() };
         assert_eq!((header.virtual_size, header.cluster_size), (SIZE, 65536));
         assert_eq!((header.backing.as_ref(), header.backing_format.as_deref()), (Some(&base), Some("raw")));
@@ -478,12 +478,13 @@ async fn a_storage_daemon_is_found_again_and_ended() {
         path: path.clone(),
         format: NewFormat::Qcow2 { cluster_size: None, backing: None },
         size: SIZE,
+        whole_room: false,
     };
     first.create(&image).await.unwrap();
     let there = first.create(&image).await.unwrap_err();
     assert!(matches!(there, StorageDaemonError::File { .. }), "{there}");
     let wrong = NewFormat::Qcow2 { cluster_size: Some(1000), backing: None };
-    let wrong = Create { path: place.path("wrong"), format: wrong, size: SIZE };
+    let wrong = Create { path: place.path("wrong"), format: wrong, size: SIZE, whole_room: false };
     let refused = first.create(&wrong).await.unwrap_err();
     assert!(
         matches!(&refused, StorageDaemonError::Create { reason, .. } if reason.contains("luster size")),

@@ -132,7 +132,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "NAME")]
         vm: Option<VmName>,
         /// At most this many
-        #[arg(long, short = 'n', value_name = "N", default_value_t = 20)]
+        #[arg(long, short = 'n', value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
         limit: u32,
     },
     /// Show the report of a migration

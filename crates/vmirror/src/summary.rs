@@ -1,7 +1,7 @@
 //! A migration's report in words: short at its end, in full when asked for.
 
 use migration::report::{Counted, DiskMode, Round, Verdict, Verification};
-use migration::{Outcome, Report};
+use migration::{Engine, Outcome, Report};
 
 use crate::format::{bytes, count, moment, ms, rate, short};
 use crate::table::Table;
@@ -101,6 +101,20 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
                 "gate {}, {proof}; {}",
                 verdict(found.gate),
                 audited(found)
+            ),
+        ));
+    }
+    if report.engine == Engine::Qemu.name() && report.outcome == Outcome::Completed {
+        facts.push(("verified", "nothing: QEMU's own stream carried the memory".to_owned()));
+    }
+    if let Some(late) = &report.post_copy {
+        facts.push((
+            "post-copy",
+            format!(
+                "{} pages came after the hand-over, within {}; the guest waited for {}",
+                count(late.pages),
+                ms(late.duration_ms),
+                count(late.faults)
             ),
         ));
     }

@@ -67,6 +67,11 @@ impl From<AgentError> for Refusal {
                 "no-mirror",
                 &format!("begin one with `vmirror mirror {vm} --to HOST:PORT`"),
             ),
+            AgentError::NotStanding(vm) => told(
+                StatusCode::CONFLICT,
+                "no-mirror",
+                &format!("follow it with `vmirror status {vm} --watch`, or end it with `vmirror cancel {vm}`"),
+            ),
             AgentError::SessionEnded(_) => {
                 told(StatusCode::CONFLICT, "migration-ended", "see `vmirror history` for what came of it")
             }

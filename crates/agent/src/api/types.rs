@@ -208,6 +208,9 @@ pub struct BandwidthRequest {
     /// Where the machine must be on its way to, `HOST:PORT` as the migration was given it; left out, anywhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
+    /// What must be under way, a migration or a standing mirror; left out, either.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goal: Option<migration::Goal>,
 }
 
 /// `POST /v1/vms/{name}/resolve`.

@@ -83,7 +83,12 @@ impl Vms {
     /// # Errors
     /// [`AgentError::NoSession`] when it has no mirror, [`AgentError::SessionEnded`] when that is over.
     pub async fn switch(&self, name: &VmName) -> Result<Uuid, AgentError> {
-        self.command(name, Command::Switch).await
+        let active = self.session_of(name)?;
+        if active.session.progress().borrow().goal == Goal::Migrate {
+            // It switches over by itself as soon as it can.
+            return Err(AgentError::NotStanding(name.to_string()));
+        }
+        command_of(name, &active, Command::Switch).await
     }
 
     /// Ends a migration; the machine stays here.
@@ -94,7 +99,7 @@ impl Vms {
         self.command(name, Command::Cancel).await
     }
 
-    /// Changes the bandwidth limit of a migration; where `to` is given, only of one that leads there.
+    /// Changes the bandwidth limit of a migration; where `to` or `goal` is given, only of one that leads there, or is for that.
     ///
     /// # Errors
     /// As [`Vms::switch`], when the limit is too low to make sense, or [`AgentError::InSession`] when the machine is on
@@ -104,10 +109,12 @@ impl Vms {
         name: &VmName,
         limit: Option<NonZeroU64>,
         to: Option<&str>,
+        goal: Option<Goal>,
     ) -> Result<Uuid, AgentError> {
         Options { bandwidth: limit, ..Options::default() }.validate()?;
         let active = self.session_of(name)?;
-        if to.is_some_and(|to| to != active.to) {
+        let other_goal = goal.is_some_and(|goal| goal != active.session.progress().borrow().goal);
+        if other_goal || to.is_some_and(|to| to != active.to) {
             return Err(AgentError::InSession { vm: name.to_string(), to: active.to.clone() });
         }
         command_of(name, &active, Command::Bandwidth(limit)).await

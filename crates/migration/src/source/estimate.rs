@@ -143,6 +143,7 @@ mod tests {
             deferred: 0,
             counts: Counts::default(),
             sums: Vec::new(),
+            disk_sums: Vec::new(),
             scan: Duration::ZERO,
             elapsed: Duration::ZERO,
         }

@@ -18,7 +18,7 @@ use super::switch::Prepared;
 use crate::failure::{Finding, chain};
 use crate::health;
 use crate::lifecycle::{self};
-use crate::options::Verify;
+use crate::options::{Engine, Verify};
 use crate::remnants::Left;
 use crate::report::{Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::vm::Ownership;
@@ -90,7 +90,7 @@ impl Controller {
         }
         self.report.pause.running_ms = since();
         self.report.downtime_ms = since();
-        if heard {
+        if heard && self.options.engine == Engine::Mirror {
             self.host.switch_cost.measured(cost(&self.report.pause));
         }
         // Into the other slot too: not even a journal that loses its newer half may say that the machine is here.

@@ -96,7 +96,14 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
             }
         }
     }
-    Ok(Readiness { destination: destination.name().to_owned(), findings })
+    // Both sides look at the command line, and say the same of it.
+    let mut told: Vec<Finding> = Vec::new();
+    for finding in findings {
+        if !told.contains(&finding) {
+            told.push(finding);
+        }
+    }
+    Ok(Readiness { destination: destination.name().to_owned(), findings: told })
 }
 
 /// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it.

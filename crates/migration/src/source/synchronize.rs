@@ -15,6 +15,8 @@ use crate::report::{Verdict, Verification};
 
 /// Between the rounds of a mirror that is in sync and stays so.
 const STANDING: Duration = Duration::from_millis(100);
+/// Between the rounds of a guest that is slowed.
+const SLOWED: Duration = Duration::from_millis(5);
 /// A deadline for what has none.
 const FAR: Duration = Duration::from_secs(86_400);
 /// With `--on-diverge fail`, how long rounds must not have shrunk: a guest's busy moment is not the end of its migration.
@@ -76,6 +78,11 @@ impl Controller {
                 self.post_copy = true;
                 return Ok(());
             }
+            if switching && copied && advice == Advice::DoesNotConverge && self.is_out_of_reach()? {
+                // However slow the guest: nothing that is done about memory makes the rest of a switch-over shorter.
+                self.host.switch_cost.doubt();
+                return Err(self.not_converged());
+            }
             if switching && copied && advice == Advice::DoesNotConverge {
                 let since = *diverged_at.get_or_insert_with(Instant::now);
                 match self.options.on_diverge {
@@ -97,8 +104,16 @@ impl Controller {
             } else if advice == Advice::DoesNotConverge && self.held.throttling.is_none() {
                 // More rounds at once would not help; the guest's next quiet moment might.
                 tokio::time::sleep(STANDING).await;
+            } else if self.held.throttling.is_some() {
+                // Rounds of a guest that is all but stopped take no time, and say no more when they are more.
+                tokio::time::sleep(SLOWED).await;
             }
         }
+    }
+
+    /// Whether the downtime that was asked for cannot be had whatever the guest does.
+    fn is_out_of_reach(&mut self) -> Result<bool, Stop> {
+        Ok(self.rounds()?.estimate.fixed > self.options.max_downtime)
     }
 
     /// Whether the disks are copied, and all but equal. What is not certain is settled now, so that little is left for the pause.

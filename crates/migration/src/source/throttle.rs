@@ -63,7 +63,8 @@ impl Controller {
     /// The rounds do not shrink: the guest is slowed, or slowed more.
     pub(super) async fn slow_down(&mut self) -> Result<(), Stop> {
         let estimate = &self.rounds()?.estimate;
-        let share = next(self.held.throttling.as_ref().map_or(0.0, Throttling::share), estimate);
+        let before = self.held.throttling.as_ref().map_or(0.0, Throttling::share);
+        let share = next(before, estimate);
         match &mut self.held.throttling {
             Some(throttling) => {
                 throttling.throttle.set(share);
@@ -82,7 +83,9 @@ impl Controller {
                 self.held.throttling = Some(Throttling { throttle, since, highest: share });
             }
         }
-        tracing::info!(vm = %self.vm.record.name, share, "the guest outruns the mirror: its CPUs are slowed");
+        if share > before {
+            tracing::info!(vm = %self.vm.record.name, share, "the guest outruns the mirror: its CPUs are slowed");
+        }
         if let Some(rounds) = &mut self.held.rounds {
             rounds.estimate.try_again();
         }

@@ -19,16 +19,18 @@ pub(super) async fn list(
     limit: u32,
     output: &Output,
 ) -> Result<Exit, Failure> {
+    let of = vm.is_some();
     let vm = vm.map(|vm| format!("&vm={vm}")).unwrap_or_default();
     let entries: Vec<HistoryEntry> = client.get(&format!("/v1/history?limit={limit}{vm}")).await?;
-    output.result(&entries, |entries| table(entries));
+    output.result(&entries, |entries| match entries.is_empty() {
+        true if of => "no migration of that VM has ended here".to_owned(),
+        true => "no migration has ended here yet".to_owned(),
+        false => table(entries),
+    });
     Ok(Exit::Done)
 }
 
 fn table(entries: &[HistoryEntry]) -> String {
-    if entries.is_empty() {
-        return "no migration has ended here yet".to_owned();
-    }
     let headings = ["ID", "WHEN", "VM", "TO", "OUTCOME", "DOWNTIME", "TOTAL", "SENT", "WHY"];
     let mut table = Table::new(&headings, &[5, 6, 7]);
     for entry in entries {

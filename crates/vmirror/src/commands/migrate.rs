@@ -64,7 +64,8 @@ pub(super) async fn begin(
         // Asked for again with a limit, and with nothing that can only be asked for at the beginning.
         Err(failure) if failure.kind() == IN_MIGRATION && is_default_but_for_bandwidth(&request.options) => {
             let Some(Limit(bandwidth)) = limit else { return Err(failure) };
-            return change_bandwidth(client, &name, request.to, bandwidth, output).await;
+            let wanted = BandwidthRequest { bandwidth, to: Some(request.to), goal: Some(goal) };
+            return change_bandwidth(client, &name, wanted, output).await;
         }
         begun => begun?,
     };
@@ -93,17 +94,17 @@ struct Changed {
 async fn change_bandwidth(
     client: &Client,
     name: &VmName,
-    to: String,
-    bandwidth: Option<NonZeroU64>,
+    request: BandwidthRequest,
     output: &Output,
 ) -> Result<Exit, Failure> {
-    let request = BandwidthRequest { bandwidth, to: Some(to) };
+    let bandwidth = request.bandwidth;
+    let what = if request.goal == Some(Goal::Mirror) { "mirror" } else { "migration" };
     let SessionRef { id } = client.post(&format!("/v1/vms/{name}/bandwidth"), &request).await?;
     output.done(&Changed { id, vm: name.clone(), bandwidth }, |changed| match changed.bandwidth {
         Some(limit) => {
-            format!("the migration of {name} that is under way now sends at most {}/s", bytes(limit.get()))
+            format!("the {what} of {name} that is under way now sends at most {}/s", bytes(limit.get()))
         }
-        None => format!("the migration of {name} that is under way now sends as much as the link takes"),
+        None => format!("the {what} of {name} that is under way now sends as much as the link takes"),
     });
     Ok(Exit::Done)
 }

@@ -41,6 +41,7 @@ pub(crate) fn report() -> Report {
         wire_bytes: plain * 2000,
         duration_ms,
         scan_ms: 0.4,
+        merged: 0,
         paused,
         estimate: (!paused).then(|| Estimated {
             dirty_rate: 2e7,
@@ -64,6 +65,7 @@ pub(crate) fn report() -> Report {
         downtime_asked_ms: 50.0,
         downtime_predicted_ms: 11.0,
         pause: Pause {
+            disks_ms: 0.0,
             stopped_ms: 0.2,
             last_round_ms: 1.9,
             device_state_ms: 4.1,
@@ -98,6 +100,7 @@ pub(crate) fn report() -> Report {
             proof: Verdict::Match,
             proof_pages: 131_072,
             mismatches: 0,
+            ..Verification::default()
         },
         post_copy: None,
         throttle: None,
@@ -129,7 +132,7 @@ fn a_completed_migration_ends_with_what_an_operator_asks_first() {
       total     1.79 s
       memory    512.0 MiB in 3 rounds, 105.1 MiB sent
       devices   283.3 KiB
-      verified  gate match, proof match over 131,072 pages; 140,000 audited, 0 repaired
+      verified  gate match, proof match over 131,072 pages; 140,000 pages audited, 0 repaired
       health    2 of 2 vCPUs made progress in 200 ms
       report    vmirror report 0b9e5b0c
     ");
@@ -164,7 +167,7 @@ fn in_full_there_are_phases_the_pause_and_rounds() {
       total     1.79 s
       memory    512.0 MiB in 3 rounds, 105.1 MiB sent
       devices   283.3 KiB
-      verified  gate match, proof match over 131,072 pages; 140,000 audited, 0 repaired
+      verified  gate match, proof match over 131,072 pages; 140,000 pages audited, 0 repaired
       health    2 of 2 vCPUs made progress in 200 ms
       held      0.42 ms when tracking began
 
