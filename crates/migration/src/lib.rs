@@ -10,6 +10,7 @@
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
 //! crate [`qemu`].
 
+mod boot_files;
 pub mod destination;
 mod disks;
 pub mod failure;

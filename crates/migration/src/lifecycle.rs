@@ -459,6 +459,7 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
         host.post_copies.remove(session);
     }
     let mut files = record.made.files.clone();
+    files.extend(record.made.shipped.iter().cloned());
     if record.origin == Origin::Adopted && matches!(record.ownership, Ownership::HandedOver { .. }) {
         files.extend(stale_ram(record));
     }

@@ -1,6 +1,6 @@
 //! Reservation: the destination proves that it can hold and run a machine, and sets the resources aside.
 
-mod disks;
+pub(crate) mod disks;
 
 use std::path::{Component, Path, PathBuf};
 
@@ -20,6 +20,7 @@ use crate::machine;
 use crate::options::MAX_STREAMS;
 use crate::room;
 use crate::tap::{self, Interfaces};
+use crate::boot_files;
 use crate::vm::{Made, Origin, Ownership, Record, VmName};
 use crate::wire;
 
@@ -48,6 +49,10 @@ pub(crate) struct Request {
     /// The size of the huge pages of each RAM block that has such, by its backend's id.
     huge: Vec<(String, u64)>,
     disks: Vec<wire::Disk>,
+    /// What it boots from directly.
+    boot_files: Vec<wire::BootFile>,
+    /// Those that were shipped here for it.
+    pub(crate) shipped: Vec<PathBuf>,
     /// Images that are made get all their room at once.
     whole_room: bool,
     taps: Vec<wire::Tap>,
@@ -128,10 +133,24 @@ impl Request {
             cpu_features: wire.cpu_features,
             disks: wire.disks,
             whole_room: wire.whole_room,
+            boot_files: wire.boot_files,
+            shipped: Vec::new(),
             taps: wire.taps,
             post_copy: wire.post_copy,
             qemu_stream: wire.qemu_stream,
         })
+    }
+
+    /// Whether nothing is known that would be in the way.
+    pub(crate) async fn is_welcome(&self, host: &Host, peer: &str) -> bool {
+        let (_, _, findings) = self.examine(host, peer).await;
+        findings.is_empty()
+    }
+
+    /// Which files the machine boots from that this host does not have and can take.
+    pub(crate) fn lacking_files(&self, host: &Host) -> Vec<wire::BootFile> {
+        let numbers = boot_files::lacking(host, &self.spec, &self.boot_files);
+        numbers.into_iter().filter_map(|number| self.boot_files.get(number as usize).cloned()).collect()
     }
 
     /// Sets everything aside, or says why not: all reasons that can be told together are.
@@ -158,6 +177,8 @@ impl Request {
             taps,
         });
         let spec = match spec {
+            // A rehearsal ships nothing, and its QEMU boots nothing.
+            Ok(spec) if self.rehearsal && !self.lacking_files(host).is_empty() => spec.without_direct_boot(),
             Ok(spec) => spec,
             Err(e) => {
                 findings.push(Finding::new("not-mirrorable", chain(&e), "start the VM without it"));
@@ -360,6 +381,11 @@ impl Request {
             if own && matches!(file.path.components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
                 continue;
             }
+            let is_listed = self.boot_files.iter().any(|listed| Path::new(&listed.path) == file.path);
+            // It is shipped.
+            if is_listed && !file.path.exists() && disks::creatable(host, &file.path).is_ok() {
+                continue;
+            }
             if !file.path.exists() {
                 findings.push(Finding::new(
                     "file-missing",
@@ -438,6 +464,8 @@ impl Request {
         for stale in own_ram_files(host, &spec) {
             let _ = std::fs::remove_file(stale);
         }
+        // On record from here on, so that they go if the machine does not come.
+        record.made.shipped.clone_from(&self.shipped);
         // QEMU opens its images when it starts, so they are there before.
         let images = Images::make(host, &mut record, planned, self.whole_room, spec.binary())
             .await

@@ -108,7 +108,10 @@ pub struct Made {
     /// Images that disks are mirrored to. They are the machine's once it is this host's.
     #[serde(default)]
     pub images: Vec<MadeImage>,
-    /// The process that serves some of them meanwhile.
+    /// Files that it boots from, which were shipped here. They are the machine's once it is this host's.
+    #[serde(default)]
+    pub shipped: Vec<PathBuf>,
+    /// The process that serves some of the images meanwhile.
     #[serde(default)]
     pub storage_daemon: Option<Process>,
 }

@@ -12,7 +12,7 @@ use prost::{Message, Oneof};
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDestination {
     /// One of them.
-    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub request: Option<Request>,
 }
 
@@ -49,13 +49,16 @@ pub enum Request {
     /// Go on with a post-copy whose link was lost. First message of a connection.
     #[prost(message, tag = "10")]
     Resume(Resume),
+    /// A part of a file that the destination lacks: one file after the other, in the order in which it named them.
+    #[prost(bytes = "vec", tag = "11")]
+    FilePart(Vec<u8>),
 }
 
 /// From destination to source.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToSource {
     /// One of them.
-    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
+    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17")]
     pub reply: Option<Reply>,
 }
 
@@ -110,11 +113,36 @@ pub enum Reply {
     /// These blocks of disks are not what they should be at the destination: send them again.
     #[prost(message, tag = "16")]
     WrongBlocks(WrongBlocks),
+    /// Before anything is set aside: files that the machine boots from are not here, and can be shipped.
+    #[prost(message, tag = "17")]
+    Lacking(Lacking),
 }
 
 /// No content.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Nothing {}
+
+/// Files that are not at the destination.
+#[derive(Clone, PartialEq, Message)]
+pub struct Lacking {
+    /// Their paths, as the source has named them.
+    #[prost(string, repeated, tag = "1")]
+    pub paths: Vec<String>,
+}
+
+/// A file that the machine boots from directly.
+#[derive(Clone, PartialEq, Message)]
+pub struct BootFile {
+    /// Its path.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// Bytes.
+    #[prost(uint64, tag = "2")]
+    pub size: u64,
+    /// The hash of its content, 16 bytes, little-endian.
+    #[prost(bytes = "vec", tag = "3")]
+    pub hash: Vec<u8>,
+}
 
 /// What is set aside.
 #[derive(Clone, PartialEq, Message)]
@@ -194,6 +222,9 @@ pub struct Reserve {
     /// Key material of the content hashes.
     #[prost(bytes = "vec", tag = "12")]
     pub secret: Vec<u8>,
+    /// Files that the machine boots from directly.
+    #[prost(message, repeated, tag = "23")]
+    pub boot_files: Vec<BootFile>,
     /// Images that are made get all the room that they can need, at once.
     #[prost(bool, tag = "22")]
     pub whole_room: bool,

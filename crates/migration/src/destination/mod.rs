@@ -38,6 +38,7 @@ use arrivals::Arrivals;
 use copy::{Copy, Upkeep};
 use relay::Relay;
 
+use crate::boot_files::Arriving;
 use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::lifecycle;
@@ -167,7 +168,10 @@ impl Source {
             // A source that has left means nothing by what it said before.
             return Err(gone.into());
         }
-        let request = Request::decode(reserve).map_err(|finding| End::Failed(vec![finding]))?;
+        let mut request = Request::decode(reserve).map_err(|finding| End::Failed(vec![finding]))?;
+        if !request.rehearsal {
+            self.take_in_boot_files(&mut request).await?;
+        }
         let arrivals = data.expect(request.session, &self.peer.name);
         let reserved = tokio::select! {
             reserved = request.reserve(&self.host, &self.peer.name) => reserved,
@@ -179,6 +183,8 @@ impl Source {
         let reservation = match reserved {
             Ok(reservation) => reservation,
             Err(refusal) => {
+                // Those that nobody has on record.
+                request.shipped.iter().for_each(|file| drop(std::fs::remove_file(file)));
                 self.reply(Reply::Refused(refusal.into())).await?;
                 return Ok(());
             }
@@ -199,6 +205,38 @@ impl Source {
                 Err(end)
             }
         }
+    }
+
+    /// Has the source ship what the machine boots from and this host does not have.
+    async fn take_in_boot_files(&mut self, request: &mut Request) -> Result<(), End> {
+        let lacking = request.lacking_files(&self.host);
+        // For a machine that is refused nothing is shipped.
+        if lacking.is_empty() || !request.is_welcome(&self.host, &self.peer.name).await {
+            return Ok(());
+        }
+        let paths = lacking.iter().map(|file| file.path.clone()).collect();
+        self.reply(Reply::Lacking(wire::Lacking { paths })).await?;
+        for described in &lacking {
+            let failed = |e: std::io::Error| failed("file-not-shipped", &e);
+            let mut arriving = Arriving::new(described).map_err(failed)?;
+            while !arriving.is_whole() {
+                let part = match self.receiver.receive::<ToDestination>().await {
+                    Ok(ToDestination { request: Some(Asked::FilePart(part)) }) => part,
+                    word => return Err(interrupted(word)),
+                };
+                if !arriving.take(&part).map_err(failed)? {
+                    return Err(violation("sends more of a file than there is"));
+                }
+            }
+            match arriving.finish(&self.host, &request.secret) {
+                Ok(path) => request.shipped.push(path),
+                Err(finding) => {
+                    request.shipped.iter().for_each(|file| drop(std::fs::remove_file(file)));
+                    return Err(End::Failed(vec![finding]));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Throws away what this session has made; by now the name may be another's.

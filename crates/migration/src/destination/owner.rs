@@ -83,6 +83,7 @@ impl Source {
                 for image in std::mem::take(&mut record.made.images) {
                     host.remnants.taken(&image.path);
                 }
+                record.made.shipped.clear();
                 // Before anything runs: after a crash this host knows that the machine is its own, and resumes it.
                 host.journal.update(&record).map_err(|e| failed("journal", &e))?;
             }
@@ -94,6 +95,8 @@ impl Source {
         }
         let (resumed, ()) = tokio::join!(qmp.cont(), lifecycle::raise_taps(&record));
         if let Err(e) = resumed {
+            // The images are a copy's again, if it goes back.
+            record.made.images.clone_from(&ready.made.images);
             return Err(self.give_back(record, &qmp, &e).await);
         }
         self.reply(Reply::Running(wire::Running::default())).await.unwrap_or_else(|e| {

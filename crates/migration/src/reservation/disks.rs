@@ -248,7 +248,7 @@ fn sees(image: &Path, probe: &str, nonce: &[u8]) -> bool {
 }
 
 /// Whether a path, with every link in it followed, lies where peers may use disks.
-pub(super) fn allowed(host: &Host, path: &Path) -> bool {
+pub(crate) fn allowed(host: &Host, path: &Path) -> bool {
     let Ok(real) = std::fs::canonicalize(path) else { return false };
     let inside = |directory: &PathBuf| {
         std::fs::canonicalize(directory).is_ok_and(|directory| real.starts_with(directory))
@@ -273,7 +273,7 @@ fn missing(host: &Host, path: &Path) -> Finding {
 }
 
 /// Whether an image can be made.
-fn creatable(host: &Host, path: &Path) -> Result<(), Finding> {
+pub(crate) fn creatable(host: &Host, path: &Path) -> Result<(), Finding> {
     let directory = path.parent().unwrap_or(Path::new("/"));
     if !directory.is_dir() {
         return Err(Finding::new(

@@ -1,9 +1,11 @@
 //! The destination at the other end of the link.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use link::{ConnectError, ControlReceiver, ControlSender, LinkError, TlsError};
+use mirror::hash::Secret;
 use mirror::layout::PageIndex;
 use qemu::Qmp;
 use qemu::qmp::CpuidWord;
@@ -13,6 +15,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::stop::Stop;
+use crate::boot_files;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::machine::{self, Machine};
@@ -145,8 +148,13 @@ impl Destination {
     /// Asks the destination to set everything aside for the machine behind `qmp`.
     pub(super) async fn reserve(&mut self, request: wire::Reserve, qmp: &Qmp) -> Result<wire::Reserved, Stop> {
         let rehearsal = request.rehearsal;
+        let files = request.boot_files.clone();
         self.send(Request::Reserve(request)).await?;
-        let reply = self.receive_within(RESERVE, "answer the reservation").await?;
+        let mut reply = self.receive_within(RESERVE, "answer the reservation").await?;
+        if let Reply::Lacking(lacking) = reply {
+            self.ship(&files, &lacking.paths).await?;
+            reply = self.receive_within(RESERVE, "answer the reservation").await?;
+        }
         match reply {
             Reply::Reserved(reserved) => Ok(reserved),
             Reply::Refused(wire::Findings { findings, .. }) if rehearsal && findings.is_empty() => {
@@ -161,6 +169,21 @@ impl Destination {
             }
             other => Err(violation(&format!("answered a reservation with {other:?}"))),
         }
+    }
+
+    /// Sends files that the machine boots from, of those that were announced.
+    async fn ship(&self, files: &[wire::BootFile], wanted: &[String]) -> Result<(), Stop> {
+        for path in wanted {
+            if !files.iter().any(|file| file.path == *path) {
+                return Err(violation("wants a file that was not announced"));
+            }
+            let parts = boot_files::parts(Path::new(path))
+                .map_err(|e| Stop::because("boot-file", &e, "see whether the VM's kernel and initrd are still there"))?;
+            for part in parts {
+                self.send(Request::FilePart(part)).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Tells the destination to throw its copy away, and waits until it has.
@@ -269,6 +292,7 @@ pub(super) fn reserve_request(
         cpu_features: machine.cpu_features.clone(),
         ram: machine.ram.iter().map(wire_ram).collect(),
         disks: machine.disks.iter().map(crate::disks::Disk::wire).collect(),
+        boot_files: Secret::try_from(&secret[..]).map_or_else(|_| Vec::new(), |secret| boot_files::of(&vm.spec, &secret)),
         whole_room: options.disk_room == DiskRoom::Whole,
         taps: machine.taps.clone(),
         streams: u32::from(streams),

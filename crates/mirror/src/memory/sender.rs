@@ -173,6 +173,7 @@ impl<W: Write> StreamSender<W> {
             select! {
                 recv(jobs) -> job => return job.ok(),
                 recv(lane.woken()) -> _ => {
+                    // If more has come meanwhile, it has been told again.
                     let sent = lane.send_all(&mut self.writer).and_then(|()| self.writer.flush());
                     if let Err(error) = sent {
                         // Told by the next job; nothing is taken from the lane any more.

@@ -40,15 +40,29 @@ impl Lane {
         &self.woken
     }
 
-    /// Sends all that is urgent, and one frame of what is not.
+    /// Sends what is urgent, and one frame of what is not.
     pub(crate) fn send<W: Write>(&mut self, writer: &mut FrameWriter<W>) -> Result<(), SourceError> {
-        while self.frame(writer, false)? {}
+        self.send_waiting(writer, false)?;
         self.frame(writer, true).map(drop)
     }
 
-    /// Sends all that waits.
+    /// Sends all that waits now. What comes meanwhile is left: a guest that writes all the time must not keep memory from its turn.
     pub(crate) fn send_all<W: Write>(&mut self, writer: &mut FrameWriter<W>) -> Result<(), SourceError> {
-        while self.frame(writer, true)? {}
+        self.send_waiting(writer, true)
+    }
+
+    fn send_waiting<W: Write>(
+        &mut self,
+        writer: &mut FrameWriter<W>,
+        copy_too: bool,
+    ) -> Result<(), SourceError> {
+        let mut left = self.shared.queue().pieces(self.stream);
+        while left > 0 {
+            match self.frame(writer, copy_too)? {
+                0 => break,
+                sent => left = left.saturating_sub(sent),
+            }
+        }
         Ok(())
     }
 
@@ -57,10 +71,11 @@ impl Lane {
         self.shared.ledgers.lock(self.stream).sum()
     }
 
-    /// Sends one frame. False where nothing waited.
-    fn frame<W: Write>(&mut self, writer: &mut FrameWriter<W>, copy_too: bool) -> Result<bool, SourceError> {
+    /// Sends one frame. Returns how many of those that waited it was.
+    fn frame<W: Write>(&mut self, writer: &mut FrameWriter<W>, copy_too: bool) -> Result<usize, SourceError> {
         self.shared.queue().take(self.stream, copy_too, &mut self.items);
-        let Some(first) = self.items.first() else { return Ok(false) };
+        let sent = self.items.len();
+        let Some(first) = self.items.first() else { return Ok(0) };
         if matches!(first.content, Content::Sync) {
             writer.sync()?;
             writer.flush()?;
@@ -84,7 +99,7 @@ impl Lane {
         // Whoever waits for an answer gets it now.
         self.items.drain(..).for_each(|item| drop(item.answer));
         self.shared.taken.notify_all();
-        Ok(true)
+        Ok(sent)
     }
 
     /// Turns what was taken into entries of a table, and says where their payload is.

@@ -196,8 +196,6 @@ pub(super) struct Queue {
     had_content: Vec<bool>,
     /// Being read, to be settled; whether they are owed, and what came in between.
     settling: HashMap<u64, (bool, Meanwhile)>,
-    /// Nothing more is answered early.
-    paced: bool,
 }
 
 impl Queue {
@@ -215,7 +213,6 @@ impl Queue {
             deferred: set(),
             had_content,
             settling: HashMap::new(),
-            paced: false,
         }
     }
 
@@ -309,17 +306,12 @@ impl Queue {
         }
     }
 
-    /// Everything taken in so far is to be put on stable storage; answered when the wish is on its way.
-    pub(super) fn sync(&mut self, answer: &Arc<Answer>) {
-        for stream in 0..self.lanes.len() {
-            let item = Item {
-                block: BlockIndex(0),
-                at: 0,
-                content: Content::Sync,
-                answer: Some(Arc::clone(answer)),
-            };
-            if self.lanes[stream].state == Taking::Open {
-                self.lanes[stream].push(item, false);
+    /// Everything taken in so far is to be put on stable storage soon. Nobody waits for that: until the hand-over, before which all of
+    /// it is made certain of, the source's own image is the one that counts.
+    pub(super) fn sync(&mut self) {
+        for lane in self.lanes.iter_mut().filter(|lane| lane.state == Taking::Open) {
+            if !matches!(lane.urgent.back(), Some(Item { content: Content::Sync, .. })) {
+                lane.push(Item { block: BlockIndex(0), at: 0, content: Content::Sync, answer: None }, false);
             }
         }
     }
@@ -347,7 +339,7 @@ impl Queue {
     }
 
     fn answers_early(&self) -> bool {
-        !self.paced && self.lanes.iter().all(|lane| lane.bytes < EARLY)
+        self.lanes.iter().all(|lane| lane.bytes < EARLY)
     }
 
     fn push(&mut self, item: Item, copy: bool) {
@@ -488,6 +480,12 @@ impl Queue {
     /// Bytes that wait.
     pub(super) fn waiting(&self) -> usize {
         self.lanes.iter().map(|lane| lane.bytes).sum()
+    }
+
+    /// How many pieces wait on a stream.
+    pub(super) fn pieces(&self, stream: u16) -> usize {
+        let lane = &self.lanes[usize::from(stream)];
+        lane.urgent.len() + lane.copy.len()
     }
 
     /// Whether something waits on a stream.

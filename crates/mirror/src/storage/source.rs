@@ -430,13 +430,13 @@ impl Export for Served {
                 answer
             }
             Request::Flush => {
-                queue.sync(&answer);
+                queue.sync();
                 answer
             }
             Request::Read { .. } => answer,
         };
         if durable {
-            queue.sync(&kept);
+            queue.sync();
         }
         self.shared.wake(&queue);
         drop(queue);

@@ -249,6 +249,14 @@ impl Spec {
         spec
     }
 
+    /// The same machine without what it boots directly: a rehearsal of it needs no kernel.
+    #[must_use]
+    pub fn without_direct_boot(&self) -> Spec {
+        let mut spec = self.clone();
+        ["kernel", "initrd", "append", "dtb", "shim"].into_iter().for_each(|name| spec.remove_all(name));
+        spec
+    }
+
     /// The same machine without the snapshot that it loaded when it was started.
     #[must_use]
     pub(crate) fn without_snapshot(mut self) -> Spec {

@@ -1,0 +1,136 @@
+//! Files that a machine boots from directly, kernel and initrd: shipped where the destination does not have them, before its QEMU
+//! starts, which reads them at once.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use mirror::hash::{ContentHash, Secret};
+use qemu::{FilePurpose, Spec};
+use uuid::Uuid;
+
+use crate::failure::Finding;
+use crate::host::Host;
+use crate::reservation::disks::{allowed, creatable};
+use crate::wire;
+
+/// Most bytes of a file: the largest initrds have half of it.
+const MOST: u64 = 1 << 30;
+/// Bytes in one message.
+const PART: usize = 256 << 10;
+/// What a file is called as long as it is not whole.
+const UNFINISHED: &str = ".vmirror-file-";
+
+/// Whether a file is one that can be shipped.
+fn is_boot_file(purpose: FilePurpose) -> bool {
+    matches!(purpose, FilePurpose::Kernel | FilePurpose::Initrd | FilePurpose::DeviceTree)
+}
+
+/// The files of a machine that can be shipped, with their size and content at the source. Those that cannot be read are left out: the
+/// destination says that they are missing, if they are.
+pub(crate) fn of(spec: &Spec, secret: &Secret) -> Vec<wire::BootFile> {
+    let files = spec.files().into_iter().filter(|file| is_boot_file(file.purpose));
+    let described = |path: PathBuf| {
+        let content = read(&path).ok()?;
+        Some(wire::BootFile {
+            path: path.to_str()?.to_owned(),
+            size: content.len() as u64,
+            hash: secret.hash(&content).bits().to_le_bytes().to_vec(),
+        })
+    };
+    files.filter_map(|file| described(file.path)).collect()
+}
+
+fn read(path: &Path) -> std::io::Result<Vec<u8>> {
+    let file = File::open(path)?;
+    if !file.metadata()?.is_file() || file.metadata()?.len() > MOST {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    }
+    let mut content = Vec::new();
+    file.take(MOST).read_to_end(&mut content)?;
+    Ok(content)
+}
+
+/// The content of a file, in the parts in which it is sent.
+pub(crate) fn parts(path: &Path) -> std::io::Result<Vec<Vec<u8>>> {
+    Ok(read(path)?.chunks(PART).map(<[u8]>::to_vec).collect())
+}
+
+/// Which of the files this host does not have and can take. Of a machine whose command line names no such file none is taken.
+pub(crate) fn lacking(host: &Host, spec: &Spec, files: &[wire::BootFile]) -> Vec<u32> {
+    let named: Vec<PathBuf> =
+        spec.files().into_iter().filter(|file| is_boot_file(file.purpose)).map(|file| file.path).collect();
+    let lacks = |file: &wire::BootFile| {
+        let path = Path::new(&file.path);
+        let is_named = named.iter().any(|named| named == path);
+        // Where it cannot be made, the reservation says that it is missing, and why.
+        is_named && file.size <= MOST && !path.exists() && !is_link(path) && creatable(host, path).is_ok()
+    };
+    (0..).zip(files).filter(|(_, file)| lacks(file)).map(|(number, _)| number).collect()
+}
+
+/// A link that leads nowhere is no place to write to.
+fn is_link(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok()
+}
+
+/// A file on its way here. As long as it has not been put in its place, it is removed when this is dropped.
+pub(crate) struct Arriving {
+    path: PathBuf,
+    unfinished: PathBuf,
+    file: File,
+    left: u64,
+    hash: Vec<u8>,
+}
+
+impl Arriving {
+    /// Begins to take in a file.
+    pub(crate) fn new(described: &wire::BootFile) -> std::io::Result<Arriving> {
+        let path = PathBuf::from(&described.path);
+        let unfinished = path.with_file_name(format!("{UNFINISHED}{}", Uuid::new_v4()));
+        let mut open = OpenOptions::new();
+        let file = open.write(true).create_new(true).mode(0o644).open(&unfinished)?;
+        let (left, hash) = (described.size, described.hash.clone());
+        Ok(Arriving { path, unfinished, file, left, hash })
+    }
+
+    /// Whether all of it has come.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.left == 0
+    }
+
+    /// Takes in a part. False where it is more than there can be.
+    pub(crate) fn take(&mut self, part: &[u8]) -> std::io::Result<bool> {
+        let Some(left) = self.left.checked_sub(part.len() as u64) else { return Ok(false) };
+        self.left = left;
+        self.file.write_all(part)?;
+        Ok(true)
+    }
+
+    /// Puts the file in its place, if it is what the source has and nobody else has put something there.
+    pub(crate) fn finish(self, host: &Host, secret: &Secret) -> Result<PathBuf, Finding> {
+        let failed = |what: String| {
+            Finding::new("file-not-shipped", format!("{} on {}: {what}", self.path.display(), host.name), "copy it there, under the same path")
+        };
+        let content = read(&self.unfinished).map_err(|e| failed(e.to_string()))?;
+        let hash: ContentHash = secret.hash(&content);
+        if hash.bits().to_le_bytes()[..] != self.hash[..] {
+            return Err(failed("it is not what the source has".to_owned()));
+        }
+        let directory = self.path.parent().unwrap_or(Path::new("/")).to_owned();
+        let placed = self.file.sync_all().and_then(|()| std::fs::hard_link(&self.unfinished, &self.path));
+        placed.map_err(|e| failed(e.to_string()))?;
+        if !allowed(host, &directory) {
+            let _ = std::fs::remove_file(&self.path);
+            return Err(failed("its directory is not allowed".to_owned()));
+        }
+        Ok(self.path.clone())
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.unfinished);
+    }
+}
