@@ -133,7 +133,6 @@ impl Daemon {
             .map_err(|source| StartError::Journal { path: config.state_dir.clone(), source })?;
         let history = History::open(&config.state_dir.join("history.db"))?;
         let remnants = migration::Remnants::open(&config.state_dir);
-        remnants.expire();
         let host = Host {
             name: config.name.clone(),
             endpoint: endpoint.clone(),
@@ -150,6 +149,7 @@ impl Daemon {
         let closing = CancellationToken::new();
         let vms = Vms::new(Arc::new(host), history, Events::default(), closing.clone());
         vms.recover().await;
+        vms.host().remnants.expire(&vms.host().journal);
 
         let data = DataConnections::new();
         let expected = data.clone();

@@ -105,7 +105,9 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
         let is_device = metadata.as_ref().is_ok_and(|metadata| metadata.file_type().is_block_device());
         let same = |drive: &&Drive| same_file(&drive.path, &image);
         let drive = drives.iter().find(same).cloned();
-        let not_mirrorable = not_mirrorable(drive.as_ref(), base, options);
+        let not_mirrorable = not_mirrorable(drive.as_ref(), base, options)
+            .or_else(|| lost(drive.as_ref()?, &image, metadata.as_ref().ok()?.len(), is_device))
+            .unwrap_or_default();
         let mut disk = Disk {
             size: drive.as_ref().map_or(metadata.as_ref().map_or(0, |file| file.len()), |drive| drive.virtual_size),
             drive: drive.filter(|_| not_mirrorable.is_empty()),
@@ -147,21 +149,42 @@ fn images(spec: &Spec) -> Vec<(PathBuf, bool, bool)> {
     disks.chain(flash.map(|file| (file.path, false, false))).collect()
 }
 
-/// Why the mirror cannot take a disk. Empty where it can.
-fn not_mirrorable(drive: Option<&Drive>, base: bool, options: &Options) -> String {
+/// Why the mirror cannot take a disk.
+fn not_mirrorable(drive: Option<&Drive>, base: bool, options: &Options) -> Option<String> {
     let Some(drive) = drive else {
-        return match base {
-            true => "it is the base of another disk, and only shared storage can have such".to_owned(),
-            false => "QEMU does not use it under this name".to_owned(),
+        let why = match base {
+            true => "it is the base of another disk, and only shared storage can have such",
+            false => "QEMU does not use it under this name",
         };
+        return Some(why.to_owned());
     };
     if options.engine == Engine::Qemu {
-        return "--engine qemu moves no disks".to_owned();
+        return Some("--engine qemu moves no disks".to_owned());
     }
     if !FORMATS.contains(&drive.format.as_str()) {
-        return format!("images of format {} cannot be made at the destination", drive.format);
+        return Some(format!("images of format {} cannot be made at the destination", drive.format));
     }
-    String::new()
+    None
+}
+
+/// What of an image would be lost, or be another at the destination: the copy is of what the guest sees.
+fn lost(drive: &Drive, image: &Path, length: u64, is_device: bool) -> Option<String> {
+    if drive.format == "raw" {
+        // QEMU rounds up to sectors. Anything else is a part of the file, by `offset` or `size`.
+        let whole = is_device || length.next_multiple_of(512) == drive.virtual_size;
+        return (!whole).then(|| "the guest sees only a part of it".to_owned());
+    }
+    match qemu::probe_format(image) {
+        Ok(qemu::Image::Qcow2(header)) if header.encrypted => Some("it is encrypted, and its copy would not be".to_owned()),
+        Ok(qemu::Image::Qcow2(header)) if header.external_data => {
+            Some("its data are in another file".to_owned())
+        }
+        Ok(qemu::Image::Qcow2(header)) if header.snapshots > 0 => {
+            Some("it has snapshots in it, which would be lost".to_owned())
+        }
+        Ok(_) => None,
+        Err(e) => Some(chain(&e)),
+    }
 }
 
 /// Whether two paths lead to the same file.
@@ -175,7 +198,8 @@ pub(crate) fn identity(device: &std::fs::Metadata) -> String {
     let number = device.rdev();
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
     let read = |path: String| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
-    let given = ["wwid", "device/wwid"]
+    // Of a disk, a device of the device mapper, a partition.
+    let given = ["wwid", "device/wwid", "dm/uuid", "uuid"]
         .iter()
         .find_map(|name| read(format!("/sys/dev/block/{major}:{minor}/{name}")))
         .filter(|name| !name.is_empty());

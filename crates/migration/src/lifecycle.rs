@@ -197,7 +197,10 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
         Ok(Qmp::connect(&record.qmp_socket).await?)
     };
     match launched.await {
-        Ok(qmp) => Ok(Vm { record, spec, qmp }),
+        Ok(qmp) => {
+            has_its_disks(host, &spec);
+            Ok(Vm { record, spec, qmp })
+        }
         Err(e) => {
             forget(host, &record, None).await;
             Err(e)
@@ -250,7 +253,15 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         made: Made::default(),
     };
     host.journal.claim(record.clone())?;
+    has_its_disks(host, &adopted.vm.spec);
     Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
+}
+
+/// What an earlier machine has left is this one's now, and nobody else's to overwrite.
+fn has_its_disks(host: &Host, spec: &Spec) {
+    for path in spec.disks().iter().filter_map(qemu::Disk::host_path) {
+        host.remnants.taken(path);
+    }
 }
 
 /// Finds out what became of a machine while the agent was away, and puts right what a crash has left half-done.
@@ -496,7 +507,8 @@ fn leave_images(host: &Host, record: &Record) {
         match (fresh, file.is_file() && file.blocks() * 512 > UNWRITTEN) {
             (true, false) => drop(std::fs::remove_file(path)),
             (true, true) => host.remnants.keep(&record.name, path, Left::Unfinished),
-            (false, _) => host.remnants.keep(&record.name, path, Left::Behind),
+            (false, _) if record.made.images_written => host.remnants.keep(&record.name, path, Left::Behind),
+            (false, _) => {}
         }
     }
 }

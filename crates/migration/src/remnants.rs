@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+use crate::journal::Journal;
 use crate::vm::VmName;
 
 /// How long an image of an attempt that failed is kept.
@@ -60,10 +61,10 @@ impl Remnants {
     /// Remembers an image that is left.
     pub fn keep(&self, vm: &VmName, path: &Path, left: Left) {
         let mut known = self.known();
-        // What its owner had before stays its owner's.
-        let behind = known.iter().any(|remnant| remnant.path == path && remnant.left == Left::Behind);
+        // What it was before, it still is: somebody's of before, or made here.
+        let before = known.iter().find(|remnant| remnant.path == path).map(|remnant| remnant.left);
         known.retain(|remnant| remnant.path != path);
-        let left = if behind { Left::Behind } else { left };
+        let left = before.unwrap_or(left);
         known.push(Remnant { vm: vm.clone(), path: path.to_owned(), left, at: SystemTime::now() });
         self.write(&known);
     }
@@ -75,17 +76,18 @@ impl Remnants {
         self.write(&known);
     }
 
-    /// Removes what was made here and has been kept for long enough.
-    pub fn expire(&self) {
-        self.expire_older_than(KEPT);
+    /// Removes what was made here and has been kept for long enough, but for what is in use again.
+    pub fn expire(&self, journal: &Journal) {
+        let used = journal.all().into_iter().flat_map(|record| record.made.images);
+        self.expire_older_than(KEPT, &used.map(|image| image.path).collect::<Vec<_>>());
     }
 
-    fn expire_older_than(&self, age: Duration) {
+    fn expire_older_than(&self, age: Duration, used: &[PathBuf]) {
         let mut known = self.known();
         let before = known.len();
         known.retain(|remnant| {
             let old = remnant.at.elapsed().is_ok_and(|elapsed| elapsed > age);
-            if remnant.left == Left::Unfinished && old {
+            if remnant.left == Left::Unfinished && old && !used.contains(&remnant.path) {
                 tracing::info!(image = %remnant.path.display(), vm = %remnant.vm, "removing the image of an attempt that failed");
                 let _ = std::fs::remove_file(&remnant.path);
                 return false;
@@ -133,12 +135,14 @@ mod tests {
         remnants.keep(&vm, &behind, Left::Behind);
         remnants.keep(&vm, &both, Left::Behind);
         remnants.keep(&vm, &both, Left::Unfinished);
-        remnants.expire();
+        remnants.expire_older_than(KEPT, &[]);
         let again = Remnants::open(directory.path());
         for path in [&made, &behind, &both] {
             assert!(again.has(&vm, path) && !again.has(&"other".parse().unwrap(), path));
         }
-        again.expire_older_than(Duration::ZERO);
+        again.expire_older_than(Duration::ZERO, std::slice::from_ref(&made));
+        assert!(made.exists(), "another attempt has it");
+        again.expire_older_than(Duration::ZERO, &[]);
         assert!(!made.exists() && behind.exists() && both.exists());
         assert!(!again.has(&vm, &made) && again.has(&vm, &behind) && again.has(&vm, &both));
         again.taken(&behind);

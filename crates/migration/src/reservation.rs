@@ -7,6 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use mirror::device::destination::DeviceDestination;
 use mirror::hash::Secret;
 use mirror::layout::Layout;
+use mirror::storage::layout::DiskLayout;
 use qemu::spec::{Destination, FilePurpose};
 use qemu::{LaunchError, Process, Qmp, RamBlock, Spec};
 use uuid::Uuid;
@@ -113,6 +114,8 @@ impl Request {
         if wire.generation == u64::MAX || wire.disks.iter().any(|disk| disk.nonce.len() != NONCE) {
             return Err(violation("a generation or a probe that cannot be".to_owned()));
         }
+        let sizes = wire.disks.iter().map(|disk| disk.size).filter(|size| *size > 0);
+        DiskLayout::new(sizes, streams).map_err(|e| violation(chain(&e)))?;
         let blocks = wire.ram.iter().map(|block| (block.id.as_str(), block.size));
         let layout = Layout::new(blocks, streams).map_err(|e| violation(chain(&e)))?;
         let secret = Secret::try_from(&wire.secret[..]).map_err(|e| violation(chain(&e)))?;
@@ -467,7 +470,7 @@ impl Request {
         // On record from here on, so that they go if the machine does not come.
         record.made.shipped.clone_from(&self.shipped);
         // QEMU opens its images when it starts, so they are there before.
-        let images = Images::make(host, &mut record, planned, self.whole_room, spec.binary())
+        let images = Images::make(host, &mut record, planned, self.whole_room, self.rehearsal, spec.binary())
             .await
             .map_err(|finding| vec![finding])?;
         let process = qemu::launch(&spec, log).await.map_err(|e| vec![self.not_launched(host, &e)])?;

@@ -108,6 +108,9 @@ pub struct Made {
     /// Images that disks are mirrored to. They are the machine's once it is this host's.
     #[serde(default)]
     pub images: Vec<MadeImage>,
+    /// They may have been written to.
+    #[serde(default)]
+    pub images_written: bool,
     /// Files that it boots from, which were shipped here. They are the machine's once it is this host's.
     #[serde(default)]
     pub shipped: Vec<PathBuf>,

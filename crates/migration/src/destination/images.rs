@@ -46,8 +46,11 @@ impl Images {
         record: &mut Record,
         planned: Vec<Planned>,
         whole_room: bool,
+        rehearsal: bool,
         binary: &Path,
     ) -> Result<Images, Finding> {
+        // A rehearsal makes what QEMU opens when it starts, takes no room for it, and leaves what is there as it is.
+        let whole_room = whole_room && !rehearsal;
         if planned.is_empty() {
             return Ok(Images::default());
         }
@@ -74,6 +77,9 @@ impl Images {
             host.journal.update(record).map_err(|e| journal(&e))?;
         }
         for plan in &images.planned {
+            if rehearsal && plan.exists {
+                continue;
+            }
             images.make_one(plan, whole_room).await.map_err(|e| unusable(host, &plan.path, e.as_ref()))?;
         }
         Ok(images)
@@ -82,7 +88,7 @@ impl Images {
     async fn make_one(&self, plan: &Planned, whole_room: bool) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         if plan.format == "raw" {
             let mut open = OpenOptions::new();
-            let file = open.write(true).create(true).truncate(false).mode(MODE).open(&plan.path)?;
+            let file = open.write(true).create_new(!plan.exists).mode(MODE).open(&plan.path)?;
             if !file.metadata()?.file_type().is_block_device() {
                 file.set_len(plan.size)?;
                 if whole_room {
@@ -103,7 +109,14 @@ impl Images {
     }
 
     /// Opens all of them to be written: locked, so that no QEMU does.
-    pub(crate) async fn open(&mut self, host: &Host) -> Result<Vec<Box<dyn Image>>, Finding> {
+    pub(crate) async fn open(
+        &mut self,
+        host: &Host,
+        record: &mut Record,
+    ) -> Result<Vec<Box<dyn Image>>, Finding> {
+        record.made.images_written = true;
+        let journaled = host.journal.update(record);
+        journaled.map_err(|e| Finding::new("journal", chain(&e), "see to the destination's state_dir"))?;
         let mut opened: Vec<Box<dyn Image>> = Vec::new();
         let room = self.room.unwrap_or(Room::Thin);
         for plan in &self.planned {

@@ -269,7 +269,7 @@ impl Source {
         let memory =
             MemoryDestination::start(ram, request.secret.clone(), move |event| drop(tell.send(event)))
                 .map_err(|e| failed("ram", &e))?;
-        let storage = storage::begin(&self.host, request, &mut reservation.images, told).await?;
+        let storage = storage::begin(&self.host, request, &mut reservation, told).await?;
         let mut copy = Copy {
             streams: usize::from(request.layout.streams()),
             reservation,

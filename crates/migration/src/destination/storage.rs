@@ -9,7 +9,7 @@ use super::copy::Copy;
 use super::images::Images;
 use super::{End, Source, failed};
 use crate::host::Host;
-use crate::reservation::Request;
+use crate::reservation::{Request, Reservation};
 use crate::wire::{self, HOLDS_HASHES, Reply};
 
 /// What is told of a disk may be ahead of the link by so many messages.
@@ -19,15 +19,16 @@ const AHEAD: usize = 4;
 pub(super) async fn begin(
     host: &Host,
     request: &Request,
-    images: &mut Images,
+    reservation: &mut Reservation,
     tell: mpsc::UnboundedSender<Event>,
 ) -> Result<Option<StorageDestination>, End> {
+    let Reservation { images, record, .. } = reservation;
     if images.planned.is_empty() {
         return Ok(None);
     }
     let sizes = images.planned.iter().map(|plan| plan.size);
     let layout = DiskLayout::new(sizes, request.layout.streams()).map_err(|e| failed("disk", &e))?;
-    let opened = images.open(host).await.map_err(|finding| End::Failed(vec![finding]))?;
+    let opened = images.open(host, record).await.map_err(|finding| End::Failed(vec![finding]))?;
     let wrong = move |wrong| drop(tell.send(Event::WrongBlock(wrong)));
     StorageDestination::start(layout, request.secret.clone(), opened, &images.are_zero(), wrong)
         .map(Some)

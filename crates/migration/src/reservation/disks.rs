@@ -44,7 +44,8 @@ impl Request {
                     if let Ok(file_system) = std::fs::metadata(&directory)
                         && !plan.exists
                     {
-                        room.entry(file_system.dev()).or_insert((directory, 0)).1 += needed;
+                        let taken = &mut room.entry(file_system.dev()).or_insert((directory, 0)).1;
+                        *taken = taken.saturating_add(needed);
                     }
                     planned.push(plan);
                 }
@@ -112,6 +113,13 @@ impl Request {
                 "disk-not-shared",
                 format!("{} on {} is not the same storage as at the source", path.display(), host.name),
                 "put the disk on storage that both hosts share: --engine qemu moves no disks",
+            ));
+        }
+        if !disks::FORMATS.contains(&disk.format.as_str()) || disk.size == 0 {
+            return Err(Finding::new(
+                "protocol",
+                format!("disk {} of format {:?} and {} bytes", path.display(), disk.format, disk.size),
+                "see whether both agents are of the same version",
             ));
         }
         let backing = self.backing(host, disk)?;
@@ -186,6 +194,21 @@ impl Request {
                 "disk-exists",
                 format!("{} already has {shown}, which is not the storage that the source has", host.name),
                 "remove it there, or overwrite it with --disks mirror",
+            );
+        }
+        if !disk.is_device && disk.probe.is_empty() {
+            return finding(
+                "disk-sharing-unknown",
+                format!("whether {shown} on {} is the storage that the source has cannot be told", host.name),
+                "let the source's agent make files beside the image, or remove the one there",
+            );
+        }
+        let others = host.journal.all().into_iter().filter(|record| record.name != self.name);
+        if others.flat_map(|record| record.made.images).any(|image| image.path == path) {
+            return finding(
+                "disk-in-use",
+                format!("{shown} on {} is another VM's, which is coming in", host.name),
+                "end that migration, or move the image away",
             );
         }
         let Ok(file) = std::fs::metadata(path) else {

@@ -373,9 +373,10 @@ impl Controller {
 
     pub(super) async fn end_rounds(&mut self) {
         if let Some(rounds) = self.held.rounds.take() {
-            let Verification { audited_pages, repaired_pages, .. } = rounds.verification();
-            self.report.verification.audited_pages = audited_pages;
-            self.report.verification.repaired_pages = repaired_pages;
+            let found = rounds.verification();
+            let told = &mut self.report.verification;
+            (told.audited_pages, told.repaired_pages) = (found.audited_pages, found.repaired_pages);
+            (told.audited_blocks, told.repaired_blocks) = (found.audited_blocks, found.repaired_blocks);
             self.report.quiesced.clone_from(&rounds.quiesced);
             self.report.rounds = rounds.report.clone();
             self.report.memory = rounds.totals.clone();

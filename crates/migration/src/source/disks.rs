@@ -72,10 +72,9 @@ pub(super) struct Disks {
     storage: Arc<StorageSource>,
     mirrored: Vec<Mirrored>,
     places: Places,
-    /// QEMU serves disks that can only be read through it.
-    serving: bool,
     /// Whether copy jobs, targets or exports may be in QEMU's graph.
     in_graph: bool,
+    copied: bool,
 }
 
 fn broken(what: &Path, error: &dyn std::error::Error) -> Stop {
@@ -139,7 +138,7 @@ impl Disks {
         let (storage, lanes) =
             started.map_err(|e| Stop::because("disk", &e, "see to the source agent's run_dir"))?;
         let disks =
-            Disks { storage: Arc::new(storage), mirrored, places, serving: served, in_graph: served };
+            Disks { storage: Arc::new(storage), mirrored, places, in_graph: served, copied: false };
         Ok(Some((disks, lanes)))
     }
 
@@ -176,6 +175,9 @@ impl Disks {
                 self.storage.owe_disk(number);
                 continue;
             }
+            if disk.sync == Sync::Top {
+                self.storage.defer_disk(number);
+            }
             let (socket, export) = place(&self.places, number);
             let target = NbdNode { node: &disk.name, socket: &socket, export: &export };
             qmp.add_nbd_node(&target).await.map_err(Stop::qemu)?;
@@ -194,7 +196,7 @@ impl Disks {
 
     /// Whether everything has been copied, so that what the guest writes is all that travels. A job that has ended by itself has
     /// failed.
-    pub(super) async fn is_copied(&self, qmp: &Qmp) -> Result<bool, Stop> {
+    pub(super) async fn is_copied(&mut self, qmp: &Qmp) -> Result<bool, Stop> {
         let jobs = qmp.block_jobs().await.map_err(Stop::qemu)?;
         let mut ready = true;
         for disk in self.mirrored.iter().filter(|disk| !disk.read_only) {
@@ -209,7 +211,13 @@ impl Disks {
         if ready {
             self.storage.copied();
         }
+        self.copied |= ready;
         Ok(ready)
+    }
+
+    /// Whether that was so when it was last looked at.
+    pub(super) fn are_copied(&self) -> bool {
+        self.copied
     }
 
     /// Whether so little is uncertain that it can be made certain while the guest is paused.
@@ -248,12 +256,13 @@ impl Disks {
             )))
         });
         futures::future::try_join_all(ends).await?;
+        self.storage.copied();
         // Until nothing is left: a block that was written while it was read is read again.
         while self.storage.uncertain() > 0 {
             self.settle().await?;
         }
         clear(qmp, &self.places.read()).await.map_err(Stop::qemu)?;
-        (self.in_graph, self.serving) = (false, false);
+        self.in_graph = false;
         Ok(())
     }
 

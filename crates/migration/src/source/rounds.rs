@@ -15,6 +15,7 @@ use mirror::memory::round::{Flow, Guest, Sent};
 use mirror::memory::source::{How, MemorySource, Proof, Scanned, Scanning, SourceError, TrackedRange};
 use mirror::memory::{Ram, RamFile};
 use mirror::storage::Lane;
+use mirror::storage::layout::BLOCK_SIZE;
 use mirror::storage::source::StorageSource;
 use qemu::{Qmp, RamBlock};
 use tokio::sync::oneshot;
@@ -311,6 +312,25 @@ impl Rounds {
         Ok(())
     }
 
+    /// Of a paused guest: checks that have failed, because the guest had written a block since, are settled. What else is wrong with
+    /// blocks stays to be judged.
+    pub(super) async fn settle_checks(&mut self) -> Result<(), Stop> {
+        let Some(storage) = self.storage.clone() else { return Ok(()) };
+        let (checked, wrong): (Vec<_>, Vec<_>) =
+            self.heard.take_blocks().into_iter().partition(|wrong| wrong.checked);
+        wrong.into_iter().try_for_each(|wrong| self.heard.note(Reply::WrongBlocks(wrong)))?;
+        if !checked.iter().all(|wrong| storage.repair(&blocks(wrong))) {
+            return Err(violation("finds blocks wrong that there are not"));
+        }
+        let settled = tokio::task::spawn_blocking(move || {
+            while storage.uncertain() > 0 {
+                storage.settle()?;
+            }
+            Ok::<_, (usize, std::io::Error)>(())
+        });
+        settled.await.map_err(|e| broken(&e))?.map_err(|(_, e)| broken(&e))
+    }
+
     async fn acknowledged(&mut self, destination: &mut Destination, sent: &Sent) -> Result<Sums, Stop> {
         loop {
             let reply = match self.heard.other() {
@@ -387,7 +407,8 @@ impl Rounds {
 
     /// Has the destination read its whole copy back. Returns how many pages it compared, and how many differed.
     pub(super) async fn read_back(&mut self, destination: &mut Destination) -> Result<(u64, u64), Stop> {
-        let size = self.totals.pages * PAGE_SIZE as u64;
+        let disks = self.storage.as_ref().map_or(0, |storage| storage.layout().block_count());
+        let size = self.totals.pages * PAGE_SIZE as u64 + disks * BLOCK_SIZE as u64;
         let limit = ANSWER + Duration::from_secs(size / SLOWEST_AUDIT);
         destination.send(Request::Audit(crate::wire::Nothing {})).await?;
         loop {
@@ -433,7 +454,8 @@ impl Rounds {
 
     /// Whether anything at all is not certain: of a guest that stands still nothing may be.
     pub(super) fn is_certain(&self) -> bool {
-        !self.in_doubt() && !self.memory.as_ref().is_some_and(MemorySource::has_suspects)
+        let settled = self.storage.as_ref().is_none_or(|storage| storage.uncertain() == 0);
+        settled && !self.in_doubt() && !self.memory.as_ref().is_some_and(MemorySource::has_suspects)
     }
 
     /// Takes in what the destination says while no round is under way.

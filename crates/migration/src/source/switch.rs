@@ -171,6 +171,7 @@ impl Pausing<'_> {
         };
         let (saved, sent) = tokio::try_join!(save, send)?;
         (pause.device_state_ms, pause.last_round_ms) = (saved.1, sent);
+        rounds.settle_checks().await?;
         let mut sound = !rounds.repairs_due();
         if options.verify == Verify::Strict {
             let (_, differing) = rounds.read_back(destination).await?;
@@ -192,6 +193,7 @@ impl Pausing<'_> {
         self.finish_disks(pause).await?;
         let device_state_bytes = self.save(pump).await?;
         pause.device_state_ms = self.since();
+        rounds.settle_checks().await?;
         rounds.withhold_cold(destination, HOT_WITHIN.min(self.options.downtime / 2)).await?;
         pause.last_round_ms = self.since();
         Ok(device_state_bytes)

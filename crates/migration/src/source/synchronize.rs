@@ -94,7 +94,7 @@ impl Controller {
                 diverged_at = None;
             }
             if switching && deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-                return Err(self.not_converged());
+                return Err(self.out_of_time());
             }
             if !copied {
                 // Rounds without end would only take from the disks' share of the link.
@@ -118,7 +118,7 @@ impl Controller {
 
     /// Whether the disks are copied, and all but equal. What is not certain is settled now, so that little is left for the pause.
     async fn disks_are_ready(&mut self) -> Result<bool, Stop> {
-        let Some(disks) = &self.held.disks else { return Ok(true) };
+        let Some(disks) = &mut self.held.disks else { return Ok(true) };
         if !disks.is_copied(&self.vm.qmp).await? {
             return Ok(false);
         }
@@ -150,6 +150,10 @@ impl Controller {
 
     /// The time for a round is over. Before two rounds are done, that is all that can be said.
     pub(super) fn out_of_time(&self) -> Stop {
+        if self.held.disks.as_ref().is_some_and(|disks| !disks.are_copied()) {
+            let message = format!("the disks were not copied within {:?}", self.options.timeout);
+            return Stop::Failed(Finding::new("timeout", message, "raise --timeout or --bandwidth, or see to the link"));
+        }
         if self.held.rounds.as_ref().is_some_and(|rounds| rounds.estimate.downtime().is_some()) {
             return self.not_converged();
         }

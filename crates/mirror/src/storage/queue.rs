@@ -161,10 +161,9 @@ impl Lane {
             let other = waiting.blocks();
             blocks.start < other.end && other.start < blocks.end
         };
-        let everything = matches!(item.content, Content::Sync);
         let mut at = 0;
         while at < self.copy.len() {
-            match everything || overlaps(&self.copy[at]) {
+            match overlaps(&self.copy[at]) {
                 true => self.urgent.extend(self.copy.remove(at)),
                 false => at += 1,
             }
@@ -192,7 +191,7 @@ pub(super) struct Queue {
     owed: BlockSet,
     /// Said to be zero, and not written since.
     deferred: BlockSet,
-    /// The disks whose copies were not empty.
+    /// The disks whose copies were not empty, as long as the copy jobs go over them.
     had_content: Vec<bool>,
     /// Being read, to be settled; whether they are owed, and what came in between.
     settling: HashMap<u64, (bool, Meanwhile)>,
@@ -464,10 +463,17 @@ impl Queue {
         }
     }
 
+    /// All of a disk is to be compared when the copy jobs are through, but for what they write.
+    pub(super) fn defer(&mut self, disk: usize) {
+        self.deferred.insert(self.layout.disks()[disk].blocks.clone());
+    }
+
     /// The copy jobs are through: what is still deferred is owed.
     pub(super) fn owe_deferred(&mut self) {
         self.owed.extend(&self.deferred);
         self.deferred.clear();
+        // What is said to be zero from here on is the guest's.
+        self.had_content.fill(false);
     }
 
     /// Blocks that are not certain.

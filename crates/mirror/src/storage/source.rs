@@ -184,6 +184,12 @@ impl StorageSource {
         self.shared.layout.disks()[disk].blocks.clone().map(BlockIndex).for_each(|block| queue.owe(block));
     }
 
+    /// All of a disk is to be compared when QEMU's copy jobs have gone over everything, but for what they write: they do not write what
+    /// is in the image that the disk is based on.
+    pub fn defer_disk(&self, disk: usize) {
+        self.shared.queue().defer(disk);
+    }
+
     /// Blocks of which it is not certain that the destination has them.
     #[must_use]
     pub fn uncertain(&self) -> u64 {
