@@ -308,7 +308,7 @@ pub(crate) mod tests {
                 round: 0,
                 sample: Some(sample),
                 miss: None,
-                throughput: Throughput { before: Some(100.0), during: Some(96.0), after: None },
+                throughput: Throughput { before: Some(100.0), during: Some(96.0), copied: None, after: None },
                 overhead_bytes: Some(100 << 20),
             }
         };
