@@ -1,5 +1,7 @@
 //! The results as a document, in Markdown.
 
+mod disk;
+
 use std::fmt::Write as _;
 
 use crate::cell::Cell;
@@ -111,6 +113,15 @@ of an agent, all that it does, QEMU's of its sending or loading threads. *Guest*
 of what it was before. *Memory*: the most that was taken, on the side that took more: by an agent beyond what it has when idle; by a process of QEMU beyond the
 guest's RAM and what it had before, an estimate from below that has translated code in it where guests are emulated.
 
+Cells whose name begins with `disk` and that have one move a raw image with the guest, of each host's own file system, opened around the page cache
+(`cache=none`), to where there is nothing yet. QEMU's contender is what libvirt does for storage that is not shared: `nbd-server-start` and a writable export at the
+destination, of an image that was made before, `blockdev-add` and `blockdev-mirror` with `sync=full` and `copy-mode=write-blocking` at the source, and once that is ready its
+own pre-copy without a limit of bandwidth, in whose pause the job ends (`pause-before-switchover`). **Nothing of QEMU's is encrypted there; everything of vmirror's
+is**, and it is hashed and proved as well. *Copying* is from its beginning until everything was copied once. *Total* is from the command on for both; QEMU's ends when the
+guest runs there. *Running there* leaves out what comes after that. *CPU* has in it, for both, all threads of QEMU that do not run the guest, the writes of a busy
+guest included; vmirror's destination QEMU from its start on. A disk that is written stays mirrored for four seconds once it is copied; the guest's speed stands there
+for both parts of it, and is of blocks of 4096 bytes written at random, four at once, around the guest's page cache.
+
 ";
 
 /// Contenders that were tried in a cell, in their usual order.
@@ -147,6 +158,9 @@ fn table(cell: &CellRecord, results: &Results) -> String {
     if let Some(failure) = &cell.failure {
         let _ = writeln!(text, "**It did not come to its end: {failure}**\n");
     }
+    if cell.cell.disk.is_some() {
+        return text + &disk::table(cell) + "\n";
+    }
     text += "| | downtime | gap | total | on the link | own count | CPU source, s/GiB | CPU destination, s/GiB | guest, during / after | \
              memory |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
     for contender in tried(cell) {
@@ -160,17 +174,9 @@ fn row(cell: &CellRecord, contender: Contender) -> String {
     let samples: Vec<&Sample> = cell.samples(contender).collect();
     let memory = trials.iter().filter_map(|trial| trial.overhead_bytes).max();
     let memory = memory.map_or_else(|| "-".to_owned(), |memory| bytes(memory as f64));
-    let missed = trials.iter().find_map(|trial| trial.miss.as_ref()).map(crate::present::missed);
-    let name = contender.name();
-    if samples.is_empty() {
-        return format!("| {name} | {} | | | | | | | | {memory} |\n", missed.unwrap_or_default());
-    }
-    let name = match missed {
-        Some(missed) => {
-            let [done, tried] = [samples.len(), trials.len()].map(|number| count(number as u64));
-            format!("{name} ({done} of {tried}; then: {missed})")
-        }
-        None => name,
+    let name = match row_of(&trials, &samples, contender) {
+        Ok(name) => name,
+        Err(missed) => return format!("| {} | {missed} | | | | | | | | {memory} |\n", contender.name()),
     };
     let show = |value: &dyn Fn(&Sample) -> Option<f64>, unit: fn(f64) -> String| {
         spread(Spread::of(samples.iter().filter_map(|sample| value(sample))), unit)
@@ -196,6 +202,22 @@ fn row(cell: &CellRecord, contender: Contender) -> String {
         speed(|trial| trial.throughput.during),
         speed(|trial| trial.throughput.after),
     )
+}
+
+/// How a contender's row begins, or why it has no figures.
+fn row_of(trials: &[&Trial], samples: &[&Sample], contender: Contender) -> Result<String, String> {
+    let missed = trials.iter().find_map(|trial| trial.miss.as_ref()).map(crate::present::missed);
+    let name = contender.name();
+    if samples.is_empty() {
+        return Err(missed.unwrap_or_default());
+    }
+    Ok(match missed {
+        Some(missed) => {
+            let [done, tried] = [samples.len(), trials.len()].map(|number| count(number as u64));
+            format!("{name} ({done} of {tried}; then: {missed})")
+        }
+        None => name,
+    })
 }
 
 fn spread(spread: Option<Spread>, unit: fn(f64) -> String) -> String {
