@@ -71,7 +71,7 @@ pub fn fill(image: &Path, disk: Disk, interrupt: &Interrupt) -> Result<(), Bench
     let file = File::options().write(true).open(image).map_err(BenchError::file(image))?;
     let mut content = Filler::of(disk.content)?;
     let mut bytes = vec![0; MIB];
-    for mib in (0..disk.mib).filter(|mib| mib / STRETCH_MIB % 2 == 0) {
+    for mib in (0..disk.mib).filter(|mib| (mib / STRETCH_MIB).is_multiple_of(2)) {
         interrupt.check()?;
         content.next(&mut bytes, mib);
         file.write_all_at(&bytes, mib << 20).map_err(BenchError::file(image))?;
@@ -145,7 +145,7 @@ impl Filler {
     fn next(&mut self, bytes: &mut [u8], mib: u64) {
         match self {
             Self::Mix => {
-                let content = if mib % 2 == 0 { Content::Noise } else { Content::Text };
+                let content = if mib.is_multiple_of(2) { Content::Noise } else { Content::Text };
                 let numbers = mib * (MIB as u64 / PAGE)..;
                 for (number, bytes) in numbers.zip(bytes.chunks_exact_mut(PAGE as usize)) {
                     page::write(bytes, Identity { number, generation: 1, boot: 1 }, content);
