@@ -1,6 +1,6 @@
 //! The twin: an equal guest in plain QEMU processes, moved by QEMU's own migration.
 
-use std::net::{IpAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -10,24 +10,30 @@ use serde_json::{Value, json};
 use testbed::{GuestSpec, Host, RunningGuest};
 use tokio::runtime::Handle;
 use tokio::sync::broadcast::Receiver;
-use tokio::sync::broadcast::error::TryRecvError;
+use tokio::sync::broadcast::error::RecvError;
 
 use crate::link::LinkWatch;
 use crate::measure::{ThreadWatch, ms};
 use crate::memory::{Memory, most_overhead};
-use crate::record::{Method, Miss, Moved, QemuReport, Sample};
+use crate::nbd::NbdMirror;
+use crate::record::{DiskCopy, Method, Miss, Moved, QemuReport, Sample};
 use crate::{BenchError, Interrupt};
 
 /// How long QEMU may take to open its monitor.
 const MONITOR: Duration = Duration::from_secs(30);
 /// How long what follows the end of a migration may take.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long an event is waited for before the wait looks whether it is to end.
+const STEP: Duration = Duration::from_millis(5);
 /// QEMU's default of `max-bandwidth`, in bytes per second.
 const DEFAULT_BANDWIDTH: u64 = 128 << 20;
 /// Connections of multifd: QEMU's default.
 const CHANNELS: u32 = 2;
 /// Bytes per second that are no limit: a tebibyte.
 const UNLIMITED: u64 = 1 << 40;
+
+/// Says of a thread's name whether the thread counts.
+type Fits = fn(&str) -> bool;
 
 /// How QEMU is to move it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +42,8 @@ pub struct Setting {
     pub method: Method,
     /// Whether encrypted, with both sides' certificates checked.
     pub tls: bool,
+    /// How long a disk stays mirrored once it has been copied, before the guest is moved.
+    pub hold: Duration,
 }
 
 /// The twin, on the host where it runs.
@@ -74,6 +82,10 @@ impl Twin {
         let socket = hosts[host].directory().join("twin.qmp");
         let mut spec = GuestSpec { qmp: Some(socket.clone()), ..spec.clone() };
         let own = spec.clone();
+        // Its image, too, is the host's own.
+        for disk in &mut spec.disks {
+            disk.image = hosts[host].disk_dir().join(disk.image.file_name().unwrap_or_default());
+        }
         spec.extra.extend(more.iter().map(|&word| word.to_owned()));
         // A socket of an earlier QEMU would be connected to in vain.
         let _ = std::fs::remove_file(&socket);
@@ -119,17 +131,40 @@ impl Twin {
 
         let memories = [self.pid(), there.pid()].map(|pid| Memory::of_qemu(pid, self.spec.memory_mib));
         let link = LinkWatch::start(from);
+        let disk = self.spec.disks.first().map(|disk| format!("disk-{}", disk.serial));
+        // Disks are read and written by threads whose names say nothing of it.
+        let (sends, loads): (Fits, Fits) = if disk.is_some() { (serves, serves) } else { (sends, loads) };
         let loading = ThreadWatch::start(there.pid(), loads)?;
         self.runtime.block_on(there.qmp.migrate_incoming(&uri))?;
-        let mut here_events = Events(self.qmp.events());
-        let mut there_events = Events(there.qmp.events());
+        let mut here_events = Events::of(&self.qmp, &self.runtime);
+        let mut there_events = Events::of(&there.qmp, &self.runtime);
         let sending = ThreadWatch::start(self.pid(), sends)?;
+        let since = |from: SystemTime, to: SystemTime| ms(to.duration_since(from).unwrap_or_default());
         let began = SystemTime::now();
-        self.runtime.block_on(self.qmp.migrate(&uri))?;
-        let post_copy = setting.method == Method::QemuPostCopy;
-        let ended = here_events.ended(&self.qmp, &self.runtime, post_copy, patience, interrupt);
+        let listen = SocketAddr::from((to.listen().ip(), free_port(to)?));
+        let mirror = disk
+            .map(|node| NbdMirror::begin(&self.qmp, &there.qmp, &node, listen, &self.runtime))
+            .transpose()?;
+        let mut copy = DiskCopy { began_ms: since(began, SystemTime::now()), copied_ms: 0.0 };
+        let mut ended = Ok(());
+        if let Some(mirror) = &mirror {
+            let copied = mirror.copied(&mut here_events, patience, interrupt);
+            ended = copied.map(|copied| copy.copied_ms = since(began, copied));
+            interrupt.sleep(setting.hold)?;
+        }
+        let ended = ended.and_then(|()| {
+            self.runtime.block_on(self.qmp.migrate(&uri))?;
+            let post_copy = setting.method == Method::QemuPostCopy;
+            let let_go = || mirror.as_ref().map_or(Ok(()), |mirror| mirror.end(&self.qmp, &there.qmp));
+            here_events.ended(&self.qmp, post_copy, let_go, patience, interrupt)
+        });
         let cpu_source = sending.stop();
         let missed = |miss| Moved { result: Err(miss), overhead_bytes: most_overhead(&memories) };
+        if let (Err(BenchError::Timeout { .. } | BenchError::Baseline { .. }), Some(mirror)) =
+            (&ended, &mirror)
+        {
+            mirror.give_up(&self.qmp)?;
+        }
         let stopped = match ended {
             Ok(stopped) => stopped,
             Err(BenchError::Timeout { waited, .. }) => {
@@ -148,21 +183,24 @@ impl Twin {
         let overhead_bytes = most_overhead(&memories);
 
         let state = self.runtime.block_on(self.qmp.query_migrate())?;
-        let since = |from: SystemTime, to: SystemTime| ms(to.duration_since(from).unwrap_or_default());
+        let until_running_ms = since(began, resumed);
+        let total_ms = state.total_ms.unwrap_or_default() as f64;
         let sample = Sample {
             method: setting.method,
             round: 0,
             from: from.name().to_owned(),
             to: to.name().to_owned(),
             began_unix_ms: since(SystemTime::UNIX_EPOCH, began),
-            total_ms: state.total_ms.unwrap_or_default() as f64,
-            until_running_ms: since(began, resumed),
+            // QEMU's own begins when the disk has been copied.
+            total_ms: if mirror.is_some() { until_running_ms } else { total_ms },
+            until_running_ms,
             downtime_ms: since(stopped, resumed),
             cpu_source_ms: ms(cpu_source),
             cpu_destination_ms: ms(cpu_destination),
             link_bytes,
             sent_bytes: state.ram["transferred"].as_u64().unwrap_or_default(),
             heartbeats: None,
+            disk: mirror.is_some().then_some(copy),
             report: None,
             qemu: Some(report(&state, parameters)),
         };
@@ -182,7 +220,12 @@ impl Twin {
         let multifd = matches!(setting.method, Method::QemuMultifdPlain | Method::QemuMultifd);
         let post_copy = setting.method == Method::QemuPostCopy;
         // Without `events` QEMU does not tell how its migration goes.
-        let capabilities = [("events", true), ("multifd", multifd), ("postcopy-ram", post_copy)];
+        let capabilities = [
+            ("events", true),
+            ("multifd", multifd),
+            ("postcopy-ram", post_copy),
+            ("pause-before-switchover", !self.spec.disks.is_empty()),
+        ];
         self.runtime.block_on(self.qmp.set_capabilities(&capabilities))?;
         let bandwidth = if setting.method == Method::QemuDefault { DEFAULT_BANDWIDTH } else { UNLIMITED };
         let mut parameters = json!({ "max-bandwidth": bandwidth, "tls-creds": "", "tls-hostname": "" });
@@ -208,11 +251,11 @@ impl Twin {
         Ok(parameters)
     }
 
-    /// Waits until a migration that was cancelled has ended.
+    /// Waits until a migration that was cancelled has ended, if it had begun.
     fn settle(&self, interrupt: &Interrupt) -> Result<(), BenchError> {
         interrupt.wait("QEMU's migration to be cancelled", MONITOR, || {
             let state = self.runtime.block_on(self.qmp.query_migrate())?;
-            Ok((state.status.as_deref() == Some("cancelled")).then_some(()))
+            Ok(matches!(state.status.as_deref(), Some("cancelled" | "none") | None).then_some(()))
         })
     }
 }
@@ -258,6 +301,11 @@ fn loads(name: &str) -> bool {
         .any(|first| name.starts_with(first))
 }
 
+/// Whether a thread of QEMU does anything else than running the guest.
+pub(crate) fn serves(name: &str) -> bool {
+    !name.starts_with("CPU ")
+}
+
 /// A port that is free on a host now.
 fn free_port(host: &Host) -> Result<u16, BenchError> {
     let address: IpAddr = host.listen().ip();
@@ -267,16 +315,16 @@ fn free_port(host: &Host) -> Result<u16, BenchError> {
 }
 
 /// What QEMU tells, while it is waited for.
-struct Events(Receiver<Event>);
+#[derive(Debug)]
+pub(crate) struct Events {
+    heard: Receiver<Event>,
+    runtime: Handle,
+}
 
 impl Events {
-    /// The next event, waited for in small steps so that an interruption is noticed.
-    fn next(&mut self, what: &str, interrupt: &Interrupt, since: Instant) -> Result<Event, BenchError> {
-        loop {
-            if let Some(event) = self.poll(what, interrupt, since, PATIENCE)? {
-                return Ok(event);
-            }
-        }
+    /// What a QEMU tells from now on.
+    pub(crate) fn of(qmp: &Qmp, runtime: &Handle) -> Self {
+        Self { heard: qmp.events(), runtime: runtime.clone() }
     }
 
     /// The next event; none after a short wait without one.
@@ -288,49 +336,61 @@ impl Events {
         patience: Duration,
     ) -> Result<Option<Event>, BenchError> {
         loop {
-            match self.0.try_recv() {
-                Ok(event) => return Ok(Some(event)),
-                Err(TryRecvError::Lagged(_)) => {}
-                Err(TryRecvError::Closed) => {
+            interrupt.check()?;
+            let heard = &mut self.heard;
+            match self.runtime.block_on(async { tokio::time::timeout(STEP, heard.recv()).await }) {
+                Ok(Ok(event)) => return Ok(Some(event)),
+                Ok(Err(RecvError::Lagged(_))) => {}
+                Ok(Err(RecvError::Closed)) => {
                     return Err(BenchError::Baseline {
                         status: "gone".into(),
                         message: "QEMU has ended".into(),
                     });
                 }
-                Err(TryRecvError::Empty) if since.elapsed() > patience => {
+                Err(_) if since.elapsed() > patience => {
                     return Err(BenchError::Timeout { what: what.to_owned(), waited: since.elapsed() });
                 }
-                // What is measured comes from the events' own time stamps, not from when they are read.
-                Err(TryRecvError::Empty) => {
-                    interrupt.sleep(Duration::from_millis(5))?;
-                    return Ok(None);
-                }
+                Err(_) => return Ok(None),
+            }
+        }
+    }
+
+    /// Waits for an event that fits.
+    ///
+    /// # Errors
+    /// [`BenchError::Timeout`]; [`BenchError::Baseline`] where QEMU is gone; [`BenchError::Interrupted`].
+    pub(crate) fn wait(
+        &mut self,
+        what: &str,
+        patience: Duration,
+        interrupt: &Interrupt,
+        fits: impl Fn(&Event) -> bool,
+    ) -> Result<Event, BenchError> {
+        let since = Instant::now();
+        loop {
+            if let Some(event) = self.poll(what, interrupt, since, patience)?.filter(|event| fits(event)) {
+                return Ok(event);
             }
         }
     }
 
     /// Waits for an event and gives back when QEMU says that it was.
     fn first(&mut self, name: &str, interrupt: &Interrupt) -> Result<SystemTime, BenchError> {
-        let since = Instant::now();
-        loop {
-            let event = self.next(name, interrupt, since)?;
-            if event.name == name {
-                return Ok(event.timestamp);
-            }
-        }
+        Ok(self.wait(name, PATIENCE, interrupt, |event| event.name == name)?.timestamp)
     }
 
     /// Waits for the end of the migration and gives back when the guest was stopped for it. Post-copy is begun when all
-    /// has been sent once.
+    /// has been sent once; disks are let go of when the guest is paused.
     fn ended(
         &mut self,
         qmp: &Qmp,
-        runtime: &Handle,
         mut post_copy: bool,
+        let_go: impl Fn() -> Result<(), BenchError>,
         patience: Duration,
         interrupt: &Interrupt,
     ) -> Result<SystemTime, BenchError> {
         let since = Instant::now();
+        let runtime = self.runtime.clone();
         let mut stopped = None;
         loop {
             if post_copy {
@@ -347,6 +407,10 @@ impl Events {
             };
             match (event.name.as_str(), event.data["status"].as_str()) {
                 ("STOP", _) => stopped = Some(event.timestamp),
+                ("MIGRATION", Some("pre-switchover")) => {
+                    let_go()?;
+                    runtime.block_on(qmp.migrate_continue())?;
+                }
                 ("MIGRATION", Some("completed")) => {
                     let missing = || BenchError::Baseline {
                         status: "completed".into(),
@@ -380,5 +444,6 @@ mod tests {
         for name in ["CPU 0/TCG", "call_rcu"] {
             assert!(!sends(name) && !loads(name), "{name}");
         }
+        assert!(serves("qemu-system-x86") && serves("worker") && !serves("CPU 0/TCG"));
     }
 }

@@ -28,6 +28,8 @@ pub fn estimate(cell: &Cell, trials: &Trials<'_>) -> Duration {
         }
         once.min(AROUND + trials.patience) * trials.runs
     };
+    // Both images are written first.
+    let boot = boot + cell.disk.map_or(Duration::ZERO, |disk| Duration::from_secs(disk.mib / 512));
     boot + trials.contenders.iter().map(each).sum::<Duration>()
 }
 
@@ -37,7 +39,8 @@ fn transfer(cell: &Cell, contender: Contender) -> Duration {
         Link::Mbit(mbit) => ((mbit * 1_000_000 / 8) >> 20).clamp(1, UNSHAPED),
     };
     let rate = if contender.method == Method::QemuDefault { link.min(DEFAULT) } else { link };
-    let once = cell.fill_mib() as f64 / rate as f64;
+    let disk_mib = cell.disk.map_or(0, |disk| disk.mib / 2);
+    let once = (cell.fill_mib() + disk_mib) as f64 / rate as f64;
     // Then what was written meanwhile, with what the writing leaves of the link.
     let again = match cell.dirtying {
         Dirtying::OfLink(percent) if percent < 100 => {
@@ -102,7 +105,7 @@ mod tests {
     fn more_runs_larger_guests_and_those_that_do_not_converge_take_longer() {
         let surroundings = Surroundings::default();
         let trials = |runs, patience| Trials {
-            contenders: &Contender::ALL,
+            contenders: Contender::ALL[..11].to_vec(),
             runs,
             patience: Duration::from_secs(patience),
             surroundings: &surroundings,
@@ -119,7 +122,7 @@ mod tests {
     fn a_cell_that_does_not_fit_is_not_begun_and_slow_machines_are_known_by_what_they_did() {
         let surroundings = Surroundings::default();
         let trials = Trials {
-            contenders: &Contender::ALL[..1],
+            contenders: Contender::ALL[..1].to_vec(),
             runs: 3,
             patience: Duration::from_secs(30),
             surroundings: &surroundings,

@@ -13,6 +13,9 @@ pub(crate) const PAGE: u64 = 4096;
 const SYSTEM_MIB: u64 = 192;
 /// How much is filled and checked of a guest that boots a userland, in MiB: enough to notice harm, little beside the rest.
 const USERLAND_FILL_MIB: u64 = 32;
+/// A disk is as large as that, in MiB; half of it holds something.
+const DISK_MIB: u64 = 4096;
+const WRITTEN_DISK_MIB: u64 = 2048;
 /// How much of a guest is dirtied where it is dirtied at random, in MiB.
 const WORKING_SET_MIB: u64 = 256;
 
@@ -29,6 +32,9 @@ pub struct Cell {
     pub dirtying: Dirtying,
     /// How.
     pub order: Order,
+    /// Its disk, which moves with it; none where only memory does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<Disk>,
     /// What lies between the hosts.
     pub link: Link,
     /// `--on-diverge` of vmirror.
@@ -88,6 +94,27 @@ pub enum Order {
     Streaming,
 }
 
+/// A guest's disk: a raw image, half of which holds something. The rest is sparse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Disk {
+    /// Its size, in MiB.
+    pub mib: u64,
+    /// What is in its half.
+    pub content: DiskContent,
+    /// Whether the guest writes to it, as fast as it can.
+    pub written: bool,
+}
+
+/// What is in a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskContent {
+    /// Half of it incompressible, half of it runs of words, compressible to about a quarter.
+    Mix,
+    /// The file system of a Debian server, again and again.
+    Debian,
+}
+
 /// What lies between the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -107,6 +134,7 @@ impl Cell {
             content: Filling::Incompressible,
             dirtying: Dirtying::Idle,
             order: Order::Random,
+            disk: None,
             link: Link::Unshaped,
             on_diverge: "throttle",
             downtime_ms: (50, 1000),
@@ -119,6 +147,12 @@ impl Cell {
         Self { dirtying: Dirtying::OfLink(percent), order, link: Link::Mbit(1000), ..Self::idle(name) }
     }
 
+    /// A guest of 512 MiB, mostly zero, so that its disk is what moving it takes.
+    const fn with_disk(name: &'static str, mib: u64, content: DiskContent) -> Self {
+        let disk = Some(Disk { mib, content, written: false });
+        Self { memory_mib: 512, content: Filling::MostlyZero, disk, ..Self::idle(name) }
+    }
+
     const fn quick(self) -> Self {
         Self { quick: true, ..self }
     }
@@ -126,6 +160,7 @@ impl Cell {
     /// All of them.
     #[must_use]
     pub fn all() -> Vec<Self> {
+        use DiskContent::{Debian, Mix};
         use Order::{Counters, Random, Streaming};
         vec![
             Self::idle("idle").quick(),
@@ -167,6 +202,16 @@ impl Cell {
                 link: Link::Mbit(10_000),
                 ..Self::dirtying("counters-25-4g", 25, Counters)
             },
+            Self::with_disk("disk-4g", DISK_MIB, Mix),
+            Self { link: Link::Mbit(1000), ..Self::with_disk("disk-4g-1gbit", DISK_MIB, Mix) },
+            Self { link: Link::Mbit(1000), ..Self::with_disk("disk-debian", DISK_MIB, Debian) },
+            // What its disk adds to a guest's downtime is told beside the same guest without.
+            Self { disk: None, ..Self::with_disk("disk-none", DISK_MIB, Mix) },
+            Self {
+                disk: Some(Disk { mib: WRITTEN_DISK_MIB, content: Mix, written: true }),
+                ..Self::with_disk("disk-write", WRITTEN_DISK_MIB, Mix)
+            }
+            .quick(),
         ]
     }
 
@@ -194,6 +239,12 @@ impl Cell {
             (Dirtying::OfLink(percent), Link::Mbit(mbit)) => mbit * 1_000_000 / 8 * percent / 100 / PAGE,
             (Dirtying::Mib(mib), _) => (mib << 20) / PAGE,
         }
+    }
+
+    /// Whether its guest does something whose speed is measured.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.dirtying != Dirtying::Idle || self.disk.is_some_and(|disk| disk.written)
     }
 
     /// The pattern of its writes.
@@ -246,7 +297,20 @@ impl Cell {
             Link::Mbit(mbit) if mbit >= 1000 => format!("{} Gbit/s", mbit / 1000),
             Link::Mbit(mbit) => format!("{mbit} Mbit/s"),
         };
-        format!("{memory}, {content}, {dirtying}, {link}")
+        let disk = self.disk.map_or_else(String::new, |disk| format!("{}, ", disk.describe()));
+        format!("{memory}, {content}, {disk}{dirtying}, {link}")
+    }
+}
+
+impl Disk {
+    fn describe(self) -> String {
+        let content = match self.content {
+            DiskContent::Mix => "half of it incompressible, half compressible to a quarter",
+            DiskContent::Debian => "of a Debian file system",
+        };
+        let work = if self.written { ", written as fast as it goes" } else { "" };
+        let (size, held) = (self.mib / 1024, self.mib / 2048);
+        format!("a disk of {size} GiB with {held} GiB {content}{work}")
     }
 }
 

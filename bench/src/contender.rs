@@ -17,8 +17,10 @@ pub struct Contender {
 impl Contender {
     /// vmirror.
     pub const VMIRROR: Self = Self { method: Method::Vmirror, tls: true };
+    /// QEMU with a disk that moves with the guest. Not encrypted.
+    pub const NBD: Self = Self::plain(Method::QemuNbd);
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::VMIRROR,
         Self::plain(Method::QemuDefault),
         Self::plain(Method::QemuTuned),
@@ -30,6 +32,7 @@ impl Contender {
         Self::encrypted(Method::QemuMultifdPlain),
         Self::encrypted(Method::QemuMultifd),
         Self::encrypted(Method::QemuPostCopy),
+        Self::NBD,
     ];
     /// Those of the short form, where a goal is about encryption: the settings that may be QEMU's best.
     const QUICK: [Self; 6] = [
@@ -53,10 +56,19 @@ impl Contender {
         Self { method, tls: true }
     }
 
+    /// Whether it can move a guest of that kind: there is one way of QEMU to move a disk, and it moves nothing else.
+    #[must_use]
+    pub fn fits(self, cell: &Cell) -> bool {
+        self == Self::VMIRROR || (self == Self::NBD) == cell.disk.is_some()
+    }
+
     /// Those of the short form in a cell: with QEMU's encryption only where a goal is about it, and where whole pages outrun
     /// the link, so that no pre-copy of QEMU ends, one that is waited for in vain. Counters compress: there zstd may end.
     #[must_use]
     pub fn quick(cell: &Cell) -> &'static [Self] {
+        if cell.disk.is_some() {
+            return &[Self::VMIRROR, Self::NBD];
+        }
         match (cell.dirtying, cell.content, cell.order) {
             (Dirtying::Idle, Filling::Incompressible, _) => &Self::QUICK,
             (Dirtying::OfLink(100..), _, Order::Random | Order::Streaming) => &Self::QUICK[..2],
@@ -118,12 +130,21 @@ mod tests {
     }
 
     #[test]
+    fn disks_and_memory_have_their_own_contenders() {
+        for cell in Cell::all() {
+            let fitting = Contender::ALL.into_iter().filter(|contender| contender.fits(&cell)).count();
+            assert_eq!(fitting, if cell.disk.is_some() { 2 } else { 11 }, "{}", cell.name);
+            assert!(Contender::quick(&cell).iter().all(|contender| contender.fits(&cell)), "{}", cell.name);
+        }
+    }
+
+    #[test]
     fn everybody_has_one_turn_in_a_round_and_follows_another_in_each() {
         let mut pairs = HashSet::new();
         let mut firsts = HashSet::new();
         for round in 0..5 {
-            let turns = turns(&Contender::ALL, round);
-            assert_eq!(turns.iter().collect::<HashSet<_>>().len(), Contender::ALL.len());
+            let turns = turns(&Contender::ALL[..11], round);
+            assert_eq!(turns.iter().collect::<HashSet<_>>().len(), 11);
             assert!(firsts.insert(turns[0]));
             for pair in turns.windows(2) {
                 assert!(pairs.insert((pair[0], pair[1])), "{pair:?} again in round {round}");

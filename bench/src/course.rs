@@ -235,8 +235,8 @@ impl Scene {
     ) -> Result<Sample, BenchError> {
         let [from, to] = self.hosts(round);
         narrator.step(&format!("{NAME}: {} to {} by vmirror", from.name(), to.name()));
-        let migrate =
-            || mirrored::migrate(from, to, &[], PATIENCE, interrupt, |phase| narrator.word(phase.name()));
+        let order = mirrored::Order { options: &[], disk: None, patience: PATIENCE };
+        let migrate = || mirrored::migrate(from, to, &order, interrupt, |phase| narrator.word(phase.name()));
         let (sample, heartbeats) = with_heartbeats(self.bed.client(), self.addresses[0], interrupt, migrate)?;
         let sample = Sample { heartbeats, ..sample };
         narrator.result(&match &sample.report {
@@ -257,7 +257,7 @@ impl Scene {
         };
         let [from, to] = [twin.host(), 1 - twin.host()].map(|host| &self.bed.hosts()[host]);
         narrator.step(&format!("{TWIN}: {} to {} by {}", from.name(), to.name(), method.name()));
-        let setting = Setting { method, tls: false };
+        let setting = Setting { method, tls: false, hold: Duration::ZERO };
         let migrate = || twin.migrate(self.bed.hosts(), setting, PATIENCE, interrupt);
         let (moved, heartbeats) = with_heartbeats(self.bed.client(), self.addresses[1], interrupt, migrate)?;
         let sample = moved.result.map_err(|miss| BenchError::Baseline {

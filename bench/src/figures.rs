@@ -219,6 +219,7 @@ pub(crate) mod tests {
                 longest_gap_ms: downtime_ms + 3.0,
                 heard_again: true,
             }),
+            disk: None,
             report: None,
             qemu: None,
         };

@@ -1,5 +1,9 @@
 //! The goals, held against what was measured. Every goal is judged by medians, and a ratio only within one cell, whose
-//! contenders took turns. None is reached where vmirror has not made all the runs it was to make, each to its end.
+//! contenders took turns. Goals about disks are in [`disks`]. None is reached where vmirror has not made all the runs it was to make, each to its end.
+
+mod disks;
+
+pub(crate) use disks::pause_of_disks;
 
 use migration::report::Round;
 use serde::{Deserialize, Serialize};
@@ -31,7 +35,7 @@ const NOT_MEASURED: &str = "not measured";
 /// Each goal.
 #[must_use]
 pub fn of(cells: &[CellRecord], engine: Option<&Engine>) -> Vec<Goal> {
-    vec![
+    let mut goals = vec![
         downtime(cells, "idle", "idle, unshaped", 10.0, 0.4),
         downtime(cells, "random-75", "dirtying 75 % of 1 Gbit/s", 30.0, 0.2),
         by_deltas(cells, "counters-150", "dirtying 150 %, small counters"),
@@ -43,7 +47,9 @@ pub fn of(cells: &[CellRecord], engine: Option<&Engine>) -> Vec<Goal> {
         throughput(engine),
         slowdown(cells),
         overhead(cells),
-    ]
+    ];
+    goals.extend(disks::of(cells));
+    goals
 }
 
 fn cell<'a>(cells: &'a [CellRecord], name: &str) -> Option<&'a CellRecord> {
@@ -308,7 +314,7 @@ pub(crate) mod tests {
                 round: 0,
                 sample: Some(sample),
                 miss: None,
-                throughput: Throughput { before: Some(100.0), during: Some(96.0), after: None },
+                throughput: Throughput { before: Some(100.0), during: Some(96.0), copied: None, after: None },
                 overhead_bytes: Some(100 << 20),
             }
         };

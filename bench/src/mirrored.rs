@@ -4,16 +4,18 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use migration::{Outcome, Phase, Report};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use testbed::{GuestSpec, Host, cpu};
 
+use crate::baseline::serves;
 use crate::link::LinkWatch;
-use crate::measure::ms;
-use crate::record::{Method, Sample};
+use crate::measure::{ThreadWatch, ms};
+use crate::record::{DiskCopy, Method, Sample};
+use crate::throughput::unix_ms;
 use crate::{BenchError, Interrupt};
 
 /// The guest's name.
@@ -40,7 +42,18 @@ pub fn pid(host: &Host) -> Result<u64, BenchError> {
     Ok(shown["pid"].as_u64().unwrap_or_default())
 }
 
-/// Migrates the guest, with more options if need be, and measures what that takes. `entered` hears of each phase as it begins.
+/// How the guest is to be moved.
+#[derive(Clone, Copy, Debug)]
+pub struct Order<'a> {
+    /// More options for `vmirror`.
+    pub options: &'a [&'a str],
+    /// Of a guest with a disk that moves with it: how long it stays mirrored once everything is copied, before it is switched over.
+    pub disk: Option<Duration>,
+    /// How long all of it may take.
+    pub patience: Duration,
+}
+
+/// Migrates the guest and measures what that takes. `entered` hears of each phase as it begins.
 ///
 /// A migration that does not complete is no error here: the report says so.
 ///
@@ -49,22 +62,47 @@ pub fn pid(host: &Host) -> Result<u64, BenchError> {
 pub fn migrate(
     from: &Host,
     to: &Host,
-    options: &[&str],
-    patience: Duration,
+    order: &Order<'_>,
     interrupt: &Interrupt,
     mut entered: impl FnMut(Phase),
 ) -> Result<Sample, BenchError> {
     let phases = Phases::follow(from)?;
     let agents = [from, to].map(Host::agent_pid);
     let cpu = || agents.map(|agent| agent.and_then(cpu::process_time).unwrap_or_default());
+    // The disk is read by QEMU: its time counts as well, the guest's own apart.
+    let copying = order.disk.map(|_| ThreadWatch::start(qemu(from)?, serves)).transpose()?;
     let before = cpu();
     let link = LinkWatch::start(from);
-    let report =
-        migrate_and_report(from, to, options, patience, interrupt, || phases.heard().for_each(&mut entered))?;
+    let mut in_sync = None;
+    let mut report = None;
+    let hear = || phases.heard().for_each(&mut entered);
+    let address = to.listen().to_string();
+    if let Some(hold) = order.disk.filter(|hold| !hold.is_zero()) {
+        let words = [&["mirror", NAME, "--to", &address, "--json", "--detach"], order.options].concat();
+        report = failed_or_in_sync(from, &words, order.patience, interrupt)?;
+        in_sync = Some(unix_ms(SystemTime::now()));
+        interrupt.sleep(hold)?;
+    }
+    let words = match in_sync {
+        Some(_) => vec!["switch", NAME, "--json"],
+        None => [&["migrate", NAME, "--to", &address, "--json"], order.options].concat(),
+    };
+    let report = match report {
+        Some(report) => report,
+        None => reported(words[0], run_on(from, &words, order.patience, interrupt, hear)?)?,
+    };
     let link_bytes = link.and_then(|link| link.bytes());
     let after = cpu();
     phases.heard().for_each(entered);
-    let used = [0, 1].map(|side: usize| ms(after[side].saturating_sub(before[side])));
+    let mut used = [0, 1].map(|side: usize| ms(after[side].saturating_sub(before[side])));
+    if let Some(copying) = copying {
+        used[0] += ms(copying.stop());
+        // A QEMU that was started for it: from its beginning on.
+        let threads = qemu(to).map(cpu::thread_times).unwrap_or_default();
+        used[1] +=
+            threads.iter().filter(|thread| serves(&thread.name)).map(|thread| ms(thread.time)).sum::<f64>();
+    }
+    let disk = order.disk.and_then(|_| copied(&report, in_sync));
     let resumed = report.phases.iter().find(|phase| phase.name == Phase::Resume);
     Ok(Sample {
         method: Method::Vmirror,
@@ -80,27 +118,57 @@ pub fn migrate(
         link_bytes,
         sent_bytes: report.memory.wire_bytes,
         heartbeats: None,
+        disk,
         report: Some(report),
         qemu: None,
     })
 }
 
-fn migrate_and_report(
+/// The guest's QEMU on a host, as the system counts processes.
+fn qemu(host: &Host) -> Result<i32, BenchError> {
+    Ok(i32::try_from(pid(host)?).unwrap_or_default())
+}
+
+/// When the disk was copied; none where it came to nothing. A mirror that was held says so itself.
+fn copied(report: &Report, in_sync_unix_ms: Option<f64>) -> Option<DiskCopy> {
+    let phase = report.phases.iter().find(|phase| phase.name == Phase::Synchronize)?;
+    let copied_ms = match in_sync_unix_ms {
+        Some(at) => at - report.started_unix_ms as f64,
+        None => phase.start_ms + phase.duration_ms,
+    };
+    Some(DiskCopy { began_ms: phase.start_ms, copied_ms })
+}
+
+/// Puts up a mirror. Its report, if it has ended instead of standing.
+fn failed_or_in_sync(
     from: &Host,
-    to: &Host,
-    options: &[&str],
+    words: &[&str],
+    patience: Duration,
+    interrupt: &Interrupt,
+) -> Result<Option<Report>, BenchError> {
+    let output = run_on(from, words, patience, interrupt, || ())?;
+    if output.status.success() { Ok(None) } else { reported(words[0], output).map(Some) }
+}
+
+/// The report that a command has printed, whatever came of the migration.
+fn reported(command: &str, output: Output) -> Result<Report, BenchError> {
+    let command = format!("vmirror {command}");
+    match document::<Report>(&command, &output.stdout) {
+        Ok(report) => Ok(report),
+        Err(error) => Err(succeeded(&command, output).err().unwrap_or(error)),
+    }
+}
+
+fn run_on(
+    from: &Host,
+    words: &[&str],
     patience: Duration,
     interrupt: &Interrupt,
     mut meanwhile: impl FnMut(),
-) -> Result<Report, BenchError> {
-    const COMMAND: &str = "vmirror migrate";
+) -> Result<Output, BenchError> {
+    const COMMAND: &str = "vmirror";
     let mut command = vmirror(from);
-    let to = to.listen().to_string();
-    command
-        .args(["migrate", NAME, "--to", &to, "--json"])
-        .args(options)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = Ends(command.spawn().map_err(BenchError::file(COMMAND))?);
     // What it prints is one document, which fits no pipe: read while it runs.
     let output = child.0.stdout.take();
@@ -124,11 +192,7 @@ fn migrate_and_report(
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
             .map_err(BenchError::file(COMMAND))
     };
-    let output = Output { status, stdout: bytes(output)?, stderr: bytes(complaint)? };
-    match document::<Report>(COMMAND, &output.stdout) {
-        Ok(report) => Ok(report),
-        Err(error) => Err(succeeded(COMMAND, output).err().unwrap_or(error)),
-    }
+    Ok(Output { status, stdout: bytes(output)?, stderr: bytes(complaint)? })
 }
 
 /// vmirror's own page about a migration.

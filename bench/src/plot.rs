@@ -38,6 +38,7 @@ fn colour(method: Method) -> RGBColor {
         Method::QemuMultifdPlain => RGBColor(0, 158, 115),
         Method::QemuMultifd => RGBColor(213, 94, 0),
         Method::QemuPostCopy => RGBColor(204, 121, 167),
+        Method::QemuNbd => RGBColor(0, 114, 178),
     }
 }
 

@@ -23,6 +23,8 @@ pub enum Method {
     QemuMultifd,
     /// QEMU's own post-copy migration, without a limit of bandwidth: begun when all has been sent once.
     QemuPostCopy,
+    /// QEMU's own storage migration as libvirt does it, and its pre-copy without a limit of bandwidth.
+    QemuNbd,
 }
 
 impl Method {
@@ -39,6 +41,7 @@ impl Method {
             Self::QemuMultifdPlain => "QEMU, multifd",
             Self::QemuMultifd => "QEMU, multifd zstd",
             Self::QemuPostCopy => "QEMU, post-copy",
+            Self::QemuNbd => "QEMU, NBD mirror",
         }
     }
 
@@ -52,6 +55,7 @@ impl Method {
             Self::QemuMultifdPlain => "qemu-multifd",
             Self::QemuMultifd => "qemu-multifd-zstd",
             Self::QemuPostCopy => "qemu-post-copy",
+            Self::QemuNbd => "qemu-nbd",
         }
     }
 }
@@ -89,6 +93,23 @@ pub struct QemuReport {
     pub settings: Value,
 }
 
+/// When a disk was copied.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskCopy {
+    /// From the command until copying began, in milliseconds.
+    pub began_ms: f64,
+    /// From the command until everything had been copied once, in milliseconds.
+    pub copied_ms: f64,
+}
+
+impl DiskCopy {
+    /// What copying took, in milliseconds.
+    #[must_use]
+    pub fn took_ms(self) -> f64 {
+        self.copied_ms - self.began_ms
+    }
+}
+
 /// One migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
@@ -119,6 +140,9 @@ pub struct Sample {
     pub sent_bytes: u64,
     /// What the client noticed.
     pub heartbeats: Option<Beats>,
+    /// How its disk came; none where it has none that moves with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskCopy>,
     /// vmirror's report.
     pub report: Option<Report>,
     /// QEMU's.

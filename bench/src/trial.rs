@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use testbed::guest_spec::Nic;
-use testbed::{Client, Console, GuestSpec, Programs, Testbed, TestbedError, Wire};
+use testbed::{AgentOptions, Client, Console, GuestSpec, Programs, Testbed, TestbedError, Wire};
 use tokio::runtime::Handle;
 
 use crate::baseline::{Setting, Twin};
-use crate::cell::{Cell, Dirtying, Filling, Link};
+use crate::cell::{Cell, DiskContent, Filling, Link};
 use crate::contender::{Contender, turns};
 use crate::measure::{Beats, with_heartbeats};
 use crate::memory::{Memory, most_overhead};
@@ -20,7 +20,7 @@ use crate::number::{bytes, ms};
 use crate::record::{Miss, Moved, Sample};
 use crate::surroundings::Surroundings;
 use crate::throughput::{Throughput, Watch};
-use crate::{BenchError, Interrupt, present};
+use crate::{BenchError, Interrupt, disks, present};
 
 /// The name of the guest that QEMU moves itself.
 const TWIN: &str = "twin";
@@ -29,6 +29,8 @@ const BOOT: Duration = Duration::from_secs(300);
 /// How long the client listens to a guest that is not moved, and how long a guest works before it is.
 const UNMIGRATED: Duration = Duration::from_secs(2);
 const WARM_UP: Duration = Duration::from_secs(1);
+/// How long a disk that is written stays mirrored once it has been copied, before its guest is moved.
+const HOLD: Duration = Duration::from_secs(4);
 /// How much a guest checks of itself per second, in pages: 8 MiB, which leaves an emulated CPU to its workload.
 const CHECK_RATE: u64 = 2048;
 const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 88, 0, 10), Ipv4Addr::new(10, 88, 0, 11)];
@@ -114,7 +116,7 @@ impl CellRecord {
 #[derive(Clone, Debug)]
 pub struct Trials<'a> {
     /// By whom.
-    pub contenders: &'a [Contender],
+    pub contenders: Vec<Contender>,
     /// How often by each.
     pub runs: u32,
     /// How long one migration may take.
@@ -151,7 +153,7 @@ pub fn run(
             took_ms: 0.0,
             runs: trials.runs,
             patience_s: trials.patience.as_secs(),
-            contenders: trials.contenders.to_vec(),
+            contenders: trials.contenders.clone(),
             surroundings: trials.surroundings.now(),
         },
         description: cell.describe(),
@@ -162,10 +164,10 @@ pub fn run(
         skipped: None,
         failure: None,
     };
-    let userland = match userland(cell) {
+    let room = cell.disk.map_or(Ok(()), disks::has_room);
+    let userland = match room.and_then(|()| userland(cell).map_err(|error| error.to_string())) {
         Ok(userland) => userland,
-        Err(error) => {
-            let why = error.to_string();
+        Err(why) => {
             narrator.result(&format!("SKIPPED: {why}"));
             record.skipped = Some(why);
             return Ok(record);
@@ -185,7 +187,11 @@ pub fn run(
 
 /// The disk that the guests of a cell boot, if they boot one.
 fn userland(cell: &Cell) -> Result<Option<PathBuf>, TestbedError> {
-    (cell.content == Filling::Userland).then(testbed::programs::userland).transpose()
+    let disk = cell.disk.is_some_and(|disk| disk.content == DiskContent::Debian);
+    let booted = cell.content == Filling::Userland;
+    // A disk of its content needs it just as well.
+    let image = (booted || disk).then(testbed::programs::userland).transpose()?;
+    Ok(image.filter(|_| booted))
 }
 
 fn try_all(
@@ -200,7 +206,7 @@ fn try_all(
     let mut scene = Scene::set(cell, userland, runtime, interrupt)?;
     scene.look(interrupt, narrator, record)?;
     for round in 0..trials.runs {
-        for contender in turns(trials.contenders, round) {
+        for contender in turns(&trials.contenders, round) {
             interrupt.check()?;
             // Who did not converge, or lost its guest, is not waited for again.
             let hopeless =
@@ -242,7 +248,7 @@ impl<'a> Scene<'a> {
     ) -> Result<Self, BenchError> {
         let bed = Testbed::with(&Programs::find())?;
         for host in bed.hosts() {
-            host.start_agent()?;
+            host.start_agent_with(&AgentOptions { local: cell.disk.is_some(), ..AgentOptions::default() })?;
             host.add_tap(TWIN)?;
             if let Link::Mbit(mbit) = cell.link {
                 bed.set_rate(host, Wire::Link, mbit * 1_000_000)?;
@@ -250,7 +256,18 @@ impl<'a> Scene<'a> {
         }
         bed.a().add_tap(NAME)?;
         let spec = |name: &str, number: u8| -> Result<GuestSpec, BenchError> {
+            let image = disks::image(bed.a(), name);
+            if let Some(disk) = cell.disk {
+                disks::fill(&image, disk, interrupt)?;
+            }
+            // Under an agent it lies at the same place on both hosts.
+            let image = if name == NAME {
+                bed.a().local_dir().join(image.file_name().unwrap_or_default())
+            } else {
+                image
+            };
             Ok(GuestSpec {
+                disks: cell.disk.map(|disk| disks::attached(disk, image)).into_iter().collect(),
                 memory_mib: cell.memory_mib,
                 fill_mib: cell.fill_mib(),
                 working_set_mib: Some(cell.working_set_mib()),
@@ -274,7 +291,11 @@ impl<'a> Scene<'a> {
             Ok(ready.then_some(()))
         })?;
         let [console, _] = consoles;
-        Ok(Self { twin: Some(twin), bed, console, cell })
+        let scene = Self { twin: Some(twin), bed, console, cell };
+        for guest in ADDRESSES {
+            scene.rest(scene.client()?, guest)?;
+        }
+        Ok(scene)
     }
 
     fn client(&self) -> Result<&Client, BenchError> {
@@ -310,18 +331,25 @@ impl<'a> Scene<'a> {
 
     /// Lets a guest do its work; the other one rests meanwhile, there are few CPUs.
     fn work(&self, client: &Client, guest: Ipv4Addr, interrupt: &Interrupt) -> Result<(), BenchError> {
-        if self.cell.dirtying == Dirtying::Idle {
+        if !self.cell.is_busy() {
             return Ok(());
         }
         client.tell(guest, &format!("rate {}", self.cell.rate()))?;
+        client.tell(guest, "resume")?;
         interrupt.sleep(WARM_UP)
     }
 
     fn rest(&self, client: &Client, guest: Ipv4Addr) -> Result<(), BenchError> {
-        if self.cell.dirtying != Dirtying::Idle {
+        if self.cell.is_busy() {
             client.tell(guest, "rate 0")?;
+            client.tell(guest, "pause")?;
         }
         Ok(())
+    }
+
+    /// How long a disk stays mirrored before its guest is moved.
+    fn hold(&self) -> Duration {
+        if self.cell.disk.is_some_and(|disk| disk.written) { HOLD } else { Duration::ZERO }
     }
 
     fn attempt(
@@ -354,7 +382,12 @@ impl<'a> Scene<'a> {
         let act = || match twin.as_mut() {
             _ if own => self.by_vmirror(round, patience, interrupt),
             Some(twin) => {
-                let setting = Setting { method: contender.method, tls: contender.tls };
+                let setting = Setting { method: contender.method, tls: contender.tls, hold: self.hold() };
+                if let Some(disk) = self.cell.disk {
+                    let to = &self.bed.hosts()[1 - twin.host()];
+                    disks::clear(to, TWIN)?;
+                    disks::make(&disks::image(to, TWIN), disk)?;
+                }
                 twin.migrate(self.bed.hosts(), setting, patience, interrupt)
             }
             None => Err(BenchError::Baseline { status: "none".into(), message: "the twin is gone".into() }),
@@ -368,8 +401,7 @@ impl<'a> Scene<'a> {
             Err(miss) => (None, Some(miss)),
         };
         let throughput = watch.around(sample.as_ref());
-        let throughput =
-            if self.cell.dirtying == Dirtying::Idle { Throughput::default() } else { throughput };
+        let throughput = if self.cell.is_busy() { throughput } else { Throughput::default() };
         self.rest(client, guest)?;
         Ok(Trial { contender, round, sample, miss, throughput, overhead_bytes })
     }
@@ -392,7 +424,12 @@ impl<'a> Scene<'a> {
             &deadline,
         ];
         // vmirror ends by itself at its deadline, and then some.
-        let sample = mirrored::migrate(from, to, &options, patience * 2, interrupt, |_| ())?;
+        let disk = self.cell.disk.map(|_| self.hold());
+        let order = mirrored::Order { options: &options, disk, patience: patience * 2 };
+        if disk.is_some() {
+            disks::clear(to, NAME)?;
+        }
+        let sample = mirrored::migrate(from, to, &order, interrupt, |_| ())?;
         let overhead_bytes = most_overhead(&agents);
         let error = sample.report.as_ref().and_then(|report| report.error.as_ref());
         let result = match error {
