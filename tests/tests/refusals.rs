@@ -274,8 +274,8 @@ fn run_with_disk(pair: &Pair, image: &Path) {
 }
 
 #[test]
-fn a_disk_that_only_the_source_has_is_refused() {
-    if !root_or_skip("a_disk_that_only_the_source_has_is_refused") {
+fn a_disk_that_only_the_source_has_is_not_taken_for_shared() {
+    if !root_or_skip("a_disk_that_only_the_source_has_is_not_taken_for_shared") {
         return;
     }
     let pair = Pair::start();
@@ -285,12 +285,13 @@ fn a_disk_that_only_the_source_has_is_refused() {
     // Host B sees storage of its own at that path.
     pair.b().stop_agent().unwrap();
     pair.b().start_agent_with(&AgentOptions { hidden: vec![directory], ..AgentOptions::default() }).unwrap();
-    pair.migration_refused("vm", &[]).is("disk-missing", &["vm.raw does not exist on host-b", "same path"]);
+    let refusal = pair.migration_refused("vm", &["--disks", "shared"]);
+    refusal.is("disk-missing", &["vm.raw does not exist on host-b", "same path"]);
     let agent = pair.b().agent_pid().unwrap();
     let seen = PathBuf::from(format!("/proc/{agent}/root")).join(image.strip_prefix("/").unwrap());
     fs::File::create(&seen).unwrap().set_len(16 << 20).unwrap();
     let refusal = pair.migration_refused("vm", &[]);
-    refusal.is("disk-not-shared", &["vm.raw on host-b is not the same storage", "does not copy disks"]);
+    refusal.is("disk-exists", &["host-b already has", "vm.raw", "not the storage that the source has"]);
     assert!(leftover_probes(&image).is_empty());
 }
 

@@ -29,6 +29,7 @@ use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::machine::Machine;
 use crate::options::{Compress, Engine, Goal, Options};
+use crate::plugged::Plugged;
 use crate::progress::Progress;
 use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
@@ -53,6 +54,8 @@ pub(super) struct Controller {
     pub(super) held: Held,
     /// The machine is handed over before its memory is complete.
     pub(super) post_copy: bool,
+    /// What was plugged into the machine when it was described.
+    pub(super) plugged: Option<Plugged>,
 }
 
 /// What must be given back, whatever happens.
@@ -124,6 +127,7 @@ impl Controller {
             report,
             held: Held::default(),
             post_copy: false,
+            plugged: None,
         };
         tokio::spawn(async move {
             let report = controller.run().await;
@@ -200,7 +204,10 @@ impl Controller {
             Err(finding) => findings.insert(0, finding),
         }
         match machine.filter(|_| findings.is_empty()) {
-            Some(machine) => Ok(machine),
+            Some(machine) => {
+                self.plugged = Some(machine.plugged.clone());
+                Ok(machine)
+            }
             None => Err(Stop::Refused(findings)),
         }
     }
@@ -373,9 +380,11 @@ impl Controller {
 
     pub(super) async fn end_rounds(&mut self) {
         if let Some(rounds) = self.held.rounds.take() {
-            let Verification { audited_pages, repaired_pages, .. } = rounds.verification();
-            self.report.verification.audited_pages = audited_pages;
-            self.report.verification.repaired_pages = repaired_pages;
+            let Verification { audited_pages, repaired_pages, audited_blocks, repaired_blocks, .. } =
+                rounds.verification();
+            let verification = &mut self.report.verification;
+            (verification.audited_pages, verification.repaired_pages) = (audited_pages, repaired_pages);
+            (verification.audited_blocks, verification.repaired_blocks) = (audited_blocks, repaired_blocks);
             self.report.quiesced.clone_from(&rounds.quiesced);
             self.report.rounds = rounds.report.clone();
             self.report.memory = rounds.totals.clone();

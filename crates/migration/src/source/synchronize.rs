@@ -11,6 +11,7 @@ use super::estimate::Advice;
 use super::stop::Stop;
 use crate::failure::Finding;
 use crate::options::{Goal, OnDiverge};
+use crate::plugged::Plugged;
 use crate::report::{Verdict, Verification};
 
 /// Between the rounds of a mirror that is in sync and stays so.
@@ -271,8 +272,13 @@ impl Controller {
         Ok(())
     }
 
-    /// What the audit has put in doubt is settled before the guest is paused.
+    /// What the audit has put in doubt is settled before the guest is paused. The destination has a machine with the devices and
+    /// disks of the beginning, and no others.
     pub(super) async fn verify(&mut self) -> Result<(), Stop> {
+        let now = Plugged::into(&self.vm.qmp).await.map_err(Stop::qemu)?;
+        if let Some(change) = self.plugged.as_ref().and_then(|before| before.changed_to(&now)) {
+            return Err(Stop::Failed(change));
+        }
         if self.rounds()?.in_doubt() {
             self.settle_doubts().await?;
         }
