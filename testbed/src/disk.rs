@@ -30,6 +30,8 @@ pub enum Format {
     Raw,
     /// QEMU's own.
     Qcow2,
+    /// An older one of QEMU's.
+    Qed,
 }
 
 impl Format {
@@ -37,6 +39,7 @@ impl Format {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Qed => "qed",
         }
     }
 }
@@ -49,13 +52,28 @@ pub fn create(image: &Path, format: Format, bytes: u64) -> Result<(), TestbedErr
     let file = File::create(image).map_err(TestbedError::file(image))?;
     match format {
         Format::Raw => file.set_len(bytes).map_err(TestbedError::file(image)),
-        Format::Qcow2 => {
-            let mut daemon = StorageDaemon::start()?;
-            daemon.add("image", image, Access::Write)?;
-            let options = json!({ "driver": "qcow2", "file": "image", "size": bytes });
-            daemon.monitor.run_job("blockdev-create", json!({ "job-id": "job", "options": options }))
+        Format::Qcow2 | Format::Qed => {
+            make(image, json!({ "driver": format.name(), "file": "image", "size": bytes }))
         }
     }
+}
+
+/// Makes a qcow2 image of that many bytes that holds nothing, on top of a raw one.
+///
+/// # Errors
+/// Where it cannot be written, or there is no storage daemon.
+pub fn create_overlay(image: &Path, base: &Path, bytes: u64) -> Result<(), TestbedError> {
+    File::create(image).map_err(TestbedError::file(image))?;
+    let options = json!({
+        "driver": "qcow2", "file": "image", "size": bytes, "backing-file": base, "backing-fmt": "raw",
+    });
+    make(image, options)
+}
+
+fn make(image: &Path, options: serde_json::Value) -> Result<(), TestbedError> {
+    let mut daemon = StorageDaemon::start()?;
+    daemon.add("image", image, Access::Write)?;
+    daemon.monitor.run_job("blockdev-create", json!({ "job-id": "job", "options": options }))
 }
 
 /// Makes a raw image of that many bytes with an empty ext4 in it.

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -259,6 +260,35 @@ impl Host {
         Ok(())
     }
 
+    /// Gives the host's own disks a file system of that many bytes, which is empty at first. Again: makes it smaller or larger. An
+    /// agent that runs already does not see the first time.
+    ///
+    /// # Errors
+    /// Where it cannot be mounted, or more than that is in use.
+    pub fn limit_disks(&self, bytes: u64) -> Result<(), TestbedError> {
+        let (disks, size) = (self.disk_dir(), format!("size={bytes}"));
+        let device = |path: &Path| fs::metadata(path).map(|file| file.dev()).map_err(TestbedError::file(path));
+        let disks = disks.to_string_lossy();
+        if device(&self.directory)? == device(&self.disk_dir())? {
+            run("mount", &["-t", "tmpfs", "-o", &size, &self.mark, &disks])?;
+        } else {
+            run("mount", &["-o", &format!("remount,{size}"), &disks])?;
+        }
+        Ok(())
+    }
+
+    /// Makes the host's own disks read-only, for an agent that is started after this.
+    ///
+    /// # Errors
+    /// Where they cannot be mounted so.
+    pub fn freeze_disks(&self) -> Result<(), TestbedError> {
+        let disks = self.disk_dir();
+        let disks = disks.to_string_lossy();
+        run("mount", &["--bind", &disks, &disks])?;
+        run("mount", &["-o", "remount,bind,ro", &disks])?;
+        Ok(())
+    }
+
     /// A command that will run on this host, with `VMIRROR_AGENT` set.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = match &self.place {
@@ -511,6 +541,7 @@ impl Host {
             thread::sleep(POLL);
         }
         sweep::remove(&self.ram_dir);
+        sweep::unmount(&self.disk_dir());
     }
 }
 

@@ -30,15 +30,25 @@ pub fn sweep() {
     }
     for directory in [PathBuf::from(RAM), std::env::temp_dir()] {
         for name in names(&directory).filter(|name| dead(name)) {
-            remove(&directory.join(name));
+            let directory = directory.join(name);
+            // A host's disks may be a file system of their own.
+            for host in names(&directory) {
+                unmount(&directory.join(host).join("disks"));
+            }
+            remove(&directory);
         }
     }
 }
 
 /// Takes a directory away, and the file system mounted on it if there is one.
 pub(crate) fn remove(directory: &Path) {
-    let _ = rustix::mount::unmount(directory, rustix::mount::UnmountFlags::DETACH);
+    unmount(directory);
     let _ = fs::remove_dir_all(directory);
+}
+
+/// Takes away the file system that is mounted on a directory, if there is one.
+pub(crate) fn unmount(directory: &Path) {
+    let _ = rustix::mount::unmount(directory, rustix::mount::UnmountFlags::DETACH);
 }
 
 /// Whether a process is there: one that belongs to somebody else is.

@@ -8,6 +8,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod accounting;
+mod disks;
 mod guest;
 mod pair;
 mod qmp;
@@ -16,6 +17,7 @@ mod said;
 mod under_way;
 
 pub use accounting::{PAGE, PHASES, accounted};
+pub use disks::{image, local, noise, write_noise};
 pub use guest::Guest;
 pub use pair::{Pair, until, vmirror};
 pub use qmp::Qmp;

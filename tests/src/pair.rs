@@ -52,8 +52,7 @@ impl Pair {
     /// If it cannot be made.
     #[must_use]
     pub fn with_local_disks() -> Pair {
-        let options = AgentOptions { local: true, ..AgentOptions::default() };
-        Pair::with_agents(Testbed::new().unwrap(), &options)
+        Pair::with_agents(Testbed::new().unwrap(), &crate::local())
     }
 
     fn with_agents(testbed: Testbed, options: &AgentOptions) -> Pair {

@@ -7,12 +7,12 @@ use std::cell::RefCell;
 use std::fs;
 use std::path::PathBuf;
 
-use end_to_end::{Guest, Pair, Qmp, UnderWay, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, Qmp, UnderWay, accounted, local, noise, until, vmirror};
 use migration::Outcome;
 use migration::report::DiskMode;
 use serde_json::json;
 use testbed::guest_spec::GuestSpec;
-use testbed::{AgentOptions, Inventory, Status, Wire, root_or_skip};
+use testbed::{Inventory, Status, Wire, root_or_skip};
 
 /// Bytes of the disk. What it holds cannot be compressed.
 const SIZE: u64 = 64 << 20;
@@ -34,7 +34,7 @@ impl Scene {
             return None;
         }
         let pair = Pair::with_local_disks();
-        fs::write(pair.a().disk_dir().join("disk.raw"), noise()).unwrap();
+        fs::write(pair.a().disk_dir().join("disk.raw"), noise(SIZE)).unwrap();
         let image = pair.a().local_dir().join("disk.raw");
         let qmp = pair.a().directory().join("user.qmp");
         let spec = GuestSpec {
@@ -90,25 +90,9 @@ impl Scene {
         assert_eq!((disk.mode, report.verification.proof_blocks), (DiskMode::Mirrored, SIZE >> 16));
         // What is not zero of the copy was there already.
         assert!(disk.wire_bytes < SIZE - copied / 2, "{disk:?}, {copied} bytes were copied before");
-        assert!(fs::read(self.copy()).unwrap() == noise());
+        assert!(fs::read(self.copy()).unwrap() == noise(SIZE));
         self.guest.sound_since(&self.before);
     }
-}
-
-fn local() -> AgentOptions {
-    AgentOptions { local: true, ..AgentOptions::default() }
-}
-
-/// Content that cannot be compressed.
-fn noise() -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let words = (0..SIZE / 8).flat_map(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state.to_le_bytes()
-    });
-    words.collect()
 }
 
 /// The names of QEMU's block nodes.

@@ -6,6 +6,7 @@ use qemu::{NicKind, Qmp, RamBlock, Spec};
 use crate::disks::{self, Disk};
 use crate::failure::Finding;
 use crate::options::{Engine, Options};
+use crate::plugged::Plugged;
 use crate::tap::Interfaces;
 use crate::vm::Vm;
 use crate::wire;
@@ -24,6 +25,7 @@ pub(crate) struct Machine {
     pub(crate) direct_disks: bool,
     pub(crate) disks: Vec<Disk>,
     pub(crate) taps: Vec<wire::Tap>,
+    pub(crate) plugged: Plugged,
 }
 
 impl Machine {
@@ -59,7 +61,7 @@ impl Machine {
             ));
         }
         let facts = facts(vm).await;
-        let Facts { machine, qemu_version, cpuid, cpu_features, kvm, running } = match facts {
+        let Facts { machine, qemu_version, cpuid, cpu_features, kvm, running, plugged } = match facts {
             Ok(facts) => facts,
             Err(e) => {
                 findings.push(Finding::new(
@@ -77,6 +79,7 @@ impl Machine {
                 "resume it first",
             ));
         }
+        findings.extend(plugged.differs_from(&vm.spec));
         findings.extend(too_old("the source", &qemu_version));
         let qemu_version = qemu_version.to_string();
         let (taps, more) = taps(&vm.spec).await;
@@ -85,7 +88,7 @@ impl Machine {
         findings.extend(more);
         let direct_disks = vm.spec.disks().iter().any(|disk| disk.cache_direct);
         let machine =
-            Machine { machine, qemu_version, cpuid, cpu_features, ram, kvm, direct_disks, disks, taps };
+            Machine { machine, qemu_version, cpuid, cpu_features, ram, kvm, direct_disks, disks, taps, plugged };
         (Some(machine), findings)
     }
 }
@@ -97,6 +100,7 @@ struct Facts {
     cpu_features: Vec<String>,
     kvm: bool,
     running: RunState,
+    plugged: Plugged,
 }
 
 async fn facts(vm: &Vm) -> Result<Facts, qemu::QmpError> {
@@ -109,6 +113,7 @@ async fn facts(vm: &Vm) -> Result<Facts, qemu::QmpError> {
         cpu_features,
         kvm: vm.qmp.kvm_enabled().await?,
         running: vm.qmp.status().await?,
+        plugged: Plugged::into(&vm.qmp).await?,
     })
 }
 

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::Access;
+
 use super::{Request, mib, read_probe};
 use crate::disks;
 use crate::failure::{Finding, chain};
@@ -222,6 +224,11 @@ impl Request {
                 "have the same kind of storage there",
             );
         }
+        if !disk.is_device && !file.is_file() {
+            let message = format!("{shown} on {} is no file", host.name);
+            return finding("disk-kind", message, "remove it there");
+        }
+        writable(host, path, Access::READ_OK | Access::WRITE_OK)?;
         let found = match qemu::probe_format(path) {
             Ok(found) => found,
             Err(e) => {
@@ -308,10 +315,15 @@ pub(crate) fn creatable(host: &Host, path: &Path) -> Result<(), Finding> {
     if !allowed(host, directory) {
         return Err(outside(host, path));
     }
-    rustix::fs::access(directory, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK).map_err(|e| {
+    writable(host, directory, Access::WRITE_OK | Access::EXEC_OK)
+}
+
+/// Whether the agent may do that with an image, or with a directory that it makes one in.
+fn writable(host: &Host, path: &Path, how: Access) -> Result<(), Finding> {
+    rustix::fs::access(path, how).map_err(|e| {
         Finding::new(
             "disk-permission",
-            format!("the agent of {} cannot make files in {}: {e}", host.name, directory.display()),
+            format!("the agent of {} cannot write {}: {e}", host.name, path.display()),
             "let it write there",
         )
     })

@@ -29,6 +29,7 @@ use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::machine::Machine;
 use crate::options::{Compress, Engine, Goal, Options};
+use crate::plugged::Plugged;
 use crate::progress::Progress;
 use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
@@ -53,6 +54,8 @@ pub(super) struct Controller {
     pub(super) held: Held,
     /// The machine is handed over before its memory is complete.
     pub(super) post_copy: bool,
+    /// What was plugged into the machine when it was described.
+    pub(super) plugged: Option<Plugged>,
 }
 
 /// What must be given back, whatever happens.
@@ -124,6 +127,7 @@ impl Controller {
             report,
             held: Held::default(),
             post_copy: false,
+            plugged: None,
         };
         tokio::spawn(async move {
             let report = controller.run().await;
@@ -200,7 +204,10 @@ impl Controller {
             Err(finding) => findings.insert(0, finding),
         }
         match machine.filter(|_| findings.is_empty()) {
-            Some(machine) => Ok(machine),
+            Some(machine) => {
+                self.plugged = Some(machine.plugged.clone());
+                Ok(machine)
+            }
             None => Err(Stop::Refused(findings)),
         }
     }

@@ -264,6 +264,10 @@ impl Rounds {
             .decode_disks(self.streams)
             .ok_or_else(|| violation("sent sums for another number of streams"))?;
         self.equal = there == sent.sums && disks == sent.disk_sums;
+        if guest == Guest::Paused && !self.equal {
+            let (memory, disks) = (there == sent.sums, disks == sent.disk_sums);
+            tracing::warn!(round = sent.number, memory, disks, "what of the copy is equal");
+        }
         (self.audited_there, self.audited_blocks) = (sums.audited, sums.audited_blocks);
         self.sums = Some(Sums::new(sums.barrier, &sent.sums, 0).with_disks(&sent.disk_sums, 0));
         if let Some(memory) = &mut self.memory {

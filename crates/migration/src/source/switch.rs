@@ -126,7 +126,9 @@ impl Pausing<'_> {
         };
         pause.gate_ms = self.since();
         // A copy that changes by itself while nothing writes to it is not trusted, even if it could be mended.
-        let Some(sums) = rounds.sums.clone().filter(|_| sound && rounds.equal && rounds.is_certain()) else {
+        let (equal, certain) = (rounds.equal, rounds.is_certain());
+        let Some(sums) = rounds.sums.clone().filter(|_| sound && equal && certain) else {
+            tracing::warn!(sound, equal, certain, "the gate does not open");
             return Err(Stop::Failed(Finding::new(
                 kind::GATE,
                 "the copy is not equal to the original",

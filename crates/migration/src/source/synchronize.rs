@@ -11,12 +11,15 @@ use super::estimate::Advice;
 use super::stop::Stop;
 use crate::failure::Finding;
 use crate::options::{Goal, OnDiverge};
+use crate::plugged::Plugged;
 use crate::report::{Verdict, Verification};
 
 /// Between the rounds of a mirror that is in sync and stays so.
 const STANDING: Duration = Duration::from_millis(100);
 /// Between the rounds of a guest that is slowed.
 const SLOWED: Duration = Duration::from_millis(5);
+/// Between those of a guest that is stopped for each, while its disks are copied.
+const COPYING: Duration = Duration::from_secs(1);
 /// A deadline for what has none.
 const FAR: Duration = Duration::from_secs(86_400);
 /// With `--on-diverge fail`, how long rounds must not have shrunk: a guest's busy moment is not the end of its migration.
@@ -97,10 +100,11 @@ impl Controller {
                 return Err(self.out_of_time());
             }
             if !copied {
-                // Rounds without end would only take from the disks' share of the link.
-                self.stand(&mut events).await?;
+                // Rounds without end would only take from the disks' share of the link, and stop a guest that must be for each scan.
+                let quiesced = self.rounds()?.quiesced.is_some();
+                self.stand(&mut events, if quiesced { COPYING } else { STANDING }).await?;
             } else if !switching && ready {
-                self.stand(&mut events).await?;
+                self.stand(&mut events, STANDING).await?;
             } else if advice == Advice::DoesNotConverge && self.held.throttling.is_none() {
                 // More rounds at once would not help; the guest's next quiet moment might.
                 tokio::time::sleep(STANDING).await;
@@ -116,11 +120,17 @@ impl Controller {
         Ok(self.rounds()?.estimate.fixed > self.options.max_downtime)
     }
 
-    /// Whether the disks are copied, and all but equal. What is not certain is settled now, so that little is left for the pause.
+    /// Whether the disks are copied, and before a switch-over all but equal. What is not certain is settled then, so that little is left
+    /// for the pause.
     async fn disks_are_ready(&mut self) -> Result<bool, Stop> {
         let Some(disks) = &mut self.held.disks else { return Ok(true) };
         if !disks.is_copied(&self.vm.qmp).await? {
             return Ok(false);
+        }
+        let switching = self.goal == Goal::Migrate || self.orders.switch.is_cancelled();
+        if !switching {
+            // A mirror that stands settles little by little: to read what the guest writes again and again would only slow it.
+            return Ok(true);
         }
         disks.settle().await?;
         Ok(disks.is_settled())
@@ -186,8 +196,12 @@ impl Controller {
     }
 
     /// Waits until it is time for the next round of a standing mirror, or until something is ordered.
-    pub(super) async fn stand(&mut self, events: &mut broadcast::Receiver<qemu::Event>) -> Result<(), Stop> {
-        let wake = Instant::now() + STANDING;
+    pub(super) async fn stand(
+        &mut self,
+        events: &mut broadcast::Receiver<qemu::Event>,
+        time: Duration,
+    ) -> Result<(), Stop> {
+        let wake = Instant::now() + time;
         let switch = self.orders.switch.clone();
         loop {
             let Some((destination, rounds)) = self.held.both() else { return Err(nothing_held()) };
@@ -275,8 +289,13 @@ impl Controller {
         Ok(())
     }
 
-    /// What the audit has put in doubt is settled before the guest is paused.
+    /// What the audit has put in doubt is settled before the guest is paused. The destination has a machine with the devices and
+    /// disks of the beginning, and no others.
     pub(super) async fn verify(&mut self) -> Result<(), Stop> {
+        let now = Plugged::into(&self.vm.qmp).await.map_err(Stop::qemu)?;
+        if let Some(change) = self.plugged.as_ref().and_then(|before| before.changed_to(&now)) {
+            return Err(Stop::Failed(change));
+        }
         if self.rounds()?.in_doubt() {
             self.settle_doubts().await?;
         }

@@ -18,6 +18,8 @@ use crate::ledger::{Ledgers, Sum};
 const TICK: Duration = Duration::from_millis(10);
 /// However busy the mirror is, one slice in so many ticks is looked at.
 const PATIENCE: u32 = 20;
+/// So many bytes of a stream may not be on stable storage: what is left of them at the pause is waited for.
+const SYNC: usize = 32 << 20;
 /// How much is read at a time where all of a disk is.
 const READ: usize = 1 << 20;
 
@@ -124,7 +126,7 @@ impl StorageDestination {
     /// The receiving end of one stream.
     #[must_use]
     pub(crate) fn stream(&self, stream: u16) -> BlockReceiver {
-        BlockReceiver { shared: Arc::clone(&self.shared), sync: self.sync.clone(), stream, entries: Vec::new() }
+        BlockReceiver { shared: Arc::clone(&self.shared), sync: self.sync.clone(), stream, entries: Vec::new(), unsynced: 0 }
     }
 
     /// For reading images that were there before.
@@ -283,6 +285,8 @@ pub(crate) struct BlockReceiver {
     sync: Sender<()>,
     stream: u16,
     entries: Vec<Entry>,
+    /// Bytes that were written since they were last put on stable storage.
+    unsynced: usize,
 }
 
 impl BlockReceiver {
@@ -305,6 +309,11 @@ impl BlockReceiver {
     /// Checks and writes what the last table said. Neighbouring whole blocks are written in one call. `wrong` is called with the
     /// ledger locked.
     pub(crate) fn apply(&mut self, payload: &[u8], mut wrong: impl FnMut(Wrong)) -> Result<(), StorageError> {
+        self.unsynced += payload.len();
+        if self.unsynced >= SYNC {
+            self.unsynced = 0;
+            self.sync();
+        }
         let Shared { layout, secret, ledgers, .. } = &*self.shared;
         self.shared.busy.store(true, Ordering::Relaxed);
         let images = self.shared.images();

@@ -19,9 +19,10 @@ use crate::ledger::{Ledgers, Sum};
 
 /// How often it is looked whether a stream has stopped.
 const WATCH: Duration = Duration::from_millis(100);
-/// How often blocks that are not certain are settled while the guest runs: those of a busy journal are written again and again, and
-/// each time is read once.
+/// How often blocks that are not certain are settled while the guest runs, and how many: 2 MiB in a second. Those of a busy journal are
+/// written again and again, and a guest that writes around the page cache waits for whoever reads its file.
 const SETTLE: Duration = Duration::from_secs(1);
+const SETTLED: u64 = 32;
 /// Blocks that are read at a time to be settled: 2 MiB.
 const BATCH: usize = 32;
 /// Least that must have been sent before more is read, in bytes.
@@ -144,7 +145,7 @@ impl StorageSource {
                 ticks += 1;
                 if WATCH * ticks >= SETTLE {
                     ticks = 0;
-                    settling.settle();
+                    settling.settle(SETTLED);
                 }
             }
         })?;
@@ -221,7 +222,7 @@ impl StorageSource {
     /// # Errors
     /// The number of the disk that cannot be read, and why.
     pub fn settle(&self) -> Result<(), (usize, io::Error)> {
-        self.shared.settle();
+        self.shared.settle(u64::MAX);
         match self.shared.unreadable.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(unreadable) => Err(unreadable),
             None => Ok(()),
@@ -355,9 +356,9 @@ impl Shared {
         }
     }
 
-    /// Reads what is not certain and has it sent, until nothing is left of what was uncertain at the beginning.
-    fn settle(&self) {
-        let mut left = self.queue().uncertain();
+    /// Reads what is not certain and has it sent, until so much is done, or nothing is left of what was uncertain at the beginning.
+    fn settle(&self, most: u64) {
+        let mut left = self.queue().uncertain().min(most);
         while left > 0 && !self.over.load(Ordering::Relaxed) {
             let taken = {
                 let mut queue = self.queue();

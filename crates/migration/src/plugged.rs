@@ -1,0 +1,104 @@
+//! What is plugged into a machine. It must be what its command line says, of which the destination makes another; and it must stay
+//! that as long as the machine is mirrored.
+
+use std::collections::BTreeSet;
+
+use qemu::{Qmp, QmpError, Spec};
+
+use crate::failure::Finding;
+
+/// Where QEMU lists devices with an id, and those without.
+const LISTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+
+/// What is plugged into a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plugged {
+    /// Ids of devices.
+    named: BTreeSet<String>,
+    /// Places of devices without one, with their drivers.
+    anonymous: BTreeSet<String>,
+    /// Drives by the device that has them, and how many bytes the guest sees of each.
+    drives: BTreeSet<(String, u64)>,
+}
+
+impl Plugged {
+    /// Looks at a machine.
+    pub(crate) async fn into(qmp: &Qmp) -> Result<Plugged, QmpError> {
+        let mut lists = [BTreeSet::new(), BTreeSet::new()];
+        for (list, devices) in LISTS.iter().zip(&mut lists) {
+            let children = qmp.qom_list(list).await?.into_iter().filter(|part| part.kind.starts_with("child<"));
+            devices.extend(children.map(|device| device.name));
+        }
+        let [named, anonymous] = lists;
+        let drives = qmp.drives().await?.into_iter();
+        let drives = drives.map(|drive| (drive.qdev.unwrap_or(drive.device), drive.virtual_size)).collect();
+        Ok(Plugged { named, anonymous, drives })
+    }
+
+    /// Devices that came or went since the machine was started, by their ids: the destination would have others.
+    pub(crate) fn differs_from(&self, spec: &Spec) -> Vec<Finding> {
+        let declared: BTreeSet<String> = spec.declared_devices().into_iter().filter_map(|device| device.id).collect();
+        let came = self.named.difference(&declared).map(|id| {
+            let message = format!("device {id} was plugged in after the VM was started");
+            Finding::new("hot-plugged", message, "unplug it, or start the VM with it")
+        });
+        let went = declared.difference(&self.named).map(|id| {
+            let message = format!("device {id} was unplugged after the VM was started");
+            Finding::new("unplugged", message, "plug it in again, or start the VM without it")
+        });
+        came.chain(went).collect()
+    }
+
+    /// What has changed since, if anything.
+    pub(crate) fn changed_to(&self, now: &Plugged) -> Option<Finding> {
+        let devices = |plugged: &Plugged| plugged.named.union(&plugged.anonymous).cloned().collect::<BTreeSet<_>>();
+        let (before, after) = (devices(self), devices(now));
+        let drive = |(device, size): &(String, u64)| format!("the disk of {device}, of {size} bytes");
+        let came = after.difference(&before).map(|device| format!("device {device} was plugged in"));
+        let went = before.difference(&after).map(|device| format!("device {device} was unplugged"));
+        let new = now.drives.difference(&self.drives).map(|new| format!("{} is new", drive(new)));
+        let gone = self.drives.difference(&now.drives).map(|gone| format!("{} is gone", drive(gone)));
+        let what = came.chain(went).chain(new).chain(gone).next()?;
+        let kind = if self.drives == now.drives { "devices-changed" } else { "disk-changed" };
+        Some(Finding::new(kind, format!("the VM changed while it was mirrored: {what}"), "see to the VM's devices, then migrate again"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plugged(named: &[&str], drives: &[(&str, u64)]) -> Plugged {
+        Plugged {
+            named: named.iter().map(|&id| id.to_owned()).collect(),
+            anonymous: BTreeSet::new(),
+            drives: drives.iter().map(|&(device, size)| (device.to_owned(), size)).collect(),
+        }
+    }
+
+    #[test]
+    fn what_changed_is_named() {
+        let before = plugged(&["nic", "vd0"], &[("vd0", 512)]);
+        assert_eq!(before.changed_to(&before), None);
+        for (after, kind, words) in [
+            (plugged(&["nic", "vd0", "rng"], &[("vd0", 512)]), "devices-changed", "rng was plugged in"),
+            (plugged(&["nic"], &[]), "disk-changed", "vd0 was unplugged"),
+            (plugged(&["nic", "vd0"], &[("vd0", 1024)]), "disk-changed", "of vd0, of 1024 bytes is new"),
+            (plugged(&["nic", "vd0"], &[]), "disk-changed", "of vd0, of 512 bytes is gone"),
+        ] {
+            let finding = before.changed_to(&after).unwrap();
+            assert_eq!(finding.kind, kind);
+            assert!(finding.message.ends_with(words), "{finding:?}");
+        }
+    }
+
+    #[test]
+    fn what_the_command_line_does_not_say_is_named() {
+        let spec = Spec::parse(&["qemu-system-x86_64", "-device", "virtio-rng-pci,id=rng", "-device", "e1000"]).unwrap();
+        let kinds = |named: &[&str]| -> Vec<String> {
+            plugged(named, &[]).differs_from(&spec).into_iter().map(|finding| finding.kind).collect()
+        };
+        assert!(kinds(&["rng"]).is_empty());
+        assert_eq!(kinds(&["other"]), ["hot-plugged", "unplugged"]);
+    }
+}
