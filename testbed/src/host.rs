@@ -267,7 +267,8 @@ impl Host {
     /// Where it cannot be mounted, or more than that is in use.
     pub fn limit_disks(&self, bytes: u64) -> Result<(), TestbedError> {
         let (disks, size) = (self.disk_dir(), format!("size={bytes}"));
-        let device = |path: &Path| fs::metadata(path).map(|file| file.dev()).map_err(TestbedError::file(path));
+        let device =
+            |path: &Path| fs::metadata(path).map(|file| file.dev()).map_err(TestbedError::file(path));
         let disks = disks.to_string_lossy();
         if device(&self.directory)? == device(&self.disk_dir())? {
             run("mount", &["-t", "tmpfs", "-o", &size, &self.mark, &disks])?;

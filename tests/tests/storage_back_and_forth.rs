@@ -147,8 +147,7 @@ fn nothing_that_was_written_is_lost_and_nothing_is_copied_twice() {
     for host in hosts {
         disk::check_ext4(&image(host, "files.raw"), Format::Raw).unwrap();
         let region = JOURNAL.0 * MIB..(JOURNAL.0 + JOURNAL.1) * MIB;
-        let replay =
-            disk::journal(&image(host, "journal.qcow2"), Format::Qcow2, "journal", region).unwrap();
+        let replay = disk::journal(&image(host, "journal.qcow2"), Format::Qcow2, "journal", region).unwrap();
         assert_eq!((replay.last(), replay.faults(acknowledged)), (acknowledged, vec![]), "{}", host.name());
     }
 }

@@ -112,9 +112,12 @@ fn a_disk_is_not_resized_under_its_copy() {
 fn a_disk_that_is_plugged_in_is_not_left_behind() {
     let Some(scene) = Scene::mirrored() else { return };
     disk::create(&image(scene.pair.a(), "new"), Format::Raw, SIZE).unwrap();
-    let node = json!({ "driver": "file", "node-name": "new", "filename": scene.pair.a().local_dir().join("new") });
+    let node =
+        json!({ "driver": "file", "node-name": "new", "filename": scene.pair.a().local_dir().join("new") });
     let _ = scene.tell("blockdev-add", node).unwrap();
-    let _ = scene.tell("device_add", json!({ "driver": "virtio-blk-pci", "id": "late", "drive": "new" })).unwrap();
+    let _ = scene
+        .tell("device_add", json!({ "driver": "virtio-blk-pci", "id": "late", "drive": "new" }))
+        .unwrap();
     scene.is_not_switched("disk-changed", &["device late was plugged in"]);
     // Nor is it by the next attempt.
     let refusal = scene.pair.migration_refused("vm", &[]);

@@ -23,7 +23,8 @@ fn moves(aio: Aio) {
     }
     let disks = [("d0.raw", Format::Raw), ("d1.qcow2", Format::Qcow2)].map(|(name, format)| {
         disk::create(&image(pair.a(), name), format, SIZE).unwrap();
-        let io = Work::Blocks { pattern: Pattern::Random, io: Io::Direct, rate: 400, depth: 4, check_rate: 200 };
+        let io =
+            Work::Blocks { pattern: Pattern::Random, io: Io::Direct, rate: 400, depth: 4, check_rate: 200 };
         TestDisk {
             aio,
             roles: vec![io.within(24), Work::Journal { rate: 20 }.within(1)],
@@ -32,13 +33,8 @@ fn moves(aio: Aio) {
     });
     let nic = Nic::new(TAP, 10);
     let address = nic.address;
-    let spec = GuestSpec {
-        nic: Some(nic),
-        fill_mib: 32,
-        rate: 500,
-        disks: disks.to_vec(),
-        ..pair.spec("vm", 192)
-    };
+    let spec =
+        GuestSpec { nic: Some(nic), fill_mib: 32, rate: 500, disks: disks.to_vec(), ..pair.spec("vm", 192) };
     let guest = pair.run(pair.a(), "vm", &spec);
     let before = guest.status();
     let client = pair.client().unwrap();

@@ -38,8 +38,7 @@ fn moves_when_there_is_room(format: Format) {
     if format == Format::Raw {
         write_noise(&image(pair.a(), name), WORKED, SIZE - WORKED);
     }
-    let work =
-        Work::Blocks { pattern: Pattern::Random, io: Io::Direct, rate: 100, depth: 1, check_rate: 50 };
+    let work = Work::Blocks { pattern: Pattern::Random, io: Io::Direct, rate: 100, depth: 1, check_rate: 50 };
     let disk = TestDisk {
         cache: Cache::Writeback,
         roles: vec![work.within(WORKED / MIB - 1), Work::Journal { rate: 100 }.within(1)],
@@ -47,7 +46,8 @@ fn moves_when_there_is_room(format: Format) {
     };
     let nic = Nic::new(TAP, 10);
     let address = nic.address;
-    let spec = GuestSpec { nic: Some(nic), fill_mib: 16, rate: 50, disks: vec![disk], ..pair.spec("vm", 128) };
+    let spec =
+        GuestSpec { nic: Some(nic), fill_mib: 16, rate: 50, disks: vec![disk], ..pair.spec("vm", 128) };
     let guest = pair.run(pair.a(), "vm", &spec);
     let before = guest.status();
     let journal = pair.client().unwrap().journal(address, "d").unwrap();
@@ -81,8 +81,11 @@ fn moves_when_there_is_room(format: Format) {
     let error = report.error.unwrap();
     eprintln!("longest wait for a record {longest:.2?}; {error:?}");
     assert_eq!(report.outcome, Outcome::Failed);
-    assert!(error.finding.message.contains("No space left on device"), "{error:?}");
-    assert!(error.finding.message.contains("host-b") && error.finding.message.contains(name), "{error:?}");
+    assert_eq!((error.finding.kind.as_str(), error.finding.hint.contains("make room there")), ("disk", true));
+    let path = pair.b().local_dir().join(name).display().to_string();
+    for word in [path.as_str(), "No space left on device", "at the destination"] {
+        assert!(error.finding.message.contains(word), "{word:?} is not said: {error:?}");
+    }
     assert!(longest < STALL, "the guest waited {longest:?} for its disk");
     assert!(pair.runs_on("vm", pair.a()));
     assert_eq!(pair.client().unwrap().check_disks(address).unwrap().faults.total(), 0);
@@ -93,7 +96,10 @@ fn moves_when_there_is_room(format: Format) {
     accounted(&report, &guest);
     let disk = &report.disks[0];
     assert_eq!(disk.mode, DiskMode::Mirrored);
-    assert!(format != Format::Raw || disk.wire_bytes < SIZE - was_copied / 2, "{disk:?}, {was_copied} bytes were there");
+    assert!(
+        format != Format::Raw || disk.wire_bytes < SIZE - was_copied / 2,
+        "{disk:?}, {was_copied} bytes were there"
+    );
     assert_eq!(pair.client().unwrap().check_disks(address).unwrap().faults.total(), 0);
     assert_eq!(journal.report().went_back, []);
     guest.sound_since(&before);

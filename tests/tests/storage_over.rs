@@ -46,8 +46,7 @@ fn an_image_that_is_to_be_overwritten_keeps_nothing_of_its_own() {
 fn an_image_that_is_to_be_thin_has_no_more_room_than_its_content_takes() {
     let Some(pair) = pair() else { return };
     moves(&pair, &[]);
-    let [here, there] =
-        [pair.a(), pair.b()].map(|host| disk::allocated(&image(host, "vm.raw")).unwrap());
+    let [here, there] = [pair.a(), pair.b()].map(|host| disk::allocated(&image(host, "vm.raw")).unwrap());
     assert!(there <= here + here / 10, "{there} bytes are allocated, {here} at the source");
 }
 

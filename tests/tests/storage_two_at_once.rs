@@ -39,13 +39,8 @@ fn disks_that_move_in_opposite_directions_both_arrive_whole() {
             roles: vec![work.within(16), Work::Journal { rate: 20 }.within(1)],
             ..TestDisk::new(from.local_dir().join(name), format, name)
         };
-        let spec = GuestSpec {
-            nic: Some(nic),
-            fill_mib: 24,
-            rate: 300,
-            disks: vec![disk],
-            ..pair.spec(name, 160)
-        };
+        let spec =
+            GuestSpec { nic: Some(nic), fill_mib: 24, rate: 300, disks: vec![disk], ..pair.spec(name, 160) };
         let guest = pair.run(from, name, &spec);
         let before = guest.status();
         let journal = pair.client().unwrap().journal(address, name).unwrap();

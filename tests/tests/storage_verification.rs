@@ -22,8 +22,7 @@ fn mirrored(pair: &Pair) -> Guest {
     let name = "d.raw";
     disk::create(&image(pair.a(), name), Format::Raw, SIZE).unwrap();
     write_noise(&image(pair.a(), name), SIZE / 2, SIZE / 2);
-    let work =
-        Work::Blocks { pattern: Pattern::Random, io: Io::Direct, rate: 50, depth: 1, check_rate: 50 };
+    let work = Work::Blocks { pattern: Pattern::Random, io: Io::Direct, rate: 50, depth: 1, check_rate: 50 };
     let disk = TestDisk {
         cache: Cache::Writeback,
         roles: vec![work.within(SIZE / 2 / MIB)],

@@ -26,7 +26,8 @@ impl Plugged {
     pub(crate) async fn into(qmp: &Qmp) -> Result<Plugged, QmpError> {
         let mut lists = [BTreeSet::new(), BTreeSet::new()];
         for (list, devices) in LISTS.iter().zip(&mut lists) {
-            let children = qmp.qom_list(list).await?.into_iter().filter(|part| part.kind.starts_with("child<"));
+            let children =
+                qmp.qom_list(list).await?.into_iter().filter(|part| part.kind.starts_with("child<"));
             devices.extend(children.map(|device| device.name));
         }
         let [named, anonymous] = lists;
@@ -37,7 +38,8 @@ impl Plugged {
 
     /// Devices that came or went since the machine was started, by their ids: the destination would have others.
     pub(crate) fn differs_from(&self, spec: &Spec) -> Vec<Finding> {
-        let declared: BTreeSet<String> = spec.declared_devices().into_iter().filter_map(|device| device.id).collect();
+        let declared: BTreeSet<String> =
+            spec.declared_devices().into_iter().filter_map(|device| device.id).collect();
         let came = self.named.difference(&declared).map(|id| {
             let message = format!("device {id} was plugged in after the VM was started");
             Finding::new("hot-plugged", message, "unplug it, or start the VM with it")
@@ -51,7 +53,8 @@ impl Plugged {
 
     /// What has changed since, if anything.
     pub(crate) fn changed_to(&self, now: &Plugged) -> Option<Finding> {
-        let devices = |plugged: &Plugged| plugged.named.union(&plugged.anonymous).cloned().collect::<BTreeSet<_>>();
+        let devices =
+            |plugged: &Plugged| plugged.named.union(&plugged.anonymous).cloned().collect::<BTreeSet<_>>();
         let (before, after) = (devices(self), devices(now));
         let drive = |(device, size): &(String, u64)| format!("the disk of {device}, of {size} bytes");
         let came = after.difference(&before).map(|device| format!("device {device} was plugged in"));
@@ -60,7 +63,11 @@ impl Plugged {
         let gone = self.drives.difference(&now.drives).map(|gone| format!("{} is gone", drive(gone)));
         let what = came.chain(went).chain(new).chain(gone).next()?;
         let kind = if self.drives == now.drives { "devices-changed" } else { "disk-changed" };
-        Some(Finding::new(kind, format!("the VM changed while it was mirrored: {what}"), "see to the VM's devices, then migrate again"))
+        Some(Finding::new(
+            kind,
+            format!("the VM changed while it was mirrored: {what}"),
+            "see to the VM's devices, then migrate again",
+        ))
     }
 }
 
@@ -94,7 +101,9 @@ mod tests {
 
     #[test]
     fn what_the_command_line_does_not_say_is_named() {
-        let spec = Spec::parse(&["qemu-system-x86_64", "-device", "virtio-rng-pci,id=rng", "-device", "e1000"]).unwrap();
+        let spec =
+            Spec::parse(&["qemu-system-x86_64", "-device", "virtio-rng-pci,id=rng", "-device", "e1000"])
+                .unwrap();
         let kinds = |named: &[&str]| -> Vec<String> {
             plugged(named, &[]).differs_from(&spec).into_iter().map(|finding| finding.kind).collect()
         };

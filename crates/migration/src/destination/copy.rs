@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use link::{AbortHandle, DataReceiver};
 use mirror::ledger::Sum;
-use mirror::memory::destination::{Event, Finished, MemoryDestination};
+use mirror::memory::destination::{DestinationError, Event, Finished, MemoryDestination};
 use mirror::memory::post_copy::Places;
 use mirror::storage::destination::{StorageDestination, Wrong};
 use tokio::sync::broadcast::error::RecvError;
@@ -131,6 +131,9 @@ impl Copy {
                 source.reply(Reply::Mismatch(wire::Pages { pages: vec![page.0] })).await
             }
             Event::Ended { .. } => Err(violation("ended a data stream too early")),
+            Event::Failed { error: DestinationError::Storage(error), .. } => {
+                Err(super::storage::broke(&self.reservation.images, &error))
+            }
             Event::Failed { error, .. } => Err(failed("data-stream", &error)),
         }
     }

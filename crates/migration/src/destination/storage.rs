@@ -1,13 +1,14 @@
 //! The mirror of disks, beside that of memory: begun, and what its images hold already told to the source.
 
 use mirror::memory::destination::Event;
-use mirror::storage::destination::StorageDestination;
+use mirror::storage::destination::{StorageDestination, StorageError};
 use mirror::storage::layout::DiskLayout;
 use tokio::sync::mpsc;
 
 use super::copy::Copy;
 use super::images::Images;
 use super::{End, Source, failed};
+use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::reservation::{Request, Reservation};
 use crate::wire::{self, HOLDS_HASHES, Reply};
@@ -33,6 +34,18 @@ pub(super) async fn begin(
     StorageDestination::start(layout, request.secret.clone(), opened, &images.are_zero(), wrong)
         .map(Some)
         .map_err(|e| failed("disk", &e))
+}
+
+/// The copy of a disk cannot be kept up: which, why, and what to do.
+pub(super) fn broke(images: &Images, error: &StorageError) -> End {
+    let StorageError::Image { disk, action, source } = error else { return failed("data-stream", error) };
+    let path = images.planned.get(*disk).map(|plan| plan.path.display().to_string()).unwrap_or_default();
+    let message = format!("{path} cannot be {action} at the destination: {}", chain(source));
+    let hint = match source.kind() {
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => "make room there, then migrate again",
+        _ => "see to the file system there, then migrate again",
+    };
+    End::Failed(vec![Finding::new("disk", message, hint)])
 }
 
 /// What is set aside, for the wire.
