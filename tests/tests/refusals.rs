@@ -286,12 +286,16 @@ fn another_disk_in_the_place_of_the_sources_is_not_overwritten() {
     pair.b().stop_agent().unwrap();
     pair.b().start_agent_with(&AgentOptions { hidden: vec![directory], ..AgentOptions::default() }).unwrap();
     let shared = ["--disks", "shared"];
-    pair.migration_refused("vm", &shared).is("disk-missing", &["vm.raw does not exist on host-b", "same path"]);
+    pair.migration_refused("vm", &shared)
+        .is("disk-missing", &["vm.raw does not exist on host-b", "same path"]);
     let agent = pair.b().agent_pid().unwrap();
     let seen = PathBuf::from(format!("/proc/{agent}/root")).join(image.strip_prefix("/").unwrap());
     fs::File::create(&seen).unwrap().set_len(16 << 20).unwrap();
     let refusal = pair.migration_refused("vm", &[]);
-    refusal.is("disk-exists", &["host-b already has", "vm.raw", "not the storage that the source has", "--disks mirror"]);
+    refusal.is(
+        "disk-exists",
+        &["host-b already has", "vm.raw", "not the storage that the source has", "--disks mirror"],
+    );
     assert!(leftover_probes(&image).is_empty());
 }
 

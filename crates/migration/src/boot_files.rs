@@ -111,7 +111,11 @@ impl Arriving {
     /// Puts the file in its place, if it is what the source has and nobody else has put something there.
     pub(crate) fn finish(self, host: &Host, secret: &Secret) -> Result<PathBuf, Finding> {
         let failed = |what: String| {
-            Finding::new("file-not-shipped", format!("{} on {}: {what}", self.path.display(), host.name), "copy it there, under the same path")
+            Finding::new(
+                "file-not-shipped",
+                format!("{} on {}: {what}", self.path.display(), host.name),
+                "copy it there, under the same path",
+            )
         };
         let content = read(&self.unfinished).map_err(|e| failed(e.to_string()))?;
         let hash: ContentHash = secret.hash(&content);

@@ -4,9 +4,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qemu::Spec;
 use qemu::qmp::Drive;
 use qemu::spec::FilePurpose;
-use qemu::Spec;
 use uuid::Uuid;
 
 use crate::failure::{Finding, chain};
@@ -87,7 +87,8 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
     let drives = match vm.qmp.drives().await {
         Ok(drives) => drives,
         Err(e) => {
-            let finding = Finding::new("qemu-gone", chain(&e), "see what became of the VM with `vmirror show`");
+            let finding =
+                Finding::new("qemu-gone", chain(&e), "see what became of the VM with `vmirror show`");
             return (Vec::new(), vec![finding]);
         }
     };
@@ -109,7 +110,9 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
             .or_else(|| lost(drive.as_ref()?, &image, metadata.as_ref().ok()?.len(), is_device))
             .unwrap_or_default();
         let mut disk = Disk {
-            size: drive.as_ref().map_or(metadata.as_ref().map_or(0, |file| file.len()), |drive| drive.virtual_size),
+            size: drive
+                .as_ref()
+                .map_or(metadata.as_ref().map_or(0, |file| file.len()), |drive| drive.virtual_size),
             drive: drive.filter(|_| not_mirrorable.is_empty()),
             not_mirrorable,
             direct,
@@ -175,7 +178,9 @@ fn lost(drive: &Drive, image: &Path, length: u64, is_device: bool) -> Option<Str
         return (!whole).then(|| "the guest sees only a part of it".to_owned());
     }
     match qemu::probe_format(image) {
-        Ok(qemu::Image::Qcow2(header)) if header.encrypted => Some("it is encrypted, and its copy would not be".to_owned()),
+        Ok(qemu::Image::Qcow2(header)) if header.encrypted => {
+            Some("it is encrypted, and its copy would not be".to_owned())
+        }
         Ok(qemu::Image::Qcow2(header)) if header.external_data => {
             Some("its data are in another file".to_owned())
         }

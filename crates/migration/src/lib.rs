@@ -21,7 +21,7 @@ pub mod lifecycle;
 mod machine;
 pub mod options;
 pub mod plugged;
-mod progress;
+pub mod progress;
 pub mod rate;
 pub mod remnants;
 pub mod report;

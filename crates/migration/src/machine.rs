@@ -87,8 +87,18 @@ impl Machine {
         let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
         let direct_disks = vm.spec.disks().iter().any(|disk| disk.cache_direct);
-        let machine =
-            Machine { machine, qemu_version, cpuid, cpu_features, ram, kvm, direct_disks, disks, taps, plugged };
+        let machine = Machine {
+            machine,
+            qemu_version,
+            cpuid,
+            cpu_features,
+            ram,
+            kvm,
+            direct_disks,
+            disks,
+            taps,
+            plugged,
+        };
         (Some(machine), findings)
     }
 }

@@ -12,6 +12,7 @@ use qemu::spec::{Destination, FilePurpose};
 use qemu::{LaunchError, Process, Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
+use crate::boot_files;
 use crate::destination::images::Images;
 use crate::destination::post_copy;
 use crate::failure::{Finding, chain};
@@ -21,7 +22,6 @@ use crate::machine;
 use crate::options::MAX_STREAMS;
 use crate::room;
 use crate::tap::{self, Interfaces};
-use crate::boot_files;
 use crate::vm::{Made, Origin, Ownership, Record, VmName};
 use crate::wire;
 

@@ -17,6 +17,7 @@ pub struct ToDestination {
 }
 
 /// What the source asks for.
+#[expect(clippy::large_enum_variant, reason = "a session has one Reserve, which is taken apart at once")]
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Request {
     /// Set aside what this machine needs. First message of a session.

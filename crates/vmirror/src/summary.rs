@@ -88,21 +88,16 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
     } else if found.gate != Verdict::NotMade {
         let proof = match found.proof {
             Verdict::NotMade => "proof not made".to_owned(),
-            Verdict::Match => format!("proof match over {}", pages_and_blocks(found.proof_pages, found.proof_blocks)),
+            Verdict::Match => {
+                format!("proof match over {}", pages_and_blocks(found.proof_pages, found.proof_blocks))
+            }
             Verdict::Mismatch => format!(
                 "proof MISMATCH in {} of {}",
                 pages_and_blocks(found.mismatches, found.mismatched_blocks),
                 pages_and_blocks(found.proof_pages, found.proof_blocks)
             ),
         };
-        facts.push((
-            "verified",
-            format!(
-                "gate {}, {proof}; {}",
-                verdict(found.gate),
-                audited(found)
-            ),
-        ));
+        facts.push(("verified", format!("gate {}, {proof}; {}", verdict(found.gate), audited(found))));
     }
     if report.engine == Engine::Qemu.name() && report.outcome == Outcome::Completed {
         facts.push(("verified", "nothing: QEMU's own stream carried the memory".to_owned()));

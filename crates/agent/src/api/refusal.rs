@@ -70,7 +70,9 @@ impl From<AgentError> for Refusal {
             AgentError::NotStanding(vm) => told(
                 StatusCode::CONFLICT,
                 "no-mirror",
-                &format!("follow it with `vmirror status {vm} --watch`, or end it with `vmirror cancel {vm}`"),
+                &format!(
+                    "follow it with `vmirror status {vm} --watch`, or end it with `vmirror cancel {vm}`"
+                ),
             ),
             AgentError::SessionEnded(_) => {
                 told(StatusCode::CONFLICT, "migration-ended", "see `vmirror history` for what came of it")

@@ -78,7 +78,8 @@ pub(super) async fn bandwidth(
     InPath(name): InPath<String>,
     Body(request): Body<BandwidthRequest>,
 ) -> Result<(StatusCode, Json<SessionRef>), Refusal> {
-    let id = api.vms.bandwidth(&vm_name(&name)?, request.bandwidth, request.to.as_deref(), request.goal).await?;
+    let id =
+        api.vms.bandwidth(&vm_name(&name)?, request.bandwidth, request.to.as_deref(), request.goal).await?;
     Ok((StatusCode::ACCEPTED, Json(SessionRef { id })))
 }
 

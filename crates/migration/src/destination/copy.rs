@@ -181,12 +181,9 @@ impl Copy {
             self.event(event, source).await?;
         }
         let differing = audit.differing.len() as u64;
-        source.reply(Reply::Audited(wire::Audited {
-            pages: audit.pages,
-            differing,
-            blocks,
-            differing_blocks,
-        })).await
+        source
+            .reply(Reply::Audited(wire::Audited { pages: audit.pages, differing, blocks, differing_blocks }))
+            .await
     }
 
     /// Whether what was applied is what was sent.

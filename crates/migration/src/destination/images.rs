@@ -57,7 +57,9 @@ impl Images {
         let paths = Paths::of(host, &record.name);
         let made = |plan: &Planned| MadeImage { path: plan.path.clone(), fresh: !plan.exists };
         record.made.images = planned.iter().map(made).collect();
-        let journal = |e: &dyn std::error::Error| Finding::new("journal", chain(e), "see to the destination's state_dir");
+        let journal = |e: &dyn std::error::Error| {
+            Finding::new("journal", chain(e), "see to the destination's state_dir")
+        };
         host.journal.update(record).map_err(|e| journal(&e))?;
         let mut images = Images {
             room: Some(if whole_room { Room::Reserved } else { Room::Thin }),
@@ -70,7 +72,11 @@ impl Images {
             let private = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&paths.storage);
             private.map_err(|e| unusable(host, &paths.storage, &e))?;
             let daemon = StorageDaemon::start(binary, &paths.storage).await.map_err(|e| {
-                Finding::new("storage-daemon", format!("on {}: {}", host.name, chain(&e)), "install qemu-storage-daemon there")
+                Finding::new(
+                    "storage-daemon",
+                    format!("on {}: {}", host.name, chain(&e)),
+                    "install qemu-storage-daemon there",
+                )
             })?;
             record.made.storage_daemon = Some(daemon.process().clone());
             images.daemon = Some(daemon);
@@ -85,7 +91,11 @@ impl Images {
         Ok(images)
     }
 
-    async fn make_one(&self, plan: &Planned, whole_room: bool) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    async fn make_one(
+        &self,
+        plan: &Planned,
+        whole_room: bool,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         if plan.format == "raw" {
             let mut open = OpenOptions::new();
             let file = open.write(true).create_new(!plan.exists).mode(MODE).open(&plan.path)?;

@@ -42,7 +42,9 @@ pub(super) fn broke(images: &Images, error: &StorageError) -> End {
     let path = images.planned.get(*disk).map(|plan| plan.path.display().to_string()).unwrap_or_default();
     let message = format!("{path} cannot be {action} at the destination: {}", chain(source));
     let hint = match source.kind() {
-        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => "make room there, then migrate again",
+        std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+            "make room there, then migrate again"
+        }
         _ => "see to the file system there, then migrate again",
     };
     End::Failed(vec![Finding::new("disk", message, hint)])
@@ -51,7 +53,10 @@ pub(super) fn broke(images: &Images, error: &StorageError) -> End {
 /// What is set aside, for the wire.
 pub(super) fn reserved(images: &Images) -> wire::Reserved {
     let known = (0..).zip(images.are_zero()).filter(|(_, zero)| !zero).map(|(disk, _)| disk);
-    wire::Reserved { mirrored: images.planned.iter().map(|plan| plan.number).collect(), known: known.collect() }
+    wire::Reserved {
+        mirrored: images.planned.iter().map(|plan| plan.number).collect(),
+        known: known.collect(),
+    }
 }
 
 /// Reads images that were there before, and tells the source what they hold.

@@ -160,12 +160,7 @@ impl Request {
         if !path.exists() {
             return Err(Finding::new(
                 "backing-missing",
-                format!(
-                    "{} is based on {}, which {} does not have",
-                    disk.path,
-                    path.display(),
-                    host.name
-                ),
+                format!("{} is based on {}, which {} does not have", disk.path, path.display(), host.name),
                 "put the base on storage that both hosts share, or have the VM use an image without a base",
             ));
         }
@@ -214,7 +209,11 @@ impl Request {
             );
         }
         let Ok(file) = std::fs::metadata(path) else {
-            return finding("disk-missing", format!("{shown} on {} leads nowhere", host.name), "remove it there");
+            return finding(
+                "disk-missing",
+                format!("{shown} on {} leads nowhere", host.name),
+                "remove it there",
+            );
         };
         if file.file_type().is_block_device() != disk.is_device {
             let what = if disk.is_device { "no block device" } else { "a block device" };
@@ -239,7 +238,12 @@ impl Request {
         if found.format() != disk.format {
             return finding(
                 "disk-format",
-                format!("{shown} on {} is of format {}, at the source it is {}", host.name, found.format(), disk.format),
+                format!(
+                    "{shown} on {} is of format {}, at the source it is {}",
+                    host.name,
+                    found.format(),
+                    disk.format
+                ),
                 "remove it there",
             );
         }
@@ -273,7 +277,8 @@ impl Request {
 /// Whether this host sees the probe that the source has put beside an image.
 fn sees(image: &Path, probe: &str, nonce: &[u8]) -> bool {
     // Only a probe beside the image says anything about the image.
-    let beside = Path::new(probe).parent() == std::fs::canonicalize(image).ok().as_deref().and_then(Path::parent);
+    let beside =
+        Path::new(probe).parent() == std::fs::canonicalize(image).ok().as_deref().and_then(Path::parent);
     !probe.is_empty() && beside && read_probe(Path::new(probe)).is_ok_and(|found| found[..] == *nonce)
 }
 

@@ -354,9 +354,16 @@ impl Controller {
         let slowed = &mut self.report.throttle;
         // Paused for good, the guest need not be slowed any more.
         let paused = || *slowed = throttling.take().map(Throttling::end);
-        let prepared =
-            switch::prepare(&self.vm.qmp, rounds, destination, disks, &socket, &self.options, streams, paused)
-                .await;
+        let prepared = switch::prepare(
+            &self.vm.qmp,
+            (rounds, disks),
+            destination,
+            &socket,
+            &self.options,
+            streams,
+            paused,
+        )
+        .await;
         match prepared {
             Ok(prepared) => {
                 self.report.verification.gate = Verdict::Match;

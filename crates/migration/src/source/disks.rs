@@ -17,9 +17,9 @@ use qemu::{Qmp, QmpError, Serve, ServedBacking, StorageDaemon};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::disks::Disk;
+use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::vm::VmName;
-use crate::failure::{Finding, chain};
 use crate::wire::{self, Reply};
 
 /// What everything that is put into QEMU's block graph is called by.
@@ -78,7 +78,11 @@ pub(super) struct Disks {
 }
 
 fn broken(what: &Path, error: &dyn std::error::Error) -> Stop {
-    Stop::Failed(Finding::new("disk", format!("{}: {}", what.display(), chain(error)), "see the logs of both agents"))
+    Stop::Failed(Finding::new(
+        "disk",
+        format!("{}: {}", what.display(), chain(error)),
+        "see the logs of both agents",
+    ))
 }
 
 impl Disks {
@@ -96,7 +100,8 @@ impl Disks {
         let mut sizes = Vec::new();
         for (place, number) in reserved.mirrored.iter().enumerate() {
             let disk = usize::try_from(*number).ok().and_then(|number| disks.get(number));
-            let Some((disk, drive)) = disk.and_then(|disk| disk.drive.as_ref().map(|drive| (disk, drive))) else {
+            let Some((disk, drive)) = disk.and_then(|disk| disk.drive.as_ref().map(|drive| (disk, drive)))
+            else {
                 return Err(violation("wants a disk that there is not"));
             };
             sizes.push(disk.size);
@@ -113,7 +118,8 @@ impl Disks {
         if mirrored.is_empty() {
             return Ok(None);
         }
-        let layout = DiskLayout::new(sizes, streams).map_err(|e| Stop::because("disk", &e, "detach some of the VM's disks"))?;
+        let layout = DiskLayout::new(sizes, streams)
+            .map_err(|e| Stop::because("disk", &e, "detach some of the VM's disks"))?;
         // What an agent that was killed has left.
         clear(qmp, &places.read()).await.map_err(Stop::qemu)?;
         let served = mirrored.iter().any(|disk| disk.format != "raw");
@@ -121,12 +127,18 @@ impl Disks {
             let socket = places.read();
             let _ = std::fs::remove_file(&socket);
             qmp.start_nbd_server(&socket).await.map_err(|e| {
-                Stop::because("nbd-server", &e, "end QEMU's own NBD server (nbd-server-stop): images other than raw are read through it")
+                Stop::because(
+                    "nbd-server",
+                    &e,
+                    "end QEMU's own NBD server (nbd-server-stop): images other than raw are read through it",
+                )
             })?;
         }
         let opened = open(qmp, &mirrored, &places).await;
         let sources = match opened {
-            Ok(images) => images.into_iter().enumerate().map(|(disk, image)| source_disk(&places, disk, image)),
+            Ok(images) => {
+                images.into_iter().enumerate().map(|(disk, image)| source_disk(&places, disk, image))
+            }
             Err(stop) => {
                 clear(qmp, &places.read()).await.map_err(Stop::qemu)?;
                 return Err(stop);
@@ -137,8 +149,7 @@ impl Disks {
         let started = StorageSource::start(layout, secret, sources.collect(), &zero);
         let (storage, lanes) =
             started.map_err(|e| Stop::because("disk", &e, "see to the source agent's run_dir"))?;
-        let disks =
-            Disks { storage: Arc::new(storage), mirrored, places, in_graph: served, copied: false };
+        let disks = Disks { storage: Arc::new(storage), mirrored, places, in_graph: served, copied: false };
         Ok(Some((disks, lanes)))
     }
 
@@ -154,19 +165,8 @@ impl Disks {
         destination: &mut Destination,
         known: bool,
     ) -> Result<(), Stop> {
-        while known {
-            match destination.receive_within(READ, "say what its images hold").await? {
-                Reply::Holds(wire::Holds { last: true, .. }) => break,
-                Reply::Holds(part) => {
-                    let held = part.decode().is_some_and(|hashes| {
-                        usize::try_from(part.disk).is_ok_and(|disk| self.storage.holds(disk, part.first, &hashes))
-                    });
-                    if !held {
-                        return Err(violation("says what no disk can hold"));
-                    }
-                }
-                other => return Err(violation(&format!("said {other:?} instead of what its images hold"))),
-            }
+        if known {
+            self.hear_contents(destination).await?;
         }
         self.in_graph = true;
         for (number, disk) in self.mirrored.iter().enumerate() {
@@ -194,6 +194,25 @@ impl Disks {
         Ok(())
     }
 
+    /// Hears what the images at the destination hold that were there before.
+    async fn hear_contents(&self, destination: &mut Destination) -> Result<(), Stop> {
+        loop {
+            match destination.receive_within(READ, "say what its images hold").await? {
+                Reply::Holds(wire::Holds { last: true, .. }) => return Ok(()),
+                Reply::Holds(part) => {
+                    let held = part.decode().is_some_and(|hashes| {
+                        usize::try_from(part.disk)
+                            .is_ok_and(|disk| self.storage.holds(disk, part.first, &hashes))
+                    });
+                    if !held {
+                        return Err(violation("says what no disk can hold"));
+                    }
+                }
+                other => return Err(violation(&format!("said {other:?} instead of what its images hold"))),
+            }
+        }
+    }
+
     /// Whether everything has been copied, so that what the guest writes is all that travels. A job that has ended by itself has
     /// failed.
     pub(super) async fn is_copied(&mut self, qmp: &Qmp) -> Result<bool, Stop> {
@@ -204,7 +223,11 @@ impl Disks {
                 Some(job) => ready &= job.ready,
                 None => {
                     let message = format!("the copy of disk {} has ended by an error", disk.path.display());
-                    return Err(Stop::Failed(Finding::new("disk", message, "see the VM's log and those of both agents")));
+                    return Err(Stop::Failed(Finding::new(
+                        "disk",
+                        message,
+                        "see the VM's log and those of both agents",
+                    )));
                 }
             }
         }
@@ -278,7 +301,10 @@ impl Disks {
 
     /// What was read of each disk, and what that took on the link.
     pub(super) fn flows(&self) -> impl Iterator<Item = (&Path, DiskFlow)> {
-        self.mirrored.iter().enumerate().map(|(disk, mirrored)| (mirrored.path.as_path(), self.storage.flow(disk)))
+        self.mirrored
+            .iter()
+            .enumerate()
+            .map(|(disk, mirrored)| (mirrored.path.as_path(), self.storage.flow(disk)))
     }
 
     /// Compares all of the running disks with the ledger. Returns how many blocks were compared.
@@ -292,14 +318,20 @@ impl Disks {
     pub(super) async fn prove(&self) -> Result<DiskProof, Stop> {
         let needs_daemon = self.mirrored.iter().any(|disk| disk.format != "raw");
         let daemon = match needs_daemon {
-            true => Some(self.serve_frozen().await.map_err(|e| Stop::because("storage-daemon", &e, "see the source agent's log"))?),
+            true => Some(
+                self.serve_frozen()
+                    .await
+                    .map_err(|e| Stop::because("storage-daemon", &e, "see the source agent's log"))?,
+            ),
             false => None,
         };
         let proved = async {
             let mut images: Vec<Box<dyn Image>> = Vec::new();
             for disk in &self.mirrored {
                 images.push(match disk.format.as_str() {
-                    "raw" => Box::new(RawImage::readable(&disk.path, disk.direct).map_err(|e| broken(&disk.path, &e))?),
+                    "raw" => Box::new(
+                        RawImage::readable(&disk.path, disk.direct).map_err(|e| broken(&disk.path, &e))?,
+                    ),
                     _ => Box::new(ServedImage::new(
                         Client::connect(&self.places.storage().join(NBD), &disk.name)
                             .map_err(|e| broken(&disk.path, &e))?,
@@ -406,7 +438,8 @@ async fn clear(qmp: &Qmp, read: &Path) -> Result<(), QmpError> {
 
 /// Takes out of a machine's QEMU, and off this host, what a mirror of its disks has left that ended with its agent.
 pub(crate) async fn clear_after(host: &Host, name: &VmName, qmp: &Qmp) -> Result<(), QmpError> {
-    let places = Places { directory: host.run_dir.clone(), machine: name.to_string(), binary: PathBuf::new() };
+    let places =
+        Places { directory: host.run_dir.clone(), machine: name.to_string(), binary: PathBuf::new() };
     clear(qmp, &places.read()).await?;
     let _ = std::fs::remove_file(places.read());
     let _ = std::fs::remove_dir_all(places.storage());

@@ -191,7 +191,8 @@ impl Controller {
             return Ok(());
         }
         if proof.mismatches == 0 {
-            let message = format!("{} blocks of the VM's disks at the source are not what was sent", disks.mismatches);
+            let message =
+                format!("{} blocks of the VM's disks at the source are not what was sent", disks.mismatches);
             return Err(Stop::Uncertain(Finding::new(
                 "proof",
                 message,

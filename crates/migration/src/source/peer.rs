@@ -146,7 +146,11 @@ impl Destination {
     }
 
     /// Asks the destination to set everything aside for the machine behind `qmp`.
-    pub(super) async fn reserve(&mut self, request: wire::Reserve, qmp: &Qmp) -> Result<wire::Reserved, Stop> {
+    pub(super) async fn reserve(
+        &mut self,
+        request: wire::Reserve,
+        qmp: &Qmp,
+    ) -> Result<wire::Reserved, Stop> {
         let rehearsal = request.rehearsal;
         let files = request.boot_files.clone();
         self.send(Request::Reserve(request)).await?;
@@ -177,8 +181,9 @@ impl Destination {
             if !files.iter().any(|file| file.path == *path) {
                 return Err(violation("wants a file that was not announced"));
             }
-            let parts = boot_files::parts(Path::new(path))
-                .map_err(|e| Stop::because("boot-file", &e, "see whether the VM's kernel and initrd are still there"))?;
+            let parts = boot_files::parts(Path::new(path)).map_err(|e| {
+                Stop::because("boot-file", &e, "see whether the VM's kernel and initrd are still there")
+            })?;
             for part in parts {
                 self.send(Request::FilePart(part)).await?;
             }
@@ -292,7 +297,8 @@ pub(super) fn reserve_request(
         cpu_features: machine.cpu_features.clone(),
         ram: machine.ram.iter().map(wire_ram).collect(),
         disks: machine.disks.iter().map(crate::disks::Disk::wire).collect(),
-        boot_files: Secret::try_from(&secret[..]).map_or_else(|_| Vec::new(), |secret| boot_files::of(&vm.spec, &secret)),
+        boot_files: Secret::try_from(&secret[..])
+            .map_or_else(|_| Vec::new(), |secret| boot_files::of(&vm.spec, &secret)),
         whole_room: options.disk_room == DiskRoom::Whole,
         taps: machine.taps.clone(),
         streams: u32::from(streams),

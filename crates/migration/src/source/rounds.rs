@@ -96,7 +96,8 @@ pub(super) struct Begin<W> {
 impl Rounds {
     /// Begins tracking: from here on nothing that the guest writes is missed. Blocks.
     pub(super) fn begin<W: std::io::Write + Send + 'static>(begin: Begin<W>) -> Result<Rounds, Stop> {
-        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression, quiesce, .. } = begin;
+        let Begin { pid, ram, layout, secret, kvm, sinks, aborts, switch_cost, compression, quiesce, .. } =
+            begin;
         let (storage, lanes) = (begin.storage, begin.lanes);
         let streams = sinks.len();
         let (mut addresses, mut ranges) = (Vec::new(), Vec::new());
@@ -119,8 +120,8 @@ impl Rounds {
             .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
         let scanning = if kvm { Scanning::AlwaysSparing } else { Scanning::Quickest };
         let how = How { scanning, compression };
-        let memory = MemorySource::start(ram, secret, tracker, ranges, how, sinks, lanes)
-            .map_err(|e| broken(&e))?;
+        let memory =
+            MemorySource::start(ram, secret, tracker, ranges, how, sinks, lanes).map_err(|e| broken(&e))?;
         let blocks = storage.as_ref().map_or(0, |storage| storage.layout().block_count());
         Ok(Rounds {
             flow: memory.flow(),

@@ -53,9 +53,8 @@ pub(super) struct Prepared {
 /// Pauses the guest and brings the copy to where the destination can resume it.
 pub(super) async fn prepare(
     qmp: &Qmp,
-    rounds: &mut Rounds,
+    (rounds, disks): (&mut Rounds, &mut Option<Disks>),
     destination: &mut Destination,
-    disks: &mut Option<Disks>,
     socket: &Path,
     options: &Options,
     streams: Option<Streams>,

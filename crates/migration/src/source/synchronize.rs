@@ -162,7 +162,11 @@ impl Controller {
     pub(super) fn out_of_time(&self) -> Stop {
         if self.held.disks.as_ref().is_some_and(|disks| !disks.are_copied()) {
             let message = format!("the disks were not copied within {:?}", self.options.timeout);
-            return Stop::Failed(Finding::new("timeout", message, "raise --timeout or --bandwidth, or see to the link"));
+            return Stop::Failed(Finding::new(
+                "timeout",
+                message,
+                "raise --timeout or --bandwidth, or see to the link",
+            ));
         }
         if self.held.rounds.as_ref().is_some_and(|rounds| rounds.estimate.downtime().is_some()) {
             return self.not_converged();

@@ -244,7 +244,9 @@ impl<R: Read> StreamReceiver<R> {
                     let disks = self.blocks.as_ref().map(BlockReceiver::sum).unwrap_or_default();
                     (self.events)(Event::Barrier { stream: self.stream, number, sum: ledger.sum(), disks });
                 }
-                Header::Blocks { entries, encoding, payload } => self.take_blocks(entries, encoding, payload)?,
+                Header::Blocks { entries, encoding, payload } => {
+                    self.take_blocks(entries, encoding, payload)?
+                }
                 Header::Sync => self.blocks.as_ref().ok_or(StorageError::NoDisks)?.sync(),
             }
         }

@@ -200,11 +200,15 @@ mod tests {
         let hash = (1u128..).prop_map(ContentHash::from_bits);
         prop_oneof![
             (block.clone(), 1u64..3).prop_map(|(block, count)| Entry::Zero { block, count }),
-            (block.clone(), hash.clone()).prop_map(|(block, hash)| Entry::Whole { block, hash, length: BLOCK_SIZE }),
-            (block.clone(), hash).prop_map(|(block, hash)| Entry::Check { block, hash }),
-            (block, 0usize..1000, 1usize..1000, any::<u64>()).prop_map(|(block, offset, length, fingerprint)| {
-                Entry::Part { block, offset, length, fingerprint }
+            (block.clone(), hash.clone()).prop_map(|(block, hash)| Entry::Whole {
+                block,
+                hash,
+                length: BLOCK_SIZE
             }),
+            (block.clone(), hash).prop_map(|(block, hash)| Entry::Check { block, hash }),
+            (block, 0usize..1000, 1usize..1000, any::<u64>()).prop_map(
+                |(block, offset, length, fingerprint)| { Entry::Part { block, offset, length, fingerprint } }
+            ),
         ]
     }
 

@@ -126,7 +126,13 @@ impl StorageDestination {
     /// The receiving end of one stream.
     #[must_use]
     pub(crate) fn stream(&self, stream: u16) -> BlockReceiver {
-        BlockReceiver { shared: Arc::clone(&self.shared), sync: self.sync.clone(), stream, entries: Vec::new(), unsynced: 0 }
+        BlockReceiver {
+            shared: Arc::clone(&self.shared),
+            sync: self.sync.clone(),
+            stream,
+            entries: Vec::new(),
+            unsynced: 0,
+        }
     }
 
     /// For reading images that were there before.
@@ -159,13 +165,6 @@ impl StorageDestination {
     /// [`StorageError::Image`]
     pub fn sync(&self) -> Result<(), StorageError> {
         self.shared.sync()
-    }
-
-    /// What [`sync`](Self::sync) does, for another thread.
-    #[must_use]
-    pub fn syncer(&self) -> impl FnOnce() -> Result<(), StorageError> + Send + 'static {
-        let shared = Arc::clone(&self.shared);
-        move || shared.sync()
     }
 
     /// The ledger sums, by stream.
@@ -247,7 +246,11 @@ impl Shared {
 
     fn sync(&self) -> Result<(), StorageError> {
         for (disk, image) in self.images().iter().enumerate() {
-            image.sync().map_err(|source| StorageError::Image { disk, action: "put on stable storage", source })?;
+            image.sync().map_err(|source| StorageError::Image {
+                disk,
+                action: "put on stable storage",
+                source,
+            })?;
         }
         Ok(())
     }
@@ -268,7 +271,13 @@ impl Shared {
         Ok(true)
     }
 
-    fn read(&self, image: &dyn Image, disk: usize, offset: u64, length: usize) -> Result<ContentHash, StorageError> {
+    fn read(
+        &self,
+        image: &dyn Image,
+        disk: usize,
+        offset: u64,
+        length: usize,
+    ) -> Result<ContentHash, StorageError> {
         let unreadable = |source| StorageError::Image { disk, action: "read", source };
         if image.next_data(offset, offset + length as u64).map_err(unreadable)?.is_none() {
             return Ok(self.secret.zero_block());
@@ -322,7 +331,9 @@ impl BlockReceiver {
         // Neighbouring whole blocks: disk, offset, where in the payload.
         let mut run: Option<(usize, u64, std::ops::Range<usize>)> = None;
         let write = |run: Option<(usize, u64, std::ops::Range<usize>)>| match run {
-            Some((disk, offset, range)) => images[disk].write(offset, &payload[range]).map_err(unwritable(disk)),
+            Some((disk, offset, range)) => {
+                images[disk].write(offset, &payload[range]).map_err(unwritable(disk))
+            }
             None => Ok(()),
         };
         let mut at = 0;
@@ -333,7 +344,9 @@ impl BlockReceiver {
                     let Some(place) = layout.locate(block) else { continue };
                     match &mut run {
                         Some((disk, offset, range))
-                            if *disk == place.disk && *offset + range.len() as u64 == place.offset && range.end == at =>
+                            if *disk == place.disk
+                                && *offset + range.len() as u64 == place.offset
+                                && range.end == at =>
                         {
                             range.end = end;
                         }

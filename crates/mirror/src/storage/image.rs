@@ -217,7 +217,10 @@ impl ServedImage {
         ServedImage(Mutex::new(client))
     }
 
-    fn with<T>(&self, ask: impl FnOnce(&mut Client) -> Result<T, super::nbd::client::NbdError>) -> io::Result<T> {
+    fn with<T>(
+        &self,
+        ask: impl FnOnce(&mut Client) -> Result<T, super::nbd::client::NbdError>,
+    ) -> io::Result<T> {
         let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         ask(&mut client).map_err(io::Error::other)
     }

@@ -140,7 +140,9 @@ impl DiskLayout {
     /// Whether all of a run of blocks is of one chunk of one disk, as everything that travels must be.
     #[must_use]
     pub fn in_one_chunk(&self, block: BlockIndex, count: u64) -> bool {
-        let Some(last) = count.checked_sub(1).and_then(|more| block.0.checked_add(more)) else { return false };
+        let Some(last) = count.checked_sub(1).and_then(|more| block.0.checked_add(more)) else {
+            return false;
+        };
         block.0 / CHUNK_BLOCKS == last / CHUNK_BLOCKS
             && self.locate(block).is_some()
             && self.locate(BlockIndex(last)).is_some()

@@ -352,7 +352,10 @@ impl Shared {
     fn watch(&self) {
         let gone = self.queue().let_go_of_stalled();
         if !gone.is_empty() {
-            tracing::warn!(pieces = gone.len(), "the link stands still: the guest's writes do not wait for it");
+            tracing::warn!(
+                pieces = gone.len(),
+                "the link stands still: the guest's writes do not wait for it"
+            );
         }
     }
 
@@ -409,9 +412,9 @@ impl Export for Served {
 
     fn take(&self, request: Request, reply: Reply) {
         let durable = match &request {
-            Request::Write { durable, .. } | Request::Zero { durable, .. } | Request::Trim { durable, .. } => {
-                *durable
-            }
+            Request::Write { durable, .. }
+            | Request::Zero { durable, .. }
+            | Request::Trim { durable, .. } => *durable,
             Request::Read { .. } | Request::Flush => false,
         };
         // The copy is equal to the source's own content wherever it is complete, so that is what is read; QEMU's copy job itself

@@ -1,8 +1,6 @@
 //! A mirror of disks, source to destination over a socket: a client writes as QEMU's copy job does, first to the source's own image
 //! and then to the server.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -76,7 +74,8 @@ impl Rig {
             image: Box::new(RawImage::readable(&image(directory.path(), "source", disk), false).unwrap()),
         };
         let disks = (0..SIZES.len()).map(source_disk).collect();
-        let (source, lanes) = StorageSource::start(layout.clone(), secret.clone(), disks, &[true; 2]).unwrap();
+        let (source, lanes) =
+            StorageSource::start(layout.clone(), secret.clone(), disks, &[true; 2]).unwrap();
         let copy = |disk| {
             let path = image(directory.path(), "copy", disk);
             Box::new(RawImage::writable(&path, Room::Thin).unwrap()) as Box<dyn Image>
