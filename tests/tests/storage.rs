@@ -1,7 +1,5 @@
 //! Disks move with the machine.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use end_to_end::{Pair, accounted};
 use migration::report::DiskMode;
 use testbed::guest_spec::GuestSpec;

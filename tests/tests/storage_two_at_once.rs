@@ -1,7 +1,5 @@
 //! Guests with disks that move at the same time must not get in each other's way.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 use std::thread;
 
 use end_to_end::{Pair, accounted, image, until, write_noise};
