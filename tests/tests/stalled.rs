@@ -9,7 +9,7 @@ use std::thread;
 use end_to_end::{Guest, Pair, Said, accounted};
 use link::{DataReceiver, Deadlines, Endpoint, Identity, Incoming, Listener};
 use migration::Outcome;
-use migration::wire::{Nothing, Pages, Reply, Request, ToDestination, ToSource};
+use migration::wire::{Nothing, Pages, Reply, Request, Reserved, ToDestination, ToSource};
 use testbed::fault;
 use testbed::guest_spec::{Content, GuestSpec};
 use tokio::sync::oneshot;
@@ -65,7 +65,7 @@ async fn serve(listener: Listener, manner: Manner) {
                     let (mut out, mut from) = control.split();
                     while let Ok(ToDestination { request: Some(request) }) = from.receive().await {
                         let reply = match request {
-                            Request::Reserve(_) => Reply::Reserved(Nothing {}),
+                            Request::Reserve(_) => Reply::Reserved(Reserved::default()),
                             Request::Cancel(_) => Reply::Cancelled(Nothing {}),
                             _ => continue,
                         };
