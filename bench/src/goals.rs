@@ -1,5 +1,5 @@
 //! The goals, held against what was measured. Every goal is judged by medians, and a ratio only within one cell, whose
-//! contenders took turns. Goals about disks are in [`disks`]. None is reached where vmirror has not made all the runs it was to make, each to its end.
+//! contenders took turns. Goals about disks are in `goals/disks.rs`. None is reached where vmirror has not made all the runs it was to make, each to its end.
 
 mod disks;
 

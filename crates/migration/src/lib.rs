@@ -20,7 +20,7 @@ pub mod journal;
 pub mod lifecycle;
 mod machine;
 pub mod options;
-pub mod plugged;
+mod plugged;
 pub mod progress;
 pub mod rate;
 pub mod remnants;

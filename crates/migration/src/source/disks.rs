@@ -255,6 +255,13 @@ impl Disks {
         self.readable(settled.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?)
     }
 
+    /// Sends again what may be wrong at the destination.
+    pub(super) async fn mend(&self) -> Result<(), Stop> {
+        let storage = Arc::clone(&self.storage);
+        let mended = tokio::task::spawn_blocking(move || storage.mend()).await;
+        self.readable(mended.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?)
+    }
+
     fn readable<T>(&self, result: Result<T, (usize, std::io::Error)>) -> Result<T, Stop> {
         result.map_err(|(disk, error)| match self.mirrored.get(disk) {
             Some(disk) => broken(&disk.path, &error),

@@ -130,6 +130,7 @@ impl Controller {
         let switching = self.goal == Goal::Migrate || self.orders.switch.is_cancelled();
         if !switching {
             // A mirror that stands settles little by little: to read what the guest writes again and again would only slow it.
+            disks.mend().await?;
             return Ok(true);
         }
         disks.settle().await?;
@@ -255,6 +256,10 @@ impl Controller {
         &mut self,
         answer: oneshot::Sender<Result<Verification, Finding>>,
     ) -> Result<(), Stop> {
+        if let Some(disks) = &self.held.disks {
+            disks.settle().await?;
+            self.round(Guest::Running).await?;
+        }
         let before = self.rounds()?.verification();
         let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
         rounds.read_back(destination).await?;

@@ -476,6 +476,11 @@ impl Queue {
         self.had_content.fill(false);
     }
 
+    /// Blocks that may be wrong at the destination.
+    pub(super) fn owed(&self) -> u64 {
+        self.owed.len()
+    }
+
     /// Blocks that are not certain.
     pub(super) fn uncertain(&self) -> u64 {
         let mut all = self.owed.clone();

@@ -223,10 +223,24 @@ impl StorageSource {
     /// The number of the disk that cannot be read, and why.
     pub fn settle(&self) -> Result<(), (usize, io::Error)> {
         self.shared.settle(u64::MAX);
+        self.readable()
+    }
+
+    fn readable(&self) -> Result<(), (usize, io::Error)> {
         match self.shared.unreadable.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(unreadable) => Err(unreadable),
             None => Ok(()),
         }
+    }
+
+    /// As [`settle`](Self::settle), but only as many blocks as may be wrong at the destination.
+    ///
+    /// # Errors
+    /// As [`settle`](Self::settle).
+    pub fn mend(&self) -> Result<(), (usize, io::Error)> {
+        let owed = self.shared.queue().owed();
+        self.shared.settle(owed);
+        self.readable()
     }
 
     /// The destination has found that these blocks are not what they should be. False where there are no such blocks.
