@@ -93,7 +93,7 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
             }
             Verdict::Mismatch => format!(
                 "proof MISMATCH in {} of {}",
-                pages_and_blocks(found.mismatches, found.mismatched_blocks),
+                mismatched(found),
                 pages_and_blocks(found.proof_pages, found.proof_blocks)
             ),
         };
@@ -240,6 +240,14 @@ pub(crate) fn in_full(report: &Report) -> String {
         text.push_str(&format!("\n{}", table.render()));
     }
     text
+}
+
+/// How much differed.
+fn mismatched(found: &Verification) -> String {
+    match found.mismatched_blocks {
+        0 => count(found.mismatches),
+        blocks => pages_and_blocks(found.mismatches, blocks),
+    }
 }
 
 /// What was compared while the machine ran.

@@ -82,7 +82,7 @@ fn bad_usage_is_refused_before_anything_is_asked() {
             .contains("--max-downtime 1s is below --downtime 3s")
     );
     assert!(to(&["--timeout", "1ms"]).contains("--timeout"));
-    assert!(to(&["--disks", "mirror"]).contains("possible values: auto, shared"));
+    assert!(to(&["--disks", "copy"]).contains("possible values: auto, mirror, shared"));
     assert!(to(&["--on-diverge", "hope"]).contains("--on-diverge"));
     assert!(refused(&["show", "../etc"]).contains("\"../etc\" cannot name a VM"));
     assert!(refused(&["report", "no-id"]).contains("an id has digits"));
