@@ -104,9 +104,9 @@ const WHY_NOT: [(&str, &str); 5] = [
     ),
     (
         "disk of 4 GiB, unshaped",
-        "where the link is no limit the CPUs are, and both hosts share two of them here. What is sent is compressed, hashed on both sides and encrypted: three to four \
-     times the CPU time of QEMU's mirror, which does none of that. About a seventh of the time nothing is copied: for a disk around the page cache the guest is stopped for \
-     every scan of its memory, and QEMU first completes what its copy job has under way.",
+        "not found out yet. It takes three to four times the CPU time of QEMU's mirror, and both hosts share two CPUs here; at the destination most of \
+         it is spent in the kernel. The guest was stopped for scans for about a seventh of the time, as its disk bypasses the page cache; scans are \
+         rarer since.",
     ),
     (
         "bytes, disk half incompressible",
@@ -114,13 +114,13 @@ const WHY_NOT: [(&str, &str); 5] = [
     ),
     (
         "guest's writes to a mirrored disk",
-        "the guest writes less than a block of 64 KiB each time, at random. Each such block is read back as a whole and hashed at the source, and again at the destination, which \
-     takes the same two cores and the same disk; and every scan of its memory stops the guest.",
+        "a mirror that stood read back, at once and as a whole, every block of 64 KiB that the guest had written a part of, beside the guest's own \
+         writes. That it was the cause is likely and not proved; it has been changed since, and not measured again.",
     ),
     (
         "downtime with a disk",
-        "the copy itself ends in time, 4.5 ms. The rest comes later in the pause and varies much: the destination's image is put on stable storage while its QEMU loads, and from the hand-over until QEMU \
-     has taken the image over and runs it is 1 to 28 ms, where it is 1 ms without a disk.",
+        "the copy itself ends in time, 4.5 ms. The rest comes later in the pause and varies much: until the destination is ready, and from the \
+         hand-over until the machine runs, 1 to 28 ms where it is 1 ms without a disk. What takes that time has not been found out.",
     ),
 ];
 

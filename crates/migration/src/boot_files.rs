@@ -75,6 +75,31 @@ fn is_link(path: &Path) -> bool {
     std::fs::symlink_metadata(path).is_ok()
 }
 
+/// Files that were shipped here. As long as they are on nobody's record, they go when this is dropped.
+#[derive(Debug, Default)]
+pub(crate) struct Shipped(Vec<PathBuf>);
+
+impl Shipped {
+    pub(crate) fn add(&mut self, path: PathBuf) {
+        self.0.push(path);
+    }
+
+    pub(crate) fn paths(&self) -> &[PathBuf] {
+        &self.0
+    }
+
+    /// They are on record.
+    pub(crate) fn are_recorded(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Shipped {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|path| drop(std::fs::remove_file(path)));
+    }
+}
+
 /// A file on its way here. As long as it has not been put in its place, it is removed when this is dropped.
 pub(crate) struct Arriving {
     path: PathBuf,

@@ -257,6 +257,15 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
 }
 
+/// What disks were mirrored to, and what was shipped to be booted from, is the machine's from here on: nothing removes it or takes it
+/// for what a migration has left.
+pub(crate) fn own_disks(host: &Host, record: &mut Record) {
+    for image in std::mem::take(&mut record.made.images) {
+        host.remnants.taken(&image.path);
+    }
+    record.made.shipped.clear();
+}
+
 /// What an earlier machine has left is this one's now, and nobody else's to overwrite.
 fn has_its_disks(host: &Host, spec: &Spec) {
     for path in spec.disks().iter().filter_map(qemu::Disk::host_path) {
@@ -417,6 +426,7 @@ pub async fn resolve(host: &Host, record: Record, resolution: Resolution) -> Res
                 }
             }
             record.generation += 1;
+            own_disks(host, &mut record);
             record.ownership = Ownership::Owner;
             record.resuming = true;
             host.journal.update(&record)?;
@@ -470,7 +480,9 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
         host.post_copies.remove(session);
     }
     let mut files = record.made.files.clone();
-    files.extend(record.made.shipped.iter().cloned());
+    if matches!(record.ownership, Ownership::Incoming { .. }) {
+        files.extend(record.made.shipped.iter().cloned());
+    }
     if record.origin == Origin::Adopted && matches!(record.ownership, Ownership::HandedOver { .. }) {
         files.extend(stale_ram(record));
     }
@@ -502,6 +514,10 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
 /// What becomes of images that were mirrored to and are not the machine's: another attempt goes on from them. One that was made and
 /// has nothing in it is worth nothing.
 fn leave_images(host: &Host, record: &Record) {
+    // Those of a machine that is this host's are its disks, whatever its record says.
+    if !matches!(record.ownership, Ownership::Incoming { .. }) {
+        return;
+    }
     for MadeImage { path, fresh } in &record.made.images {
         let Ok(file) = std::fs::metadata(path) else { continue };
         match (fresh, file.is_file() && file.blocks() * 512 > UNWRITTEN) {

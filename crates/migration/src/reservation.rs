@@ -53,7 +53,7 @@ pub(crate) struct Request {
     /// What it boots from directly.
     boot_files: Vec<wire::BootFile>,
     /// Those that were shipped here for it.
-    pub(crate) shipped: Vec<PathBuf>,
+    pub(crate) shipped: boot_files::Shipped,
     /// Images that are made get all their room at once.
     whole_room: bool,
     taps: Vec<wire::Tap>,
@@ -137,7 +137,7 @@ impl Request {
             disks: wire.disks,
             whole_room: wire.whole_room,
             boot_files: wire.boot_files,
-            shipped: Vec::new(),
+            shipped: boot_files::Shipped::default(),
             taps: wire.taps,
             post_copy: wire.post_copy,
             qemu_stream: wire.qemu_stream,
@@ -468,7 +468,7 @@ impl Request {
             let _ = std::fs::remove_file(stale);
         }
         // On record from here on, so that they go if the machine does not come.
-        record.made.shipped.clone_from(&self.shipped);
+        record.made.shipped = self.shipped.paths().to_vec();
         // QEMU opens its images when it starts, so they are there before.
         let images = Images::make(host, &mut record, planned, self.whole_room, self.rehearsal, spec.binary())
             .await

@@ -183,8 +183,6 @@ impl Source {
         let reservation = match reserved {
             Ok(reservation) => reservation,
             Err(refusal) => {
-                // Those that nobody has on record.
-                request.shipped.iter().for_each(|file| drop(std::fs::remove_file(file)));
                 self.reply(Reply::Refused(refusal.into())).await?;
                 return Ok(());
             }
@@ -193,6 +191,7 @@ impl Source {
             lifecycle::forget(&self.host, &reservation.record, Some(&reservation.qmp)).await;
             return self.reply(Reply::Refused(Vec::new().into())).await;
         }
+        request.shipped.are_recorded();
         tracing::info!(vm = %request.name, session = %request.session, peer = %self.peer, "reserved");
         let copied = match request.qemu_stream {
             true => self.relay(reservation, arrivals).await,
@@ -229,11 +228,8 @@ impl Source {
                 }
             }
             match arriving.finish(&self.host, &request.secret) {
-                Ok(path) => request.shipped.push(path),
-                Err(finding) => {
-                    request.shipped.iter().for_each(|file| drop(std::fs::remove_file(file)));
-                    return Err(End::Failed(vec![finding]));
-                }
+                Ok(path) => request.shipped.add(path),
+                Err(finding) => return Err(End::Failed(vec![finding])),
             }
         }
         Ok(())

@@ -79,11 +79,7 @@ impl Source {
                 record.ownership = Ownership::Owner;
                 record.generation = record.generation.saturating_add(1);
                 record.resuming = true;
-                // The disks are the machine's from here on.
-                for image in std::mem::take(&mut record.made.images) {
-                    host.remnants.taken(&image.path);
-                }
-                record.made.shipped.clear();
+                lifecycle::own_disks(&host, &mut record);
                 // Before anything runs: after a crash this host knows that the machine is its own, and resumes it.
                 host.journal.update(&record).map_err(|e| failed("journal", &e))?;
             }
