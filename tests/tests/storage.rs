@@ -1,7 +1,15 @@
-//! Disks move with the machine.
+//! Disks move with the machine, and what it boots from.
 
-use end_to_end::{Pair, accounted};
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use end_to_end::{Pair, accounted, noise, until, vmirror};
 use migration::report::DiskMode;
+use testbed::Host;
 use testbed::guest_spec::GuestSpec;
 
 #[test]
@@ -22,4 +30,102 @@ fn a_disk_of_a_local_file_moves_with_its_machine() {
     assert_eq!(report.disks[0].mode, DiskMode::Mirrored);
     guest.sound_since(&before);
     assert!(std::fs::read(pair.b().disk_dir().join("disk.raw")).unwrap() == content);
+}
+
+#[test]
+fn what_a_machine_boots_from_is_there_before_it_is_and_gone_if_it_does_not_come() {
+    if !testbed::root_or_skip("hosts with storage of their own") {
+        return;
+    }
+    let pair = Pair::with_local_disks();
+    let spec = pair.spec("vm", 128);
+    for (from, name) in [(&spec.kernel, "vmlinuz"), (&spec.initramfs, "initrd")] {
+        fs::copy(from, pair.a().disk_dir().join(name)).unwrap();
+    }
+    let local = |name: &str| pair.a().local_dir().join(name);
+    let spec = GuestSpec { kernel: local("vmlinuz"), initramfs: local("initrd"), ..spec };
+    let guest = pair.run(pair.a(), "vm", &spec);
+    let before = guest.status();
+    let there = || names(pair.b());
+
+    let checked = vmirror(pair.a(), &["check", "vm", "--to", &pair.b().listen().to_string()]);
+    assert_eq!((checked.code, there()), (Some(0), Vec::new()), "a rehearsal ships nothing: {checked:?}");
+    let migration = pair.begin("vm", pair.a(), pair.b(), &["--bandwidth", "1MiB/s"]);
+    migration.reaches("synchronize");
+    assert_eq!(there(), ["initrd", "vmlinuz"]);
+    let _ = vmirror(pair.a(), &["cancel", "vm"]).done();
+    assert_eq!(migration.ended().code, Some(1));
+    until("what was shipped is gone", || there().is_empty());
+
+    let report = pair.migrate("vm", pair.a(), pair.b(), &[]);
+    accounted(&report, &guest);
+    for name in ["vmlinuz", "initrd"] {
+        let read = |host: &Host| fs::read(host.disk_dir().join(name)).unwrap();
+        assert!(read(pair.a()) == read(pair.b()), "{name}");
+    }
+    guest.sound_since(&before);
+    // They are the machine's now, and stay when it ends.
+    let _ = vmirror(pair.b(), &["stop", "vm", "--force"]).done();
+    pair.holds_nothing(pair.b());
+    assert_eq!(there(), ["initrd", "vmlinuz"]);
+}
+
+/// What is in a host's directory of disks.
+fn names(host: &Host) -> Vec<String> {
+    let entries = fs::read_dir(host.disk_dir()).unwrap();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// A block device in a host's directory of disks, backed by a file. Given back when dropped.
+struct Device(PathBuf);
+
+impl Device {
+    fn new(host: &Host, content: &[u8]) -> Device {
+        let file = host.directory().join("device");
+        fs::write(&file, content).unwrap();
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let device = Device(PathBuf::from(String::from_utf8(made.stdout).unwrap().trim()));
+        let number = fs::metadata(&device.0).unwrap().rdev();
+        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+        let mut node = Command::new("mknod");
+        node.arg(host.disk_dir().join("device")).args(["b", &major.to_string(), &minor.to_string()]);
+        assert!(node.status().unwrap().success());
+        device
+    }
+
+    fn content(&self) -> Vec<u8> {
+        fs::read(&self.0).unwrap()
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_not_overwritten_unless_told_to_and_then_is_equal() {
+    if !testbed::root_or_skip("block devices") {
+        return;
+    }
+    const SIZE: usize = 16 << 20;
+    let pair = Pair::with_local_disks();
+    let (here, there) = (Device::new(pair.a(), &noise(SIZE as u64)), Device::new(pair.b(), &vec![7; SIZE]));
+    let drive = |path: &Path| format!("file={},format=raw,if=virtio", path.display());
+    let extra = vec!["-drive".to_owned(), drive(&pair.a().local_dir().join("device"))];
+    let guest = pair.run(pair.a(), "vm", &GuestSpec { extra, ..pair.spec("vm", 128) });
+    let before = guest.status();
+    pair.migration_refused("vm", &[]).is("disk-exists", &["device", "host-b", "--disks mirror"]);
+    assert!(there.content() == vec![7; SIZE]);
+    let report = pair.migrate("vm", pair.a(), pair.b(), &["--disks", "mirror"]);
+    accounted(&report, &guest);
+    assert_eq!((report.disks[0].mode, report.disks[0].size), (DiskMode::Mirrored, SIZE as u64));
+    assert!(there.content() == here.content());
+    guest.sound_since(&before);
+    pair.holds_nothing(pair.a());
 }
