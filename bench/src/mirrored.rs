@@ -1,6 +1,7 @@
 //! The guest that vmirror moves: started, migrated and looked at with the program that a user has.
 
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -87,10 +88,14 @@ pub fn migrate(
         Some(_) => vec!["switch", NAME, "--json"],
         None => [&["migrate", NAME, "--to", &address, "--json"], order.options].concat(),
     };
-    let report = match report {
+    let mut report = match report {
         Some(report) => report,
         None => reported(words[0], run_on(from, &words, order.patience, interrupt, hear)?)?,
     };
+    for disk in &mut report.disks {
+        // Where the testbed's directory was is nobody's business.
+        disk.name = Path::new(&disk.name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    }
     let link_bytes = link.and_then(|link| link.bytes());
     let after = cpu();
     phases.heard().for_each(entered);
