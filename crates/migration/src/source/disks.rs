@@ -269,9 +269,9 @@ impl Disks {
         })
     }
 
-    /// The guest is paused: ends the copy jobs, takes everything out of QEMU's graph, and settles what is left. With the next barrier
-    /// the destination has all of it.
-    pub(super) async fn finish(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+    /// The guest is paused: ends the copy jobs. With the next barrier the destination has all that came of them; what is not certain of
+    /// it is to be settled.
+    pub(super) async fn end_jobs(&mut self, qmp: &Qmp) -> Result<(), Stop> {
         // All at the same time: each drains its disk.
         let ends = self.mirrored.iter().filter(|disk| !disk.read_only).map(|disk| async move {
             let why = match qmp.end_mirror(&disk.name, false).await.map_err(Stop::qemu)? {
@@ -287,10 +287,11 @@ impl Disks {
         });
         futures::future::try_join_all(ends).await?;
         self.storage.copied();
-        // Until nothing is left: a block that was written while it was read is read again.
-        while self.storage.uncertain() > 0 {
-            self.settle().await?;
-        }
+        Ok(())
+    }
+
+    /// Takes everything out of QEMU's graph. Whatever was not certain has been settled.
+    pub(super) async fn give_up(&mut self, qmp: &Qmp) -> Result<(), Stop> {
         clear(qmp, &self.places.read()).await.map_err(Stop::qemu)?;
         self.in_graph = false;
         Ok(())

@@ -248,7 +248,7 @@ impl Rounds {
     ) -> Result<(), Stop> {
         let repairs = self.heard.take_repairs();
         self.repaired += repairs.len() as u64;
-        self.repair_blocks(guest)?;
+        self.repair_blocks()?;
         let scanned = self.scan(destination, guest).await?;
         let begin = scanned.begin;
         let sent = self
@@ -303,10 +303,10 @@ impl Rounds {
     }
 
     /// Has blocks sent again that the destination has found wrong.
-    fn repair_blocks(&mut self, guest: Guest) -> Result<(), Stop> {
+    fn repair_blocks(&mut self) -> Result<(), Stop> {
         for wrong in self.heard.take_blocks() {
             // A check fails where the guest has written the block since: that is no discrepancy.
-            if !wrong.checked || guest == Guest::Paused {
+            if !wrong.checked {
                 self.repaired_blocks += wrong.blocks.len() as u64;
             }
             let repaired = self.storage.as_ref().is_some_and(|storage| storage.repair(&blocks(&wrong)));

@@ -162,17 +162,25 @@ impl Pausing<'_> {
         // guest RAM after the scan is found by the next one.
         let (paused_at, options) = (self.paused_at, self.options);
         let since = || paused_at.elapsed().as_secs_f64() * 1e3;
-        let save = async {
-            self.finish_disks(pause).await?;
-            Ok::<_, Stop>((self.save(pump).await?, since()))
-        };
         let send = async {
             rounds.round(destination, Guest::Paused).await?;
             Ok::<_, Stop>(since())
         };
-        let (saved, sent) = tokio::try_join!(save, send)?;
-        (pause.device_state_ms, pause.last_round_ms) = (saved.1, sent);
-        rounds.settle_checks().await?;
+        let saved = if let Some(disks) = self.disks.as_mut() {
+            // With its devices QEMU gives its images up, and some can be read through it only. So first everything is heard of them
+            // that there is to be heard, which the barrier of the round sees to, and settled.
+            let ((), sent) = tokio::try_join!(disks.end_jobs(self.qmp), send)?;
+            pause.last_round_ms = sent;
+            rounds.settle_checks().await?;
+            self.give_up_disks(pause).await?;
+            (self.save(pump).await?, since())
+        } else {
+            let save = async { Ok::<_, Stop>((self.save(pump).await?, since())) };
+            let (saved, sent) = tokio::try_join!(save, send)?;
+            pause.last_round_ms = sent;
+            saved
+        };
+        pause.device_state_ms = saved.1;
         let mut sound = !rounds.repairs_due();
         if options.verify == Verify::Strict {
             let (_, differing) = rounds.read_back(destination).await?;
@@ -191,19 +199,25 @@ impl Pausing<'_> {
         pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
         pause: &mut Pause,
     ) -> Result<u64, Stop> {
-        self.finish_disks(pause).await?;
+        let time = HOT_WITHIN.min(self.options.downtime / 2);
+        if let Some(disks) = self.disks.as_mut() {
+            // As above.
+            disks.end_jobs(self.qmp).await?;
+            rounds.withhold_cold(destination, time).await?;
+            rounds.settle_checks().await?;
+            self.give_up_disks(pause).await?;
+        }
         let device_state_bytes = self.save(pump).await?;
         pause.device_state_ms = self.since();
-        rounds.settle_checks().await?;
-        rounds.withhold_cold(destination, HOT_WITHIN.min(self.options.downtime / 2)).await?;
+        rounds.withhold_cold(destination, time).await?;
         pause.last_round_ms = self.since();
         Ok(device_state_bytes)
     }
 
-    /// The copies of the disks are complete. Before devices are saved: with them QEMU gives its images up.
-    async fn finish_disks(&mut self, pause: &mut Pause) -> Result<(), Stop> {
+    /// Nothing is read of the disks any more, and QEMU's block graph is what it was.
+    async fn give_up_disks(&mut self, pause: &mut Pause) -> Result<(), Stop> {
         if let Some(disks) = &mut self.disks {
-            disks.finish(self.qmp).await?;
+            disks.give_up(self.qmp).await?;
             pause.disks_ms = self.since();
         }
         Ok(())
