@@ -56,7 +56,7 @@ impl Lane {
         writer: &mut FrameWriter<W>,
         copy_too: bool,
     ) -> Result<(), SourceError> {
-        let mut left = self.shared.queue().pieces(self.stream);
+        let mut left = self.shared.queue().resume(self.stream);
         while left > 0 {
             match self.frame(writer, copy_too)? {
                 0 => break,
@@ -98,6 +98,8 @@ impl Lane {
         self.entries.clear();
         // Whoever waits for an answer gets it now.
         self.items.drain(..).for_each(|item| drop(item.answer));
+        // It may have been given up for lost meanwhile, and there may be nothing else to send for long.
+        self.shared.queue().resume(self.stream);
         self.shared.taken.notify_all();
         Ok(sent)
     }

@@ -388,9 +388,6 @@ impl Queue {
         let waited = if into.is_empty() { Duration::ZERO } else { lane.moved.elapsed() };
         lane.pace = waited.max(lane.pace.mul_f64(0.9));
         lane.moved = Instant::now();
-        if lane.state == Taking::Stalled {
-            lane.state = Taking::Open;
-        }
     }
 
     /// Lets go of what waits for streams that have stopped. What is let go of is given back, to be dropped without the lock.
@@ -493,9 +490,12 @@ impl Queue {
         self.lanes.iter().map(|lane| lane.bytes).sum()
     }
 
-    /// How many pieces wait on a stream.
-    pub(super) fn pieces(&self, stream: u16) -> usize {
-        let lane = &self.lanes[usize::from(stream)];
+    /// A stream is there to take what waits, or has just taken it: one that had stopped goes on. Returns how many pieces wait.
+    pub(super) fn resume(&mut self, stream: u16) -> usize {
+        let lane = &mut self.lanes[usize::from(stream)];
+        if lane.state == Taking::Stalled {
+            lane.state = Taking::Open;
+        }
         lane.urgent.len() + lane.copy.len()
     }
 
