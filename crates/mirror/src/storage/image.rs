@@ -1,5 +1,6 @@
 //! What holds a disk's content: a file, a block device, or somebody who serves it.
 
+use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -17,8 +18,10 @@ use crate::hash::is_zero;
 const GRAIN: usize = 4096;
 /// Zeros are written in pieces of this size where there is no better way.
 const ZEROS: usize = 1 << 20;
-/// Alignment of offsets, lengths and memory that every device takes for direct reads.
+/// Alignment of offsets, lengths and memory that every device takes for direct reads and writes.
 const ALIGNMENT: usize = 4096;
+/// What is shorter is left to the page cache, which makes longer writes of it and needs not wait for the device each time.
+const DIRECT: usize = 16 << 10;
 
 /// What holds a disk's content as the guest sees it. Used by several threads at once, never for the same bytes.
 pub trait Image: Send + Sync + 'static {
@@ -69,30 +72,30 @@ pub enum Room {
 pub struct RawImage {
     file: File,
     room: Room,
-    /// Reads bypass the page cache, as the guest's writes do: what is cached may be older.
-    direct: bool,
+    /// The same, around the page cache. A file system that does not know of that has nothing else than the cache.
+    direct: Option<File>,
 }
 
 impl RawImage {
-    /// Opens an image to be written.
+    /// Opens an image to be written, around the page cache where much is written at once: what is written of a copy is not read
+    /// again soon, and to find pages for it costs more than to write it.
     ///
     /// # Errors
     /// As `open(2)`.
     pub fn writable(path: &Path, room: Room) -> io::Result<RawImage> {
-        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path)?;
-        Ok(RawImage { file, room, direct: false })
+        let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
+        let file = open(libc::O_CLOEXEC)?;
+        Ok(RawImage { file, room, direct: open(libc::O_CLOEXEC | libc::O_DIRECT).ok() })
     }
 
-    /// Opens an image to be read. `direct` where somebody writes to it around the page cache; a file system that does not know
-    /// of that has nothing else than the cache.
+    /// Opens an image to be read. `direct` where somebody writes to it around the page cache: what is cached may be older.
     ///
     /// # Errors
     /// As `open(2)`.
     pub fn readable(path: &Path, direct: bool) -> io::Result<RawImage> {
         let open = |flags| OpenOptions::new().read(true).custom_flags(flags).open(path);
-        let opened = if direct { open(libc::O_DIRECT) } else { Err(Errno::INVAL.into()) };
-        let direct = opened.is_ok();
-        let file = opened.or_else(|_| open(0))?;
+        let file = open(libc::O_CLOEXEC)?;
+        let direct = direct.then(|| open(libc::O_CLOEXEC | libc::O_DIRECT).ok()).flatten();
         Ok(RawImage { file, room: Room::Thin, direct })
     }
 
@@ -102,28 +105,56 @@ impl RawImage {
         &self.file
     }
 
-    fn read_direct(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        let start = offset - offset % ALIGNMENT as u64;
-        let skip = (offset - start) as usize;
-        let length = (skip + buffer.len()).next_multiple_of(ALIGNMENT);
-        let mut room = vec![0u8; length + ALIGNMENT];
-        let shift = room.as_ptr().align_offset(ALIGNMENT);
-        let aligned = &mut room[shift..shift + length];
-        read_to_end(&self.file, start, aligned)?;
-        buffer.copy_from_slice(&aligned[skip..skip + buffer.len()]);
-        Ok(())
+    /// Writes what is not to be looked at any more.
+    fn write_all(&self, content: &[u8], offset: u64) -> io::Result<()> {
+        let aligned = offset.is_multiple_of(ALIGNMENT as u64) && content.len().is_multiple_of(ALIGNMENT);
+        match &self.direct {
+            Some(file) if aligned && content.len() >= DIRECT => with_aligned(content.len(), |buffer| {
+                buffer.copy_from_slice(content);
+                match file.write_all_at(buffer, offset) {
+                    // Some devices want more.
+                    Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.file.write_all_at(content, offset),
+                    written => written,
+                }
+            }),
+            _ => self.file.write_all_at(content, offset),
+        }
     }
 
     fn write_zeros(&self, mut offset: u64, mut length: u64) -> io::Result<()> {
         let zeros = vec![0; ZEROS.min(usize::try_from(length).unwrap_or(ZEROS))];
         while length > 0 {
             let part = zeros.len().min(usize::try_from(length).unwrap_or(ZEROS));
-            self.file.write_all_at(&zeros[..part], offset)?;
+            self.write_all(&zeros[..part], offset)?;
             offset += part as u64;
             length -= part as u64;
         }
         Ok(())
     }
+}
+
+/// Reads around the page cache, whatever the alignment of what is asked for.
+fn read_direct(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let start = offset - offset % ALIGNMENT as u64;
+    let skip = (offset - start) as usize;
+    let length = (skip + buffer.len()).next_multiple_of(ALIGNMENT);
+    with_aligned(length, |aligned| {
+        read_to_end(file, start, aligned)?;
+        buffer.copy_from_slice(&aligned[skip..skip + buffer.len()]);
+        Ok(())
+    })
+}
+
+/// Lends a buffer of this thread that direct reads and writes take.
+fn with_aligned<T>(length: usize, with: impl FnOnce(&mut [u8]) -> T) -> T {
+    thread_local!(static ROOM: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) });
+    ROOM.with_borrow_mut(|room| {
+        if room.len() < length + ALIGNMENT {
+            room.resize(length + ALIGNMENT, 0);
+        }
+        let shift = room.as_ptr().align_offset(ALIGNMENT);
+        with(&mut room[shift..shift + length])
+    })
 }
 
 /// Reads what there is; what lies beyond the file's end is zero, as QEMU has it.
@@ -147,12 +178,15 @@ fn read_to_end(file: &File, mut offset: u64, mut buffer: &mut [u8]) -> io::Resul
 
 impl Image for RawImage {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        if self.direct { self.read_direct(offset, buffer) } else { read_to_end(&self.file, offset, buffer) }
+        match &self.direct {
+            Some(file) => read_direct(file, offset, buffer),
+            None => read_to_end(&self.file, offset, buffer),
+        }
     }
 
     fn write(&self, offset: u64, content: &[u8]) -> io::Result<()> {
         if self.room == Room::Reserved || !offset.is_multiple_of(GRAIN as u64) {
-            return self.file.write_all_at(content, offset);
+            return self.write_all(content, offset);
         }
         // Runs of pieces that are all zero, or all not, go in one call each.
         let mut at = 0;
@@ -165,7 +199,7 @@ impl Image for RawImage {
             if zero {
                 self.zero(offset + at as u64, (end - at) as u64)?;
             } else {
-                self.file.write_all_at(&content[at..end], offset + at as u64)?;
+                self.write_all(&content[at..end], offset + at as u64)?;
             }
             at = end;
         }
