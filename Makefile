@@ -10,7 +10,7 @@
 # QEMU=/path/to/qemu-system-x86_64 chooses another QEMU.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench bench-quick bench-micro setup setup-rust setup-guest setup-userland build clean
+.PHONY: help demo test test-full lint bench bench-quick bench-micro setup setup-rust setup-guest setup-userland setup-postgresql build clean
 .NOTPARALLEL:
 
 ifdef QEMU
@@ -33,7 +33,8 @@ demo: setup build
 test: setup build
 	$(as_root) cargo test --release --workspace
 
-test-full: setup build
+# Among them a guest of 16 GiB, and a database at work that is moved.
+test-full: setup setup-postgresql build
 	$(as_root) cargo test --release --workspace -- --include-ignored
 
 lint: setup-rust
@@ -75,7 +76,11 @@ setup-guest: setup-rust
 
 # Only for the benchmark, and cells without it run where it cannot be made.
 setup-userland: setup-rust
-	@setup/userland
+	@setup/userland benchmark
+
+# Only for test-full, whose test of it is skipped, and says so, where it cannot be made.
+setup-postgresql: setup-rust
+	@setup/userland postgresql
 
 # Tests start the program itself, so it is built first and with the same profile.
 build: setup-rust

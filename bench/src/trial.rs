@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use testbed::guest_spec::Nic;
+use testbed::guest_spec::{Nic, Userland};
 use testbed::{AgentOptions, Client, Console, GuestSpec, Programs, Testbed, TestbedError, Wire};
 use tokio::runtime::Handle;
 
@@ -275,7 +275,7 @@ impl<'a> Scene<'a> {
                 pattern: cell.pattern(),
                 content: Some(cell.page_content()),
                 check_rate: Some(CHECK_RATE),
-                userland: userland.clone(),
+                userland: userland.clone().map(Userland::Shared),
                 nic: Some(Nic::new(name, number)),
                 // QEMU names its threads only when told to, and the twin's are told apart by name.
                 extra: vec!["-name".into(), format!("{name},debug-threads=on")],

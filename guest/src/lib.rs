@@ -4,7 +4,8 @@
 //! [dirtying](writer) some of them in a chosen [pattern](workload), [checks](checker) all of them from inside against a
 //! record kept elsewhere, and [answers](service) heartbeats, echo connections and questions about its [status].
 //! Where it has test [disks](disk), it writes to them, reads back what they hold, and tells what they have acknowledged.
-//! Where it is given a Debian [userland], it boots it beside itself and warms its page cache before it is ready.
+//! Where it is given a Debian [userland], it boots it beside itself before it is ready, with a warm page cache or on a disk that
+//! it writes.
 //! `guest-image` packs it with the kernel modules it needs into an [initramfs](image).
 //!
 //! This crate depends on no other of the project: what it says about a migration owes nothing to the code that migrates.

@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 
 use crate::disk::Plan;
 use crate::page::{self, Content};
+use crate::userland::Changes;
 use crate::workload::Pattern;
 
 /// What the guest was asked to do.
@@ -25,8 +26,9 @@ pub struct Parameters {
     pub content: Option<Content>,
     /// `vmirror.read=on|off`: whether the first disk is read all the time ([`reader`](crate::reader)).
     pub read: bool,
-    /// `vmirror.userland=on|off`: whether the first disk is a userland to boot ([`userland`](crate::userland)).
-    pub userland: bool,
+    /// `vmirror.userland=off|on|writable`: whether the first disk is a userland to boot ([`userland`](crate::userland)), and where
+    /// what it writes then goes: with `on` nowhere but into memory.
+    pub userland: Option<Changes>,
     /// `vmirror.disk=SERIAL:ROLE…`, once for each disk: what is done with it, as told at [`plan`](crate::disk::plan).
     pub disks: Vec<Plan>,
     /// `vmirror.check=on|off`: whether everything is checked all the time.
@@ -46,7 +48,7 @@ impl Default for Parameters {
             pattern: Pattern::Random,
             content: None,
             read: false,
-            userland: false,
+            userland: None,
             disks: Vec::new(),
             check: true,
             // All of 256 MiB in two seconds, and still most of an emulated CPU left for everything else.
@@ -79,7 +81,7 @@ impl Parameters {
                     .set(parameter)
                     .map_err(|expected| ParameterError { word: word.to_owned(), expected })?;
             }
-            if parameters.read && parameters.userland {
+            if parameters.read && parameters.userland.is_some() {
                 let expected = "not both a userland and numbered blocks on the first disk";
                 return Err(ParameterError { word: word.to_owned(), expected });
             }
@@ -103,7 +105,12 @@ impl Parameters {
             }
             "content" => self.content = Some(Content::named(value).ok_or("still, text, noise or zero")?),
             "read" => self.read = switch(value)?,
-            "userland" => self.userland = switch(value)?,
+            "userland" => {
+                self.userland = match value {
+                    "off" => None,
+                    _ => Some(Changes::named(value).ok_or("off, on or writable")?),
+                }
+            }
             "disk" => {
                 let plan = Plan::parse(value)?;
                 if self.disks.iter().any(|other| other.serial == plan.serial) {
@@ -184,7 +191,7 @@ mod tests {
             pattern: Pattern::Counter,
             content: Some(Content::Noise),
             read: true,
-            userland: false,
+            userland: None,
             disks: vec![Plan::parse("d1:blocks,region=8:journal").unwrap(), Plan::parse("d2:ext4").unwrap()],
             check: false,
             check_rate: 0,
@@ -194,7 +201,16 @@ mod tests {
         assert_eq!(expected.working_set_pages(), 5120);
         assert_eq!(expected.fill_bytes(), 200 << 20);
         assert_eq!(Parameters::parse("panic=-1 vmirror.gw="), Ok(Parameters::default()));
-        assert!(Parameters::parse("vmirror.userland=on").unwrap().userland);
+    }
+
+    #[test]
+    fn a_userland_is_written_to_only_where_it_says_so() {
+        let userland =
+            |value| Parameters::parse(&format!("vmirror.userland={value}")).map(|found| found.userland);
+        assert_eq!(userland("off"), Ok(None));
+        assert_eq!(userland("on"), Ok(Some(Changes::InMemory)));
+        assert_eq!(userland("writable"), Ok(Some(Changes::OnDisk)));
+        assert!(userland("read-only").unwrap_err().to_string().contains("off, on or writable"));
     }
 
     #[test]
@@ -228,6 +244,7 @@ mod tests {
         assert!(Parameters::parse("vmirror.disk=a:ext4 vmirror.disk=a:blocks").is_err());
         assert!(Parameters::parse("vmirror.userland=on vmirror.read=off").is_ok());
         assert!(Parameters::parse("vmirror.userland=on vmirror.read=on").is_err());
+        assert!(Parameters::parse("vmirror.read=on vmirror.userland=writable").is_err());
     }
 
     proptest! {

@@ -1,11 +1,11 @@
 //! A Debian userland, booted from the first disk beside the guest's own program: a machine whose memory is that of a server,
-//! full of programs that run and of files that were read.
+//! full of programs that run and of files that were read, or one whose disk is.
 //!
 //! Its init is the first process of namespaces of its own, as in a container: see
 //! <https://systemd.io/CONTAINER_INTERFACE>. So it boots as on a machine, and the guest's own init stays in charge of the real
 //! one. They share the network: the userland's services listen on the guest's addresses.
 //!
-//! The disk is mounted read-only, so that any number of guests can share it; what the userland writes stays in memory.
+//! What it writes [goes](Changes) where the guest was told: to memory, and any number of guests can share the disk, or to the disk.
 
 use std::convert::Infallible;
 use std::ffi::CStr;
@@ -21,6 +21,30 @@ use std::time::{Duration, Instant};
 
 use crate::system::container::{self, Child};
 use crate::system::{mount, mount_with};
+
+/// Where goes what the userland writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Changes {
+    /// To memory: the disk is mounted read-only, and something else over it.
+    InMemory,
+    /// To the disk.
+    OnDisk,
+}
+
+impl Changes {
+    /// By its name on the kernel command line.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::InMemory, Self::OnDisk].into_iter().find(|changes| changes.name() == name)
+    }
+
+    /// Its name on the kernel command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InMemory => "on",
+            Self::OnDisk => "writable",
+        }
+    }
+}
 
 /// The disk.
 const DISK: &CStr = c"/dev/vda";
@@ -46,7 +70,7 @@ const NOTIFY: &str = "vmirror-userland";
 /// What it says.
 const BOOTED: &str = "READY=1";
 /// How long it may take: five seconds on an emulated CPU, which may have to share a real one with many others.
-const BOOT: Duration = Duration::from_secs(180);
+pub const BOOT: Duration = Duration::from_secs(180);
 /// How often it is looked at meanwhile.
 const POLL: Duration = Duration::from_secs(1);
 /// How much is read at once, in bytes.
@@ -97,16 +121,16 @@ impl Userland {
     ///
     /// # Errors
     /// Where there is no such disk, or the kernel lacks something.
-    pub fn start() -> Result<Self, UserlandError> {
+    pub fn start(changes: Changes) -> Result<Self, UserlandError> {
         for directory in MOUNT_POINTS {
             fs::create_dir_all(directory).map_err(failed(directory))?;
         }
-        mount_with(DISK, LOWER, c"ext4", libc::MS_RDONLY, c"").map_err(failed("mounting the disk"))?;
-        mount(c"tmpfs", CHANGES).map_err(failed("tmpfs"))?;
-        for directory in LAYERS {
-            fs::create_dir(directory).map_err(failed(directory))?;
+        match changes {
+            Changes::InMemory => mount_layers()?,
+            Changes::OnDisk => {
+                mount_with(DISK, ROOT, c"ext4", 0, c"").map_err(failed("mounting the disk"))?;
+            }
         }
-        mount_with(c"overlay", ROOT, c"overlay", 0, OVERLAY).map_err(failed("overlay"))?;
         mount(c"cgroup2", CGROUPS).map_err(failed("control groups"))?;
         fs::write("/userland/cgroup/cgroup.subtree_control", "+cpu +memory +pids")
             .map_err(failed("controllers"))?;
@@ -155,6 +179,16 @@ impl Userland {
     }
 }
 
+/// Mounts the disk read-only, and over it a file system in memory that takes what is written.
+fn mount_layers() -> Result<(), UserlandError> {
+    mount_with(DISK, LOWER, c"ext4", libc::MS_RDONLY, c"").map_err(failed("mounting the disk"))?;
+    mount(c"tmpfs", CHANGES).map_err(failed("tmpfs"))?;
+    for directory in LAYERS {
+        fs::create_dir(directory).map_err(failed(directory))?;
+    }
+    mount_with(c"overlay", ROOT, c"overlay", 0, OVERLAY).map_err(failed("overlay"))
+}
+
 /// Whether a message, of lines as in sd_notify(3), says that the boot is over.
 fn has_booted(message: &str) -> bool {
     message.lines().any(|line| line == BOOTED)
@@ -196,7 +230,7 @@ fn enter() -> io::Result<Infallible> {
         .exec())
 }
 
-/// Reads the userland's files into the page cache, all of them or until that many bytes of memory are left free. Gives back
+/// Reads the files of a userland whose disk is mounted read-only into the page cache, all of them or until that many bytes of memory are left free. Gives back
 /// how many were read.
 ///
 /// # Errors

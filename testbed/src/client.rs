@@ -3,9 +3,12 @@
 mod echo;
 mod heartbeats;
 mod journal;
+mod postgresql;
 
+use std::ffi::OsStr;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream, UdpSocket};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +21,7 @@ use guest::status::Status;
 pub use echo::{Echo, EchoReport};
 pub use heartbeats::{HeartbeatReport, Heartbeats};
 pub use journal::{Journal, JournalReport};
+pub use postgresql::{Log, Pgbench, PgbenchReport, Summary};
 
 use crate::TestbedError;
 use crate::namespace::Namespace;
@@ -41,6 +45,13 @@ pub struct Client {
 impl Client {
     pub(crate) fn in_namespace(namespace: Arc<Namespace>) -> Self {
         Self { namespace }
+    }
+
+    /// A command that will run on this host. The child's pid is the program's.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = self.namespace.command(program);
+        command.stdin(Stdio::null());
+        command
     }
 
     /// Sends that many heartbeats per second to a guest (1000 show a pause to the millisecond) and notes what comes back.

@@ -9,6 +9,8 @@ pub use guest::disk::{Io, Role, Work};
 pub use guest::page::Content;
 pub use guest::workload::Pattern;
 
+use guest::userland::Changes;
+
 pub use test_disk::{Aio, Cache, Syntax, TestDisk};
 
 use crate::accelerator::Accelerator;
@@ -49,9 +51,8 @@ pub struct GuestSpec {
     /// A raw disk image of blocks that say which they are, by `guest::reader`, read all the time and around the host's page
     /// cache.
     pub direct_disk: Option<PathBuf>,
-    /// A raw image of a Debian file system that it boots beside itself, by `guest::userland`, and only reads. Not together with
-    /// `direct_disk`: each wants to be the first disk.
-    pub userland: Option<PathBuf>,
+    /// A Debian that it boots beside itself, by `guest::userland`. Not together with `direct_disk`: each wants to be the first disk.
+    pub userland: Option<Userland>,
     /// Disks that it works on, each known by its serial number.
     pub disks: Vec<TestDisk>,
     /// Its network interface.
@@ -68,6 +69,15 @@ pub struct GuestSpec {
     pub kernel: PathBuf,
     /// Its initramfs.
     pub initramfs: PathBuf,
+}
+
+/// A Debian that a guest boots beside itself: an ext4 file system, and no partitions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Userland {
+    /// A raw image that is only read, by any number of guests.
+    Shared(PathBuf),
+    /// The guest's own disk, which is written.
+    Own(TestDisk),
 }
 
 /// Where a guest's memory lies.
@@ -176,11 +186,17 @@ impl GuestSpec {
             let drive = format!("file={},format=raw,if=virtio,cache=none", escape(image));
             words.extend(["-drive".into(), drive]);
         }
-        if let Some(image) = &self.userland {
-            let drive = format!("file={},format=raw,if=virtio,readonly=on", escape(image));
-            words.extend(["-drive".into(), drive]);
-        }
-        words.extend(self.disks.iter().enumerate().flat_map(|(place, disk)| disk.arguments(place)));
+        let own = match &self.userland {
+            Some(Userland::Shared(image)) => {
+                let drive = format!("file={},format=raw,if=virtio,readonly=on", escape(image));
+                words.extend(["-drive".into(), drive]);
+                None
+            }
+            Some(Userland::Own(disk)) => Some(disk),
+            None => None,
+        };
+        let disks = own.into_iter().chain(&self.disks);
+        words.extend(disks.enumerate().flat_map(|(place, disk)| disk.arguments(place)));
         if let Some(nic) = &self.nic {
             let netdev = format!("tap,id=net0,ifname={},script=no,downscript=no", nic.tap);
             // No boot ROM: the guest never boots from the network, and ROMs of two QEMU versions need not be alike.
@@ -224,8 +240,8 @@ impl GuestSpec {
         if self.direct_disk.is_some() {
             add("read", "on".into());
         }
-        if self.userland.is_some() {
-            add("userland", "on".into());
+        if let Some(userland) = &self.userland {
+            add("userland", userland.changes().name().to_owned());
         }
         for parameter in self.disks.iter().filter_map(TestDisk::parameter) {
             add("disk", parameter);
@@ -234,6 +250,15 @@ impl GuestSpec {
             add("ip", format!("{}/{GUEST_PREFIX}", nic.address));
         }
         line
+    }
+}
+
+impl Userland {
+    fn changes(&self) -> Changes {
+        match self {
+            Self::Shared(_) => Changes::InMemory,
+            Self::Own(_) => Changes::OnDisk,
+        }
     }
 }
 
@@ -286,16 +311,30 @@ mod tests {
         assert_eq!((parameters.rate, parameters.pattern), (300, Pattern::Counter));
         assert_eq!(parameters.content, Some(Content::Text));
         assert_eq!((parameters.check, parameters.check_rate), (true, 1000));
-        assert!(parameters.read && !parameters.userland);
+        assert!(parameters.read && parameters.userland.is_none());
     }
 
     #[test]
     fn a_userland_is_attached_so_that_guests_can_share_it() {
-        let spec = GuestSpec { direct_disk: None, userland: Some("/u,1".into()), ..spec() };
+        let userland = Some(Userland::Shared("/u,1".into()));
+        let spec = GuestSpec { direct_disk: None, userland, ..spec() };
         let words = spec.command_line();
         assert!(words.join(" ").contains("-drive file=/u,,1,format=raw,if=virtio,readonly=on "));
         let append = words.iter().position(|word| word == "-append").unwrap() + 1;
-        assert!(Parameters::parse(&words[append]).unwrap().userland);
+        assert_eq!(Parameters::parse(&words[append]).unwrap().userland, Some(Changes::InMemory));
+    }
+
+    #[test]
+    fn a_userland_that_is_written_is_a_disk_like_others_and_the_first() {
+        let disk = |serial| TestDisk::new("/t", crate::disk::Format::Raw, serial);
+        let userland = Some(Userland::Own(disk("root")));
+        let words =
+            GuestSpec { direct_disk: None, userland, disks: vec![disk("d")], ..spec() }.command_line();
+        let line = words.join(" ");
+        assert!(line.contains("node-name=disk-root,file=file-root,read-only=off,"), "{line}");
+        assert!(line.contains("serial=root,addr=0x10 ") && line.contains("serial=d,addr=0x11 "), "{line}");
+        let append = words.iter().position(|word| word == "-append").unwrap() + 1;
+        assert_eq!(Parameters::parse(&words[append]).unwrap().userland, Some(Changes::OnDisk));
     }
 
     #[test]

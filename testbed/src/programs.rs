@@ -60,16 +60,45 @@ pub fn guest_images() -> Result<(PathBuf, PathBuf), TestbedError> {
 /// # Errors
 /// [`TestbedError::Unavailable`] where set-up could not make it, with its reason, or was not asked to.
 pub fn userland() -> Result<PathBuf, TestbedError> {
-    userland_in(&target().join("userland"))
+    userland_in(&target().join("userland"), "make setup-userland")
 }
 
-fn userland_in(directory: &Path) -> Result<PathBuf, TestbedError> {
+/// What set-up made for guests that run PostgreSQL, and for their clients.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Postgresql {
+    /// The file system image of a Debian userland that runs it, with a database for pgbench. To be copied: a guest writes it.
+    pub image: PathBuf,
+    /// PostgreSQL's terminal.
+    pub psql: PathBuf,
+    /// PostgreSQL's benchmark.
+    pub pgbench: PathBuf,
+}
+
+impl Postgresql {
+    /// What was made, if that was possible; if not, says on standard error that `what` is skipped, and why.
+    pub fn find_or_skip(what: &str) -> Option<Self> {
+        let directory = target().join("postgresql");
+        match userland_in(&directory, "make setup-postgresql") {
+            Ok(image) => {
+                let [psql, pgbench] = ["psql", "pgbench"].map(|name| directory.join("clients").join(name));
+                Some(Self { image, psql, pgbench })
+            }
+            Err(error) => {
+                eprintln!("SKIPPED {what}: no PostgreSQL: {error}");
+                None
+            }
+        }
+    }
+}
+
+/// The image in a directory of setup/userland, which that command would have made.
+fn userland_in(directory: &Path, command: &str) -> Result<PathBuf, TestbedError> {
     let path = directory.join("root.img");
     if path.is_file() {
         return Ok(path);
     }
     let why = std::fs::read_to_string(directory.join("unavailable"))
-        .unwrap_or_else(|_| "`make setup-userland` has not run".into());
+        .unwrap_or_else(|_| format!("`{command}` has not run"));
     Err(TestbedError::Unavailable { path, why: why.lines().last().unwrap_or_default().trim().to_owned() })
 }
 
@@ -97,8 +126,8 @@ mod tests {
     #[test]
     fn an_image_that_could_not_be_made_comes_with_the_reason() {
         let directory = tempfile::tempdir().unwrap();
-        let found = || userland_in(directory.path());
-        assert!(matches!(found(), Err(TestbedError::Unavailable { why, .. }) if why.contains("make ")));
+        let found = || userland_in(directory.path(), "make it");
+        assert!(matches!(found(), Err(TestbedError::Unavailable { why, .. }) if why.contains("`make it`")));
         std::fs::write(directory.path().join("unavailable"), "I: Retrieving\nE: no network\n").unwrap();
         assert!(matches!(found(), Err(TestbedError::Unavailable { why, .. }) if why == "E: no network"));
         std::fs::write(directory.path().join("root.img"), "").unwrap();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use guest::userland;
 use testbed::guest_spec::GuestSpec;
 use testbed::{Console, Status};
 
@@ -27,7 +28,12 @@ impl Guest {
     pub fn ready(name: &str, spec: &GuestSpec) -> Guest {
         let console = Console::new(&spec.serial);
         let guest = Guest { name: name.to_owned(), spec: spec.clone(), console };
-        guest.console.wait_for("the guest to be ready", PATIENCE, |_| guest.console.is_ready()).unwrap();
+        // A userland is booted before.
+        let boot = spec.userland.as_ref().map_or(Duration::ZERO, |_| userland::BOOT);
+        guest
+            .console
+            .wait_for("the guest to be ready", PATIENCE + boot, |_| guest.console.is_ready())
+            .unwrap();
         guest
     }
 

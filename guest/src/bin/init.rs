@@ -19,7 +19,7 @@ use guest::reader;
 use guest::service::{self, Answer};
 use guest::status::{Counters, PREFIX, READY, Status};
 use guest::system::{self, End};
-use guest::userland::{self, Userland};
+use guest::userland::{self, Changes, Userland};
 use guest::workload::Order;
 use guest::writer::{self, Control};
 
@@ -69,7 +69,8 @@ fn run() -> Result<(), Failure> {
     }
 
     // Before there are threads, and before memory is filled that the copy of this process would share for a while.
-    let userland = parameters.userland.then(|| boot_userland(&console, &parameters)).transpose()?;
+    let boot = |changes| boot_userland(&console, &parameters, changes);
+    let userland = parameters.userland.map(boot).transpose()?;
 
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
     let boot = boot_number(&boot_id)?;
@@ -99,11 +100,15 @@ fn run() -> Result<(), Failure> {
     }
 }
 
-/// Boots the userland of the first disk, and fills memory with its files but for what is to be filled otherwise.
-fn boot_userland(console: &Console, parameters: &Parameters) -> Result<Userland, Failure> {
-    let userland = Userland::start()?;
+/// Boots the userland of the first disk. One that only reads it then has its files fill memory, but for what is to be filled otherwise.
+fn boot_userland(console: &Console, parameters: &Parameters, changes: Changes) -> Result<Userland, Failure> {
+    let userland = Userland::start(changes)?;
     let took = userland.wait_booted()?;
     console.say(&format!("userland booted in {:.1} s", took.as_secs_f64()));
+    if changes == Changes::OnDisk {
+        // It is there for what it does to its disk, and fills memory as it goes.
+        return Ok(userland);
+    }
     let began = Instant::now();
     let read = userland::warm(parameters.fill_bytes() as u64 + FREE)?;
     let took = began.elapsed().as_secs_f64();
@@ -294,7 +299,7 @@ impl Console {
 fn load_modules(parameters: &Parameters) -> Result<(), Failure> {
     let directory = Path::new(MODULES);
     let dependencies = Dependencies::parse(&fs::read_to_string(directory.join(DEPENDENCIES))?);
-    let overlay = parameters.userland.then_some("overlay");
+    let overlay = (parameters.userland == Some(Changes::InMemory)).then_some("overlay");
     for wanted in modules_for_devices()?.into_iter().chain(overlay) {
         for module in dependencies.load_order(wanted) {
             let path = directory.join(format!("{module}.ko"));
