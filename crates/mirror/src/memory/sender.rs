@@ -299,11 +299,10 @@ impl<W: Write> StreamSender<W> {
         self.writer.looked_at(raw);
         self.runs.clear();
         self.filled = 0;
-        if self.entries.is_empty() {
-            return Ok(());
+        if !self.entries.is_empty() {
+            self.send(number, &parts)?;
+            self.entries.clear();
         }
-        self.send(number, &parts)?;
-        self.entries.clear();
         self.send_blocks()
     }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -63,6 +63,9 @@ struct Shared {
     images: RwLock<Vec<Box<dyn Image>>>,
     audited: AtomicU64,
     busy: AtomicBool,
+    /// The first failure to put something on stable storage, and of which disk: the system tells it once, and the next attempt says
+    /// that all is well.
+    lost: Mutex<Option<(usize, Arc<io::Error>)>>,
 }
 
 /// The destination's side of the disks of one mirror.
@@ -93,6 +96,7 @@ impl StorageDestination {
             images: RwLock::new(images),
             audited: AtomicU64::new(0),
             busy: AtomicBool::new(false),
+            lost: Mutex::default(),
         });
         let (stop, stopped) = bounded::<()>(0);
         let (sync, syncs) = bounded::<()>(1);
@@ -116,7 +120,7 @@ impl StorageDestination {
         let synced = Arc::clone(&shared);
         let syncing = std::thread::Builder::new().name("disk-sync".into()).spawn(move || {
             while syncs.recv().is_ok() {
-                // What fails now fails again when it counts.
+                // Told to whoever writes next.
                 let _ = synced.sync();
             }
         })?;
@@ -246,13 +250,24 @@ impl Shared {
 
     fn sync(&self) -> Result<(), StorageError> {
         for (disk, image) in self.images().iter().enumerate() {
-            image.sync().map_err(|source| StorageError::Image {
-                disk,
-                action: "put on stable storage",
-                source,
-            })?;
+            if let Err(error) = image.sync() {
+                let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+                lost.get_or_insert((disk, Arc::new(error)));
+            }
         }
-        Ok(())
+        self.is_kept()
+    }
+
+    /// Whether everything that was put on stable storage is there.
+    fn is_kept(&self) -> Result<(), StorageError> {
+        match &*self.lost.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some((disk, error)) => Err(StorageError::Image {
+                disk: *disk,
+                action: "put on stable storage",
+                source: io::Error::new(error.kind(), Arc::clone(error)),
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Reads a block back. The ledger is locked meanwhile: nobody writes the block between the two.
@@ -323,6 +338,7 @@ impl BlockReceiver {
             self.unsynced = 0;
             self.sync();
         }
+        self.shared.is_kept()?;
         let Shared { layout, secret, ledgers, .. } = &*self.shared;
         self.shared.busy.store(true, Ordering::Relaxed);
         let images = self.shared.images();

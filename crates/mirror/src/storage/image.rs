@@ -113,7 +113,9 @@ impl RawImage {
                 buffer.copy_from_slice(content);
                 match file.write_all_at(buffer, offset) {
                     // Some devices want more.
-                    Err(e) if e.kind() == io::ErrorKind::InvalidInput => self.file.write_all_at(content, offset),
+                    Err(e) if e.kind() == io::ErrorKind::InvalidInput => {
+                        self.file.write_all_at(content, offset)
+                    }
                     written => written,
                 }
             }),
@@ -179,7 +181,11 @@ fn read_to_end(file: &File, mut offset: u64, mut buffer: &mut [u8]) -> io::Resul
 impl Image for RawImage {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         match &self.direct {
-            Some(file) => read_direct(file, offset, buffer),
+            Some(file) => match read_direct(file, offset, buffer) {
+                // Some devices want more.
+                Err(e) if e.kind() == io::ErrorKind::InvalidInput => read_to_end(&self.file, offset, buffer),
+                read => read,
+            },
             None => read_to_end(&self.file, offset, buffer),
         }
     }

@@ -96,10 +96,10 @@ impl Lane {
             self.shared.count(disk, raw as u64, wire);
         }
         self.entries.clear();
-        // Whoever waits for an answer gets it now.
-        self.items.drain(..).for_each(|item| drop(item.answer));
-        // It may have been given up for lost meanwhile, and there may be nothing else to send for long.
-        self.shared.queue().resume(self.stream);
+        self.items.clear();
+        // Whoever waits for an answer gets it now, without the lock.
+        let answered = self.shared.queue().written(self.stream);
+        drop(answered);
         self.shared.taken.notify_all();
         Ok(sent)
     }

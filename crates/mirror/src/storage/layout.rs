@@ -10,7 +10,7 @@ use crate::layout::Index;
 /// Bytes in a block of the ledger, and the granularity of QEMU's copy job.
 pub const BLOCK_SIZE: usize = 64 << 10;
 
-/// Blocks in a chunk: 2 MiB. QEMU's copy job has 16 MiB under way, which so spreads over the streams.
+/// Blocks in a chunk: 2 MiB. What QEMU's copy job reads one after the other so spreads over the streams.
 pub const CHUNK_BLOCKS: u64 = 32;
 
 /// Upper limit of all disks of a machine together: 16 TiB. A peer's numbers are held against it before anything is

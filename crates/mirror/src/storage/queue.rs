@@ -1,13 +1,14 @@
 //! What waits to be sent of disks, on every stream, and what is not certain about them.
 //!
 //! Two things come in over the same connection: what the guest writes, and what QEMU's copy job reads. What has been written
-//! before, or is a part of a block only, is taken to be the guest's and goes first; it is answered at once while little waits, so
-//! that the guest does not wait for the link. The rest is taken to be the copy and answered when it is on its way, which paces the
-//! job. A wrong guess costs time only: pieces that overlap never pass each other.
+//! before, or is a part of a block only, is taken to be the guest's and goes first; it is answered at once while little of it waits,
+//! so that the guest does not wait for the link. The rest is taken to be the copy; it waits behind, and when enough of it does, what
+//! comes is answered when it is on its way, which paces the job. A wrong guess costs time only: pieces that overlap never pass each
+//! other.
 //!
-//! QEMU's copy job first makes all of its target zero, and then writes what is not. Where the destination has content of before, that
-//! would be thrown away for most of it to come again: such zeros are *deferred*, and what is left of them when the job is through is
-//! compared like what is owed.
+//! QEMU's copy job first makes all of its target zero, and then writes what is not. Where the destination has nothing yet, that is so
+//! already. Where it has content of before, that would be thrown away for most of it to come again: such zeros are *deferred*, and
+//! what is left of them when the job is through is compared like what is owed.
 //!
 //! A guest must not wait for a link that has stopped. What has waited too long is let go of: the blocks are *owed*, and are read
 //! from the source's own image and sent again when the link is back. A block of which only a part was sent is *unhashed*: nobody here
@@ -24,12 +25,16 @@ use super::nbd::server::Reply;
 // A set of numbers of any index space.
 use crate::memory::pages::PageSet as BlockSet;
 
-/// With more than this waiting on a stream, in bytes, whoever writes waits too.
+/// With more of what the guest has written waiting on a stream than this, in bytes, it waits too.
 const EARLY: usize = 8 << 20;
+/// With more of the copy waiting on a stream than this, in bytes, the job waits. So much, two chunks, keeps a stream busy while QEMU
+/// reads what the others get.
+const AHEAD: usize = 4 << 20;
 /// After which a stream that takes nothing is not waited for any more. On a slow link frames take longer: then it is so many times
-/// the longest wait of late.
+/// the longest wait of late, up to what a guest may wait for its disk.
 const STALL: Duration = Duration::from_millis(500);
 const PATIENCE: u32 = 4;
+const LONGEST: Duration = Duration::from_millis(800);
 /// Most items of a frame: with these no table is too long.
 const MAX_ITEMS: usize = 128;
 
@@ -107,12 +112,32 @@ impl Item {
     }
 }
 
+/// What was let go of, to be dropped without the lock: that answers.
+#[derive(Debug, Default)]
+pub(super) struct Gone {
+    /// What will not be sent as it is.
+    pub(super) items: Vec<Item>,
+    /// Of what has been taken.
+    answers: Vec<Arc<Answer>>,
+}
+
+impl Gone {
+    /// Whether nobody was waiting.
+    pub(super) fn is_empty(&self) -> bool {
+        self.items.is_empty() && self.answers.is_empty()
+    }
+}
+
 /// What waits on one stream.
 #[derive(Debug)]
 struct Lane {
     urgent: VecDeque<Item>,
     copy: VecDeque<Item>,
+    /// Bytes of both, and of what is urgent.
     bytes: usize,
+    urgent_bytes: usize,
+    /// Of what it has taken and is writing: nobody waits longer for that than for what has not been taken.
+    writing: Vec<Arc<Answer>>,
     /// When it last took something, or began to have something to take.
     moved: Instant,
     /// The longest wait of late.
@@ -136,6 +161,8 @@ impl Lane {
             urgent: VecDeque::new(),
             copy: VecDeque::new(),
             bytes: 0,
+            urgent_bytes: 0,
+            writing: Vec::new(),
             moved: Instant::now(),
             pace: Duration::ZERO,
             state: Taking::Open,
@@ -147,7 +174,7 @@ impl Lane {
     }
 
     fn push(&mut self, item: Item, copy: bool) {
-        if self.is_empty() {
+        if self.is_empty() && self.writing.is_empty() {
             self.moved = Instant::now();
         }
         self.bytes += item.bytes();
@@ -164,10 +191,15 @@ impl Lane {
         let mut at = 0;
         while at < self.copy.len() {
             match overlaps(&self.copy[at]) {
-                true => self.urgent.extend(self.copy.remove(at)),
+                true => {
+                    let overtaken = self.copy.remove(at);
+                    self.urgent_bytes += overtaken.as_ref().map_or(0, Item::bytes);
+                    self.urgent.extend(overtaken);
+                }
                 false => at += 1,
             }
         }
+        self.urgent_bytes += item.bytes();
         self.urgent.push_back(item);
     }
 }
@@ -191,15 +223,17 @@ pub(super) struct Queue {
     owed: BlockSet,
     /// Said to be zero, and not written since.
     deferred: BlockSet,
-    /// The disks whose copies were not empty, as long as the copy jobs go over them.
+    /// The disks whose copies were all zero.
+    zero: Vec<bool>,
+    /// The others, as long as the copy jobs go over them.
     had_content: Vec<bool>,
     /// Being read, to be settled; whether they are owed, and what came in between.
     settling: HashMap<u64, (bool, Meanwhile)>,
 }
 
 impl Queue {
-    /// With nothing in it. `had_content` says which disks' copies are not known to be all zero.
-    pub(super) fn new(layout: DiskLayout, had_content: Vec<bool>) -> Queue {
+    /// With nothing in it. `zero` says which disks' copies are known to be all zero.
+    pub(super) fn new(layout: DiskLayout, zero: &[bool]) -> Queue {
         let end = layout.end();
         let lanes = (0..layout.streams()).map(|_| Lane::new()).collect();
         let set = || BlockSet::new(end);
@@ -210,7 +244,8 @@ impl Queue {
             unhashed: set(),
             owed: set(),
             deferred: set(),
-            had_content,
+            zero: zero.to_owned(),
+            had_content: zero.iter().map(|zero| !zero).collect(),
             settling: HashMap::new(),
         }
     }
@@ -222,7 +257,8 @@ impl Queue {
         let last = self.layout.block_at(disk, offset + (data.len() as u64).saturating_sub(1)).0;
         let copy = (first..=last).all(|block| self.is_whole(block, disk, offset, data.len()))
             && !(first..=last).any(|block| self.seen.contains(block));
-        let answer = (copy || !self.answers_early()).then_some(answer);
+        let early = if copy { self.takes_copy(BlockIndex(first)) } else { self.takes_writes() };
+        let answer = (!early).then_some(answer);
         let mut at = 0;
         while at < data.len() {
             let position = offset + at as u64;
@@ -269,23 +305,24 @@ impl Queue {
             return;
         }
         let (first, last) = (self.layout.block_at(disk, head).0, self.layout.block_at(disk, tail - 1).0);
-        let copy = !(first..=last).any(|block| self.seen.contains(block));
-        if copy && self.had_content[disk] {
-            self.deferred.insert(first..last + 1);
-            return;
+        if !(first..=last).any(|block| self.seen.contains(block)) {
+            if self.zero[disk] {
+                // Nothing has been written there, so it still is; but what is being read of it may be from before.
+                self.overtaken(first..last + 1);
+                return;
+            }
+            if self.had_content[disk] {
+                self.deferred.insert(first..last + 1);
+                return;
+            }
         }
         let mut block = first;
         while block <= last {
             let chunk_end = (block / CHUNK_BLOCKS + 1) * CHUNK_BLOCKS;
             let count = (last + 1).min(chunk_end) - block;
             (block..block + count).for_each(|block| self.touched(block, true));
-            let item = Item {
-                block: BlockIndex(block),
-                at: 0,
-                content: Content::Zero(count),
-                answer: copy.then(|| Arc::clone(&answer)),
-            };
-            self.push(item, copy);
+            let item = Item { block: BlockIndex(block), at: 0, content: Content::Zero(count), answer: None };
+            self.push(item, false);
             block += count;
         }
     }
@@ -298,7 +335,15 @@ impl Queue {
         let first = self.layout.block_at(disk, offset).0;
         let last = self.layout.block_at(disk, offset + length - 1).0;
         self.owed.insert(first..last + 1);
-        for block in first..=last {
+        self.overtaken(first..last + 1);
+    }
+
+    /// What has been read of these blocks to settle them is not what they hold any more.
+    fn overtaken(&mut self, blocks: Range<u64>) {
+        if self.settling.is_empty() {
+            return;
+        }
+        for block in blocks {
             if let Some((owed, meanwhile)) = self.settling.get_mut(&block) {
                 (*owed, *meanwhile) = (true, Meanwhile::Part);
             }
@@ -337,8 +382,13 @@ impl Queue {
         }
     }
 
-    fn answers_early(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.bytes < EARLY)
+    fn takes_writes(&self) -> bool {
+        self.lanes.iter().all(|lane| lane.urgent_bytes < EARLY)
+    }
+
+    fn takes_copy(&self, block: BlockIndex) -> bool {
+        let lane = &self.lanes[usize::from(self.layout.stream_of(block))];
+        lane.bytes - lane.urgent_bytes < AHEAD
     }
 
     fn push(&mut self, item: Item, copy: bool) {
@@ -375,11 +425,15 @@ impl Queue {
         };
         while into.len() < MAX_ITEMS {
             let from = match (lane.urgent.front(), lane.copy.front()) {
-                (Some(item), _) if fits(into.first(), item, payload) => &mut lane.urgent,
+                (Some(item), _) if fits(into.first(), item, payload) => {
+                    lane.urgent_bytes -= item.bytes();
+                    &mut lane.urgent
+                }
                 (None, Some(item)) if copy_too && fits(into.first(), item, payload) => &mut lane.copy,
                 _ => break,
             };
-            let Some(item) = from.pop_front() else { break };
+            let Some(mut item) = from.pop_front() else { break };
+            lane.writing.extend(item.answer.take());
             payload += item.bytes();
             into.push(item);
         }
@@ -390,31 +444,36 @@ impl Queue {
         lane.moved = Instant::now();
     }
 
-    /// Lets go of what waits for streams that have stopped. What is let go of is given back, to be dropped without the lock.
-    pub(super) fn let_go_of_stalled(&mut self) -> Vec<Item> {
-        let mut gone = Vec::new();
+    /// Lets go of what waits for streams that have stopped.
+    pub(super) fn let_go_of_stalled(&mut self) -> Gone {
+        let mut gone = Gone::default();
         for stream in 0..self.lanes.len() {
             let lane = &self.lanes[stream];
-            let limit = STALL.max(lane.pace * PATIENCE);
-            if lane.state == Taking::Open && !lane.is_empty() && lane.moved.elapsed() > limit {
-                gone.extend(self.empty(stream, Taking::Stalled));
+            let limit = (lane.pace * PATIENCE).clamp(STALL, LONGEST);
+            let waited_for = !lane.is_empty() || !lane.writing.is_empty();
+            if lane.state == Taking::Open && waited_for && lane.moved.elapsed() > limit {
+                self.empty(stream, Taking::Stalled, &mut gone);
             }
         }
         gone
     }
 
     /// Nothing is taken from a stream any more.
-    pub(super) fn close(&mut self, stream: u16) -> Vec<Item> {
-        self.empty(usize::from(stream), Taking::Closed)
+    pub(super) fn close(&mut self, stream: u16) -> Gone {
+        let mut gone = Gone::default();
+        self.empty(usize::from(stream), Taking::Closed, &mut gone);
+        gone
     }
 
-    fn empty(&mut self, stream: usize, state: Taking) -> Vec<Item> {
+    fn empty(&mut self, stream: usize, state: Taking, gone: &mut Gone) {
         let lane = &mut self.lanes[stream];
         lane.state = state;
-        lane.bytes = 0;
-        let gone: Vec<Item> = lane.urgent.drain(..).chain(lane.copy.drain(..)).collect();
-        gone.iter().for_each(|item| self.let_go(item));
-        gone
+        (lane.bytes, lane.urgent_bytes) = (0, 0);
+        // What is being written is sure to arrive, or the link is lost.
+        gone.answers.append(&mut lane.writing);
+        let items: Vec<Item> = lane.urgent.drain(..).chain(lane.copy.drain(..)).collect();
+        items.iter().for_each(|item| self.let_go(item));
+        gone.items.extend(items);
     }
 
     /// Takes up to so many blocks that are not certain, to be read. Whoever takes them brings them back by
@@ -485,12 +544,17 @@ impl Queue {
         all.len() + self.settling.len() as u64
     }
 
+    /// Whether nothing is taken from a stream any more.
+    pub(super) fn is_closed(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.state == Taking::Closed)
+    }
+
     /// Bytes that wait.
     pub(super) fn waiting(&self) -> usize {
         self.lanes.iter().map(|lane| lane.bytes).sum()
     }
 
-    /// A stream is there to take what waits, or has just taken it: one that had stopped goes on. Returns how many pieces wait.
+    /// A stream is there to take what waits: one that had stopped goes on. Returns how many pieces wait.
     pub(super) fn resume(&mut self, stream: u16) -> usize {
         let lane = &mut self.lanes[usize::from(stream)];
         if lane.state == Taking::Stalled {
@@ -499,8 +563,55 @@ impl Queue {
         lane.urgent.len() + lane.copy.len()
     }
 
+    /// What a stream has taken is on its way. Who waits for that is given back, to be answered without the lock.
+    pub(super) fn written(&mut self, stream: u16) -> Vec<Arc<Answer>> {
+        // It may have been given up for lost meanwhile, and there may be nothing else to send for long.
+        self.resume(stream);
+        std::mem::take(&mut self.lanes[usize::from(stream)].writing)
+    }
+
     /// Whether something waits on a stream.
     pub(super) fn waits(&self, stream: u16) -> bool {
         !self.lanes[usize::from(stream)].is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer() -> Arc<Answer> {
+        Arc::new(Answer(Mutex::new(None)))
+    }
+
+    #[test]
+    fn what_was_read_before_a_block_became_zero_is_not_sent() {
+        let mut queue = Queue::new(DiskLayout::new([1 << 20], 1).unwrap(), &[true]);
+        let size = BLOCK_SIZE as u64;
+        // Given back before the copy has come there.
+        queue.trimmed(0, 0, size);
+        assert_eq!(queue.take_uncertain(8), [BlockIndex(0)]);
+        queue.zero(0, 0, size, answer());
+        queue.settle(BlockIndex(0), vec![1; BLOCK_SIZE]);
+        assert_eq!((queue.pieces(), queue.uncertain()), (0, 1));
+    }
+
+    #[test]
+    fn a_stream_that_is_writing_is_not_given_more_time_by_what_comes() {
+        let mut queue = Queue::new(DiskLayout::new([1 << 20], 1).unwrap(), &[true]);
+        let write = |queue: &mut Queue| queue.write(0, 0, vec![1; 512], answer());
+        write(&mut queue);
+        let mut taken = Vec::new();
+        queue.take(0, true, &mut taken);
+        queue.lanes[0].writing.push(answer());
+        let moved = queue.lanes[0].moved;
+        write(&mut queue);
+        assert_eq!(queue.lanes[0].moved, moved);
+    }
+
+    impl Queue {
+        fn pieces(&self) -> usize {
+            self.lanes.iter().map(|lane| lane.urgent.len() + lane.copy.len()).sum()
+        }
     }
 }

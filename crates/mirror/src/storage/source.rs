@@ -90,7 +90,7 @@ pub struct DiskProof {
 #[derive(Debug)]
 pub struct StorageSource {
     shared: Arc<Shared>,
-    servers: Vec<Server>,
+    servers: Mutex<Vec<Server>>,
     settler: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
@@ -116,7 +116,7 @@ impl StorageSource {
             places.push((socket, export));
         }
         let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue::new(layout.clone(), zero.iter().map(|zero| !zero).collect())),
+            queue: Mutex::new(Queue::new(layout.clone(), zero)),
             counted: images.iter().map(|_| Counted::default()).collect(),
             layout,
             secret,
@@ -149,7 +149,7 @@ impl StorageSource {
                 }
             }
         })?;
-        Ok((StorageSource { shared, servers, settler: Some((stop, thread)) }, lanes))
+        Ok((StorageSource { shared, servers: Mutex::new(servers), settler: Some((stop, thread)) }, lanes))
     }
 
     /// The layout of the disks.
@@ -233,6 +233,15 @@ impl StorageSource {
         }
     }
 
+    /// As [`settle`](Self::settle), but so many blocks at most.
+    ///
+    /// # Errors
+    /// As [`settle`](Self::settle).
+    pub fn settle_some(&self, blocks: u64) -> Result<(), (usize, io::Error)> {
+        self.shared.settle(blocks);
+        self.readable()
+    }
+
     /// As [`settle`](Self::settle), but only as many blocks as may be wrong at the destination.
     ///
     /// # Errors
@@ -291,10 +300,17 @@ impl StorageSource {
         Ok(proof)
     }
 
-    /// Ends the connections of QEMU's copy jobs; nothing is served any more.
-    pub fn end_serving(&mut self) {
+    /// Ends the connections of QEMU's copy jobs, and their sockets: nothing is served or settled any more.
+    pub fn end_serving(&self) {
         self.shared.over.store(true, Ordering::Relaxed);
-        self.servers.clear();
+        let servers = std::mem::take(&mut *self.servers.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(servers);
+    }
+
+    /// Whether that was done.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.shared.over.load(Ordering::Relaxed)
     }
 }
 
@@ -309,7 +325,7 @@ impl Drop for StorageSource {
             let gone = self.shared.queue().close(stream);
             drop(gone);
         }
-        self.servers.clear();
+        self.end_serving();
     }
 }
 
@@ -367,7 +383,7 @@ impl Shared {
         let gone = self.queue().let_go_of_stalled();
         if !gone.is_empty() {
             tracing::warn!(
-                pieces = gone.len(),
+                pieces = gone.items.len(),
                 "the link stands still: the guest's writes do not wait for it"
             );
         }
@@ -377,14 +393,17 @@ impl Shared {
     fn settle(&self, most: u64) {
         let mut left = self.queue().uncertain().min(most);
         while left > 0 && !self.over.load(Ordering::Relaxed) {
-            let taken = {
-                let mut queue = self.queue();
-                while queue.waiting() > READ_AHEAD && !self.over.load(Ordering::Relaxed) {
-                    let waited = self.taken.wait_timeout(queue, DRAIN);
-                    queue = waited.unwrap_or_else(PoisonError::into_inner).0;
-                }
-                queue.take_uncertain(BATCH)
-            };
+            let mut queue = self.queue();
+            while queue.waiting() > READ_AHEAD && !self.over.load(Ordering::Relaxed) {
+                let waited = self.taken.wait_timeout(queue, DRAIN);
+                drop(waited.unwrap_or_else(PoisonError::into_inner).0);
+                // Who waits here for a stream may be the one who sees whether it has stopped.
+                self.watch();
+                queue = self.queue();
+            }
+            // Where nothing is sent any more, all that is read would be owed again.
+            let taken = if queue.is_closed() { Vec::new() } else { queue.take_uncertain(BATCH) };
+            drop(queue);
             if taken.is_empty() {
                 return;
             }

@@ -320,6 +320,39 @@ fn a_stream_that_stopped_within_its_last_frame_goes_on() {
     assert!(rig.is_equal());
 }
 
+/// An image whose last sync failed, and which says so once, as the system does.
+struct Forgetful(AtomicBool);
+
+impl Image for Forgetful {
+    fn read(&self, _: u64, buffer: &mut [u8]) -> io::Result<()> {
+        buffer.fill(0);
+        Ok(())
+    }
+    fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+    fn zero(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn sync(&self) -> io::Result<()> {
+        if self.0.swap(true, Ordering::Relaxed) { Ok(()) } else { Err(io::Error::from_raw_os_error(5)) }
+    }
+}
+
+#[test]
+fn what_is_not_on_stable_storage_is_told_for_ever() {
+    let layout = DiskLayout::new([1 << 20], 1).unwrap();
+    let images = vec![Box::new(Forgetful(AtomicBool::new(false))) as Box<dyn Image>];
+    let secret = Secret::random().unwrap();
+    let destination = StorageDestination::start(layout, secret, images, &[true], |_| {}).unwrap();
+    for _ in 0..2 {
+        let error = destination.sync().unwrap_err();
+        let why = std::error::Error::source(&error).unwrap().to_string();
+        assert!(why.contains("Input/output error"), "{why}");
+    }
+    assert!(destination.stream(0).apply(&[], |_| {}).is_err(), "nothing more is taken in");
+}
+
 #[test]
 fn a_write_that_was_not_mirrored_is_found_by_the_audit_and_by_the_proof() {
     let rig = Rig::new(2);
