@@ -53,7 +53,8 @@ pub struct Host {
 }
 
 /// What a switch-over of the mirror costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is
-/// measured at each, and the last one is what the next is expected to cost.
+/// measured at each, and the last one is what the next is expected to cost; but one that took far longer than expected may have had a
+/// bad moment of the machine, and counts as twice what was expected.
 #[derive(Debug)]
 pub struct SwitchCost {
     microseconds: AtomicU64,
@@ -74,12 +75,16 @@ impl SwitchCost {
     pub(crate) fn doubt(&self) {
         let expected = self.expected();
         if expected > Self::UNMEASURED {
-            self.measured(Self::UNMEASURED + (expected - Self::UNMEASURED) / 2);
+            self.expect(Self::UNMEASURED + (expected - Self::UNMEASURED) / 2);
         }
     }
 
     /// Takes in what one has cost.
     pub(crate) fn measured(&self, cost: Duration) {
+        self.expect(cost.min(self.expected() * 2));
+    }
+
+    fn expect(&self, cost: Duration) {
         self.microseconds.store(u64::try_from(cost.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 }
@@ -87,7 +92,24 @@ impl SwitchCost {
 impl Default for SwitchCost {
     fn default() -> SwitchCost {
         let cost = SwitchCost { microseconds: AtomicU64::new(0) };
-        cost.measured(Self::UNMEASURED);
+        cost.expect(Self::UNMEASURED);
         cost
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_bad_switch_over_does_not_decide_and_several_do() {
+        let cost = SwitchCost::default();
+        cost.measured(Duration::from_millis(12));
+        cost.measured(Duration::from_secs(2));
+        assert_eq!(cost.expected(), Duration::from_millis(24));
+        (0..7).for_each(|_| cost.measured(Duration::from_secs(2)));
+        assert_eq!(cost.expected(), Duration::from_secs(2));
+        cost.measured(Duration::from_millis(10));
+        assert_eq!(cost.expected(), Duration::from_millis(10));
     }
 }

@@ -354,7 +354,7 @@ mod tests {
             post_copy: None,
             supplied: None,
             supplies: false,
-            quiesced_scans: false,
+            pauses: false,
             resuming: false,
             process: None,
             argv: vec!["qemu".into(), "x".repeat(generation as usize * 10)],

@@ -13,6 +13,7 @@ use crate::journal::JournalError;
 use crate::remnants::Left;
 use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
+use crate::source::disks::Uncleared;
 use crate::tap::Interfaces;
 use crate::vm::{Made, MadeImage, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
 
@@ -176,7 +177,7 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
         post_copy: None,
         supplied: None,
         supplies: false,
-        quiesced_scans: false,
+        pauses: false,
         resuming: false,
         process: None,
         argv: spec.to_argv(),
@@ -191,9 +192,11 @@ pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -
         for stale in own_ram_files(host, &spec) {
             let _ = std::fs::remove_file(stale);
         }
-        let process = qemu::launch(&spec, &log).await?;
-        record.process = Some(process);
-        host.journal.update(&record)?;
+        qemu::launch(&spec, &log, |process| {
+            record.process = Some(process.clone());
+            Ok(host.journal.update(&record)?)
+        })
+        .await?;
         Ok(Qmp::connect(&record.qmp_socket).await?)
     };
     match launched.await {
@@ -244,7 +247,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         post_copy: None,
         supplied: None,
         supplies: false,
-        quiesced_scans: false,
+        pauses: false,
         resuming: false,
         process: Some(adopted.vm.process),
         argv: adopted.vm.spec.to_argv(),
@@ -325,7 +328,7 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     let status = qmp.status().await?.status;
     let paused_by_us = record.resuming
         || ["finish-migrate", "postmigrate"].contains(&status.as_str())
-        || (record.quiesced_scans && status == "paused");
+        || (record.pauses && status == "paused");
     if paused_by_us {
         tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
         raise_taps(&record).await;
@@ -334,15 +337,20 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
         // A stream that was under way has lost its reader; QEMU ends it by itself, or is told to.
         let _ = qmp.migrate_cancel().await;
     }
-    if let Err(e) = crate::source::disks::clear_after(host, &record.name, &qmp).await {
-        tracing::error!(vm = %record.name, error = chain(&e), "QEMU keeps a copy job of ours");
+    match crate::source::disks::clear_after(host, &record.name, &qmp).await {
+        Ok(()) => {}
+        // It is on record that it is to be resumed.
+        Err(Uncleared::Stopped(e)) => return Err(e.into()),
+        Err(Uncleared::There(e)) => {
+            tracing::error!(vm = %record.name, error = chain(&e), "QEMU keeps a copy job of ours");
+        }
     }
     let outgoing = record.outgoing.clone();
     if outgoing.is_some() {
         crate::source::reset_capabilities(&qmp).await;
     }
-    if record.resuming || record.quiesced_scans {
-        (record.resuming, record.quiesced_scans) = (false, false);
+    if record.resuming || record.pauses {
+        (record.resuming, record.pauses) = (false, false);
         host.journal.update(&record)?;
     }
     if let Some(outgoing) = outgoing {
@@ -459,8 +467,8 @@ fn same_claim(a: &Record, b: &Record) -> bool {
 
 /// [`forget`], for who has [decided](crate::Journal) already.
 pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qmp>) {
-    if let Some(process) = record.process.clone().or_else(|| unrecorded(record)) {
-        end(record, &process, qmp).await;
+    if let Some(process) = &record.process {
+        end(record, process, qmp).await;
     }
     if let Some(daemon) = &record.made.storage_daemon {
         daemon.kill();
@@ -547,16 +555,6 @@ pub async fn forget_incomplete(host: &Host) {
             forget(host, &record, None).await;
         }
     }
-}
-
-/// A QEMU that was started, but whose start a crash kept from being recorded: its pid file tells.
-fn unrecorded(record: &Record) -> Option<Process> {
-    let file = record.made.files.iter().find(|file| file.extension().is_some_and(|kind| kind == "pid"))?;
-    let pid = std::fs::read_to_string(file).ok()?.trim().parse().ok()?;
-    let command = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let socket = record.qmp_socket.display().to_string();
-    let ours = command.windows(socket.len()).any(|part| part == socket.as_bytes());
-    if ours { Process::of_pid(pid, &record.qmp_socket).ok() } else { None }
 }
 
 /// Ends a QEMU: politely, then not.

@@ -202,7 +202,7 @@ impl Request {
             post_copy: None,
             supplied: None,
             supplies: false,
-            quiesced_scans: false,
+            pauses: false,
             resuming: false,
             process: None,
             argv: spec.to_argv(),
@@ -473,10 +473,11 @@ impl Request {
         let images = Images::make(host, &mut record, planned, self.whole_room, self.rehearsal, spec.binary())
             .await
             .map_err(|finding| vec![finding])?;
-        let process = qemu::launch(&spec, log).await.map_err(|e| vec![self.not_launched(host, &e)])?;
-        record.process = Some(process.clone());
-        let journal = host.journal.update(&record);
-        journal.map_err(|e| failed("journal", &e, "see to the destination's state_dir"))?;
+        let launched = qemu::launch(&spec, log, |process| {
+            record.process = Some(process.clone());
+            Ok(host.journal.update(&record)?)
+        });
+        let process = launched.await.map_err(|e| vec![self.not_launched(host, &e)])?;
         let qmp = |e: qemu::QmpError| failed("qemu", &e, "see the log of the destination's agent");
         let monitor = Qmp::connect(&record.qmp_socket).await.map_err(qmp)?;
         self.compare(host, &monitor).await?;
@@ -518,6 +519,9 @@ impl Request {
 
     fn not_launched(&self, host: &Host, error: &LaunchError) -> Finding {
         let message = chain(error);
+        if let LaunchError::Unrecorded(_) = error {
+            return Finding::new("journal", message, "see to the destination's state_dir");
+        }
         if message.contains("unsupported machine type") {
             return Finding::new(
                 "machine-type",

@@ -207,9 +207,10 @@ pub struct Record {
     /// Its memory was not complete here when it was handed over, and is by now.
     #[serde(default)]
     pub supplied: Option<Supplied>,
-    /// It is stopped for a moment at each scan of its memory: found paused after a crash, it was paused by that.
-    #[serde(default)]
-    pub quiesced_scans: bool,
+    /// It is stopped for moments, at each scan of its memory or when its copy jobs are taken out of QEMU: found paused after a
+    /// crash, it was paused by that.
+    #[serde(default, alias = "quiesced_scans")]
+    pub pauses: bool,
     /// It was handed over before its memory was complete there: the rest is only here.
     #[serde(default)]
     pub supplies: bool,

@@ -1,12 +1,57 @@
-//! A child that does not belong to its starter's terminal session.
+//! A child that does not belong to its starter's terminal session, and does nothing before its starter has it on record.
 
-use std::os::unix::process::CommandExt;
+use std::io;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 
-/// Makes the command start in a session of its own, so that no signal of a terminal and no end of a session reaches it.
-pub(crate) fn detach(command: &mut std::process::Command) {
-    // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed.
-    // setsid(2) is a plain system call; nothing is allocated and no lock is taken.
+use rustix::process::Signal;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::{Child, Command};
+use tokio::task::spawn_blocking;
+
+/// Starts a command in a session of its own, so that no signal of a terminal and no end of a session reaches it. Its process waits
+/// before it becomes the program: `known` is told its id, and if that fails, or its starter ends by whatever before it is done, the
+/// process ends too. Its parent is the process of the caller.
+pub(crate) async fn spawn<T, E: From<io::Error>>(
+    mut command: std::process::Command,
+    known: impl FnOnce(u32) -> Result<T, E>,
+) -> Result<(Child, T), E> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let in_child = ours.as_raw_fd();
+    // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed. These are
+    // plain system calls; nothing is allocated and no lock is taken. The descriptor that is closed is the child's copy of the
+    // starter's end, which nothing in the child uses.
     unsafe {
-        command.pre_exec(|| rustix::process::setsid().map(drop).map_err(std::io::Error::from));
+        command.pre_exec(move || {
+            // With it open here, the starter's end would never be seen.
+            rustix::io::close(in_child);
+            rustix::process::setsid()?;
+            // Another child that waits like this one may have the starter's end open too.
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            let pid = rustix::process::getpid().as_raw_nonzero().get();
+            rustix::io::write(&theirs, &pid.to_ne_bytes())?;
+            match rustix::io::retry_on_intr(|| rustix::io::read(&theirs, &mut [0])) {
+                Ok(1) => Ok(rustix::process::set_parent_process_death_signal(None)?),
+                Ok(_) => Err(io::ErrorKind::Interrupted.into()),
+                Err(error) => Err(error.into()),
+            }
+        });
     }
+    ours.set_nonblocking(true)?;
+    let mut ours = tokio::net::UnixStream::from_std(ours)?;
+    // Returns when the child has become the program, or could not. The child's end is closed here with the command.
+    let spawning = spawn_blocking(move || Command::from(command).spawn());
+    let mut pid = [0; 4];
+    let heard = ours.read_exact(&mut pid).await;
+    let known = match heard {
+        Ok(_) => Some(known(u32::from_ne_bytes(pid))?),
+        Err(_) => None,
+    };
+    if known.is_some() {
+        ours.write_all(&[1]).await?;
+    }
+    let child = spawning.await.map_err(io::Error::other)??;
+    let known = known.ok_or_else(|| io::Error::other("the new process did not say which it is"))?;
+    Ok((child, known))
 }

@@ -12,11 +12,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::{process::Command, sync::watch};
+use tokio::sync::watch;
 
 use crate::{
-    Spec,
-    detach::detach,
+    Spec, detach,
     process::{Process, ProcessError},
     qmp::{Qmp, QmpError},
 };
@@ -84,17 +83,33 @@ pub enum LaunchError {
     /// The new process cannot be looked at.
     #[error("the QEMU that was started cannot be looked at")]
     Process(#[from] ProcessError),
+    /// The new process could not be put on record, and was not let go on.
+    #[error("the QEMU that was to be started cannot be put on record")]
+    Unrecorded(#[source] NotRecorded),
+    /// No process can be made.
+    #[error("no process can be made")]
+    Spawn(#[from] io::Error),
 }
+
+/// Why a process could not be put on record.
+pub type NotRecorded = Box<dyn std::error::Error + Send + Sync>;
 
 /// Starts QEMU detached, with its output (and a serial console on stdio) appended to `log`, and waits until its QMP
 /// answers. Must run inside a tokio runtime.
 ///
+/// `record` puts the process on record before it has done anything: whoever comes after a starter that was killed
+/// finds it there.
+///
 /// # Errors
 /// With QEMU's own last words if it gave up. No process is left behind, even if the future is dropped.
-pub async fn launch(spec: &Spec, log: &Path) -> Result<Process, LaunchError> {
+pub async fn launch(
+    spec: &Spec,
+    log: &Path,
+    record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
+) -> Result<Process, LaunchError> {
     let socket =
         spec.own_qmp_socket().or_else(|| spec.qmp_sockets().into_iter().next()).ok_or(LaunchError::NoQmp)?;
-    start(spec.binary(), &spec.to_argv()[1..], &socket, log).await
+    start(spec.binary(), &spec.to_argv()[1..], &socket, log, record).await
 }
 
 /// Starts a program of QEMU's that has its QMP on `socket`, as [`launch`] does.
@@ -103,6 +118,7 @@ pub(crate) async fn start(
     arguments: &[String],
     socket: &Path,
     log: &Path,
+    record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
 ) -> Result<Process, LaunchError> {
     let log_failed = |source| LaunchError::Log { log: log.to_owned(), source };
     let mut output = OpenOptions::new().create(true).append(true).read(true).open(log).map_err(log_failed)?;
@@ -113,12 +129,17 @@ pub(crate) async fn start(
         .stdin(Stdio::null())
         .stdout(output.try_clone().map_err(log_failed)?)
         .stderr(output.try_clone().map_err(log_failed)?);
-    detach(&mut command);
-    let mut child = Command::from(command)
-        .spawn()
-        .map_err(|source| LaunchError::Run { binary: binary.to_owned(), source })?;
+    let known = |pid| {
+        let process = Process::of_pid(pid, socket)?;
+        record(&process).map_err(LaunchError::Unrecorded)?;
+        Ok(KillOnDrop(Some(process)))
+    };
+    let spawned = detach::spawn(command, known).await;
+    let (mut child, mut unless_ready) = spawned.map_err(|e: LaunchError| match e {
+        LaunchError::Spawn(source) => LaunchError::Run { binary: binary.to_owned(), source },
+        other => other,
+    })?;
     let pid = child.id().unwrap_or_default();
-    let identity = Process::of_pid(pid, socket);
     let (ended, mut end) = watch::channel(None);
     tokio::spawn(async move {
         match child.wait().await {
@@ -126,8 +147,6 @@ pub(crate) async fn start(
             Err(error) => tracing::warn!(%error, pid, "cannot wait for QEMU"),
         }
     });
-    // The process is read before the reaper runs or fails with it, so a pid that was reused cannot get here.
-    let mut unless_ready = KillOnDrop(Some(identity?));
     let answered = tokio::select! {
         answered = wait_for_qmp(socket, pid) => answered,
         Ok(status) = async { end.wait_for(Option::is_some).await.map(|status| *status) } => {

@@ -26,7 +26,7 @@ mod storage_daemon;
 pub use adopt::{AdoptError, Adopted, adopt};
 pub use image::{Image, ImageError, Qcow2, probe_format};
 pub use image_lock::{ImageLock, ImageLockError, in_use};
-pub use launch::{LaunchError, launch};
+pub use launch::{LaunchError, NotRecorded, launch};
 pub use probe::{ProbeGuest, accelerator_works};
 pub use process::{Presence, Process, ProcessError, Vm, find, vcpu_cpu_time};
 pub use qmp::{Event, Qmp, QmpError};

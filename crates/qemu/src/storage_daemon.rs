@@ -13,7 +13,7 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::{
-    launch::{KillOnDrop, LaunchError, start},
+    launch::{KillOnDrop, LaunchError, NotRecorded, start},
     process::Process,
     qmp::{ExportError, Qmp, QmpError},
 };
@@ -138,9 +138,15 @@ impl StorageDaemon {
     /// sockets (`qmp`, `nbd`) and its `log` are put in a directory, which must be private to the caller (who reaches the
     /// sockets reaches the images) and hold no other daemon: that would lose its sockets.
     ///
+    /// `record` puts its process on record before it has done anything.
+    ///
     /// # Errors
     /// With the daemon's own last words if it gave up.
-    pub async fn start(qemu: &Path, directory: &Path) -> Result<StorageDaemon, StorageDaemonError> {
+    pub async fn start(
+        qemu: &Path,
+        directory: &Path,
+        record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
+    ) -> Result<StorageDaemon, StorageDaemonError> {
         let beside = qemu.parent().map(|directory| directory.join(PROGRAM)).filter(|path| path.is_file());
         let binary = beside.unwrap_or_else(|| PathBuf::from(PROGRAM));
         let socket = directory.join("qmp");
@@ -153,7 +159,7 @@ impl StorageDaemon {
             "chardev=monitor",
         ];
         let arguments = arguments.map(str::to_owned);
-        let process = start(&binary, &arguments, &socket, &directory.join("log")).await?;
+        let process = start(&binary, &arguments, &socket, &directory.join("log"), record).await?;
         let mut unless_ready = KillOnDrop(Some(process.clone()));
         let daemon = StorageDaemon::attach(process).await?;
         daemon.qmp.start_nbd_server(&daemon.nbd_socket()).await?;

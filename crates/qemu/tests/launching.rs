@@ -51,7 +51,7 @@ async fn launcher_that_is_killed() {
         pid_file: None,
     };
     spec.make_mirrorable(&how).unwrap();
-    let process = qemu::launch(&spec, &directory.join("log")).await.unwrap();
+    let process = qemu::launch(&spec, &directory.join("log"), |_| Ok(())).await.unwrap();
     std::fs::write(directory.join("process"), serde_json::to_string(&process).unwrap()).unwrap();
     rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
 }
@@ -80,16 +80,16 @@ async fn a_bad_option_is_reported_in_qemus_words() {
     let mut spec = Place::spec(&["-m", "64", "-device", "no-such-device"]);
     spec.make_mirrorable(&place.mirrorable("bad")).unwrap();
     std::fs::write(place.path("log"), "words of an earlier run\n").unwrap();
-    let error = qemu::launch(&spec, &place.path("log")).await.unwrap_err();
+    let error = qemu::launch(&spec, &place.path("log"), |_| Ok(())).await.unwrap_err();
     let LaunchError::Ended { status, output } = &error else { panic!("{error}") };
     assert!(!status.success());
     assert!(output.contains("'no-such-device' is not a valid device model name"), "{output}");
     assert!(!output.contains("earlier run"), "{output}");
 
     let missing = Spec::parse(&["/nonexistent/qemu", "-qmp", "unix:/x"]).unwrap();
-    let error = qemu::launch(&missing, &place.path("log")).await.unwrap_err();
+    let error = qemu::launch(&missing, &place.path("log"), |_| Ok(())).await.unwrap_err();
     assert!(matches!(error, LaunchError::Run { .. }), "{error}");
-    let error = qemu::launch(&Place::spec(&[]), &place.path("log")).await.unwrap_err();
+    let error = qemu::launch(&Place::spec(&[]), &place.path("log"), |_| Ok(())).await.unwrap_err();
     assert!(matches!(error, LaunchError::NoQmp), "{error}");
 }
 
@@ -114,7 +114,7 @@ async fn a_launch_that_is_given_up_leaves_no_process() {
         }
     };
     tokio::select! {
-        result = qemu::launch(&spec, &log) => panic!("it cannot have started: {result:?}"),
+        result = qemu::launch(&spec, &log, |_| Ok(())) => panic!("it cannot have started: {result:?}"),
         () = wait_for_pid => {}
     }
     let pid = std::fs::read_to_string(&pid_file).unwrap();

@@ -28,8 +28,9 @@ pub(super) const LOAD: Duration = Duration::from_secs(60);
 /// A copy while it is being mirrored.
 pub(super) struct Copy {
     pub(super) streams: usize,
-    pub(super) reservation: Reservation,
+    /// Dropped before the reservation: who writes images has ended when their locks are let go of.
     pub(super) memory: Upkeep,
+    pub(super) reservation: Reservation,
     pub(super) events: mpsc::UnboundedReceiver<Event>,
     /// Which streams have come.
     pub(super) attached: Vec<bool>,

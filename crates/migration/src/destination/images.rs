@@ -71,16 +71,18 @@ impl Images {
         if images.planned.iter().any(|plan| plan.format != "raw") {
             let private = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&paths.storage);
             private.map_err(|e| unusable(host, &paths.storage, &e))?;
-            let daemon = StorageDaemon::start(binary, &paths.storage).await.map_err(|e| {
+            let started = StorageDaemon::start(binary, &paths.storage, |process| {
+                record.made.storage_daemon = Some(process.clone());
+                Ok(host.journal.update(record)?)
+            });
+            let daemon = started.await.map_err(|e| {
                 Finding::new(
                     "storage-daemon",
                     format!("on {}: {}", host.name, chain(&e)),
                     "install qemu-storage-daemon there",
                 )
             })?;
-            record.made.storage_daemon = Some(daemon.process().clone());
             images.daemon = Some(daemon);
-            host.journal.update(record).map_err(|e| journal(&e))?;
         }
         for plan in &images.planned {
             if rehearsal && plan.exists {

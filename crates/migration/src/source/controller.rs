@@ -271,11 +271,12 @@ impl Controller {
                 "see `vmirror show`",
             )));
         };
-        let places = disks::Places {
-            directory: self.host.run_dir.clone(),
-            machine: self.vm.record.name.to_string(),
-            binary: self.vm.spec.binary().to_owned(),
-        };
+        let places = self.disk_places();
+        if machine.direct_disks || !reserved.mirrored.is_empty() {
+            // Before the guest is stopped for the first time: an agent that ends in between is to let it go on.
+            self.vm.record.pauses = true;
+            self.host.journal.update(&self.vm.record)?;
+        }
         let (qmp, streams) = (self.vm.qmp.clone(), layout.streams());
         let prepared =
             Disks::prepare(&qmp, &machine.disks, &reserved, secret.clone(), streams, places).await?;
@@ -284,11 +285,6 @@ impl Controller {
             None => (None, Vec::new()),
         };
         let quiesce = machine.direct_disks.then(|| self.vm.qmp.clone());
-        if quiesce.is_some() {
-            // Before the guest is stopped for the first time: an agent that ends in between is to let it go on.
-            self.vm.record.quiesced_scans = true;
-            self.host.journal.update(&self.vm.record)?;
-        }
         let preparing = self.held.preparing.insert(tokio::task::spawn_blocking(move || {
             let mut sinks: Vec<DataSender> = Vec::new();
             let mut aborts: Vec<AbortHandle> = Vec::new();
@@ -416,6 +412,15 @@ impl Controller {
         tokio::select! {
             done = rounds.round(destination, guest) => done,
             never = super::account::follow(&progress, begin, &flow, first) => match never {},
+        }
+    }
+
+    /// Where everything is put that the machine's disks need here.
+    pub(super) fn disk_places(&self) -> disks::Places {
+        disks::Places {
+            directory: self.host.run_dir.clone(),
+            machine: self.vm.record.name.to_string(),
+            binary: self.vm.spec.binary().to_owned(),
         }
     }
 

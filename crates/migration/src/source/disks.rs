@@ -12,7 +12,7 @@ use mirror::storage::layout::{BlockIndex, DiskLayout, MAX_DISKS};
 use mirror::storage::nbd::client::Client;
 use mirror::storage::source::{DiskFlow, DiskProof, SourceDisk, StorageSource};
 use qemu::qmp::{MirrorEnd, MirrorJob, NbdNode, Sync};
-use qemu::{Qmp, QmpError, Serve, ServedBacking, StorageDaemon};
+use qemu::{NotRecorded, Process, Qmp, QmpError, Serve, ServedBacking, StorageDaemon};
 
 use super::peer::{Destination, violation};
 use super::stop::Stop;
@@ -30,6 +30,10 @@ const NBD: &str = "nbd";
 const READ: Duration = Duration::from_secs(300);
 /// A switch-over begins with at most so many blocks of which it is not certain what the destination has: 2 ms to read and compare.
 const UNCERTAIN: u64 = 64;
+/// While the guest runs, so many blocks at most are settled before everything else has its turn: 64 MiB.
+const SLICE: u64 = 1024;
+/// The kind of failure of a machine that is this host's and does not run.
+pub(super) const NOT_RESUMED: &str = "not-resumed";
 
 /// Where everything is put that a machine's disks need on this host.
 #[derive(Debug, Clone)]
@@ -44,7 +48,7 @@ pub(super) struct Places {
 
 impl Places {
     /// Where QEMU serves what can only be read through it.
-    fn read(&self) -> PathBuf {
+    pub(super) fn read(&self) -> PathBuf {
         self.directory.join(format!("{}.read", self.machine))
     }
 
@@ -72,8 +76,6 @@ pub(super) struct Disks {
     storage: Arc<StorageSource>,
     mirrored: Vec<Mirrored>,
     places: Places,
-    /// Whether copy jobs, targets or exports may be in QEMU's graph.
-    in_graph: bool,
     copied: bool,
 }
 
@@ -121,7 +123,7 @@ impl Disks {
         let layout = DiskLayout::new(sizes, streams)
             .map_err(|e| Stop::because("disk", &e, "detach some of the VM's disks"))?;
         // What an agent that was killed has left.
-        clear(qmp, &places.read()).await.map_err(Stop::qemu)?;
+        clear(qmp, &places.read()).await.map_err(Uncleared::stop)?;
         let served = mirrored.iter().any(|disk| disk.format != "raw");
         if served {
             let socket = places.read();
@@ -139,17 +141,15 @@ impl Disks {
             Ok(images) => {
                 images.into_iter().enumerate().map(|(disk, image)| source_disk(&places, disk, image))
             }
-            Err(stop) => {
-                clear(qmp, &places.read()).await.map_err(Stop::qemu)?;
-                return Err(stop);
-            }
+            // What is in the graph by now is taken out on the way back.
+            Err(stop) => return Err(stop),
         };
         let zero: Vec<bool> =
             (0..).zip(&mirrored).map(|(disk, _): (u32, _)| !reserved.known.contains(&disk)).collect();
         let started = StorageSource::start(layout, secret, sources.collect(), &zero);
         let (storage, lanes) =
             started.map_err(|e| Stop::because("disk", &e, "see to the source agent's run_dir"))?;
-        let disks = Disks { storage: Arc::new(storage), mirrored, places, in_graph: served, copied: false };
+        let disks = Disks { storage: Arc::new(storage), mirrored, places, copied: false };
         Ok(Some((disks, lanes)))
     }
 
@@ -168,7 +168,6 @@ impl Disks {
         if known {
             self.hear_contents(destination).await?;
         }
-        self.in_graph = true;
         for (number, disk) in self.mirrored.iter().enumerate() {
             if disk.read_only {
                 // Nobody writes it: it is read like whatever could not be sent when it was written.
@@ -213,16 +212,16 @@ impl Disks {
         }
     }
 
-    /// Whether everything has been copied, so that what the guest writes is all that travels. A job that has ended by itself has
-    /// failed.
+    /// Whether everything has been copied, so that what the guest writes is all that travels. A job that has met an error, or has ended
+    /// by itself, has failed.
     pub(super) async fn is_copied(&mut self, qmp: &Qmp) -> Result<bool, Stop> {
         let jobs = qmp.block_jobs().await.map_err(Stop::qemu)?;
         let mut ready = true;
         for disk in self.mirrored.iter().filter(|disk| !disk.read_only) {
             match jobs.iter().find(|job| job.id == disk.name) {
-                Some(job) => ready &= job.ready,
-                None => {
-                    let message = format!("the copy of disk {} has ended by an error", disk.path.display());
+                Some(job) if !job.met_error() => ready &= job.ready,
+                _ => {
+                    let message = format!("the copy of disk {} has stopped by an error", disk.path.display());
                     return Err(Stop::Failed(Finding::new(
                         "disk",
                         message,
@@ -246,6 +245,18 @@ impl Disks {
     /// Whether so little is uncertain that it can be made certain while the guest is paused.
     pub(super) fn is_settled(&self) -> bool {
         self.storage.uncertain() <= UNCERTAIN
+    }
+
+    /// Bytes that wait to be sent: what a pause would begin with.
+    pub(super) fn waiting(&self) -> usize {
+        self.storage.waiting()
+    }
+
+    /// Makes certain some of what can be while the guest runs: little enough for everything else not to wait for it.
+    pub(super) async fn settle_some(&self) -> Result<(), Stop> {
+        let storage = Arc::clone(&self.storage);
+        let settled = tokio::task::spawn_blocking(move || storage.settle_some(SLICE)).await;
+        self.readable(settled.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?)
     }
 
     /// Makes certain what can be while the guest runs.
@@ -292,19 +303,7 @@ impl Disks {
 
     /// Takes everything out of QEMU's graph. Whatever was not certain has been settled.
     pub(super) async fn give_up(&mut self, qmp: &Qmp) -> Result<(), Stop> {
-        clear(qmp, &self.places.read()).await.map_err(Stop::qemu)?;
-        self.in_graph = false;
-        Ok(())
-    }
-
-    /// Takes everything of ours out of QEMU's graph, whatever state it is in.
-    pub(super) async fn abandon(&mut self, qmp: &Qmp) {
-        if !std::mem::take(&mut self.in_graph) {
-            return;
-        }
-        if let Err(e) = clear(qmp, &self.places.read()).await {
-            tracing::error!(error = chain(&e), "QEMU keeps a copy job of ours");
-        }
+        clear(qmp, &self.places.read()).await.map_err(Uncleared::stop)
     }
 
     /// What was read of each disk, and what that took on the link.
@@ -323,11 +322,15 @@ impl Disks {
     }
 
     /// Compares all of the frozen disks with the ledger: QEMU has let go of them, so they are read from the images themselves.
-    pub(super) async fn prove(&self) -> Result<DiskProof, Stop> {
+    /// `record` puts the process on record that this may take.
+    pub(super) async fn prove(
+        &self,
+        record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
+    ) -> Result<DiskProof, Stop> {
         let needs_daemon = self.mirrored.iter().any(|disk| disk.format != "raw");
         let daemon = match needs_daemon {
             true => Some(
-                self.serve_frozen()
+                self.serve_frozen(record)
                     .await
                     .map_err(|e| Stop::because("storage-daemon", &e, "see the source agent's log"))?,
             ),
@@ -360,11 +363,14 @@ impl Disks {
         proof
     }
 
-    async fn serve_frozen(&self) -> Result<StorageDaemon, qemu::StorageDaemonError> {
+    async fn serve_frozen(
+        &self,
+        record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
+    ) -> Result<StorageDaemon, qemu::StorageDaemonError> {
         let directory = self.places.storage();
         let made = std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&directory);
         made.map_err(|source| qemu::StorageDaemonError::File { path: directory.clone(), source })?;
-        let daemon = StorageDaemon::start(&self.places.binary, &directory).await?;
+        let daemon = StorageDaemon::start(&self.places.binary, &directory, record).await?;
         let served = async {
             for disk in self.mirrored.iter().filter(|disk| disk.format != "raw") {
                 let serve = Serve {
@@ -397,7 +403,12 @@ impl Disks {
     /// Gives everything back. Must not be called while something is in QEMU's graph.
     pub(super) async fn end(self) {
         let (storage, read) = (self.storage, self.places.read());
-        let _ = tokio::task::spawn_blocking(move || drop(storage)).await;
+        let _ = tokio::task::spawn_blocking(move || {
+            // Others may hold it for a moment longer; the sockets are to be free for another attempt.
+            storage.end_serving();
+            drop(storage);
+        })
+        .await;
         let _ = std::fs::remove_file(read);
     }
 }
@@ -429,23 +440,70 @@ async fn open(qmp: &Qmp, mirrored: &[Mirrored], places: &Places) -> Result<Vec<B
     Ok(images)
 }
 
-/// Takes everything of ours out of a QEMU's block graph: jobs, exports, targets. Nothing of the user's is touched.
-async fn clear(qmp: &Qmp, read: &Path) -> Result<(), QmpError> {
+/// What could not be taken out of a QEMU's block graph.
+pub(crate) enum Uncleared {
+    /// Something of ours is there.
+    There(QmpError),
+    /// The guest was stopped for it, and could not be resumed.
+    Stopped(QmpError),
+}
+
+impl Uncleared {
+    /// For the report.
+    pub(super) fn stop(self) -> Stop {
+        match self {
+            Uncleared::There(e) => Stop::qemu(e),
+            Uncleared::Stopped(e) => Stop::because(NOT_RESUMED, &e, "see the VM's log on the source"),
+        }
+    }
+}
+
+/// Takes everything of ours out of a QEMU's block graph: jobs, exports and their server, targets. Nothing of the user's is touched. The
+/// guest stands still while jobs are given up; the machine's record says so from before the first of them.
+pub(crate) async fn clear(qmp: &Qmp, read: &Path) -> Result<(), Uncleared> {
+    let (qmp, read) = (qmp.clone(), read.to_owned());
+    // By itself: whoever asked for it may not wait for it, and the guest must not be left stopped.
+    let cleared = tokio::spawn(async move { clear_now(&qmp, &read).await });
+    cleared.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+}
+
+async fn clear_now(qmp: &Qmp, read: &Path) -> Result<(), Uncleared> {
     let ours = |name: &str| name.starts_with(NAME);
-    for job in qmp.block_jobs().await?.into_iter().filter(|job| ours(&job.id)) {
-        qmp.end_mirror(&job.id, true).await?;
+    let mut jobs = qmp.block_jobs().await.map_err(Uncleared::There)?;
+    jobs.retain(|job| ours(&job.id));
+    if !jobs.is_empty() {
+        let runs = qmp.status().await.map_err(Uncleared::There)?.running;
+        let given_up = async {
+            if runs {
+                qmp.stop().await?;
+            }
+            for job in &jobs {
+                qmp.end_mirror(&job.id, true).await?;
+            }
+            Ok(())
+        };
+        let given_up: Result<(), QmpError> = given_up.await;
+        if runs {
+            // Also where it was not seen to stop: that may have come later.
+            super::resume_here(qmp).await.map_err(Uncleared::Stopped)?;
+        }
+        given_up.map_err(Uncleared::There)?;
     }
-    for export in qmp.exports().await?.into_iter().filter(|export| ours(export)) {
-        qmp.end_export(read, &export).await?;
-    }
-    for node in qmp.node_names().await?.into_iter().filter(|node| ours(node)) {
-        qmp.remove_node(&node).await?;
-    }
-    Ok(())
+    let rest = async {
+        for export in qmp.exports().await?.into_iter().filter(|export| ours(export)) {
+            qmp.end_export(read, &export).await?;
+        }
+        qmp.end_nbd_server(read).await?;
+        for node in qmp.node_names().await?.into_iter().filter(|node| ours(node)) {
+            qmp.remove_node(&node).await?;
+        }
+        Ok(())
+    };
+    rest.await.map_err(Uncleared::There)
 }
 
 /// Takes out of a machine's QEMU, and off this host, what a mirror of its disks has left that ended with its agent.
-pub(crate) async fn clear_after(host: &Host, name: &VmName, qmp: &Qmp) -> Result<(), QmpError> {
+pub(crate) async fn clear_after(host: &Host, name: &VmName, qmp: &Qmp) -> Result<(), Uncleared> {
     let places =
         Places { directory: host.run_dir.clone(), machine: name.to_string(), binary: PathBuf::new() };
     clear(qmp, &places.read()).await?;

@@ -6,9 +6,10 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use mirror::storage::source::DiskProof;
+use qemu::QmpError;
 
 use super::controller::{Controller, commit, nothing_held};
-use super::disks::Disks;
+use super::disks::{Disks, NOT_RESUMED, Uncleared};
 use super::peer::Withdrawal;
 use super::peer::violation;
 use super::rounds::Rounds;
@@ -172,7 +173,14 @@ impl Controller {
             stop => stop,
         };
         let disks = match &self.held.disks {
-            Some(disks) => disks.prove().await.map_err(uncertain)?,
+            Some(disks) => {
+                let (journal, record) = (&self.host.journal, &mut self.vm.record);
+                let proved = disks.prove(|process| {
+                    record.made.storage_daemon = Some(process.clone());
+                    Ok(journal.update(record)?)
+                });
+                proved.await.map_err(uncertain)?
+            }
             None => DiskProof::default(),
         };
         let proof = match rounds.prove().await {
@@ -273,14 +281,16 @@ impl Controller {
 
     /// Has the machine run here again.
     async fn resume(&self) -> Result<(), Stop> {
-        super::resume_here(&self.vm.qmp).await.map_err(|e| {
-            let socket = self.vm.record.qmp_socket.display();
-            Stop::Uncertain(Finding::new(
-                "not-resumed",
-                format!("the VM is still this host's, but could not be resumed: {}", chain(&e)),
-                format!("see its log, and resume it over QMP at {socket}"),
-            ))
-        })
+        super::resume_here(&self.vm.qmp).await.map_err(|e| self.not_resumed(&e))
+    }
+
+    fn not_resumed(&self, error: &QmpError) -> Stop {
+        let socket = self.vm.record.qmp_socket.display();
+        Stop::Uncertain(Finding::new(
+            NOT_RESUMED,
+            format!("the VM is still this host's, but could not be resumed: {}", chain(error)),
+            format!("see its log, and resume it over QMP at {socket}"),
+        ))
     }
 
     /// The machine stays. It runs again first; then everything is given back, here and there.
@@ -308,8 +318,22 @@ impl Controller {
             rounds.abort();
         }
         self.end_rounds().await;
-        if let Some(mut disks) = self.held.disks.take() {
-            disks.abandon(&self.vm.qmp).await;
+        if self.vm.record.pauses {
+            let read = self.disk_places().read();
+            match super::disks::clear(&self.vm.qmp, &read).await {
+                Ok(()) => {}
+                Err(Uncleared::There(e)) => {
+                    tracing::error!(error = chain(&e), "QEMU keeps a copy job of ours")
+                }
+                Err(Uncleared::Stopped(e)) => (resumed, stop) = (false, self.not_resumed(&e)),
+            }
+        }
+        if matches!(&stop, Stop::Failed(finding) if finding.kind == NOT_RESUMED)
+            && let Err(why) = self.resume().await
+        {
+            (resumed, stop) = (false, why);
+        }
+        if let Some(disks) = self.held.disks.take() {
             self.account_for(&disks);
             disks.end().await;
         }
@@ -322,7 +346,7 @@ impl Controller {
         }
         // One that could not be resumed is resumed by the next agent that finds this on record.
         if resumed
-            && std::mem::take(&mut self.vm.record.quiesced_scans)
+            && std::mem::take(&mut self.vm.record.pauses)
             && let Err(e) = self.host.journal.update(&self.vm.record)
         {
             tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");

@@ -328,7 +328,7 @@ impl Rounds {
             return Err(violation("finds blocks wrong that there are not"));
         }
         let settled = tokio::task::spawn_blocking(move || {
-            while storage.uncertain() > 0 {
+            while storage.uncertain() > 0 && !storage.is_over() {
                 storage.settle()?;
             }
             Ok::<_, (usize, std::io::Error)>(())

@@ -133,8 +133,14 @@ impl Controller {
             disks.mend().await?;
             return Ok(true);
         }
-        disks.settle().await?;
-        Ok(disks.is_settled())
+        disks.settle_some().await?;
+        if !disks.is_settled() {
+            return Ok(false);
+        }
+        // What waits goes before the last pages.
+        let waiting = disks.waiting() as f64;
+        let rate = self.rounds()?.estimate.wire_rate.unwrap_or(f64::INFINITY);
+        Ok(waiting <= rate * self.options.max_downtime.as_secs_f64())
     }
 
     /// Whether the guest dirties its memory faster than it can be sent: seen from the rounds, or at once after the first,

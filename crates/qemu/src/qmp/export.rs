@@ -63,6 +63,14 @@ impl Qmp {
     /// [`QmpError`]
     pub async fn end_export(&self, socket: &Path, export: &str) -> Result<(), QmpError> {
         self.remove_export(export).await?;
+        self.end_nbd_server(socket).await
+    }
+
+    /// Stops the NBD server if it is the one that listens on this socket.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub async fn end_nbd_server(&self, socket: &Path) -> Result<(), QmpError> {
         // QEMU does not say where its server listens. What still answers there is ours.
         if UnixStream::connect(socket).await.is_ok() {
             self.execute(StopServer {}).await?;

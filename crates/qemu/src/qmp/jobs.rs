@@ -25,6 +25,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Bytes per bit of the job's bitmap of what is still to be copied, and the least that it copies at a time. What the
 /// guest writes meanwhile goes over as it is.
 const GRANULARITY: u32 = 65536;
+/// Bytes that a job has under way at most. A write of the guest waits for all of it where it meets it: by QEMU's default,
+/// 16 MiB, that is for seconds where the link is slow.
+const BUFFER: u32 = 2 << 20;
 
 /// What of a disk is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +90,14 @@ pub struct BlockJob {
     pub actively_synced: Option<bool>,
 }
 
+impl BlockJob {
+    /// Whether it stands still as something could not be read or written.
+    #[must_use]
+    pub fn met_error(&self) -> bool {
+        self.io_status != "ok"
+    }
+}
+
 /// How a mirror ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MirrorEnd {
@@ -114,7 +125,7 @@ pub struct JobEvent {
 pub enum JobNews {
     /// Everything was copied once.
     Ready,
-    /// It met an error of I/O. It fails shortly after.
+    /// It met an error of I/O.
     IoError {
         /// `read` or `write`. Reads are those of the source, writes those of the target.
         operation: String,
@@ -165,8 +176,13 @@ struct Job {
 impl Qmp {
     /// Begins to mirror a disk. The job copies in the background what is there and becomes ready; from its start on a
     /// guest's write is done only when it is on the disk and at the target (`copy-mode` `write-blocking`), so that the
-    /// rest gets smaller however much the guest writes. An error of reading or at the target ends the job (`report`)
-    /// and never reaches the guest. QEMU removes the job by itself when it is through (`auto-finalize`, `auto-dismiss`).
+    /// rest gets smaller however much the guest writes. QEMU removes the job by itself when it is through
+    /// (`auto-finalize`, `auto-dismiss`).
+    ///
+    /// An error of reading or at the target never reaches the guest. It makes the job stand still
+    /// ([`BlockJob::met_error`]); the guest's writes go on to both, and only those to its own disk count. Somebody has to
+    /// [end](Self::end_mirror) the job: one that were to end by itself (`report`) would crash QEMU, as
+    /// [there](Self::end_mirror) told.
     ///
     /// The guest's flushes go to its own disk only. The target is flushed when the job becomes ready, when it ends, and
     /// whenever QEMU stops the machine; how long it takes for that is time in which the guest does not run (seen: 0.15 s
@@ -174,8 +190,8 @@ impl Qmp {
     /// beforehand.
     ///
     /// # Errors
-    /// [`QmpError::Refused`] if a node is missing or in use by another job. What goes wrong later ends the job and is
-    /// told by [`JobNews::Completed`].
+    /// [`QmpError::Refused`] if a node is missing or in use by another job. What goes wrong later is told by
+    /// [`JobNews::IoError`].
     pub async fn mirror_disk(&self, job: &MirrorJob<'_>) -> Result<(), QmpError> {
         let sync = match job.sync {
             Sync::Full => "full",
@@ -190,8 +206,9 @@ impl Qmp {
             "speed": job.speed.unwrap_or(0),
             "copy-mode": "write-blocking",
             "granularity": GRANULARITY,
-            "on-source-error": "report",
-            "on-target-error": "report",
+            "buf-size": BUFFER,
+            "on-source-error": "stop",
+            "on-target-error": "stop",
         });
         self.execute_raw("blockdev-mirror", arguments).await.map(drop)
     }
@@ -215,6 +232,11 @@ impl Qmp {
     /// Ends a mirror, the guest going on with its own disk, and waits until nothing is left of the job: its filter is gone
     /// from the graph, and the target's node can be removed. A ready job first brings the target up to date; one that is
     /// not ready, or any with `force`, is given up.
+    ///
+    /// **The guest must be stopped where the job is given up.** QEMU frees the job's bitmap of what is under way before it
+    /// waits for writes of the guest that are under way, each of which clears its bits there: heap memory that is in
+    /// other use by then (`mirror_run` in `block/mirror.c`, at its `immediate_exit`; seen to crash 7.2 and 10.0). A guest
+    /// that is stopped has none under way.
     ///
     /// A target that does not answer can hold the job up, with `force` too where it is not ready: until the NBD server
     /// closes the connection, which it should do first where it has no use for what comes.
