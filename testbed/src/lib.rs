@@ -40,7 +40,7 @@ mod tool;
 mod wire;
 
 pub use bed::{CLIENT_ADDRESS, GUEST_PREFIX, Testbed};
-pub use client::Client;
+pub use client::{Client, Journal};
 pub use error::TestbedError;
 pub use guest_spec::{GuestSpec, TestDisk};
 pub use host::{AgentOptions, Host};

@@ -1,8 +1,9 @@
 //! Hosts with storage of their own.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use testbed::{AgentOptions, Host};
 
@@ -37,4 +38,56 @@ pub fn image(host: &Host, name: &str) -> PathBuf {
 #[must_use]
 pub fn local() -> AgentOptions {
     AgentOptions { local: true, ..AgentOptions::default() }
+}
+
+/// A block device `device` in a host's directory of disks, backed by a file. Given back when dropped.
+#[derive(Debug)]
+pub struct BlockDevice(PathBuf);
+
+impl BlockDevice {
+    /// With this content.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn new(host: &Host, content: &[u8]) -> BlockDevice {
+        let file = host.directory().join("device");
+        fs::write(&file, content).unwrap();
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let device = BlockDevice(PathBuf::from(String::from_utf8(made.stdout).unwrap().trim()));
+        let number = fs::metadata(&device.0).unwrap().rdev();
+        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+        let mut node = Command::new("mknod");
+        node.arg(image(host, "device")).args(["b", &major.to_string(), &minor.to_string()]);
+        assert!(node.status().unwrap().success());
+        device
+    }
+
+    /// What it holds.
+    ///
+    /// # Panics
+    /// If it cannot be read.
+    #[must_use]
+    pub fn content(&self) -> Vec<u8> {
+        fs::read(&self.0).unwrap()
+    }
+
+    /// Lets every write to it fail from now on, or none any more, whoever has it open.
+    ///
+    /// # Panics
+    /// If it cannot be changed.
+    pub fn fail_writes(&self, fail: bool) {
+        let mut command = Command::new("blockdev");
+        command.arg(if fail { "--setro" } else { "--setrw" }).arg(&self.0);
+        assert!(command.status().unwrap().success());
+    }
+}
+
+impl Drop for BlockDevice {
+    fn drop(&mut self) {
+        // Whoever gets this number next is to be able to write to it.
+        let _ = Command::new("blockdev").arg("--setrw").arg(&self.0).status();
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
 }

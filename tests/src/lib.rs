@@ -10,20 +10,23 @@
 mod accounting;
 mod disks;
 mod guest;
+mod moments;
 mod pair;
 mod qmp;
 mod refusal;
 mod said;
 mod under_way;
+mod writes;
 
 pub use accounting::{PAGE, PHASES, accounted};
-pub use disks::{image, local, noise, write_noise};
+pub use disks::{BlockDevice, image, local, noise, write_noise};
 pub use guest::Guest;
 pub use pair::{Pair, until, vmirror};
 pub use qmp::Qmp;
 pub use refusal::Refusal;
 pub use said::Said;
 pub use under_way::UnderWay;
+pub use writes::Writes;
 
 use std::time::Duration;
 

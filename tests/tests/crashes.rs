@@ -2,19 +2,14 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::fs;
-
 use end_to_end::{Guest, Pair, Said, UnderWay, accounted, until, vmirror};
 use migration::{Outcome, Phase};
-use testbed::fault::{self, Paused};
+use testbed::fault;
 use testbed::guest_spec::{GuestSpec, Nic, Pattern};
 use testbed::{Host, Inventory, Status, Wire, root_or_skip};
 
 /// Slow enough for the memory of the guest to take half a minute.
 const SLOWLY: &[&str] = &["--bandwidth", "1MiB/s"];
-/// The paused guest is waited for.
-const PATIENTLY: &[&str] = &["--bandwidth", "16MiB/s", "--max-downtime", "60s"];
-
 /// A guest that writes, on host A, and what both hosts held before its migration.
 struct Scene {
     pair: Pair,
@@ -61,27 +56,6 @@ impl Scene {
         migration
     }
 
-    /// A migration that has paused the guest and waits for the destination's QEMU, which is stopped.
-    fn switching_over(&self) -> (UnderWay<'_>, Paused) {
-        let before = loads(self.b());
-        let migration = self.begin(PATIENTLY);
-        migration.reaches("synchronize");
-        let stopped = fault::pause(self.pair.qemu(self.b()).unwrap());
-        migration.reaches("switch-over");
-        until("everything waits for QEMU", || loads(self.b()) > before);
-        (migration, stopped)
-    }
-
-    /// A migration whose source does nothing from the moment at which its guest is paused, and whose destination has become ready.
-    /// The source's agent goes on when the second value is dropped.
-    fn ready(&self) -> (UnderWay<'_>, Paused) {
-        let (migration, stopped) = self.switching_over();
-        let source = fault::pause(self.a().agent_pid().unwrap());
-        drop(stopped);
-        until("the copy is ready", || journal(self.b()).contains("\"ready\":true"));
-        (migration, source)
-    }
-
     /// Asserts that whoever waited was told that it failed and that the machine runs where it was.
     fn failed(&self, said: &Said, kind: &str) {
         assert_eq!(said.code, Some(1), "{said:?}\n{}", self.pair.logs());
@@ -122,17 +96,6 @@ impl Scene {
         });
         assert!(self.guest.is_silent_for(std::time::Duration::from_secs(3)), "it runs while in doubt");
     }
-}
-
-/// How often that host's QEMU was given all of a machine to load.
-fn loads(host: &Host) -> usize {
-    std::fs::read_to_string(host.agent_log()).unwrap().matches("QEMU loads its devices").count()
-}
-
-/// What a host has on record about the machine.
-fn journal(host: &Host) -> String {
-    let record = fs::read(host.state_dir().join("vms/vm.journal")).unwrap_or_default();
-    String::from_utf8_lossy(&record).into_owned()
 }
 
 #[test]
@@ -176,7 +139,7 @@ fn a_destination_qemu_that_is_killed_while_mirroring_leaves_the_guest_running() 
 #[test]
 fn a_destination_qemu_that_is_killed_while_switching_over_leaves_the_guest_running() {
     let scene = Scene::new();
-    let (migration, stopped) = scene.switching_over();
+    let (migration, stopped) = scene.pair.switching_over("vm");
     fault::kill(scene.pair.qemu(scene.b()).unwrap());
     drop(stopped);
     let said = migration.ended();
@@ -289,7 +252,7 @@ fn a_guest_that_panics_and_boots_again_is_mirrored_on() {
 #[test]
 fn a_source_agent_that_is_killed_before_the_copy_is_ready_runs_the_guest_again() {
     let scene = Scene::new();
-    let (migration, stopped) = scene.switching_over();
+    let (migration, stopped) = scene.pair.switching_over("vm");
     scene.a().kill_agent().unwrap();
     assert_eq!(migration.ended().code, Some(3));
     // The guest is paused, and nobody is there to run it: the next agent does.
@@ -298,7 +261,7 @@ fn a_source_agent_that_is_killed_before_the_copy_is_ready_runs_the_guest_again()
     scene.guest.runs_on();
     assert!(!scene.pair.runs_on("vm", scene.b()));
     drop(stopped);
-    give_up_if_in_doubt(&scene);
+    scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
     scene.stays();
     scene.moves_after_all();
 }
@@ -306,7 +269,7 @@ fn a_source_agent_that_is_killed_before_the_copy_is_ready_runs_the_guest_again()
 #[test]
 fn a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_again() {
     let scene = Scene::new();
-    let (migration, source) = scene.ready();
+    let (migration, source) = scene.pair.ready("vm");
     scene.a().kill_agent().unwrap();
     drop(source);
     assert_eq!(migration.ended().code, Some(3));
@@ -315,25 +278,15 @@ fn a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_again() {
     until("the guest runs again at the source", || scene.pair.runs_on("vm", scene.a()));
     scene.guest.runs_on();
     assert!(!scene.pair.runs_on("vm", scene.b()));
-    give_up_if_in_doubt(&scene);
+    scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
     scene.stays();
     scene.moves_after_all();
-}
-
-/// A copy that is complete waits for the source's word, which may come by itself or may have to come from a person.
-fn give_up_if_in_doubt(scene: &Scene) {
-    let settled = || scene.pair.show("vm", scene.b()).is_none();
-    if scene.b().settle(&scene.held[1], std::time::Duration::from_secs(10)).unwrap().is_err() && !settled() {
-        eprintln!("the copy waits for a person's word");
-        assert_eq!(scene.pair.show("vm", scene.b()).unwrap()["state"], "uncertain");
-        let _ = vmirror(scene.b(), &["resolve", "vm", "--give-up"]).done();
-    }
 }
 
 #[test]
 fn a_copy_that_waits_in_vain_does_not_stand_in_the_way_of_the_next_migration() {
     let scene = Scene::new();
-    let (migration, source) = scene.ready();
+    let (migration, source) = scene.pair.ready("vm");
     scene.a().kill_agent().unwrap();
     drop(source);
     assert_eq!(migration.ended().code, Some(3));
@@ -350,7 +303,7 @@ fn a_copy_that_waits_in_vain_does_not_stand_in_the_way_of_the_next_migration() {
 #[test]
 fn a_destination_agent_that_is_killed_when_ready_is_asked_again_when_it_is_back() {
     let scene = Scene::new();
-    let (migration, source) = scene.ready();
+    let (migration, source) = scene.pair.ready("vm");
     scene.b().kill_agent().unwrap();
     drop(source);
     scene.b().start_agent().unwrap();
@@ -359,7 +312,7 @@ fn a_destination_agent_that_is_killed_when_ready_is_asked_again_when_it_is_back(
     match said.code {
         Some(0) => scene.has_moved(),
         Some(1) => {
-            give_up_if_in_doubt(&scene);
+            scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
             scene.stays();
             scene.moves_after_all();
         }
@@ -367,22 +320,10 @@ fn a_destination_agent_that_is_killed_when_ready_is_asked_again_when_it_is_back(
     }
 }
 
-/// A migration that was handed over, with a destination whose agent does nothing from when it was ready, and has the source's
-/// word waiting. It goes on when the second value is dropped.
-fn handed_over(scene: &Scene) -> (UnderWay<'_>, Paused) {
-    let (migration, source) = scene.ready();
-    // What is on record is said next.
-    std::thread::sleep(std::time::Duration::from_millis(500));
-    let destination = fault::pause(scene.b().agent_pid().unwrap());
-    drop(source);
-    until("the source has handed over", || journal(scene.a()).contains("handed-over"));
-    (migration, destination)
-}
-
 #[test]
 fn a_source_agent_that_is_killed_after_the_hand_over_does_not_run_the_guest_again() {
     let scene = Scene::new();
-    let (migration, destination) = handed_over(&scene);
+    let (migration, destination) = scene.pair.handed_over("vm");
     scene.a().kill_agent().unwrap();
     assert_eq!(migration.ended().code, Some(3));
     scene.a().start_agent().unwrap();
@@ -395,7 +336,7 @@ fn a_source_agent_that_is_killed_after_the_hand_over_does_not_run_the_guest_agai
 #[test]
 fn a_cancel_after_the_hand_over_is_told_that_it_is_too_late() {
     let scene = Scene::new();
-    let (migration, destination) = handed_over(&scene);
+    let (migration, destination) = scene.pair.handed_over("vm");
     let cancel = std::thread::scope(|threads| {
         let cancel = threads.spawn(|| vmirror(scene.a(), &["cancel", "vm"]));
         // It has been told by then; later it would be too late as well.
@@ -412,7 +353,7 @@ fn a_cancel_after_the_hand_over_is_told_that_it_is_too_late() {
 #[test]
 fn a_destination_that_is_lost_at_the_hand_over_makes_it_uncertain_until_it_is_back() {
     let scene = Scene::new();
-    let (migration, destination) = handed_over(&scene);
+    let (migration, destination) = scene.pair.handed_over("vm");
     scene.b().kill_agent().unwrap();
     drop(destination);
     let said = migration.ended();
@@ -426,10 +367,11 @@ fn a_destination_that_is_lost_at_the_hand_over_makes_it_uncertain_until_it_is_ba
 #[test]
 fn a_person_may_decide_when_the_destination_never_comes_back() {
     let scene = Scene::new();
-    let (migration, destination) = handed_over(&scene);
+    let (migration, destination) = scene.pair.handed_over("vm");
     scene.b().kill_agent().unwrap();
     drop(destination);
-    assert_eq!(migration.ended().code, Some(3));
+    let said = migration.ended();
+    assert_eq!(said.code, Some(3), "{said:?}\n{}", scene.pair.logs());
     scene.in_doubt(scene.a());
     let _ = vmirror(scene.a(), &["resolve", "vm", "--run-here"]).done();
     scene.guest.runs_on();
@@ -438,7 +380,7 @@ fn a_person_may_decide_when_the_destination_never_comes_back() {
     scene.b().start_agent().unwrap();
     scene.guest.runs_on();
     assert!(!scene.pair.runs_on("vm", scene.b()));
-    give_up_if_in_doubt(&scene);
+    scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
     scene.stays();
     scene.moves_after_all();
 }

@@ -3,11 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
-use end_to_end::{Pair, accounted, noise, until, vmirror};
+use end_to_end::{BlockDevice, Pair, accounted, noise, until, vmirror};
 use migration::report::DiskMode;
 use testbed::Host;
 use testbed::guest_spec::GuestSpec;
@@ -79,35 +77,6 @@ fn names(host: &Host) -> Vec<String> {
     names
 }
 
-/// A block device in a host's directory of disks, backed by a file. Given back when dropped.
-struct Device(PathBuf);
-
-impl Device {
-    fn new(host: &Host, content: &[u8]) -> Device {
-        let file = host.directory().join("device");
-        fs::write(&file, content).unwrap();
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
-        assert!(made.status.success(), "{made:?}");
-        let device = Device(PathBuf::from(String::from_utf8(made.stdout).unwrap().trim()));
-        let number = fs::metadata(&device.0).unwrap().rdev();
-        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-        let mut node = Command::new("mknod");
-        node.arg(host.disk_dir().join("device")).args(["b", &major.to_string(), &minor.to_string()]);
-        assert!(node.status().unwrap().success());
-        device
-    }
-
-    fn content(&self) -> Vec<u8> {
-        fs::read(&self.0).unwrap()
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_block_device_is_not_overwritten_unless_told_to_and_then_is_equal() {
     if !testbed::root_or_skip("block devices") {
@@ -115,7 +84,8 @@ fn a_block_device_is_not_overwritten_unless_told_to_and_then_is_equal() {
     }
     const SIZE: usize = 16 << 20;
     let pair = Pair::with_local_disks();
-    let (here, there) = (Device::new(pair.a(), &noise(SIZE as u64)), Device::new(pair.b(), &vec![7; SIZE]));
+    let (here, there) =
+        (BlockDevice::new(pair.a(), &noise(SIZE as u64)), BlockDevice::new(pair.b(), &vec![7; SIZE]));
     let drive = |path: &Path| format!("file={},format=raw,if=virtio", path.display());
     let extra = vec!["-drive".to_owned(), drive(&pair.a().local_dir().join("device"))];
     let guest = pair.run(pair.a(), "vm", &GuestSpec { extra, ..pair.spec("vm", 128) });

@@ -1,0 +1,88 @@
+//! Moments of a migration at which a test holds it: from host A to host B, of a machine that is known by its name.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use testbed::fault::{self, Paused};
+use testbed::{Host, Inventory};
+
+use crate::{Pair, UnderWay, until, vmirror};
+
+/// The paused guest is waited for.
+const PATIENTLY: &[&str] = &["--bandwidth", "16MiB/s", "--max-downtime", "60s"];
+
+impl Pair {
+    /// A migration that has paused the guest and waits for the destination's QEMU, which is stopped.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    #[must_use]
+    #[track_caller]
+    pub fn switching_over(&self, vm: &str) -> (UnderWay<'_>, Paused) {
+        let before = loads(self.b());
+        let migration = self.begin(vm, self.a(), self.b(), PATIENTLY);
+        migration.reaches("synchronize");
+        let stopped = fault::pause(self.qemu(self.b()).unwrap());
+        migration.reaches("switch-over");
+        until("everything waits for QEMU", || loads(self.b()) > before);
+        (migration, stopped)
+    }
+
+    /// A migration whose source does nothing from the moment at which its guest is paused, and whose destination has become ready.
+    /// The source's agent goes on when the second value is dropped.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    #[must_use]
+    #[track_caller]
+    pub fn ready(&self, vm: &str) -> (UnderWay<'_>, Paused) {
+        let (migration, stopped) = self.switching_over(vm);
+        let source = fault::pause(self.a().agent_pid().unwrap());
+        drop(stopped);
+        until("the copy is ready", || journal(self.b(), vm).contains("\"ready\":true"));
+        (migration, source)
+    }
+
+    /// A migration that was handed over, with a destination whose agent does nothing from when it was ready, and has the source's
+    /// word waiting. It goes on when the second value is dropped.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    #[must_use]
+    #[track_caller]
+    pub fn handed_over(&self, vm: &str) -> (UnderWay<'_>, Paused) {
+        let (migration, source) = self.ready(vm);
+        // What is on record is said next.
+        thread::sleep(Duration::from_millis(500));
+        let destination = fault::pause(self.b().agent_pid().unwrap());
+        drop(source);
+        until("the source has handed over", || journal(self.a(), vm).contains("handed-over"));
+        (migration, destination)
+    }
+
+    /// A copy that is complete waits for the source's word, which may come by itself or may have to come from a person. `held` is
+    /// what host B has when it is gone.
+    ///
+    /// # Panics
+    /// If it is neither gone nor in doubt.
+    pub fn give_up_if_in_doubt(&self, vm: &str, held: &Inventory) {
+        let settled = || self.show(vm, self.b()).is_none();
+        if self.b().settle(held, Duration::from_secs(10)).unwrap().is_err() && !settled() {
+            eprintln!("the copy waits for a person's word");
+            assert_eq!(self.show(vm, self.b()).unwrap()["state"], "uncertain");
+            let _ = vmirror(self.b(), &["resolve", vm, "--give-up"]).done();
+        }
+    }
+}
+
+/// How often that host's QEMU was given all of a machine to load.
+fn loads(host: &Host) -> usize {
+    fs::read_to_string(host.agent_log()).unwrap().matches("QEMU loads its devices").count()
+}
+
+/// What a host has on record about a machine.
+fn journal(host: &Host, vm: &str) -> String {
+    let record = fs::read(host.state_dir().join(format!("vms/{vm}.journal"))).unwrap_or_default();
+    String::from_utf8_lossy(&record).into_owned()
+}
