@@ -4,6 +4,7 @@
 //! An image that was made for an attempt that failed is removed after a while. All others were somebody's before, and are never
 //! removed.
 
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -33,6 +34,35 @@ struct Remnant {
     path: PathBuf,
     left: Left,
     at: SystemTime,
+    /// Which file it was: another one in its place is somebody else's. None on record: nobody knows any more.
+    #[serde(default)]
+    file: Option<Identity>,
+}
+
+/// What tells a file, or a block device, from another one of its name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Identity {
+    device: u64,
+    inode: u64,
+    /// Numbers of inodes are used again. None where the file system does not say.
+    made: Option<SystemTime>,
+}
+
+impl Identity {
+    fn of(path: &Path) -> Option<Identity> {
+        let file = std::fs::metadata(path).ok()?;
+        if file.file_type().is_block_device() {
+            return Some(Identity { device: file.rdev(), inode: 0, made: None });
+        }
+        Some(Identity { device: file.dev(), inode: file.ino(), made: file.created().ok() })
+    }
+}
+
+impl Remnant {
+    /// Whether the file is still the one that was left.
+    fn is_there(&self) -> bool {
+        self.file.is_some() && Identity::of(&self.path) == self.file
+    }
 }
 
 /// What migrations have left on this host.
@@ -55,17 +85,19 @@ impl Remnants {
     /// Whether an image is one that this machine has left.
     #[must_use]
     pub fn has(&self, vm: &VmName, path: &Path) -> bool {
-        self.known().iter().any(|remnant| remnant.vm == *vm && remnant.path == path)
+        self.known().iter().any(|remnant| remnant.vm == *vm && remnant.path == path && remnant.is_there())
     }
 
     /// Remembers an image that is left.
     pub fn keep(&self, vm: &VmName, path: &Path, left: Left) {
         let mut known = self.known();
         // What it was before, it still is: somebody's of before, or made here.
-        let before = known.iter().find(|remnant| remnant.path == path).map(|remnant| remnant.left);
+        let known_before = known.iter().find(|remnant| remnant.path == path && remnant.is_there());
+        let before = known_before.map(|remnant| remnant.left);
         known.retain(|remnant| remnant.path != path);
         let left = before.unwrap_or(left);
-        known.push(Remnant { vm: vm.clone(), path: path.to_owned(), left, at: SystemTime::now() });
+        let (vm, at, file) = (vm.clone(), SystemTime::now(), Identity::of(path));
+        known.push(Remnant { vm, path: path.to_owned(), left, at, file });
         self.write(&known);
     }
 
@@ -86,13 +118,16 @@ impl Remnants {
         let mut known = self.known();
         let before = known.len();
         known.retain(|remnant| {
+            if !remnant.is_there() {
+                return false;
+            }
             let old = remnant.at.elapsed().is_ok_and(|elapsed| elapsed > age);
             if remnant.left == Left::Unfinished && old && !used.contains(&remnant.path) {
                 tracing::info!(image = %remnant.path.display(), vm = %remnant.vm, "removing the image of an attempt that failed");
                 let _ = std::fs::remove_file(&remnant.path);
                 return false;
             }
-            remnant.path.exists()
+            true
         });
         if known.len() != before {
             self.write(&known);
@@ -147,5 +182,22 @@ mod tests {
         assert!(!again.has(&vm, &made) && again.has(&vm, &behind) && again.has(&vm, &both));
         again.taken(&behind);
         assert!(!Remnants::open(directory.path()).has(&vm, &behind));
+    }
+
+    #[test]
+    fn another_file_of_that_name_is_not_what_was_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, other) = (directory.path().join("image"), directory.path().join("other"));
+        std::fs::write(&path, b"content").unwrap();
+        std::fs::write(&other, b"somebody's").unwrap();
+        let vm: VmName = "web1".parse().unwrap();
+        let remnants = Remnants::open(directory.path());
+        remnants.keep(&vm, &path, Left::Unfinished);
+        std::fs::write(&path, b"written to").unwrap();
+        assert!(Remnants::open(directory.path()).has(&vm, &path));
+        std::fs::rename(&other, &path).unwrap();
+        assert!(!remnants.has(&vm, &path));
+        remnants.expire_older_than(Duration::ZERO, &[]);
+        assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
     }
 }

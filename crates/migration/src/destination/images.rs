@@ -39,6 +39,13 @@ fn unusable(host: &Host, path: &Path, why: &dyn std::error::Error) -> Finding {
     )
 }
 
+/// Whether a file could not be made as there is one.
+fn is_taken(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<std::io::Error>())
+        .any(|error| error.kind() == std::io::ErrorKind::AlreadyExists)
+}
+
 impl Images {
     /// Makes those that are not there. They are on record before they exist: a crash in between leaves nothing that nobody knows of.
     pub(crate) async fn make(
@@ -88,7 +95,14 @@ impl Images {
             if rehearsal && plan.exists {
                 continue;
             }
-            images.make_one(plan, whole_room).await.map_err(|e| unusable(host, &plan.path, e.as_ref()))?;
+            if let Err(e) = images.make_one(plan, whole_room).await {
+                if is_taken(e.as_ref()) {
+                    // Made by somebody else since it was looked at: not ours to remove, nor to go on from.
+                    record.made.images.retain(|image| image.path != plan.path);
+                    host.journal.update(record).map_err(|e| journal(&e))?;
+                }
+                return Err(unusable(host, &plan.path, e.as_ref()));
+            }
         }
         Ok(images)
     }
@@ -180,5 +194,23 @@ impl Drop for Images {
         if let Some(daemon) = &self.daemon {
             daemon.process().kill();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_somebody_else_is_told_from_one_that_cannot_be_made() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("disk");
+        let make = |path: &Path| std::fs::File::create_new(path);
+        let told = |source| qemu::StorageDaemonError::File { path: path.clone(), source };
+        make(&path).unwrap();
+        let taken = make(&path).unwrap_err();
+        assert!(is_taken(&taken));
+        assert!(is_taken(&told(taken)));
+        assert!(!is_taken(&told(make(&place.path().join("nowhere/disk")).unwrap_err())));
     }
 }

@@ -142,11 +142,16 @@ pub(super) async fn cancel(client: &Client, name: &VmName, output: &Output) -> R
 pub(super) async fn verify(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
     let found: Verification = client.post(&format!("/v1/vms/{name}/verify"), &()).await?;
     output.done(&found, |found| {
-        format!(
+        let mut said = format!(
             "{name} was compared with its copy on both hosts: {} pages looked at, {} repaired",
             count(found.audited_pages),
             count(found.repaired_pages)
-        )
+        );
+        if found.audited_blocks > 0 {
+            let (looked_at, repaired) = (count(found.audited_blocks), count(found.repaired_blocks));
+            said += &format!("; {looked_at} blocks of disks looked at, {repaired} repaired");
+        }
+        said
     });
     Ok(Exit::Done)
 }
