@@ -12,11 +12,11 @@ use tokio::task::spawn_blocking;
 
 /// Starts a command in a session of its own, so that no signal of a terminal and no end of a session reaches it. Its process waits
 /// before it becomes the program: `known` is told its id, and if that fails, or its starter ends by whatever before it is done, the
-/// process ends too. Its parent is the process of the caller.
-pub(crate) async fn spawn<T, E: From<io::Error>>(
+/// process ends too. Its parent is the process of the caller. What `known` says comes inside of what the system says.
+pub(crate) async fn spawn<T, E>(
     mut command: std::process::Command,
     known: impl FnOnce(u32) -> Result<T, E>,
-) -> Result<(Child, T), E> {
+) -> io::Result<Result<(Child, T), E>> {
     let (ours, theirs) = UnixStream::pair()?;
     let in_child = ours.as_raw_fd();
     // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed. These are
@@ -44,8 +44,9 @@ pub(crate) async fn spawn<T, E: From<io::Error>>(
     let spawning = spawn_blocking(move || Command::from(command).spawn());
     let mut pid = [0; 4];
     let heard = ours.read_exact(&mut pid).await;
-    let known = match heard {
-        Ok(_) => Some(known(u32::from_ne_bytes(pid))?),
+    let known = match heard.map(|_| known(u32::from_ne_bytes(pid))) {
+        Ok(Ok(known)) => Some(known),
+        Ok(Err(error)) => return Ok(Err(error)),
         Err(_) => None,
     };
     if known.is_some() {
@@ -53,5 +54,5 @@ pub(crate) async fn spawn<T, E: From<io::Error>>(
     }
     let child = spawning.await.map_err(io::Error::other)??;
     let known = known.ok_or_else(|| io::Error::other("the new process did not say which it is"))?;
-    Ok((child, known))
+    Ok(Ok((child, known)))
 }

@@ -86,9 +86,6 @@ pub enum LaunchError {
     /// The new process could not be put on record, and was not let go on.
     #[error("the QEMU that was to be started cannot be put on record")]
     Unrecorded(#[source] NotRecorded),
-    /// No process can be made.
-    #[error("no process can be made")]
-    Spawn(#[from] io::Error),
 }
 
 /// Why a process could not be put on record.
@@ -129,16 +126,14 @@ pub(crate) async fn start(
         .stdin(Stdio::null())
         .stdout(output.try_clone().map_err(log_failed)?)
         .stderr(output.try_clone().map_err(log_failed)?);
-    let known = |pid| {
+    let known = |pid| -> Result<KillOnDrop, LaunchError> {
         let process = Process::of_pid(pid, socket)?;
         record(&process).map_err(LaunchError::Unrecorded)?;
         Ok(KillOnDrop(Some(process)))
     };
     let spawned = detach::spawn(command, known).await;
-    let (mut child, mut unless_ready) = spawned.map_err(|e: LaunchError| match e {
-        LaunchError::Spawn(source) => LaunchError::Run { binary: binary.to_owned(), source },
-        other => other,
-    })?;
+    let (mut child, mut unless_ready) =
+        spawned.map_err(|source| LaunchError::Run { binary: binary.to_owned(), source })??;
     let pid = child.id().unwrap_or_default();
     let (ended, mut end) = watch::channel(None);
     tokio::spawn(async move {
