@@ -41,20 +41,26 @@ struct Remnant {
 
 /// What tells a file, or a block device, from another one of its name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Identity {
-    device: u64,
-    inode: u64,
-    /// Numbers of inodes are used again. None where the file system does not say.
-    made: Option<SystemTime>,
+#[serde(rename_all = "kebab-case")]
+enum Identity {
+    /// A file, by its inode, whose number may be used again, and when it was made.
+    Made(u64, SystemTime),
+    /// Where the file system does not say that: by its device, which may have another number after a reboot, and its inode.
+    Inode(u64, u64),
+    /// A block device, by its number.
+    Device(u64),
 }
 
 impl Identity {
     fn of(path: &Path) -> Option<Identity> {
         let file = std::fs::metadata(path).ok()?;
         if file.file_type().is_block_device() {
-            return Some(Identity { device: file.rdev(), inode: 0, made: None });
+            return Some(Identity::Device(file.rdev()));
         }
-        Some(Identity { device: file.dev(), inode: file.ino(), made: file.created().ok() })
+        Some(match file.created() {
+            Ok(made) => Identity::Made(file.ino(), made),
+            Err(_) => Identity::Inode(file.dev(), file.ino()),
+        })
     }
 }
 
