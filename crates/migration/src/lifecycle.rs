@@ -337,6 +337,11 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
         // A stream that was under way has lost its reader; QEMU ends it by itself, or is told to.
         let _ = qmp.migrate_cancel().await;
     }
+    if crate::source::disks::has_jobs(&qmp).await {
+        // It is stopped while they are given up.
+        record.pauses = true;
+        host.journal.update(&record)?;
+    }
     match crate::source::disks::clear_after(host, &record.name, &qmp).await {
         Ok(()) => {}
         // It is on record that it is to be resumed.

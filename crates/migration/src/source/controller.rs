@@ -65,6 +65,8 @@ pub(super) struct Held {
     pub(super) rounds: Option<Rounds>,
     /// The disks that are mirrored.
     pub(super) disks: Option<Disks>,
+    /// Something of ours may be in QEMU's block graph.
+    pub(super) clears: bool,
     /// The thread that opens streams and begins tracking: to be waited for even when nobody wants its result.
     pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
     /// QEMU's own stream, where that carries the memory.
@@ -272,7 +274,8 @@ impl Controller {
             )));
         };
         let places = self.disk_places();
-        if machine.direct_disks || !reserved.mirrored.is_empty() {
+        self.held.clears = !reserved.mirrored.is_empty();
+        if machine.direct_disks || (self.held.clears && disks::has_jobs(&self.vm.qmp).await) {
             // Before the guest is stopped for the first time: an agent that ends in between is to let it go on.
             self.vm.record.pauses = true;
             self.host.journal.update(&self.vm.record)?;

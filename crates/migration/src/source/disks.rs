@@ -440,6 +440,12 @@ async fn open(qmp: &Qmp, mirrored: &[Mirrored], places: &Places) -> Result<Vec<B
     Ok(images)
 }
 
+/// Whether there are jobs of ours, for whose end the guest is stopped: to be on record before.
+pub(crate) async fn has_jobs(qmp: &Qmp) -> bool {
+    // Where nobody can say, as if there were.
+    qmp.block_jobs().await.map_or(true, |jobs| jobs.iter().any(|job| job.id.starts_with(NAME)))
+}
+
 /// What could not be taken out of a QEMU's block graph.
 pub(crate) enum Uncleared {
     /// Something of ours is there.
@@ -459,7 +465,7 @@ impl Uncleared {
 }
 
 /// Takes everything of ours out of a QEMU's block graph: jobs, exports and their server, targets. Nothing of the user's is touched. The
-/// guest stands still while jobs are given up; the machine's record says so from before the first of them.
+/// guest stands still while jobs are given up: where there [are](has_jobs), the machine's record must say so before.
 pub(crate) async fn clear(qmp: &Qmp, read: &Path) -> Result<(), Uncleared> {
     let (qmp, read) = (qmp.clone(), read.to_owned());
     // By itself: whoever asked for it may not wait for it, and the guest must not be left stopped.

@@ -318,7 +318,12 @@ impl Controller {
             rounds.abort();
         }
         self.end_rounds().await;
-        if self.vm.record.pauses {
+        if self.held.clears {
+            // On record before the guest is stopped for that. Where the record cannot be written, jobs that stay are worse.
+            self.vm.record.pauses |= super::disks::has_jobs(&self.vm.qmp).await;
+            if let Err(e) = self.host.journal.update(&self.vm.record) {
+                tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+            }
             let read = self.disk_places().read();
             match super::disks::clear(&self.vm.qmp, &read).await {
                 Ok(()) => {}

@@ -307,10 +307,10 @@ impl StorageSource {
         drop(servers);
     }
 
-    /// Whether that was done.
+    /// Whether that was done, or a stream has ended: what is not certain stays so.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.shared.over.load(Ordering::Relaxed)
+        self.shared.over.load(Ordering::Relaxed) || self.shared.queue().is_closed()
     }
 }
 
