@@ -73,7 +73,9 @@ impl Lane {
 
     /// Sends one frame. Returns how many of those that waited it was.
     fn frame<W: Write>(&mut self, writer: &mut FrameWriter<W>, copy_too: bool) -> Result<usize, SourceError> {
-        self.shared.queue().take(self.stream, copy_too, &mut self.items);
+        let answered = self.shared.queue().take(self.stream, copy_too, &mut self.items);
+        // Whoever waited for room, and without the lock.
+        drop(answered);
         let sent = self.items.len();
         let Some(first) = self.items.first() else { return Ok(0) };
         if matches!(first.content, Content::Sync) {
@@ -97,9 +99,8 @@ impl Lane {
         }
         self.entries.clear();
         self.items.clear();
-        // Whoever waits for an answer gets it now, without the lock.
-        let answered = self.shared.queue().written(self.stream);
-        drop(answered);
+        // It may have been given up for lost meanwhile, and there may be nothing else to send for long.
+        self.shared.queue().resume(self.stream);
         self.shared.taken.notify_all();
         Ok(sent)
     }

@@ -2,9 +2,9 @@
 //!
 //! Two things come in over the same connection: what the guest writes, and what QEMU's copy job reads. What has been written
 //! before, or is a part of a block only, is taken to be the guest's and goes first; it is answered at once while little of it waits,
-//! so that the guest does not wait for the link. The rest is taken to be the copy; it waits behind, and when enough of it does, what
-//! comes is answered when it is on its way, which paces the job. A wrong guess costs time only: pieces that overlap never pass each
-//! other.
+//! so that the guest does not wait for the link. The rest is taken to be the copy, and waits behind. When enough waits of either,
+//! what comes is answered as soon as there is less: so the guest and the job are paced. A wrong guess costs time only: pieces that
+//! overlap never pass each other.
 //!
 //! QEMU's copy job first makes all of its target zero, and then writes what is not. Where the destination has nothing yet, that is so
 //! already. Where it has content of before, that would be thrown away for most of it to come again: such zeros are *deferred*, and
@@ -20,15 +20,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::codec::MAX_PAYLOAD;
-use super::layout::{BLOCK_SIZE, BlockIndex, CHUNK_BLOCKS, DiskLayout};
+use super::layout::{BLOCK_SIZE, BlockIndex, CHUNK_BLOCKS, Disk, DiskLayout};
 use super::nbd::server::Reply;
 // A set of numbers of any index space.
 use crate::memory::pages::PageSet as BlockSet;
 
-/// With more of what the guest has written waiting on a stream than this, in bytes, it waits too.
+/// With more of what the guest has written waiting on a stream than this, in bytes, it waits until there is less.
 const EARLY: usize = 8 << 20;
-/// With more of the copy waiting on a stream than this, in bytes, the job waits. So much, two chunks, keeps a stream busy while QEMU
-/// reads what the others get.
+/// With more of the copy waiting on a stream than this, in bytes, the job waits until there is less. So much, two chunks, keeps a
+/// stream busy while QEMU reads what the others get.
 const AHEAD: usize = 4 << 20;
 /// After which a stream that takes nothing is not waited for any more. On a slow link frames take longer: then it is so many times
 /// the longest wait of late, up to what a guest may wait for its disk.
@@ -38,7 +38,7 @@ const LONGEST: Duration = Duration::from_millis(800);
 /// Most items of a frame: with these no table is too long.
 const MAX_ITEMS: usize = 128;
 
-/// Answers a request when the last of its pieces is done with.
+/// Answers a request when nobody holds it any more.
 #[derive(Debug)]
 pub(super) struct Answer(Mutex<Option<Reply>>);
 
@@ -87,8 +87,6 @@ pub(super) struct Item {
     /// Where in it the piece begins, in bytes.
     pub(super) at: usize,
     pub(super) content: Content,
-    /// Dropped when the piece is on its way.
-    pub(super) answer: Option<Arc<Answer>>,
 }
 
 impl Item {
@@ -112,20 +110,13 @@ impl Item {
     }
 }
 
-/// What was let go of, to be dropped without the lock: that answers.
+/// What was let go of, to be dropped without the lock.
 #[derive(Debug, Default)]
 pub(super) struct Gone {
     /// What will not be sent as it is.
     pub(super) items: Vec<Item>,
-    /// Of what has been taken.
-    answers: Vec<Arc<Answer>>,
-}
-
-impl Gone {
-    /// Whether nobody was waiting.
-    pub(super) fn is_empty(&self) -> bool {
-        self.items.is_empty() && self.answers.is_empty()
-    }
+    /// Who waited for room. Dropping answers.
+    pub(super) answered: Vec<Arc<Answer>>,
 }
 
 /// What waits on one stream.
@@ -136,8 +127,8 @@ struct Lane {
     /// Bytes of both, and of what is urgent.
     bytes: usize,
     urgent_bytes: usize,
-    /// Of what it has taken and is writing: nobody waits longer for that than for what has not been taken.
-    writing: Vec<Arc<Answer>>,
+    /// Requests of the job that wait for room.
+    held: Vec<Arc<Answer>>,
     /// When it last took something, or began to have something to take.
     moved: Instant,
     /// The longest wait of late.
@@ -162,7 +153,7 @@ impl Lane {
             copy: VecDeque::new(),
             bytes: 0,
             urgent_bytes: 0,
-            writing: Vec::new(),
+            held: Vec::new(),
             moved: Instant::now(),
             pace: Duration::ZERO,
             state: Taking::Open,
@@ -173,8 +164,13 @@ impl Lane {
         self.urgent.is_empty() && self.copy.is_empty()
     }
 
+    /// Whether there is room for more of the copy.
+    fn takes_copy(&self) -> bool {
+        self.bytes - self.urgent_bytes < AHEAD
+    }
+
     fn push(&mut self, item: Item, copy: bool) {
-        if self.is_empty() && self.writing.is_empty() {
+        if self.is_empty() {
             self.moved = Instant::now();
         }
         self.bytes += item.bytes();
@@ -217,6 +213,8 @@ enum Meanwhile {
 pub(super) struct Queue {
     layout: DiskLayout,
     lanes: Vec<Lane>,
+    /// Requests of the guest's that wait for room.
+    held: Vec<Arc<Answer>>,
     /// Written at least once.
     seen: BlockSet,
     unhashed: BlockSet,
@@ -240,6 +238,7 @@ impl Queue {
         Queue {
             layout,
             lanes,
+            held: Vec::new(),
             seen: set(),
             unhashed: set(),
             owed: set(),
@@ -257,8 +256,12 @@ impl Queue {
         let last = self.layout.block_at(disk, offset + (data.len() as u64).saturating_sub(1)).0;
         let copy = (first..=last).all(|block| self.is_whole(block, disk, offset, data.len()))
             && !(first..=last).any(|block| self.seen.contains(block));
-        let early = if copy { self.takes_copy(BlockIndex(first)) } else { self.takes_writes() };
-        let answer = (!early).then_some(answer);
+        if copy && !self.takes_copy(BlockIndex(first)) {
+            let stream = self.layout.stream_of(BlockIndex(first));
+            self.lanes[usize::from(stream)].held.push(answer);
+        } else if !copy && !self.takes_writes() {
+            self.held.push(answer);
+        }
         let mut at = 0;
         while at < data.len() {
             let position = offset + at as u64;
@@ -272,7 +275,7 @@ impl Queue {
                 let whole = self.is_whole(touched, disk, offset, data.len());
                 self.touched(touched, whole);
             }
-            self.push(Item { block, at: within, content, answer: answer.clone() }, copy);
+            self.push(Item { block, at: within, content }, copy);
             at += length;
         }
     }
@@ -321,7 +324,7 @@ impl Queue {
             let chunk_end = (block / CHUNK_BLOCKS + 1) * CHUNK_BLOCKS;
             let count = (last + 1).min(chunk_end) - block;
             (block..block + count).for_each(|block| self.touched(block, true));
-            let item = Item { block: BlockIndex(block), at: 0, content: Content::Zero(count), answer: None };
+            let item = Item { block: BlockIndex(block), at: 0, content: Content::Zero(count) };
             self.push(item, false);
             block += count;
         }
@@ -355,7 +358,7 @@ impl Queue {
     pub(super) fn sync(&mut self) {
         for lane in self.lanes.iter_mut().filter(|lane| lane.state == Taking::Open) {
             if !matches!(lane.urgent.back(), Some(Item { content: Content::Sync, .. })) {
-                lane.push(Item { block: BlockIndex(0), at: 0, content: Content::Sync, answer: None }, false);
+                lane.push(Item { block: BlockIndex(0), at: 0, content: Content::Sync }, false);
             }
         }
     }
@@ -387,8 +390,19 @@ impl Queue {
     }
 
     fn takes_copy(&self, block: BlockIndex) -> bool {
-        let lane = &self.lanes[usize::from(self.layout.stream_of(block))];
-        lane.bytes - lane.urgent_bytes < AHEAD
+        self.lanes[usize::from(self.layout.stream_of(block))].takes_copy()
+    }
+
+    /// Who waited for room and has it now: to be dropped without the lock, which answers.
+    fn with_room(&mut self) -> Vec<Arc<Answer>> {
+        let mut answered = Vec::new();
+        if self.takes_writes() {
+            answered.append(&mut self.held);
+        }
+        for lane in self.lanes.iter_mut().filter(|lane| lane.takes_copy()) {
+            answered.append(&mut lane.held);
+        }
+        answered
     }
 
     fn push(&mut self, item: Item, copy: bool) {
@@ -411,8 +425,8 @@ impl Queue {
     }
 
     /// Takes what makes up the next frame of a stream: of one disk, what is urgent first. The copy waits where it is not to be
-    /// taken.
-    pub(super) fn take(&mut self, stream: u16, copy_too: bool, into: &mut Vec<Item>) {
+    /// taken. Who has waited for that room is given back, to be dropped without the lock, which answers.
+    pub(super) fn take(&mut self, stream: u16, copy_too: bool, into: &mut Vec<Item>) -> Vec<Arc<Answer>> {
         let (lane, layout) = (&mut self.lanes[usize::from(stream)], &self.layout);
         let disk = |item: &Item| layout.locate(item.block).map(|place| place.disk);
         let mut payload = 0;
@@ -432,8 +446,7 @@ impl Queue {
                 (None, Some(item)) if copy_too && fits(into.first(), item, payload) => &mut lane.copy,
                 _ => break,
             };
-            let Some(mut item) = from.pop_front() else { break };
-            lane.writing.extend(item.answer.take());
+            let Some(item) = from.pop_front() else { break };
             payload += item.bytes();
             into.push(item);
         }
@@ -442,38 +455,35 @@ impl Queue {
         let waited = if into.is_empty() { Duration::ZERO } else { lane.moved.elapsed() };
         lane.pace = waited.max(lane.pace.mul_f64(0.9));
         lane.moved = Instant::now();
+        self.with_room()
     }
 
     /// Lets go of what waits for streams that have stopped.
     pub(super) fn let_go_of_stalled(&mut self) -> Gone {
-        let mut gone = Gone::default();
+        let mut items = Vec::new();
         for stream in 0..self.lanes.len() {
             let lane = &self.lanes[stream];
             let limit = (lane.pace * PATIENCE).clamp(STALL, LONGEST);
-            let waited_for = !lane.is_empty() || !lane.writing.is_empty();
-            if lane.state == Taking::Open && waited_for && lane.moved.elapsed() > limit {
-                self.empty(stream, Taking::Stalled, &mut gone);
+            if lane.state == Taking::Open && !lane.is_empty() && lane.moved.elapsed() > limit {
+                items.extend(self.empty(stream, Taking::Stalled));
             }
         }
-        gone
+        Gone { items, answered: self.with_room() }
     }
 
     /// Nothing is taken from a stream any more.
     pub(super) fn close(&mut self, stream: u16) -> Gone {
-        let mut gone = Gone::default();
-        self.empty(usize::from(stream), Taking::Closed, &mut gone);
-        gone
+        let items = self.empty(usize::from(stream), Taking::Closed);
+        Gone { items, answered: self.with_room() }
     }
 
-    fn empty(&mut self, stream: usize, state: Taking, gone: &mut Gone) {
+    fn empty(&mut self, stream: usize, state: Taking) -> Vec<Item> {
         let lane = &mut self.lanes[stream];
         lane.state = state;
         (lane.bytes, lane.urgent_bytes) = (0, 0);
-        // What is being written is sure to arrive, or the link is lost.
-        gone.answers.append(&mut lane.writing);
         let items: Vec<Item> = lane.urgent.drain(..).chain(lane.copy.drain(..)).collect();
         items.iter().for_each(|item| self.let_go(item));
-        gone.items.extend(items);
+        items
     }
 
     /// Takes up to so many blocks that are not certain, to be read. Whoever takes them brings them back by
@@ -502,7 +512,7 @@ impl Queue {
             Some((owed, Meanwhile::Nothing)) => {
                 self.seen.insert(block.0..block.0 + 1);
                 let content = Content::Settled { data, owed };
-                self.push(Item { block, at: 0, content, answer: None }, true);
+                self.push(Item { block, at: 0, content }, true);
             }
             Some((true, Meanwhile::Part)) => self.owed.insert(block.0..block.0 + 1),
             Some((false, Meanwhile::Part)) => self.unhashed.insert(block.0..block.0 + 1),
@@ -539,9 +549,16 @@ impl Queue {
 
     /// Blocks that are not certain.
     pub(super) fn uncertain(&self) -> u64 {
+        self.uncertain_by_disk().iter().sum()
+    }
+
+    /// Blocks that are not certain, of each disk.
+    pub(super) fn uncertain_by_disk(&self) -> Vec<u64> {
         let mut all = self.owed.clone();
         all.extend(&self.unhashed);
-        all.len() + self.settling.len() as u64
+        self.settling.keys().for_each(|&block| all.insert(block..block + 1));
+        let of = |disk: &Disk| all.runs(disk.blocks.clone()).map(|run| run.end - run.start).sum();
+        self.layout.disks().iter().map(of).collect()
     }
 
     /// Whether nothing is taken from a stream any more.
@@ -554,20 +571,14 @@ impl Queue {
         self.lanes.iter().map(|lane| lane.bytes).sum()
     }
 
-    /// A stream is there to take what waits: one that had stopped goes on. Returns how many pieces wait.
+    /// A stream is there to take what waits, or has just sent something: one that had stopped goes on. Returns how many pieces
+    /// wait.
     pub(super) fn resume(&mut self, stream: u16) -> usize {
         let lane = &mut self.lanes[usize::from(stream)];
         if lane.state == Taking::Stalled {
             lane.state = Taking::Open;
         }
         lane.urgent.len() + lane.copy.len()
-    }
-
-    /// What a stream has taken is on its way. Who waits for that is given back, to be answered without the lock.
-    pub(super) fn written(&mut self, stream: u16) -> Vec<Arc<Answer>> {
-        // It may have been given up for lost meanwhile, and there may be nothing else to send for long.
-        self.resume(stream);
-        std::mem::take(&mut self.lanes[usize::from(stream)].writing)
     }
 
     /// Whether something waits on a stream.
@@ -597,16 +608,33 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_is_writing_is_not_given_more_time_by_what_comes() {
-        let mut queue = Queue::new(DiskLayout::new([1 << 20], 1).unwrap(), &[true]);
-        let write = |queue: &mut Queue| queue.write(0, 0, vec![1; 512], answer());
-        write(&mut queue);
-        let mut taken = Vec::new();
-        queue.take(0, true, &mut taken);
-        queue.lanes[0].writing.push(answer());
-        let moved = queue.lanes[0].moved;
-        write(&mut queue);
-        assert_eq!(queue.lanes[0].moved, moved);
+    fn who_waits_for_room_has_it_before_everything_has_gone() {
+        let mut queue = Queue::new(DiskLayout::new([64 << 20], 1).unwrap(), &[true]);
+        let written = 9 << 20;
+        for at in (0..written).step_by(4096) {
+            queue.write(0, at + 512, vec![1; 2048], answer());
+        }
+        let (guests, copys) = (answer(), answer());
+        let waiting = [Arc::downgrade(&guests), Arc::downgrade(&copys)];
+        for at in 0..5 {
+            queue.write(0, (32 + at) << 20, vec![1; 1 << 20], answer());
+        }
+        for at in (0..2 * written).step_by(4096) {
+            queue.write(0, at + 512, vec![1; 2048], answer());
+        }
+        queue.write(0, 512, vec![1; 512], guests);
+        queue.write(0, 40 << 20, vec![1; 1 << 20], copys);
+        assert!(waiting.iter().all(|waiting| waiting.upgrade().is_some()));
+        let waits = |queue: &mut Queue, who: usize| {
+            let mut frames = 0;
+            while waiting[who].upgrade().is_some() {
+                drop(queue.take(0, true, &mut Vec::new()));
+                frames += 1;
+            }
+            assert!(frames > 0 && queue.pieces() > 0, "{frames}");
+        };
+        waits(&mut queue, 0);
+        waits(&mut queue, 1);
     }
 
     impl Queue {

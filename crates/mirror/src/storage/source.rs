@@ -197,6 +197,13 @@ impl StorageSource {
         self.shared.queue().uncertain()
     }
 
+    /// The same for each disk, in bytes.
+    #[must_use]
+    pub fn uncertain_bytes(&self) -> Vec<u64> {
+        let blocks = self.shared.queue().uncertain_by_disk();
+        blocks.into_iter().map(|blocks| blocks * BLOCK_SIZE as u64).collect()
+    }
+
     /// Bytes that wait to be sent.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -381,9 +388,10 @@ impl Shared {
     /// Lets go of what waits for streams that have stopped.
     fn watch(&self) {
         let gone = self.queue().let_go_of_stalled();
-        if !gone.is_empty() {
+        if !gone.items.is_empty() {
             tracing::warn!(
                 pieces = gone.items.len(),
+                waited = gone.answered.len(),
                 "the link stands still: the guest's writes do not wait for it"
             );
         }
