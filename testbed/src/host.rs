@@ -290,6 +290,16 @@ impl Host {
         Ok(())
     }
 
+    /// Lets an agent that is started after this see another host's own disks in the place of its own.
+    ///
+    /// # Errors
+    /// Where they cannot be mounted there.
+    pub fn share_disks_of(&self, other: &Host) -> Result<(), TestbedError> {
+        let [theirs, own] = [other, self].map(Host::disk_dir);
+        run("mount", &["--bind", &theirs.to_string_lossy(), &own.to_string_lossy()])?;
+        Ok(())
+    }
+
     /// A command that will run on this host, with `VMIRROR_AGENT` set.
     pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
         let mut command = match &self.place {

@@ -56,3 +56,25 @@ fn an_image_that_is_to_have_all_its_room_has_it() {
     moves(&pair, &["--disk-room", "whole"]);
     assert!(disk::allocated(&image(pair.b(), "vm.raw")).unwrap() >= SIZE);
 }
+
+#[test]
+fn an_image_that_is_only_read_is_as_it_was_when_the_machine_comes_back() {
+    if !root_or_skip("hosts with storage of their own") {
+        return;
+    }
+    let pair = Pair::with_local_disks();
+    // As a CD image may be: its end is within a sector.
+    let (original, content) = (image(pair.a(), "cd.iso"), noise(3 * MIB + 100));
+    fs::write(&original, &content).unwrap();
+    let last_changed = fs::metadata(&original).unwrap().modified().unwrap();
+    let name = pair.a().local_dir().join("cd.iso");
+    let drive = format!("file={},format=raw,if=virtio,readonly=on", name.display());
+    pair.run_tiny(pair.a(), "vm", &["-drive", &drive]);
+    for (from, to) in [(pair.a(), pair.b()), (pair.b(), pair.a())] {
+        let report = pair.migrate("vm", from, to, &[]);
+        assert_eq!(report.disks[0].mode, DiskMode::Mirrored);
+        assert!(fs::read(image(to, "cd.iso")).unwrap().starts_with(&content));
+    }
+    assert_eq!(fs::read(&original).unwrap().len(), content.len());
+    assert_eq!(fs::metadata(&original).unwrap().modified().unwrap(), last_changed);
+}

@@ -8,6 +8,7 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use end_to_end::{Pair, Refusal, image, local, vmirror};
+use migration::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::{Host, root_or_skip};
 
@@ -163,7 +164,8 @@ fn a_directory_that_is_missing_leads_elsewhere_or_cannot_be_written_is_refused()
     let elsewhere = pair.testbed().directory().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     symlink(&elsewhere, image(pair.b(), "sub")).unwrap();
-    refused(&pair, &[]).is("path-not-allowed", &words);
+    let leads = format!("leads to {}/vm.raw, which is in none", elsewhere.display());
+    refused(&pair, &[]).is("path-not-allowed", &[words[0], words[1], &leads]);
     assert_eq!(fs::read_dir(&elsewhere).unwrap().count(), 0);
     fs::remove_file(image(pair.b(), "sub")).unwrap();
     fs::create_dir(image(pair.b(), "sub")).unwrap();
@@ -213,6 +215,32 @@ fn shared_storage_is_not_copied_onto_itself() {
     run(&pair, pair.a(), "vm", &image, Format::Raw);
     refused(&pair, OVER).is("disk-shared", &[image.to_str().unwrap(), "host-b", "--disks"]);
     assert!(pair.check("vm").is_empty());
+}
+
+#[test]
+fn storage_that_takes_no_probe_is_not_taken_for_another() {
+    if !root_or_skip("hosts with storage of their own") {
+        return;
+    }
+    let pair = Pair::with_local_disks();
+    disk::create(&image(pair.a(), "cd.iso"), Format::Raw, SIZE).unwrap();
+    pair.a().stop_agent().unwrap();
+    pair.a().freeze_disks().unwrap();
+    pair.a().start_agent_with(&local()).unwrap();
+    let name = pair.a().local_dir().join("cd.iso");
+    let name = name.to_str().unwrap();
+    pair.run_tiny(pair.a(), "vm", &["-drive", &format!("file={name},format=raw,if=virtio,readonly=on")]);
+    assert!(pair.check("vm").is_empty(), "there is nothing in its place");
+    disk::create(&image(pair.b(), "cd.iso"), Format::Raw, SIZE).unwrap();
+    for options in [&[], OVER] {
+        let refusal = refused(&pair, options);
+        refusal.is("disk-sharing-unknown", &[name, "host-b", "cannot be told", "--disks shared"]);
+    }
+    // The same file is known all the same, where one kernel has both.
+    anew(&pair, |host| host.share_disks_of(pair.a()).unwrap());
+    assert!(pair.check("vm").is_empty());
+    let report = pair.migrate("vm", pair.a(), pair.b(), &[]);
+    assert_eq!(report.disks[0].mode, DiskMode::Shared);
 }
 
 #[test]

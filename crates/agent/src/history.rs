@@ -149,7 +149,7 @@ impl History {
                 report.error.as_ref().map(|failure| failure.finding.message.as_str()),
                 report.total_ms,
                 report.downtime_ms,
-                i64::try_from(report.memory.wire_bytes).unwrap_or(i64::MAX),
+                i64::try_from(report.wire_bytes()).unwrap_or(i64::MAX),
                 json,
             ],
         )?;

@@ -158,6 +158,7 @@ pub(crate) mod tests {
             verification: migration::report::Verification::default(),
             warning: None,
             throttle: 0.0,
+            disks: Vec::new(),
         }
     }
 

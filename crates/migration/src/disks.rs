@@ -125,9 +125,12 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
             image,
         };
         if options.disks != Disks::Shared && !is_device {
-            // Where no probe can be put, it is not found out that storage is shared: an image that is there is then refused,
-            // and never overwritten.
+            // Where no probe can be put, the file's identity may tell. Where that does not, an image that is there is refused, and never
+            // overwritten.
             disk.probe.place(&disk.image);
+            if disk.probe.file.is_none() {
+                disk.device = metadata.as_ref().map(identity).unwrap_or_default();
+            }
             if let Some(backing) = disk.drive.as_ref().and_then(|drive| drive.backing.as_deref()) {
                 let mut probe = Probe { file: None, nonce: disk.probe.nonce };
                 probe.place(backing);
@@ -198,9 +201,13 @@ fn same_file(a: &Path, b: &Path) -> bool {
     a == b || id(a).is_some_and(|a| Some(a) == id(b))
 }
 
-/// Which block device it is: by the name that its maker gave it, else, for hosts of one kernel, by its number.
-pub(crate) fn identity(device: &std::fs::Metadata) -> String {
-    let number = device.rdev();
+/// Which block device it is: by the name that its maker gave it, else, for hosts of one kernel, by its number. Which file it is, for
+/// hosts of one kernel.
+pub(crate) fn identity(file: &std::fs::Metadata) -> String {
+    if !file.file_type().is_block_device() {
+        return format!("{}/{}/{}", this_kernel(), file.dev(), file.ino());
+    }
+    let number = file.rdev();
     let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
     let read = |path: String| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     // Of a disk, a device of the device mapper, a partition.
@@ -208,10 +215,18 @@ pub(crate) fn identity(device: &std::fs::Metadata) -> String {
         .iter()
         .find_map(|name| read(format!("/sys/dev/block/{major}:{minor}/{name}")))
         .filter(|name| !name.is_empty());
-    given.unwrap_or_else(|| {
-        let kernel = read("/proc/sys/kernel/random/boot_id".to_owned()).unwrap_or_default();
-        format!("{kernel}/{major}:{minor}")
-    })
+    given.unwrap_or_else(|| format!("{}/{major}:{minor}", this_kernel()))
+}
+
+/// What is the same for all who run on one kernel, and for nobody else.
+fn this_kernel() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+/// Whether the identity of a block device of another host says anything here: its maker's name does, its number only on one kernel.
+pub(crate) fn is_comparable(identity: &str) -> bool {
+    let number = identity.split_once('/').filter(|(kernel, _)| Uuid::parse_str(kernel).is_ok());
+    number.is_none_or(|(kernel, _)| kernel == this_kernel())
 }
 
 /// A file that is put beside an image. Removed when dropped.

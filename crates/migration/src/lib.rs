@@ -39,7 +39,7 @@ pub use host::{Allow, Host, SwitchCost};
 pub use journal::{Journal, JournalError};
 pub use lifecycle::{Recovered, Resolution, RunError, Stopped};
 pub use options::{Compress, DiskRoom, Disks, Engine, Goal, OnDiverge, OptionError, Options, Verify};
-pub use progress::Progress;
+pub use progress::{DiskProgress, Progress};
 pub use remnants::Remnants;
 pub use report::{Outcome, Phase, Report};
 pub use session::{Command, Ended, Session};

@@ -24,7 +24,7 @@ pub struct Progress {
     pub elapsed_ms: f64,
     /// Rounds that the destination has acknowledged.
     pub rounds: u32,
-    /// Guest RAM, in bytes.
+    /// Guest RAM, in bytes. This and the other bytes here are of memory; those of disks are with the disks.
     pub total_bytes: u64,
     /// Not yet equal at the destination, in bytes: the lag.
     pub remaining_bytes: u64,
@@ -49,4 +49,22 @@ pub struct Progress {
     /// The share of the time for which the guest's CPUs are stopped, because it outran the mirror; 0 to 0.99.
     #[serde(default)]
     pub throttle: f64,
+    /// The disks that are mirrored.
+    #[serde(default)]
+    pub disks: Vec<DiskProgress>,
+}
+
+/// How far the mirror of one disk is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskProgress {
+    /// The image's path as the guest's command line names it.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Not yet known to be equal at the destination, in bytes.
+    pub remaining_bytes: u64,
+    /// Bytes copied from it or written to it so far.
+    pub raw_bytes: u64,
+    /// Sent for that so far, in bytes.
+    pub wire_bytes: u64,
 }

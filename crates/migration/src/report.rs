@@ -330,6 +330,14 @@ pub struct Report {
     pub throttle: Option<Throttle>,
 }
 
+impl Report {
+    /// Bytes written to the data streams, for memory and disks.
+    #[must_use]
+    pub fn wire_bytes(&self) -> u64 {
+        self.disks.iter().fold(self.memory.wire_bytes, |sum, disk| sum.saturating_add(disk.wire_bytes))
+    }
+}
+
 /// The stops of a guest whose memory can only be scanned while nothing is read into it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Quiesced {

@@ -25,7 +25,7 @@ use crate::tap::{self, Interfaces};
 use crate::vm::{Made, Origin, Ownership, Record, VmName};
 use crate::wire;
 
-pub(crate) use disks::Planned;
+pub(crate) use disks::{Planned, SECTOR};
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed.
 const CAPABILITIES: [(&str, bool); 2] = [("events", true), ("late-block-activate", true)];

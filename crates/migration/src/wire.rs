@@ -301,10 +301,11 @@ pub struct Disk {
     /// Bytes that it takes at the source.
     #[prost(uint64, tag = "8")]
     pub allocated: u64,
-    /// It is a block device. Which one, where that can be told, so that two hosts see whether it is the same.
+    /// It is a block device.
     #[prost(bool, tag = "9")]
     pub is_device: bool,
-    /// See above.
+    /// Which block device it is, where that can be told, so that two hosts see whether it is the same. Of a file that no probe can be
+    /// put beside, which file: that says something only on hosts of one kernel.
     #[prost(string, tag = "10")]
     pub device: String,
     /// Where the source cannot mirror it, why.

@@ -107,6 +107,7 @@ fn figures(progress: &Progress) -> String {
         format!("dirty {}", rate(progress.dirty_rate)),
         format!("lag {}", bytes(progress.remaining_bytes)),
     ];
+    parts.extend(disks(progress));
     if let Some(predicted) = progress.predicted_downtime_ms {
         parts.push(format!("pause ~{}", ms(predicted)));
     }
@@ -119,10 +120,18 @@ fn figures(progress: &Progress) -> String {
     parts.join(" · ")
 }
 
+/// How far the disks are, as long as there is something left of them.
+fn disks(progress: &Progress) -> Option<String> {
+    let left: u64 = progress.disks.iter().map(|disk| disk.remaining_bytes).sum();
+    let size: u64 = progress.disks.iter().map(|disk| disk.size).sum();
+    (left > 0).then(|| format!("disks {} of {}", bytes(size.saturating_sub(left)), bytes(size)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::summary::tests::progress;
+    use migration::DiskProgress;
 
     #[test]
     fn a_line_has_phase_bytes_rates_lag_and_time_left() {
@@ -147,6 +156,21 @@ mod tests {
         assert!(line(&slowed).contains(" · guest slowed by 35 % · "), "{}", line(&slowed));
         let supplied = Progress { phase: Phase::Resume, ..progress() };
         assert_eq!(line(&supplied), "resume  post-copy: 20.0 MiB still to come · 150.0 MiB sent");
+    }
+
+    #[test]
+    fn disks_are_told_of_while_something_is_left_of_them() {
+        let disk = |remaining_bytes| DiskProgress {
+            name: "/disk".to_owned(),
+            size: 4 << 30,
+            remaining_bytes,
+            raw_bytes: 1 << 30,
+            wire_bytes: 1 << 29,
+        };
+        let copying = Progress { disks: vec![disk(3 << 30), disk(0)], ..progress() };
+        assert!(line(&copying).contains(" · disks 5.0 GiB of 8.0 GiB · pause"), "{}", line(&copying));
+        let copied = Progress { disks: vec![disk(0)], ..progress() };
+        assert!(!line(&copied).contains("disks"), "{}", line(&copied));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A migration's report in words: short at its end, in full when asked for.
 
-use migration::report::{Counted, DiskMode, Round, Verdict, Verification};
+use migration::report::{Counted, Disk, DiskMode, Round, Verdict, Verification};
 use migration::{Engine, Outcome, Report};
 
 use crate::format::{bytes, count, moment, ms, rate, short};
@@ -76,6 +76,19 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
                 bytes(guest),
                 if rounds == 1 { "" } else { "s" },
                 bytes(memory.wire_bytes)
+            ),
+        ));
+    }
+    let mirrored = || report.disks.iter().filter(|disk| disk.mode == DiskMode::Mirrored);
+    if let disks @ 1.. = mirrored().count() {
+        let sum = |part: fn(&Disk) -> u64| mirrored().map(part).sum();
+        facts.push((
+            "disks",
+            format!(
+                "{} in {disks} mirrored, {} read, {} sent",
+                bytes(sum(|disk| disk.size)),
+                bytes(sum(|disk| disk.raw_bytes)),
+                bytes(sum(|disk| disk.wire_bytes))
             ),
         ));
     }

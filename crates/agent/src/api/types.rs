@@ -278,7 +278,7 @@ pub struct HistoryEntry {
     pub total_ms: f64,
     /// Downtime, in milliseconds.
     pub downtime_ms: f64,
-    /// Bytes written to the data streams.
+    /// Bytes written to the data streams, for memory and disks.
     pub wire_bytes: u64,
 }
 

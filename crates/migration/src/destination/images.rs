@@ -12,7 +12,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::lifecycle::Paths;
-use crate::reservation::Planned;
+use crate::reservation::{Planned, SECTOR};
 use crate::vm::{MadeImage, Record};
 
 /// Who may read an image that is made here: its owner. QEMU runs as that.
@@ -115,8 +115,12 @@ impl Images {
         if plan.format == "raw" {
             let mut open = OpenOptions::new();
             let file = open.write(true).create_new(!plan.exists).mode(MODE).open(&plan.path)?;
-            if !file.metadata()?.file_type().is_block_device() {
-                file.set_len(plan.size)?;
+            let metadata = file.metadata()?;
+            if !metadata.file_type().is_block_device() {
+                // A guest sees whole sectors, whatever the end of an image that was there.
+                if metadata.len().next_multiple_of(SECTOR) != plan.size {
+                    file.set_len(plan.size)?;
+                }
                 if whole_room {
                     fallocate(&file, FallocateFlags::empty(), 0, plan.size)?;
                 }

@@ -31,6 +31,8 @@ pub(crate) struct Planned {
 /// `disk_mode` on the wire.
 const MIRROR: u32 = 1;
 const SHARED: u32 = 2;
+/// Bytes of a sector.
+pub(crate) const SECTOR: u64 = 512;
 
 impl Request {
     /// Says of every disk whether it is mirrored, and finds every reason for which one cannot come.
@@ -41,13 +43,9 @@ impl Request {
             match self.examine_disk(host, number, disk) {
                 Ok(None) => {}
                 Ok(Some(plan)) => {
-                    let needed = if self.whole_room { plan.size } else { disk.allocated.min(plan.size) };
-                    let directory = plan.path.parent().unwrap_or(Path::new("/")).to_owned();
-                    if let Ok(file_system) = std::fs::metadata(&directory)
-                        && !plan.exists
-                    {
-                        let taken = &mut room.entry(file_system.dev()).or_insert((directory, 0)).1;
-                        *taken = taken.saturating_add(needed);
+                    if let Some((file_system, directory, missing)) = self.room_for(&plan, disk) {
+                        let taken = &mut room.entry(file_system).or_insert((directory, 0)).1;
+                        *taken = taken.saturating_add(missing);
                     }
                     planned.push(plan);
                 }
@@ -61,17 +59,33 @@ impl Request {
                 findings.push(Finding::new(
                     "disk-room",
                     format!(
-                        "the VM's disks take {}; on {} there are {} free in {}",
+                        "the VM's disks need {} more; on {} there are {} free in {}",
                         mib(needed),
                         host.name,
                         mib(free),
                         directory.display()
                     ),
-                    "make room there",
+                    if self.whole_room {
+                        "make room there, or take it as it is needed with --disk-room thin"
+                    } else {
+                        "make room there"
+                    },
                 ));
             }
         }
         planned
+    }
+
+    /// Which file system a disk's image is on, by its number and a directory in it, and the bytes that the image lacks there of what
+    /// it is to take.
+    fn room_for(&self, plan: &Planned, disk: &wire::Disk) -> Option<(u64, PathBuf, u64)> {
+        let path = std::fs::canonicalize(&plan.path).unwrap_or_else(|_| plan.path.clone());
+        let directory = path.parent().unwrap_or(Path::new("/")).to_owned();
+        let file_system = std::fs::metadata(&directory).ok()?.dev();
+        // Of an image that an earlier attempt has left a part is there already, and a block device has all of its room.
+        let there = std::fs::metadata(&path).map_or(0, |image| image.blocks() * 512);
+        let needed = if self.whole_room { plan.size } else { disk.allocated.min(plan.size) };
+        (!disk.is_device).then(|| (file_system, directory, needed.saturating_sub(there)))
     }
 
     /// None for a disk that is shared.
@@ -143,12 +157,16 @@ impl Request {
 
     /// Whether the image here is the one that the source has.
     fn is_shared(&self, path: &Path, disk: &wire::Disk) -> bool {
-        if disk.is_device {
-            let device = std::fs::metadata(path).ok().filter(|file| file.file_type().is_block_device());
-            return !disk.device.is_empty()
-                && device.is_some_and(|device| disks::identity(&device) == disk.device);
-        }
-        sees(path, &disk.probe, &disk.nonce)
+        let same = || {
+            let here = std::fs::metadata(path).ok();
+            !disk.device.is_empty()
+                && here.is_some_and(|here| {
+                    here.file_type().is_block_device() == disk.is_device
+                        && disks::identity(&here) == disk.device
+                })
+        };
+        // A file's identity says something only where one kernel has both.
+        same() || !disk.is_device && sees(path, &disk.probe, &disk.nonce)
     }
 
     /// The image that a disk is based on, which only shared storage can have.
@@ -186,18 +204,29 @@ impl Request {
     fn usable(&self, host: &Host, disk: &wire::Disk, path: &Path) -> Result<(), Finding> {
         let shown = path.display();
         let finding = |kind: &str, message: String, hint: &str| Err(Finding::new(kind, message, hint));
-        if disk.mode != MIRROR && !host.remnants.has(&self.name, path) {
-            return finding(
-                "disk-exists",
-                format!("{} already has {shown}, which is not the storage that the source has", host.name),
-                "remove it there, or overwrite it with --disks mirror",
-            );
-        }
+        let remnant = host.remnants.has(&self.name, path);
         if !disk.is_device && disk.probe.is_empty() {
             return finding(
                 "disk-sharing-unknown",
                 format!("whether {shown} on {} is the storage that the source has cannot be told", host.name),
-                "let the source's agent make files beside the image, or remove the one there",
+                "let the source's agent make files beside the image; if it is the same storage, say --disks shared",
+            );
+        }
+        if disk.mode != MIRROR && !remnant {
+            if disk.is_device && !disks::is_comparable(&disk.device) {
+                return finding(
+                    "disk-sharing-unknown",
+                    format!(
+                        "whether {shown} on {} is the device that the source has cannot be told: the kernel knows no name of it",
+                        host.name
+                    ),
+                    "if it is the same storage, say --disks shared; if it is not, --disks mirror overwrites it",
+                );
+            }
+            return finding(
+                "disk-exists",
+                format!("{} already has {shown}, which is not the storage that the source has", host.name),
+                "remove it there, or overwrite it with --disks mirror",
             );
         }
         let others = host.journal.all().into_iter().filter(|record| record.name != self.name);
@@ -247,10 +276,12 @@ impl Request {
                 "remove it there",
             );
         }
-        let remnant = host.remnants.has(&self.name, path);
         let size = found.virtual_size().unwrap_or_default();
-        // One of our own is made to fit, if it is raw.
-        if size != disk.size && !(remnant && disk.format == "raw" && !disk.is_device) {
+        let raw_file = disk.format == "raw" && !disk.is_device;
+        // QEMU shows a guest whole sectors. One of our own is made to fit, if it is raw.
+        let fits = if raw_file { size.next_multiple_of(SECTOR) == disk.size } else { size == disk.size };
+        let fits = fits || raw_file && remnant;
+        if !fits {
             let kind = if size < disk.size { "disk-smaller" } else { "disk-larger" };
             return finding(
                 kind,
@@ -292,9 +323,18 @@ pub(crate) fn allowed(host: &Host, path: &Path) -> bool {
 }
 
 pub(super) fn outside(host: &Host, path: &Path) -> Finding {
+    // Of an image that is yet to be made, its directory may lead elsewhere.
+    let real = std::fs::canonicalize(path).or_else(|e| {
+        let (directory, name) = path.parent().zip(path.file_name()).ok_or(e)?;
+        std::fs::canonicalize(directory).map(|directory| directory.join(name))
+    });
+    let leads = match real {
+        Ok(real) if real != path => format!(" leads to {}, which", real.display()),
+        _ => String::new(),
+    };
     Finding::new(
         "path-not-allowed",
-        format!("{} is in none of the directories that {} allows", path.display(), host.name),
+        format!("{}{leads} is in none of the directories that {} allows", path.display(), host.name),
         format!("add its directory to [allow] disk_dirs in the configuration of {}", host.name),
     )
 }

@@ -10,6 +10,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::controller::Controller;
+use super::disks::Disks;
 use super::estimate::Advice;
 use super::stop::Stop;
 use crate::failure::Stage;
@@ -71,7 +72,9 @@ impl Controller {
             Stop::Failed(finding) => finding.message,
             _ => String::new(),
         });
+        let disks = self.held.disks.as_ref().map(Disks::progress).unwrap_or_default();
         self.progress.send_modify(|progress| {
+            progress.disks = disks;
             progress.elapsed_ms = self.begin.elapsed().as_secs_f64() * 1e3;
             progress.rounds = u32::try_from(rounds.report.len()).unwrap_or(u32::MAX);
             progress.total_bytes = rounds.totals.pages * PAGE_SIZE as u64;

@@ -1,6 +1,7 @@
 //! The source's controller: the phases of a migration, one after the other.
 
 use std::panic::AssertUnwindSafe;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -79,6 +80,31 @@ pub(super) struct Held {
     pub(super) supplying: Option<Supplying>,
 }
 
+impl Held {
+    /// Does something that takes long with the disks, if there are any, and hears meanwhile what the destination says: a link that is
+    /// lost ends it.
+    pub(super) async fn while_connected<'a, T, F>(
+        &'a mut self,
+        work: impl FnOnce(&'a Disks) -> F,
+    ) -> Result<T, Stop>
+    where
+        T: Default,
+        F: Future<Output = Result<T, Stop>> + Send,
+    {
+        let Held { destination: Some(destination), rounds: Some(rounds), disks: Some(disks), .. } = self
+        else {
+            return Ok(T::default());
+        };
+        let mut working = pin!(work(disks));
+        loop {
+            tokio::select! {
+                done = &mut working => return done,
+                reply = destination.receive() => rounds.note(reply?)?,
+            }
+        }
+    }
+}
+
 impl Controller {
     /// Starts a controller on a task of its own.
     pub(super) fn start(host: Arc<Host>, mut vm: Vm, to: String, goal: Goal, options: Options) -> Session {
@@ -109,6 +135,7 @@ impl Controller {
             verification: Verification::default(),
             warning: None,
             throttle: 0.0,
+            disks: Vec::new(),
         };
         let report = blank(id, &host, &vm, &to, &options);
         let (session, conductor) = Session::new(id, first);

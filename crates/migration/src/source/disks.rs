@@ -19,6 +19,7 @@ use super::stop::Stop;
 use crate::disks::Disk;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
+use crate::progress::DiskProgress;
 use crate::vm::VmName;
 use crate::wire::{self, Reply};
 
@@ -64,10 +65,13 @@ struct Mirrored {
     path: PathBuf,
     format: String,
     node: String,
+    size: u64,
     direct: bool,
     read_only: bool,
     sync: Sync,
     name: String,
+    /// Bytes that QEMU's copy job had still to go over, when it was last asked.
+    left: u64,
 }
 
 /// The mirrored disks of one machine.
@@ -111,10 +115,12 @@ impl Disks {
                 path: disk.image.clone(),
                 format: drive.format.clone(),
                 node: drive.node.clone(),
+                size: disk.size,
                 direct: disk.direct,
                 read_only: drive.read_only,
                 sync: if drive.backing.is_some() { Sync::Top } else { Sync::Full },
                 name: format!("{NAME}{place}"),
+                left: if drive.read_only { 0 } else { disk.size },
             });
         }
         if mirrored.is_empty() {
@@ -217,9 +223,13 @@ impl Disks {
     pub(super) async fn is_copied(&mut self, qmp: &Qmp) -> Result<bool, Stop> {
         let jobs = qmp.block_jobs().await.map_err(Stop::qemu)?;
         let mut ready = true;
-        for disk in self.mirrored.iter().filter(|disk| !disk.read_only) {
+        for disk in self.mirrored.iter_mut().filter(|disk| !disk.read_only) {
             match jobs.iter().find(|job| job.id == disk.name) {
-                Some(job) if !job.met_error() => ready &= job.ready,
+                Some(job) if !job.met_error() => {
+                    ready &= job.ready;
+                    // What the guest writes later is copied as it is written.
+                    disk.left = if job.ready { 0 } else { job.len.saturating_sub(job.offset) };
+                }
                 _ => {
                     let message = format!("the copy of disk {} has stopped by an error", disk.path.display());
                     return Err(Stop::Failed(Finding::new(
@@ -304,6 +314,23 @@ impl Disks {
     /// Takes everything out of QEMU's graph. Whatever was not certain has been settled.
     pub(super) async fn give_up(&mut self, qmp: &Qmp) -> Result<(), Stop> {
         clear(qmp, &self.places.read()).await.map_err(Uncleared::stop)
+    }
+
+    /// How far it is with each disk.
+    pub(super) fn progress(&self) -> Vec<DiskProgress> {
+        let uncertain = self.storage.uncertain_bytes();
+        self.mirrored
+            .iter()
+            .zip(self.flows())
+            .zip(uncertain)
+            .map(|((disk, (path, flow)), uncertain)| DiskProgress {
+                name: path.display().to_string(),
+                size: disk.size,
+                remaining_bytes: disk.left.max(uncertain).min(disk.size),
+                raw_bytes: flow.raw_bytes,
+                wire_bytes: flow.wire_bytes,
+            })
+            .collect()
     }
 
     /// What was read of each disk, and what that took on the link.

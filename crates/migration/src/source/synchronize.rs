@@ -7,6 +7,7 @@ use mirror::memory::round::Guest;
 use tokio::sync::{broadcast, oneshot};
 
 use super::controller::{Controller, nothing_held};
+use super::disks::Disks;
 use super::estimate::Advice;
 use super::stop::Stop;
 use crate::failure::Finding;
@@ -130,13 +131,13 @@ impl Controller {
         let switching = self.goal == Goal::Migrate || self.orders.switch.is_cancelled();
         if !switching {
             // A mirror that stands settles little by little: to read what the guest writes again and again would only slow it.
-            disks.mend().await?;
+            self.held.while_connected(Disks::mend).await?;
             return Ok(true);
         }
-        disks.settle_some().await?;
-        if !disks.is_settled() {
+        self.held.while_connected(Disks::settle_some).await?;
+        let Some(disks) = self.held.disks.as_ref().filter(|disks| disks.is_settled()) else {
             return Ok(false);
-        }
+        };
         // What waits goes before the last pages.
         let waiting = disks.waiting() as f64;
         let rate = self.rounds()?.estimate.wire_rate.unwrap_or(f64::INFINITY);
@@ -262,18 +263,15 @@ impl Controller {
         &mut self,
         answer: oneshot::Sender<Result<Verification, Finding>>,
     ) -> Result<(), Stop> {
-        if let Some(disks) = &self.held.disks {
-            disks.settle().await?;
+        if self.held.disks.is_some() {
+            self.held.while_connected(Disks::settle).await?;
             self.round(Guest::Running).await?;
         }
         let before = self.rounds()?.verification();
         let (destination, rounds) = self.held.both().ok_or_else(nothing_held)?;
         rounds.read_back(destination).await?;
         rounds.audit(destination).await?;
-        let blocks = match &self.held.disks {
-            Some(disks) => disks.audit().await?,
-            None => 0,
-        };
+        let blocks = self.held.while_connected(Disks::audit).await?;
         self.settle_doubts().await?;
         let after = self.rounds()?.verification();
         let gate = if self.rounds()?.equal { Verdict::Match } else { Verdict::Mismatch };
@@ -293,9 +291,7 @@ impl Controller {
     pub(super) async fn settle_doubts(&mut self) -> Result<(), Stop> {
         // One round at the least: the doubts are told apart by what the next scan says.
         for _ in 0..SETTLING_ROUNDS {
-            if let Some(disks) = &self.held.disks {
-                disks.settle().await?;
-            }
+            self.held.while_connected(Disks::settle).await?;
             self.round(Guest::Running).await?;
             if !self.rounds()?.in_doubt() {
                 break;

@@ -78,11 +78,27 @@ fn table(sessions: &[Progress], name: Option<&VmName>) -> String {
             rate(progress.dirty_rate),
             optional(progress.predicted_downtime_ms),
             optional(progress.time_left_ms),
-            progress.verification.audited_pages.to_string(),
-            progress.verification.repaired_pages.to_string(),
+            (progress.verification.audited_pages + progress.verification.audited_blocks).to_string(),
+            (progress.verification.repaired_pages + progress.verification.repaired_blocks).to_string(),
         ]);
     }
     let mut text = table.render();
+    let mut disks = Table::new(&["VM", "DISK", "SIZE", "LEFT", "READ", "SENT"], &[2, 3, 4, 5]);
+    for progress in sessions {
+        for disk in &progress.disks {
+            disks.row([
+                progress.vm.clone(),
+                disk.name.clone(),
+                bytes(disk.size),
+                bytes(disk.remaining_bytes),
+                bytes(disk.raw_bytes),
+                bytes(disk.wire_bytes),
+            ]);
+        }
+    }
+    if sessions.iter().any(|progress| !progress.disks.is_empty()) {
+        text.push_str(&format!("\n{}", disks.render()));
+    }
     for progress in sessions {
         if progress.throttle > 0.0 {
             text.push_str(&format!(

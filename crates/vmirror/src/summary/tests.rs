@@ -26,6 +26,7 @@ pub(crate) fn progress() -> Progress {
         verification: Verification::default(),
         warning: None,
         throttle: 0.0,
+        disks: Vec::new(),
     }
 }
 
