@@ -1,7 +1,6 @@
 //! Moments of a migration at which a test holds it: from host A to host B, of a machine that is known by its name.
 
 use std::fs;
-use std::thread;
 use std::time::Duration;
 
 use testbed::fault::{self, Paused};
@@ -20,12 +19,12 @@ impl Pair {
     #[must_use]
     #[track_caller]
     pub fn switching_over(&self, vm: &str) -> (UnderWay<'_>, Paused) {
-        let before = loads(self.b());
+        let before = said(self.b(), LOADS);
         let migration = self.begin(vm, self.a(), self.b(), PATIENTLY);
         migration.reaches("synchronize");
         let stopped = fault::pause(self.qemu(self.b()).unwrap());
         migration.reaches("switch-over");
-        until("everything waits for QEMU", || loads(self.b()) > before);
+        until("everything waits for QEMU", || said(self.b(), LOADS) > before);
         (migration, stopped)
     }
 
@@ -52,9 +51,9 @@ impl Pair {
     #[must_use]
     #[track_caller]
     pub fn handed_over(&self, vm: &str) -> (UnderWay<'_>, Paused) {
+        let before = said(self.b(), READY);
         let (migration, source) = self.ready(vm);
-        // What is on record is said next.
-        thread::sleep(Duration::from_millis(500));
+        until("the destination has said so", || said(self.b(), READY) > before);
         let destination = fault::pause(self.b().agent_pid().unwrap());
         drop(source);
         until("the source has handed over", || journal(self.a(), vm).contains("handed-over"));
@@ -76,9 +75,14 @@ impl Pair {
     }
 }
 
-/// How often that host's QEMU was given all of a machine to load.
-fn loads(host: &Host) -> usize {
-    fs::read_to_string(host.agent_log()).unwrap().matches("QEMU loads its devices").count()
+/// A destination's QEMU was given all of a machine to load.
+const LOADS: &str = "QEMU loads its devices";
+/// The source was told that a copy is ready.
+const READY: &str = "the copy is ready";
+
+/// How often that host's agent has said this in its log.
+fn said(host: &Host, what: &str) -> usize {
+    fs::read_to_string(host.agent_log()).unwrap().matches(what).count()
 }
 
 /// What a host has on record about a machine.

@@ -31,7 +31,7 @@ fn a_disk_of_a_local_file_moves_with_its_machine() {
 }
 
 #[test]
-fn what_a_machine_boots_from_is_there_before_it_is_and_gone_if_it_does_not_come() {
+fn what_a_machine_needs_to_start_is_there_before_it_is_and_gone_if_it_does_not_come() {
     if !testbed::root_or_skip("hosts with storage of their own") {
         return;
     }
@@ -41,16 +41,23 @@ fn what_a_machine_boots_from_is_there_before_it_is_and_gone_if_it_does_not_come(
         fs::copy(from, pair.a().disk_dir().join(name)).unwrap();
     }
     let local = |name: &str| pair.a().local_dir().join(name);
-    let spec = GuestSpec { kernel: local("vmlinuz"), initramfs: local("initrd"), ..spec };
+    // QEMU makes these itself when it starts.
+    let extra = vec![
+        "-chardev".to_owned(),
+        format!("file,id=log,path={}", local("log").display()),
+        "-monitor".to_owned(),
+        format!("unix:{},server=on,wait=off", local("monitor").display()),
+    ];
+    let spec = GuestSpec { kernel: local("vmlinuz"), initramfs: local("initrd"), extra, ..spec };
     let guest = pair.run(pair.a(), "vm", &spec);
     let before = guest.status();
     let there = || names(pair.b());
 
     let checked = vmirror(pair.a(), &["check", "vm", "--to", &pair.b().listen().to_string()]);
-    assert_eq!((checked.code, there()), (Some(0), Vec::new()), "a rehearsal ships nothing: {checked:?}");
+    assert_eq!((checked.code, there()), (Some(0), Vec::new()), "a rehearsal leaves nothing: {checked:?}");
     let migration = pair.begin("vm", pair.a(), pair.b(), &["--bandwidth", "1MiB/s"]);
     migration.reaches("synchronize");
-    assert_eq!(there(), ["initrd", "vmlinuz"]);
+    assert_eq!(there(), ["initrd", "log", "monitor", "vmlinuz"]);
     let _ = vmirror(pair.a(), &["cancel", "vm"]).done();
     assert_eq!(migration.ended().code, Some(1));
     until("what was shipped is gone", || there().is_empty());
@@ -65,7 +72,7 @@ fn what_a_machine_boots_from_is_there_before_it_is_and_gone_if_it_does_not_come(
     // They are the machine's now, and stay when it ends.
     let _ = vmirror(pair.b(), &["stop", "vm", "--force"]).done();
     pair.holds_nothing(pair.b());
-    assert_eq!(there(), ["initrd", "vmlinuz"]);
+    assert_eq!(there(), ["initrd", "log", "vmlinuz"]);
 }
 
 /// What is in a host's directory of disks.

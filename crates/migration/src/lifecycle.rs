@@ -1,6 +1,6 @@
 //! A machine's life on one host: started, adopted, found again after a restart of the agent, stopped, forgotten.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -495,6 +495,7 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
     let mut files = record.made.files.clone();
     if matches!(record.ownership, Ownership::Incoming { .. }) {
         files.extend(record.made.shipped.iter().cloned());
+        files.extend(record.made.by_qemu.iter().filter(|file| is_worthless(file)).cloned());
     }
     if record.origin == Origin::Adopted && matches!(record.ownership, Ownership::HandedOver { .. }) {
         files.extend(stale_ram(record));
@@ -522,6 +523,12 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
     if let Err(e) = host.journal.remove(&record.name) {
         tracing::error!(error = chain(&e), "a record cannot be removed");
     }
+}
+
+/// Whether a file is a socket, or has nothing in it.
+fn is_worthless(file: &Path) -> bool {
+    std::fs::symlink_metadata(file)
+        .is_ok_and(|file| file.file_type().is_socket() || file.is_file() && file.len() == 0)
 }
 
 /// What becomes of images that were mirrored to and are not the machine's: another attempt goes on from them. One that was made and

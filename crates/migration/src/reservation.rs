@@ -469,6 +469,8 @@ impl Request {
         }
         // On record from here on, so that they go if the machine does not come.
         record.made.shipped = self.shipped.paths().to_vec();
+        record.made.by_qemu = spec.files_made();
+        record.made.by_qemu.retain(|file| std::fs::symlink_metadata(file).is_err());
         // QEMU opens its images when it starts, so they are there before.
         let images = Images::make(host, &mut record, planned, self.whole_room, self.rehearsal, spec.binary())
             .await

@@ -114,6 +114,10 @@ pub struct Made {
     /// Files that it boots from, which were shipped here. They are the machine's once it is this host's.
     #[serde(default)]
     pub shipped: Vec<PathBuf>,
+    /// What its QEMU makes when it starts, by its command line, and was not there: a copy that goes takes its sockets along, and files
+    /// with nothing in them.
+    #[serde(default)]
+    pub by_qemu: Vec<PathBuf>,
     /// The process that serves some of the images meanwhile.
     #[serde(default)]
     pub storage_daemon: Option<Process>,

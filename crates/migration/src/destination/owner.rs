@@ -28,6 +28,7 @@ impl Source {
     ) -> Result<(), End> {
         let mut events = qmp.events();
         self.reply(Reply::Ready(wire::Nothing {})).await?;
+        tracing::info!(vm = %record.name, "the copy is ready, and waits for the source's word");
         loop {
             let asked = tokio::select! {
                 asked = self.receiver.receive::<ToDestination>() => asked?.request,

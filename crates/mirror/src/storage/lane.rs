@@ -7,8 +7,8 @@ use std::sync::Arc;
 use crossbeam_channel::Receiver;
 
 use super::codec::Entry;
+use super::item::{Content, Item};
 use super::layout::{BLOCK_SIZE, BlockIndex};
-use super::queue::{Content, Item};
 use super::source::Shared;
 use crate::ledger::Sum;
 use crate::memory::source::SourceError;

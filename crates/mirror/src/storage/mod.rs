@@ -13,6 +13,7 @@
 pub mod codec;
 pub mod destination;
 pub mod image;
+mod item;
 pub(crate) mod lane;
 pub mod layout;
 pub mod nbd;

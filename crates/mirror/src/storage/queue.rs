@@ -16,12 +16,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::codec::MAX_PAYLOAD;
+use super::item::{Answer, Content, Item};
 use super::layout::{BLOCK_SIZE, BlockIndex, CHUNK_BLOCKS, Disk, DiskLayout};
-use super::nbd::server::Reply;
 // A set of numbers of any index space.
 use crate::memory::pages::PageSet as BlockSet;
 
@@ -37,78 +37,6 @@ const PATIENCE: u32 = 4;
 const LONGEST: Duration = Duration::from_millis(800);
 /// Most items of a frame: with these no table is too long.
 const MAX_ITEMS: usize = 128;
-
-/// Answers a request when nobody holds it any more.
-#[derive(Debug)]
-pub(super) struct Answer(Mutex<Option<Reply>>);
-
-impl Answer {
-    pub(super) fn new(reply: Reply) -> Arc<Answer> {
-        Arc::new(Answer(Mutex::new(Some(reply))))
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        if let Some(reply) = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
-            reply.done(Ok(()));
-        }
-    }
-}
-
-/// What an item brings.
-#[derive(Debug)]
-pub(super) enum Content {
-    /// Bytes that were written.
-    Bytes {
-        /// All that was written with them.
-        data: Arc<Vec<u8>>,
-        /// Which of it.
-        range: Range<usize>,
-    },
-    /// So many blocks of zeros.
-    Zero(u64),
-    /// All of a block, read from the source's image.
-    Settled {
-        /// Its content.
-        data: Vec<u8>,
-        /// What the destination has may be something else; if not, only nobody here has seen it whole.
-        owed: bool,
-    },
-    /// Everything before is to be put on stable storage.
-    Sync,
-}
-
-/// A piece that waits to be sent: within one chunk, and at most [`MAX_PAYLOAD`] bytes.
-#[derive(Debug)]
-pub(super) struct Item {
-    /// The first block.
-    pub(super) block: BlockIndex,
-    /// Where in it the piece begins, in bytes.
-    pub(super) at: usize,
-    pub(super) content: Content,
-}
-
-impl Item {
-    pub(super) fn bytes(&self) -> usize {
-        match &self.content {
-            Content::Bytes { range, .. } => range.len(),
-            Content::Settled { data, .. } => data.len(),
-            Content::Zero(_) | Content::Sync => 0,
-        }
-    }
-
-    /// The blocks that it touches.
-    fn blocks(&self) -> Range<u64> {
-        let count = match &self.content {
-            Content::Bytes { range, .. } => (self.at + range.len()).div_ceil(BLOCK_SIZE) as u64,
-            Content::Zero(count) => *count,
-            Content::Settled { .. } => 1,
-            Content::Sync => 0,
-        };
-        self.block.0..self.block.0 + count
-    }
-}
 
 /// What was let go of, to be dropped without the lock.
 #[derive(Debug, Default)]
@@ -592,7 +520,7 @@ mod tests {
     use super::*;
 
     fn answer() -> Arc<Answer> {
-        Arc::new(Answer(Mutex::new(None)))
+        Answer::to_nobody()
     }
 
     #[test]

@@ -10,10 +10,11 @@ use std::time::Duration;
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 
 use super::image::Image;
+use super::item::Answer;
 use super::lane::Lane;
 use super::layout::{BLOCK_SIZE, BlockIndex, DiskLayout};
 use super::nbd::server::{Export, Reply, Request, Server};
-use super::queue::{Answer, Queue};
+use super::queue::Queue;
 use crate::hash::{ContentHash, Secret};
 use crate::ledger::{Ledgers, Sum};
 

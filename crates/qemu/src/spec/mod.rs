@@ -8,6 +8,7 @@ mod destination;
 mod devices;
 mod disks;
 mod files;
+mod made;
 mod memory;
 mod mirrorable;
 mod network;
