@@ -24,7 +24,10 @@ impl Pair {
         migration.reaches("synchronize");
         let stopped = fault::pause(self.qemu(self.b()).unwrap());
         migration.reaches("switch-over");
-        until("everything waits for QEMU", || said(self.b(), LOADS) > before);
+        until("everything waits for QEMU", || {
+            assert!(!migration.has_ended(), "it ended before QEMU was given anything\n{}", self.logs());
+            said(self.b(), LOADS) > before
+        });
         (migration, stopped)
     }
 

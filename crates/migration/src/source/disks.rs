@@ -3,7 +3,7 @@
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mirror::hash::Secret;
 use mirror::storage::Lane;
@@ -31,6 +31,9 @@ const NBD: &str = "nbd";
 const READ: Duration = Duration::from_secs(300);
 /// A switch-over begins with at most so many blocks of which it is not certain what the destination has: 2 ms to read and compare.
 const UNCERTAIN: u64 = 64;
+/// Of a guest that writes faster than that is reached, after so long, with as many as take this share of the longest pause allowed.
+const UNSETTLED: Duration = Duration::from_secs(2);
+const SHARE: f64 = 0.25;
 /// While the guest runs, so many blocks at most are settled before everything else has its turn: 64 MiB.
 const SLICE: u64 = 1024;
 /// The kind of failure of a machine that is this host's and does not run.
@@ -81,6 +84,8 @@ pub(super) struct Disks {
     mirrored: Vec<Mirrored>,
     places: Places,
     copied: bool,
+    /// Since when more is uncertain than a pause should begin with, although it is being settled.
+    unsettled: Option<Instant>,
 }
 
 fn broken(what: &Path, error: &dyn std::error::Error) -> Stop {
@@ -155,7 +160,7 @@ impl Disks {
         let started = StorageSource::start(layout, secret, sources.collect(), &zero);
         let (storage, lanes) =
             started.map_err(|e| Stop::because("disk", &e, "see to the source agent's run_dir"))?;
-        let disks = Disks { storage: Arc::new(storage), mirrored, places, copied: false };
+        let disks = Disks { storage: Arc::new(storage), mirrored, places, copied: false, unsettled: None };
         Ok(Some((disks, lanes)))
     }
 
@@ -252,9 +257,21 @@ impl Disks {
         self.copied
     }
 
-    /// Whether so little is uncertain that it can be made certain while the guest is paused.
-    pub(super) fn is_settled(&self) -> bool {
-        self.storage.uncertain() <= UNCERTAIN
+    /// Whether so little is uncertain that it can be made certain while the guest is paused, for `longest` at most. So many blocks
+    /// were `settled` just now, which took so long.
+    pub(super) fn is_settled(&mut self, settled: u64, took: Duration, longest: Duration) -> bool {
+        let uncertain = self.storage.uncertain();
+        if uncertain <= UNCERTAIN {
+            self.unsettled = None;
+            return true;
+        }
+        let since = *self.unsettled.get_or_insert_with(Instant::now);
+        since.elapsed() >= UNSETTLED && settles_within(uncertain, settled, took, longest.mul_f64(SHARE))
+    }
+
+    /// How many blocks are uncertain, of a guest that writes so fast that there are always too many for a pause.
+    pub(super) fn unsettled(&self) -> Option<u64> {
+        self.unsettled.map(|_| self.storage.uncertain())
     }
 
     /// Bytes that wait to be sent: what a pause would begin with.
@@ -263,7 +280,8 @@ impl Disks {
     }
 
     /// Makes certain some of what can be while the guest runs: little enough for everything else not to wait for it.
-    pub(super) async fn settle_some(&self) -> Result<(), Stop> {
+    /// Returns how many blocks it was.
+    pub(super) async fn settle_some(&self) -> Result<u64, Stop> {
         let storage = Arc::clone(&self.storage);
         let settled = tokio::task::spawn_blocking(move || storage.settle_some(SLICE)).await;
         self.readable(settled.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?)
@@ -440,6 +458,11 @@ impl Disks {
     }
 }
 
+/// Whether so many blocks can be settled in a time, as fast as others were.
+fn settles_within(blocks: u64, settled: u64, took: Duration, time: Duration) -> bool {
+    blocks as f64 * took.as_secs_f64() <= settled as f64 * time.as_secs_f64()
+}
+
 fn place(places: &Places, disk: usize) -> (PathBuf, String) {
     (places.directory.join(format!("{}.disk{disk}", places.machine)), format!("disk{disk}"))
 }
@@ -551,4 +574,17 @@ pub(crate) async fn clear_after(host: &Host, name: &VmName, qmp: &Qmp) -> Result
 /// Blocks by their index on the wire.
 pub(super) fn blocks(wrong: &wire::WrongBlocks) -> Vec<BlockIndex> {
     wrong.blocks.iter().copied().map(BlockIndex).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_begins_with_what_it_has_time_for() {
+        let (second, quarter) = (Duration::from_secs(1), Duration::from_millis(250));
+        assert!(settles_within(250, 1000, second, quarter));
+        assert!(!settles_within(251, 1000, second, quarter));
+        assert!(!settles_within(100, 0, quarter, quarter), "nothing says that it can be settled at all");
+    }
 }

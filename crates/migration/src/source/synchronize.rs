@@ -134,10 +134,13 @@ impl Controller {
             self.held.while_connected(Disks::mend).await?;
             return Ok(true);
         }
-        self.held.while_connected(Disks::settle_some).await?;
-        let Some(disks) = self.held.disks.as_ref().filter(|disks| disks.is_settled()) else {
+        let begin = Instant::now();
+        let settled = self.held.while_connected(Disks::settle_some).await?;
+        let (took, longest) = (begin.elapsed(), self.options.max_downtime);
+        let Some(disks) = &mut self.held.disks else { return Ok(true) };
+        if !disks.is_settled(settled, took, longest) {
             return Ok(false);
-        };
+        }
         // What waits goes before the last pages.
         let waiting = disks.waiting() as f64;
         let rate = self.rounds()?.estimate.wire_rate.unwrap_or(f64::INFINITY);
@@ -175,6 +178,14 @@ impl Controller {
                 message,
                 "raise --timeout or --bandwidth, or see to the link",
             ));
+        }
+        if let Some(blocks) = self.held.disks.as_ref().and_then(Disks::unsettled) {
+            let message = format!(
+                "the guest writes to its disks faster than they are made equal: {blocks} blocks were left, which a downtime of {:?} has no time for",
+                self.options.max_downtime
+            );
+            let hint = "raise --max-downtime, or migrate when the guest is less busy";
+            return Stop::Failed(Finding::new("not-converged", message, hint));
         }
         if self.held.rounds.as_ref().is_some_and(|rounds| rounds.estimate.downtime().is_some()) {
             return self.not_converged();

@@ -241,13 +241,13 @@ impl StorageSource {
         }
     }
 
-    /// As [`settle`](Self::settle), but so many blocks at most.
+    /// As [`settle`](Self::settle), but so many blocks at most. Returns how many it was.
     ///
     /// # Errors
     /// As [`settle`](Self::settle).
-    pub fn settle_some(&self, blocks: u64) -> Result<(), (usize, io::Error)> {
-        self.shared.settle(blocks);
-        self.readable()
+    pub fn settle_some(&self, blocks: u64) -> Result<u64, (usize, io::Error)> {
+        let settled = self.shared.settle(blocks);
+        self.readable().map(|()| settled)
     }
 
     /// As [`settle`](Self::settle), but only as many blocks as may be wrong at the destination.
@@ -399,8 +399,10 @@ impl Shared {
     }
 
     /// Reads what is not certain and has it sent, until so much is done, or nothing is left of what was uncertain at the beginning.
-    fn settle(&self, most: u64) {
+    /// Returns how many blocks were read.
+    fn settle(&self, most: u64) -> u64 {
         let mut left = self.queue().uncertain().min(most);
+        let mut settled = 0;
         while left > 0 && !self.over.load(Ordering::Relaxed) {
             let mut queue = self.queue();
             while queue.waiting() > READ_AHEAD && !self.over.load(Ordering::Relaxed) {
@@ -414,9 +416,10 @@ impl Shared {
             let taken = if queue.is_closed() { Vec::new() } else { queue.take_uncertain(BATCH) };
             drop(queue);
             if taken.is_empty() {
-                return;
+                break;
             }
             left = left.saturating_sub(taken.len() as u64);
+            settled += taken.len() as u64;
             let read: Vec<_> = taken.into_iter().map(|block| (block, self.read(block))).collect();
             let mut queue = self.queue();
             for (block, data) in read {
@@ -431,6 +434,7 @@ impl Shared {
             }
             self.wake(&queue);
         }
+        settled
     }
 
     fn read(&self, block: BlockIndex) -> Result<Vec<u8>, (usize, io::Error)> {
