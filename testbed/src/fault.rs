@@ -1,8 +1,13 @@
 //! Faults done to processes.
 
 use std::fs;
+use std::io::{BufRead, BufReader, ErrorKind};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::TestbedError;
 
 /// Kills a process, as a crash would. One that is gone already is no error.
 pub fn kill(pid: i32) {
@@ -31,6 +36,44 @@ impl Drop for Paused {
     }
 }
 
+/// A process for which one system call on one file fails. It succeeds again when this is dropped.
+#[derive(Debug)]
+pub struct Failing(Child);
+
+/// Lets every call of that name (`fdatasync`, `pwrite64`) that a process makes on a file, named as that process sees it, fail with
+/// this error (`EIO`, `ENOSPC`), before it has done anything.
+///
+/// # Errors
+/// Where there is no `strace`, or it does not get hold of the process.
+pub fn fail(pid: i32, call: &str, file: &Path, error: &str) -> Result<Failing, TestbedError> {
+    const STRACE: &str = "strace";
+    let failed = |source| TestbedError::Start { program: STRACE.to_owned(), source };
+    let mut strace = Command::new(STRACE)
+        .args(["-f", "-p", &pid.to_string(), "-P", &file.to_string_lossy(), "-e"])
+        .arg(format!("inject={call}:error={error}"))
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let said = strace.stderr.take();
+    let failing = Failing(strace);
+    let mut lines = BufReader::new(said.ok_or_else(|| failed(ErrorKind::BrokenPipe.into()))?).lines();
+    // It has all threads of the process when it says so; what it says after that is of no interest, but has to go somewhere.
+    let attached = lines.by_ref().map_while(Result::ok).find(|line| line.contains(" attached"));
+    let message = || "did not get hold of the process".to_owned();
+    attached.ok_or_else(|| TestbedError::Tool { command: STRACE.to_owned(), message: message() })?;
+    std::thread::spawn(move || lines.for_each(drop));
+    Ok(failing)
+}
+
+impl Drop for Failing {
+    fn drop(&mut self) {
+        // Asked, it puts right what it is amid.
+        signal(self.0.id().cast_signed(), Signal::TERM);
+        let _ = self.0.wait();
+    }
+}
+
 /// Whether a process has ended and only waits to be noticed by its parent.
 pub(crate) fn is_zombie(pid: i32) -> bool {
     state(pid) == Some('Z')
@@ -46,7 +89,6 @@ pub fn state(pid: i32) -> Option<char> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::process::Command;
     use std::time::{Duration, Instant};
 
     fn reaches(pid: i32, wanted: char) -> bool {

@@ -53,7 +53,22 @@ impl BlockDevice {
     pub fn new(host: &Host, content: &[u8]) -> BlockDevice {
         let file = host.directory().join("device");
         fs::write(&file, content).unwrap();
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output().unwrap();
+        BlockDevice::over(host, &file)
+    }
+
+    /// All zero, with no more room than the directory of disks has when it is written.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn thin(host: &Host, bytes: u64) -> BlockDevice {
+        let file = image(host, "device.thin");
+        File::create_new(&file).unwrap().set_len(bytes).unwrap();
+        BlockDevice::over(host, &file)
+    }
+
+    fn over(host: &Host, file: &Path) -> BlockDevice {
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
         assert!(made.status.success(), "{made:?}");
         let device = BlockDevice(PathBuf::from(String::from_utf8(made.stdout).unwrap().trim()));
         let number = fs::metadata(&device.0).unwrap().rdev();

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use super::arrivals::Arrivals;
 use super::post_copy::{self, Waiting};
+use super::storage::broke;
 use super::tail::{Attendance, Tail};
 use super::{End, Source, failed, qemu_gone, violation};
 use crate::failure::{Finding, kind};
@@ -133,7 +134,7 @@ impl Copy {
             }
             Event::Ended { .. } => Err(violation("ended a data stream too early")),
             Event::Failed { error: DestinationError::Storage(error), .. } => {
-                Err(super::storage::broke(&self.reservation.images, &error))
+                Err(broke(&self.reservation.images, &error))
             }
             Event::Failed { error, .. } => Err(failed("data-stream", &error)),
         }
@@ -170,7 +171,7 @@ impl Copy {
         let mut wrong = Vec::new();
         let blocks = match &self.memory.storage {
             Some(storage) => tokio::task::block_in_place(|| storage.audit(|found| wrong.push(found)))
-                .map_err(|e| failed("disk", &e))?,
+                .map_err(|e| broke(&self.reservation.images, &e))?,
             None => 0,
         };
         let differing_blocks = wrong.len() as u64;
@@ -220,7 +221,7 @@ impl Copy {
                     storage.finish();
                     synced
                 });
-                ended.await.map_err(|e| failed("disk", &e))?.map_err(|e| failed("disk", &e))?;
+                ended.await.map_err(|e| failed("disk", &e))?.map_err(|e| broke(&images, &e))?;
             }
             images.release().await.map_err(|e| failed("disk", &e))
         };

@@ -88,11 +88,12 @@ pub(super) async fn tell_contents(copy: &Copy, source: &Source) -> Result<(), En
                 send(&mut hashes);
             }
         }
-        Ok::<_, mirror::storage::destination::StorageError>(())
+        Ok::<_, StorageError>(())
     });
     while let Some(part) = told.recv().await {
         source.sender.send(Reply::Holds(part)).await?;
     }
-    reading.await.map_err(|e| failed("disk", &e))?.map_err(|e| failed("disk", &e))?;
+    let read = reading.await.map_err(|e| failed("disk", &e))?;
+    read.map_err(|e| broke(&copy.reservation.images, &e))?;
     Ok(source.sender.send(Reply::Holds(wire::Holds { last: true, ..wire::Holds::default() })).await?)
 }

@@ -8,7 +8,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::Errno;
 
 use super::nbd::client::Client;
@@ -80,11 +80,19 @@ impl RawImage {
     /// Opens an image to be written, around the page cache where much is written at once: what is written of a copy is not read
     /// again soon, and to find pages for it costs more than to write it.
     ///
+    /// What an earlier writer failed to put on stable storage is forgotten, and the failure with it: whoever syncs first is told of
+    /// one that nobody was told of yet.
+    ///
     /// # Errors
     /// As `open(2)`.
     pub fn writable(path: &Path, room: Room) -> io::Result<RawImage> {
         let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
         let file = open(libc::O_CLOEXEC)?;
+        if let Err(error) = file.sync_data() {
+            tracing::warn!(path = %path.display(), %error, "an earlier writer of this image has lost some of what it wrote");
+            // What is left of it in the cache is more than what is stored.
+            let _ = fadvise(&file, 0, None, Advice::DontNeed);
+        }
         Ok(RawImage { file, room, direct: open(libc::O_CLOEXEC | libc::O_DIRECT).ok() })
     }
 
