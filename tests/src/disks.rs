@@ -67,7 +67,12 @@ impl BlockDevice {
         BlockDevice::over(host, &file)
     }
 
-    fn over(host: &Host, file: &Path) -> BlockDevice {
+    /// Of this file.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn over(host: &Host, file: &Path) -> BlockDevice {
         let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output().unwrap();
         assert!(made.status.success(), "{made:?}");
         let device = BlockDevice(PathBuf::from(String::from_utf8(made.stdout).unwrap().trim()));
@@ -77,6 +82,17 @@ impl BlockDevice {
         node.arg(image(host, "device")).args(["b", &major.to_string(), &minor.to_string()]);
         assert!(node.status().unwrap().success());
         device
+    }
+
+    /// Mounts the file system that it holds, until the value is dropped.
+    ///
+    /// # Panics
+    /// If it cannot be mounted.
+    #[must_use]
+    pub fn mount(&self, at: &Path) -> Mounted {
+        fs::create_dir(at).unwrap();
+        assert!(Command::new("mount").arg(&self.0).arg(at).status().unwrap().success());
+        Mounted(at.to_owned())
     }
 
     /// What it holds.
@@ -96,6 +112,16 @@ impl BlockDevice {
         let mut command = Command::new("blockdev");
         command.arg(if fail { "--setro" } else { "--setrw" }).arg(&self.0);
         assert!(command.status().unwrap().success());
+    }
+}
+
+/// A file system that is mounted. Unmounted when dropped.
+#[derive(Debug)]
+pub struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
     }
 }
 

@@ -143,8 +143,10 @@ fn nothing_that_was_written_is_lost_and_nothing_is_copied_twice() {
         );
         let [left, there] = [left, there].map(|image| disk::allocated(&image).unwrap());
         eprintln!("{name}: {left} bytes allocated, the copy {there}");
-        // Zeros that took room there take none here: less is fine.
-        assert!(format != Format::Raw || there <= left + left / 10, "{name} is not as sparse");
+        // Zeros that took room there take none here: less is fine. QEMU's own format has tables of its own, clusters of which may be
+        // used or not.
+        let tables = if format == Format::Qcow2 { MIB } else { 0 };
+        assert!(there <= left + left / 10 + tables, "{name} is not as sparse");
     }
     assert!(disk::allocated(&image(hosts[1], "random.raw")).unwrap() < SIZE * 3 / 4);
     for host in hosts {

@@ -7,8 +7,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Pair, Refusal, image, local, vmirror};
+use end_to_end::{BlockDevice, Pair, Qmp, Refusal, image, local, vmirror};
 use migration::report::DiskMode;
+use serde_json::json;
 use testbed::disk::{self, Format};
 use testbed::{Host, root_or_skip};
 
@@ -149,8 +150,12 @@ fn an_image_outside_the_allowed_directories_is_neither_made_nor_overwritten() {
         disk::create(&elsewhere.join("there.raw"), Format::Raw, SIZE).unwrap();
         fs::remove_file(&there).unwrap();
         symlink(elsewhere.join(target), &there).unwrap();
-        refused(&pair, &[]).is("path-not-allowed", &words);
-        refused(&pair, OVER).is("path-not-allowed", &words);
+        for options in [&[], OVER] {
+            match target {
+                "there.raw" => refused(&pair, options).is("path-not-allowed", &words),
+                _ => refused(&pair, options).is("disk-missing", &[words[0], words[1], "leads nowhere"]),
+            }
+        }
     }
     assert!(!elsewhere.join("nowhere.raw").exists());
 }
@@ -255,4 +260,145 @@ fn disks_without_room_for_them_are_refused() {
     anew(&pair, |host| host.limit_disks(SIZE / 2).unwrap());
     assert!(pair.check("vm").is_empty(), "there is nothing on the disk yet");
     refused(&pair, &["--disk-room", "whole"]).is("disk-room", &["16 MiB", "8 MiB", "host-b", "make room"]);
+}
+
+#[test]
+fn what_a_drive_has_in_it_by_now_is_not_left_behind() {
+    if !root_or_skip("hosts with storage of their own") {
+        return;
+    }
+    let pair = Pair::with_local_disks();
+    let shared = |name: &str| pair.a().shared_dir().join(name).display().to_string();
+    for name in ["disk.raw", "first.iso", "second.iso"] {
+        disk::create(Path::new(&shared(name)), Format::Raw, SIZE).unwrap();
+    }
+    let socket = pair.a().directory().join("user.qmp");
+    let more = [
+        "-drive".to_owned(),
+        format!("file={},format=raw,if=virtio,id=disk", shared("disk.raw")),
+        "-drive".to_owned(),
+        format!("file={},format=raw,if=ide,media=cdrom,id=cd", shared("first.iso")),
+        "-qmp".to_owned(),
+        format!("unix:{},server=on,wait=off", socket.display()),
+    ];
+    pair.run_tiny(pair.a(), "vm", &more.each_ref().map(String::as_str));
+    let mut qmp = Qmp::connect(&socket);
+    assert!(pair.check("vm").is_empty());
+
+    let mut change = |name: &str| {
+        let arguments = json!({ "device": "cd", "filename": shared(name), "format": "raw" });
+        qmp.execute("blockdev-change-medium", arguments);
+    };
+    change("second.iso");
+    assert_eq!(pair.check("vm"), ["drive-changed", "drive-changed"]);
+    let refusal = pair.migration_refused("vm", &["--disks", "shared"]);
+    refusal.begins("drive-changed", &["drive cd has", "second.iso", "not on the VM's command line"]);
+    change("first.iso");
+    assert!(pair.check("vm").is_empty());
+    qmp.execute("eject", json!({ "device": "cd", "force": true }));
+    assert_eq!(pair.check("vm"), ["drive-changed"]);
+    let refusal = pair.migration_refused("vm", &[]);
+    refusal.is("drive-changed", &["first.iso is on the VM's command line", "none of its drives"]);
+    let arguments = json!({ "device": "cd", "filename": shared("first.iso"), "format": "raw" });
+    qmp.execute("blockdev-change-medium", arguments);
+
+    let snapshot = json!({ "device": "disk", "snapshot-file": shared("snapshot.qcow2"), "format": "qcow2" });
+    qmp.execute("blockdev-snapshot-sync", snapshot);
+    assert_eq!(pair.check("vm"), ["drive-changed", "drive-changed"]);
+}
+
+#[test]
+fn a_file_that_has_taken_the_place_of_a_disk_does_not_move_in_its_stead() {
+    let Some(pair) = pair() else { return };
+    let there = image(pair.a(), "vm.raw");
+    fs::rename(&there, image(pair.a(), "moved.raw")).unwrap();
+    disk::create(&there, Format::Raw, SIZE).unwrap();
+    refused(&pair, &[]).is("disk-replaced", &["vm.raw is another file", "move the VM's image back"]);
+    fs::remove_file(&there).unwrap();
+    assert_eq!(pair.check("vm")[0], "disk-missing");
+    fs::rename(image(pair.a(), "moved.raw"), &there).unwrap();
+    assert!(pair.check("vm").is_empty());
+}
+
+#[test]
+fn an_image_that_two_drives_have_is_not_copied_twice() {
+    if !root_or_skip("hosts with storage of their own") {
+        return;
+    }
+    let pair = Pair::with_local_disks();
+    disk::create(&image(pair.a(), "vm.raw"), Format::Raw, SIZE).unwrap();
+    let drive = format!(
+        "file={},format=raw,if=virtio,file.locking=off",
+        pair.a().local_dir().join("vm.raw").display()
+    );
+    pair.run_tiny(pair.a(), "vm", &["-drive", &drive, "-drive", &drive]);
+    let refusal = pair.migration_refused("vm", &[]);
+    refusal.begins("disk-not-shared", &["vm.raw", "2 of the VM's drives use it"]);
+    assert!(!image(pair.b(), "vm.raw").exists());
+}
+
+#[test]
+fn what_the_kernel_has_mounted_is_not_overwritten() {
+    let Some(pair) = pair() else { return };
+    let there = image(pair.b(), "vm.raw");
+    disk::create(&there, Format::Raw, SIZE).unwrap();
+    let device = BlockDevice::over(pair.b(), &there);
+    refused(&pair, OVER)
+        .is("disk-in-use", &["vm.raw on host-b is in use there", "/dev/loop", "is made of it"]);
+    drop(device);
+    fs::remove_file(&there).unwrap();
+    assert!(pair.check("vm").is_empty());
+}
+
+#[test]
+fn a_device_with_a_file_system_that_is_mounted_is_not_overwritten() {
+    if !root_or_skip("block devices") {
+        return;
+    }
+    let pair = Pair::with_local_disks();
+    let ext4 = pair.b().directory().join("ext4");
+    disk::create_ext4(&ext4, SIZE).unwrap();
+    let content = fs::read(&ext4).unwrap();
+    let (_here, there) = (BlockDevice::new(pair.a(), &content), BlockDevice::new(pair.b(), &content));
+    run(&pair, pair.a(), "vm", &pair.a().local_dir().join("device"), Format::Raw);
+    let mounted = there.mount(&pair.b().directory().join("mounted"));
+    refused(&pair, OVER).is("disk-in-use", &["device on host-b is in use there: it is mounted", "unmount"]);
+    drop(mounted);
+    let to = pair.b().listen().to_string();
+    let said = vmirror(pair.a(), &[&["check", "vm", "--to", &to], OVER].concat()).done();
+    assert!(said.stdout.contains("is copied over what is there"), "{said:?}");
+}
+
+#[test]
+fn what_a_machine_has_left_is_neither_started_from_nor_taken_for_its_disk() {
+    let Some(pair) = pair() else { return };
+    let (a, b) = (pair.a(), pair.b());
+    let _ = pair.migrate("vm", a, b, &[]);
+    end_to_end::until("the source has let go", || pair.show("vm", a).is_none());
+    let name = a.local_dir().join("vm.raw").display().to_string();
+    let drive = format!("file={name},format=raw,if=virtio");
+    let qemu = testbed::Programs::find().qemu.display().to_string();
+    let line = [&qemu, "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none", "-drive", &drive];
+    let again = ["run", "again"];
+    let refusal = pair.refused(a, &[&again[..], &["--"], &line].concat());
+    refusal.is("disk-stale", &[&name, "what a migration of VM vm has left here", "--stale-disks"]);
+
+    // Nobody's word makes it the disk that the machine has by now.
+    let to = a.listen().to_string();
+    let back = ["migrate", "vm", "--to", &to];
+    let refusal = pair.refused(b, &[&back[..], &["--disks", "shared"]].concat());
+    refusal.is("disk-not-shared", &[&name, "host-a", "left there"]);
+    let _ = vmirror(a, &[&again[..], &["--stale-disks", "--"], &line].concat()).done();
+    let _ = vmirror(a, &["stop", "again", "--force"]).done();
+    // Whoever has run from it may have written to it.
+    let refusal = pair.refused(b, &back);
+    refusal.is("disk-exists", &[&name, "host-a"]);
+}
+
+#[test]
+fn a_disk_that_is_said_to_be_shared_and_is_not_is_noticed() {
+    let Some(pair) = pair() else { return };
+    disk::create(&image(pair.b(), "vm.raw"), Format::Raw, SIZE).unwrap();
+    let refusal = refused(&pair, &["--disks", "shared"]);
+    refusal.is("disk-not-shared", &["vm.raw on host-b is not the same storage", "beside it is not there"]);
 }

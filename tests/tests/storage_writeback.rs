@@ -91,8 +91,8 @@ impl Scene {
     }
 
     /// The guest goes on as if nothing had been tried, and moves when that is tried again.
-    fn is_sound_and_moves(self) {
-        let Scene { pair, guest, .. } = &self;
+    fn is_sound_and_moves(&self) {
+        let Scene { pair, guest, .. } = self;
         guest.runs_on();
         pair.holds(pair.b(), &self.held[1]);
         pair.holds_but_for_growth(pair.a(), &self.held[0]);

@@ -42,8 +42,13 @@ pub enum AgentError {
         doing: &'static str,
     },
     /// It is not in a migration.
-    #[error("{0} has no mirror and is not being migrated")]
-    NoSession(String),
+    #[error("{vm} has no mirror and is not being migrated{last}")]
+    NoSession {
+        /// The machine.
+        vm: String,
+        /// What came of the last one, in words that follow; empty where there was none.
+        last: String,
+    },
     /// It is being migrated, and no mirror of it is kept standing.
     #[error("{0} is being migrated, and switches over as soon as it can")]
     NotStanding(String),

@@ -9,7 +9,9 @@ use qemu::qmp::Drive;
 use qemu::spec::FilePurpose;
 use uuid::Uuid;
 
+use crate::drives;
 use crate::failure::{Finding, chain};
+use crate::identity;
 use crate::options::{Disks, Engine, Options};
 use crate::report;
 use crate::vm::Vm;
@@ -74,6 +76,7 @@ impl Disk {
             backing: drive.and_then(|drive| drive.backing.as_deref()).map(path).unwrap_or_default(),
             backing_format: drive.and_then(|drive| drive.backing_format.clone()).unwrap_or_default(),
             backing_probe: self.backing_probe.as_ref().map(probe).unwrap_or_default(),
+            real: std::fs::canonicalize(&self.image).as_deref().map(path).unwrap_or_default(),
         }
     }
 }
@@ -84,7 +87,7 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
     if images.is_empty() {
         return (Vec::new(), Vec::new());
     }
-    let drives = match vm.qmp.drives().await {
+    let drives = match drives::of(vm).await {
         Ok(drives) => drives,
         Err(e) => {
             let finding =
@@ -92,21 +95,27 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
             return (Vec::new(), vec![finding]);
         }
     };
-    let (mut disks, mut findings) = (Vec::new(), Vec::new());
+    let mut disks = Vec::new();
+    let mut findings = drives::differ_from(&vm.spec, &drives);
+    if let Some(process) = &vm.record.process {
+        findings.extend(drives::replaced(process.pid, &drives));
+    }
+    let paths: Vec<PathBuf> = images.iter().filter(|image| !image.2).map(|image| image.0.clone()).collect();
     for (image, direct, base) in images {
         let metadata = std::fs::metadata(&image);
         if let Err(e) = &metadata {
             findings.push(Finding::new(
                 "disk-missing",
                 format!("disk {} cannot be seen at the source: {e}", image.display()),
-                "run the agent where the VM's disks are",
+                "run the agent where the VM's disks are; one that was moved away while the VM ran, move back",
             ));
             continue;
         }
         let is_device = metadata.as_ref().is_ok_and(|metadata| metadata.file_type().is_block_device());
-        let same = |drive: &&Drive| same_file(&drive.path, &image);
+        let same = |drive: &&Drive| drives::same_file(&drive.path, &image);
         let drive = drives.iter().find(same).cloned();
-        let not_mirrorable = not_mirrorable(drive.as_ref(), base, options)
+        let users = paths.iter().filter(|path| drives::same_file(path, &image)).count();
+        let not_mirrorable = not_mirrorable(drive.as_ref(), base, users, options)
             .or_else(|| lost(drive.as_ref()?, &image, metadata.as_ref().ok()?.len(), is_device))
             .unwrap_or_default();
         let mut disk = Disk {
@@ -118,18 +127,18 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
             direct,
             allocated: metadata.as_ref().map_or(0, |file| file.blocks() * 512),
             is_device,
-            device: metadata.as_ref().ok().filter(|_| is_device).map(identity).unwrap_or_default(),
+            device: if is_device { identity::of(&image).unwrap_or_default() } else { String::new() },
             probe: Probe::none(),
             backing_probe: None,
             mode: options.disks,
             image,
         };
-        if options.disks != Disks::Shared && !is_device {
+        if !is_device {
             // Where no probe can be put, the file's identity may tell. Where that does not, an image that is there is refused, and never
             // overwritten.
             disk.probe.place(&disk.image);
             if disk.probe.file.is_none() {
-                disk.device = metadata.as_ref().map(identity).unwrap_or_default();
+                disk.device = identity::of(&disk.image).unwrap_or_default();
             }
             if let Some(backing) = disk.drive.as_ref().and_then(|drive| drive.backing.as_deref()) {
                 let mut probe = Probe { file: None, nonce: disk.probe.nonce };
@@ -144,7 +153,7 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
 
 /// The images that a machine uses: of its disks, and of firmware in flash. Whether each is read around the page cache, and whether
 /// it is the base of another.
-fn images(spec: &Spec) -> Vec<(PathBuf, bool, bool)> {
+pub(crate) fn images(spec: &Spec) -> Vec<(PathBuf, bool, bool)> {
     // Other protocols reach storage that is no file of this host: both hosts reach the same.
     let disks = spec.disks().into_iter().filter_map(|disk| {
         let path = disk.host_path().map(Path::to_owned)?;
@@ -156,14 +165,17 @@ fn images(spec: &Spec) -> Vec<(PathBuf, bool, bool)> {
 }
 
 /// Why the mirror cannot take a disk.
-fn not_mirrorable(drive: Option<&Drive>, base: bool, options: &Options) -> Option<String> {
+fn not_mirrorable(drive: Option<&Drive>, base: bool, users: usize, options: &Options) -> Option<String> {
     let Some(drive) = drive else {
         let why = match base {
             true => "it is the base of another disk, and only shared storage can have such",
-            false => "QEMU does not use it under this name",
+            false => "no drive of the VM has it",
         };
         return Some(why.to_owned());
     };
+    if users > 1 {
+        return Some(format!("{users} of the VM's drives use it"));
+    }
     if options.engine == Engine::Qemu {
         return Some("--engine qemu moves no disks".to_owned());
     }
@@ -193,40 +205,6 @@ fn lost(drive: &Drive, image: &Path, length: u64, is_device: bool) -> Option<Str
         Ok(_) => None,
         Err(e) => Some(chain(&e)),
     }
-}
-
-/// Whether two paths lead to the same file.
-fn same_file(a: &Path, b: &Path) -> bool {
-    let id = |path: &Path| std::fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
-    a == b || id(a).is_some_and(|a| Some(a) == id(b))
-}
-
-/// Which block device it is: by the name that its maker gave it, else, for hosts of one kernel, by its number. Which file it is, for
-/// hosts of one kernel.
-pub(crate) fn identity(file: &std::fs::Metadata) -> String {
-    if !file.file_type().is_block_device() {
-        return format!("{}/{}/{}", this_kernel(), file.dev(), file.ino());
-    }
-    let number = file.rdev();
-    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-    let read = |path: String| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
-    // Of a disk, a device of the device mapper, a partition.
-    let given = ["wwid", "device/wwid", "dm/uuid", "uuid"]
-        .iter()
-        .find_map(|name| read(format!("/sys/dev/block/{major}:{minor}/{name}")))
-        .filter(|name| !name.is_empty());
-    given.unwrap_or_else(|| format!("{}/{major}:{minor}", this_kernel()))
-}
-
-/// What is the same for all who run on one kernel, and for nobody else.
-fn this_kernel() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// Whether the identity of a block device of another host says anything here: its maker's name does, its number only on one kernel.
-pub(crate) fn is_comparable(identity: &str) -> bool {
-    let number = identity.split_once('/').filter(|(kernel, _)| Uuid::parse_str(kernel).is_ok());
-    number.is_none_or(|(kernel, _)| kernel == this_kernel())
 }
 
 /// A file that is put beside an image. Removed when dropped.

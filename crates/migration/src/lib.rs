@@ -13,9 +13,11 @@
 mod boot_files;
 pub mod destination;
 mod disks;
+mod drives;
 pub mod failure;
 mod health;
 pub mod host;
+mod identity;
 pub mod journal;
 pub mod lifecycle;
 mod machine;

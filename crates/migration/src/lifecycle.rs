@@ -7,6 +7,7 @@ use std::time::Duration;
 use qemu::spec::Mirrorable;
 use qemu::{Presence, Process, Qmp, QmpError, Spec};
 
+use crate::disks;
 use crate::failure::chain;
 use crate::host::Host;
 use crate::journal::JournalError;
@@ -73,6 +74,17 @@ pub enum RunError {
     /// There is no room for its memory.
     #[error("{0}")]
     NoRoom(Shortage),
+    /// A migration has left an image that it names.
+    #[error(
+        "{} is what a migration of VM {vm} has left here: it is older than the disk of the VM where that is now, or only a part of it",
+        image.display()
+    )]
+    Stale {
+        /// The image.
+        image: PathBuf,
+        /// Whose it was.
+        vm: VmName,
+    },
 }
 
 /// What became of a machine while the agent was away.
@@ -143,13 +155,24 @@ pub(crate) fn own_ram_files(host: &Host, spec: &Spec) -> Vec<PathBuf> {
     ram_files(spec).into_iter().filter(own).collect()
 }
 
-/// Starts a machine from the user's own command line, made mirrorable. Relative paths are seen from `directory`.
+/// Starts a machine from the user's own command line, made mirrorable. Relative paths are seen from `directory`. With `stale_disks` even
+/// from images that a migration has left.
 ///
 /// # Errors
 /// [`RunError`]; nothing is left of the attempt then.
-pub async fn run(host: &Host, name: VmName, argv: &[String], directory: &Path) -> Result<Vm, RunError> {
+pub async fn run(
+    host: &Host,
+    name: VmName,
+    argv: &[String],
+    directory: &Path,
+    stale_disks: bool,
+) -> Result<Vm, RunError> {
     let mut spec = Spec::parse(argv)?;
     spec.make_paths_absolute(directory);
+    let left = |(image, ..): (PathBuf, bool, bool)| host.remnants.whose(&image).map(|vm| (image, vm));
+    if let Some((image, vm)) = disks::images(&spec).into_iter().find_map(left).filter(|_| !stale_disks) {
+        return Err(RunError::Stale { image, vm });
+    }
     let paths = Paths::of(host, &name);
     spec.make_mirrorable(&Mirrorable {
         name: name.to_string(),
@@ -271,8 +294,8 @@ pub(crate) fn own_disks(host: &Host, record: &mut Record) {
 
 /// What an earlier machine has left is this one's now, and nobody else's to overwrite.
 fn has_its_disks(host: &Host, spec: &Spec) {
-    for path in spec.disks().iter().filter_map(qemu::Disk::host_path) {
-        host.remnants.taken(path);
+    for (path, ..) in disks::images(spec) {
+        host.remnants.taken(&path);
     }
 }
 

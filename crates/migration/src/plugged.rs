@@ -17,8 +17,8 @@ pub(crate) struct Plugged {
     named: BTreeSet<String>,
     /// Places of devices without one, with their drivers.
     anonymous: BTreeSet<String>,
-    /// Drives by the device that has them, and how many bytes the guest sees of each.
-    drives: BTreeSet<(String, u64)>,
+    /// Drives by the device that has them, what is in each, and how many bytes the guest sees of it.
+    drives: BTreeSet<(String, String, u64)>,
 }
 
 impl Plugged {
@@ -32,7 +32,10 @@ impl Plugged {
         }
         let [named, anonymous] = lists;
         let drives = qmp.drives().await?.into_iter();
-        let drives = drives.map(|drive| (drive.qdev.unwrap_or(drive.device), drive.virtual_size)).collect();
+        let drives = drives.map(|drive| {
+            (drive.qdev.unwrap_or(drive.device), drive.path.display().to_string(), drive.virtual_size)
+        });
+        let drives = drives.collect();
         Ok(Plugged { named, anonymous, drives })
     }
 
@@ -56,7 +59,9 @@ impl Plugged {
         let devices =
             |plugged: &Plugged| plugged.named.union(&plugged.anonymous).cloned().collect::<BTreeSet<_>>();
         let (before, after) = (devices(self), devices(now));
-        let drive = |(device, size): &(String, u64)| format!("the disk of {device}, of {size} bytes");
+        let drive = |(device, path, size): &(String, String, u64)| {
+            format!("the disk of {device}, {path} of {size} bytes,")
+        };
         let came = after.difference(&before).map(|device| format!("device {device} was plugged in"));
         let went = before.difference(&after).map(|device| format!("device {device} was unplugged"));
         let new = now.drives.difference(&self.drives).map(|new| format!("{} is new", drive(new)));
@@ -75,23 +80,35 @@ impl Plugged {
 mod tests {
     use super::*;
 
-    fn plugged(named: &[&str], drives: &[(&str, u64)]) -> Plugged {
+    fn plugged(named: &[&str], drives: &[(&str, &str, u64)]) -> Plugged {
         Plugged {
             named: named.iter().map(|&id| id.to_owned()).collect(),
             anonymous: BTreeSet::new(),
-            drives: drives.iter().map(|&(device, size)| (device.to_owned(), size)).collect(),
+            drives: drives
+                .iter()
+                .map(|&(device, path, size)| (device.to_owned(), path.to_owned(), size))
+                .collect(),
         }
     }
 
     #[test]
     fn what_changed_is_named() {
-        let before = plugged(&["nic", "vd0"], &[("vd0", 512)]);
+        let before = plugged(&["nic", "vd0"], &[("vd0", "/a", 512)]);
         assert_eq!(before.changed_to(&before), None);
         for (after, kind, words) in [
-            (plugged(&["nic", "vd0", "rng"], &[("vd0", 512)]), "devices-changed", "rng was plugged in"),
+            (plugged(&["nic", "vd0", "rng"], &[("vd0", "/a", 512)]), "devices-changed", "rng was plugged in"),
             (plugged(&["nic"], &[]), "disk-changed", "vd0 was unplugged"),
-            (plugged(&["nic", "vd0"], &[("vd0", 1024)]), "disk-changed", "of vd0, of 1024 bytes is new"),
-            (plugged(&["nic", "vd0"], &[]), "disk-changed", "of vd0, of 512 bytes is gone"),
+            (
+                plugged(&["nic", "vd0"], &[("vd0", "/a", 1024)]),
+                "disk-changed",
+                "of vd0, /a of 1024 bytes, is new",
+            ),
+            (
+                plugged(&["nic", "vd0"], &[("vd0", "/b", 512)]),
+                "disk-changed",
+                "of vd0, /b of 512 bytes, is new",
+            ),
+            (plugged(&["nic", "vd0"], &[]), "disk-changed", "of vd0, /a of 512 bytes, is gone"),
         ] {
             let finding = before.changed_to(&after).unwrap();
             assert_eq!(finding.kind, kind);

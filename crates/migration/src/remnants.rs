@@ -2,15 +2,18 @@
 //! that has moved away. When the machine comes, or comes again, only what differs from them travels.
 //!
 //! An image that was made for an attempt that failed is removed after a while. All others were somebody's before, and are never
-//! removed.
+//! removed. One that somebody has written to since is that somebody's.
 
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use qemu::Spec;
 use serde::{Deserialize, Serialize};
 
+use crate::disks;
+use crate::identity;
 use crate::journal::Journal;
 use crate::vm::VmName;
 
@@ -37,6 +40,9 @@ struct Remnant {
     /// Which file it was: another one in its place is somebody else's. None on record: nobody knows any more.
     #[serde(default)]
     file: Option<Identity>,
+    /// Its length and when it was last written, of a file.
+    #[serde(default)]
+    written: Option<(u64, SystemTime)>,
 }
 
 /// What tells a file, or a block device, from another one of its name.
@@ -47,15 +53,15 @@ enum Identity {
     Made(u64, SystemTime),
     /// Where the file system does not say that: by its device, which may have another number after a reboot, and its inode.
     Inode(u64, u64),
-    /// A block device, by its number.
-    Device(u64),
+    /// A block device, by the name that its maker gave it, or by its number, until the next reboot.
+    Named(String),
 }
 
 impl Identity {
     fn of(path: &Path) -> Option<Identity> {
         let file = std::fs::metadata(path).ok()?;
         if file.file_type().is_block_device() {
-            return Some(Identity::Device(file.rdev()));
+            return identity::of(path).map(Identity::Named);
         }
         Some(match file.created() {
             Ok(made) => Identity::Made(file.ino(), made),
@@ -64,10 +70,21 @@ impl Identity {
     }
 }
 
+/// The length of a file, and when it was last written; a block device tells neither.
+fn written(path: &Path) -> Option<(u64, SystemTime)> {
+    let file = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
+    Some((file.len(), file.modified().ok()?))
+}
+
 impl Remnant {
     /// Whether the file is still the one that was left.
     fn is_there(&self) -> bool {
         self.file.is_some() && Identity::of(&self.path) == self.file
+    }
+
+    /// Whether it is, and nobody has written to it.
+    fn is_untouched(&self) -> bool {
+        self.is_there() && written(&self.path) == self.written
     }
 }
 
@@ -88,10 +105,18 @@ impl Remnants {
         Remnants { file, known: Mutex::new(known.unwrap_or_default()) }
     }
 
-    /// Whether an image is one that this machine has left.
+    /// Whether an image is one that this machine has left, as it was left.
     #[must_use]
     pub fn has(&self, vm: &VmName, path: &Path) -> bool {
-        self.known().iter().any(|remnant| remnant.vm == *vm && remnant.path == path && remnant.is_there())
+        self.known().iter().any(|remnant| remnant.vm == *vm && remnant.path == path && remnant.is_untouched())
+    }
+
+    /// The machine that has left an image, if one has: what is in it is older than what that machine has now, or only a part of it.
+    #[must_use]
+    pub fn whose(&self, path: &Path) -> Option<VmName> {
+        let known = self.known();
+        let left = known.iter().find(|remnant| remnant.path == path && remnant.is_untouched())?;
+        Some(left.vm.clone())
     }
 
     /// Remembers an image that is left.
@@ -102,8 +127,9 @@ impl Remnants {
         let before = known_before.map(|remnant| remnant.left);
         known.retain(|remnant| remnant.path != path);
         let left = before.unwrap_or(left);
-        let (vm, at, file) = (vm.clone(), SystemTime::now(), Identity::of(path));
-        known.push(Remnant { vm, path: path.to_owned(), left, at, file });
+        let (vm, at) = (vm.clone(), SystemTime::now());
+        let (file, written) = (Identity::of(path), written(path));
+        known.push(Remnant { vm, path: path.to_owned(), left, at, file, written });
         self.write(&known);
     }
 
@@ -116,8 +142,12 @@ impl Remnants {
 
     /// Removes what was made here and has been kept for long enough, but for what is in use again.
     pub fn expire(&self, journal: &Journal) {
-        let used = journal.all().into_iter().flat_map(|record| record.made.images);
-        self.expire_older_than(KEPT, &used.map(|image| image.path).collect::<Vec<_>>());
+        let records = journal.all();
+        let made =
+            records.iter().flat_map(|record| record.made.images.iter().map(|image| image.path.clone()));
+        let specs = records.iter().filter_map(|record| Spec::parse(&record.argv).ok());
+        let theirs = specs.flat_map(|spec| disks::images(&spec)).map(|(path, ..)| path);
+        self.expire_older_than(KEPT, &made.chain(theirs).collect::<Vec<_>>());
     }
 
     fn expire_older_than(&self, age: Duration, used: &[PathBuf]) {
@@ -128,12 +158,17 @@ impl Remnants {
                 return false;
             }
             let old = remnant.at.elapsed().is_ok_and(|elapsed| elapsed > age);
-            if remnant.left == Left::Unfinished && old && !used.contains(&remnant.path) {
-                tracing::info!(image = %remnant.path.display(), vm = %remnant.vm, "removing the image of an attempt that failed");
-                let _ = std::fs::remove_file(&remnant.path);
-                return false;
+            let (path, vm) = (&remnant.path, &remnant.vm);
+            // Where it cannot be told whether a QEMU has it open, one may have.
+            let in_use = || used.contains(path) || qemu::in_use(path).unwrap_or(true);
+            if remnant.left == Left::Behind || !old || in_use() {
+                return true;
             }
-            true
+            if remnant.is_untouched() {
+                tracing::info!(image = %path.display(), %vm, "removing the image of an attempt that failed");
+                let _ = std::fs::remove_file(path);
+            }
+            false
         });
         if known.len() != before {
             self.write(&known);
@@ -199,11 +234,31 @@ mod tests {
         let vm: VmName = "web1".parse().unwrap();
         let remnants = Remnants::open(directory.path());
         remnants.keep(&vm, &path, Left::Unfinished);
-        std::fs::write(&path, b"written to").unwrap();
         assert!(Remnants::open(directory.path()).has(&vm, &path));
         std::fs::rename(&other, &path).unwrap();
         assert!(!remnants.has(&vm, &path));
         remnants.expire_older_than(Duration::ZERO, &[]);
         assert_eq!(std::fs::read(&path).unwrap(), b"somebody's");
+    }
+
+    #[test]
+    fn a_file_that_somebody_has_written_to_or_uses_is_not_what_was_left() {
+        let directory = tempfile::tempdir().unwrap();
+        let [written, used] = ["written", "used"].map(|name| directory.path().join(name));
+        let vm: VmName = "web1".parse().unwrap();
+        let remnants = Remnants::open(directory.path());
+        for path in [&written, &used] {
+            std::fs::write(path, b"content").unwrap();
+            remnants.keep(&vm, path, Left::Unfinished);
+            assert_eq!(remnants.whose(path), Some(vm.clone()));
+        }
+        std::fs::write(&written, b"somebody's own").unwrap();
+        assert!(!remnants.has(&vm, &written) && remnants.whose(&written).is_none());
+        let lock = qemu::ImageLock::take(&used).unwrap();
+        remnants.expire_older_than(Duration::ZERO, &[]);
+        assert!(written.exists() && used.exists());
+        drop(lock);
+        remnants.expire_older_than(Duration::ZERO, &[]);
+        assert!(written.exists() && !used.exists());
     }
 }

@@ -1,6 +1,7 @@
 //! Reservation: the destination proves that it can hold and run a machine, and sets the resources aside.
 
 pub(crate) mod disks;
+mod kernel_use;
 
 use std::path::{Component, Path, PathBuf};
 

@@ -151,9 +151,12 @@ pub struct Reserved {
     /// Which of the disks are to be mirrored, by their place in the request; the others are shared.
     #[prost(uint32, repeated, tag = "1")]
     pub mirrored: Vec<u32>,
-    /// Which of these have images that were there before, by their place among the mirrored: what they hold is told next.
+    /// Which of these hold something already, by their place among the mirrored: what they hold is told next.
     #[prost(uint32, repeated, tag = "2")]
     pub known: Vec<u32>,
+    /// Which of these have images that were there before, in the same way.
+    #[prost(uint32, repeated, tag = "3")]
+    pub existing: Vec<u32>,
 }
 
 /// What a part of an image holds.
@@ -320,6 +323,9 @@ pub struct Disk {
     /// A probe beside that image.
     #[prost(string, tag = "14")]
     pub backing_probe: String,
+    /// Where `path` leads to at the source, with every link in it followed.
+    #[prost(string, tag = "15")]
+    pub real: String,
 }
 
 /// A tap interface as it is at the source.
@@ -473,6 +479,9 @@ pub struct Findings {
     /// Where CPU features are missing, those that there are, by name: the source can tell which ones it misses.
     #[prost(string, repeated, tag = "2")]
     pub cpu_features: Vec<String>,
+    /// For a rehearsal that found none, what would be set aside.
+    #[prost(message, optional, tag = "3")]
+    pub reserved: Option<Reserved>,
 }
 
 /// A reason.
@@ -532,7 +541,7 @@ impl From<Finding> for crate::Finding {
 
 impl From<Vec<crate::Finding>> for Findings {
     fn from(findings: Vec<crate::Finding>) -> Findings {
-        Findings { findings: findings.into_iter().map(Into::into).collect(), cpu_features: Vec::new() }
+        Findings { findings: findings.into_iter().map(Into::into).collect(), ..Findings::default() }
     }
 }
 

@@ -46,6 +46,9 @@ pub(crate) enum Command {
     Run {
         /// What to call it
         name: VmName,
+        /// Start it even from images that a migration has left here, which are older than the VM's disks or only a part of them
+        #[arg(long)]
+        stale_disks: bool,
         /// The QEMU command line
         #[arg(last = true, required = true, value_name = "QEMU COMMAND LINE")]
         argv: Vec<String>,

@@ -32,7 +32,7 @@ pub(crate) fn run(cli: Cli, output: &Output) -> Result<Exit, Failure> {
 /// What is done by asking the agent.
 async fn ask(client: &Client, command: Command, output: &Output) -> Result<Exit, Failure> {
     match command {
-        Command::Run { name, argv } => vms::run(client, name, argv, output).await,
+        Command::Run { name, stale_disks, argv } => vms::run(client, name, argv, stale_disks, output).await,
         Command::Adopt { name, qmp } => vms::adopt(client, &name, &qmp, output).await,
         Command::List => vms::list(client, output).await,
         Command::Show { name } => vms::show(client, &name, output).await,

@@ -32,6 +32,10 @@ pub(crate) fn headline(report: &Report) -> String {
         Outcome::Completed => format!("{vm} now runs on {destination}"),
         Outcome::Failed => format!("{vm} was not moved to {destination}; it runs on {source} as before"),
         Outcome::Cancelled => format!("the migration of {vm} was cancelled; it runs on {source} as before"),
+        // It was handed over long before.
+        Outcome::Uncertain if report.verification.proof == Verdict::Mismatch => {
+            format!("{vm} runs on {destination}, and is not what it was on {source}")
+        }
         Outcome::Uncertain => format!("nobody can tell whether {vm} should run on {source} or {destination}"),
     }
 }

@@ -62,7 +62,7 @@ impl From<AgentError> for Refusal {
                 ),
             ),
             AgentError::Held { .. } => told(StatusCode::CONFLICT, "busy", "try again when that has ended"),
-            AgentError::NoSession(vm) => told(
+            AgentError::NoSession { vm, .. } => told(
                 StatusCode::CONFLICT,
                 "no-mirror",
                 &format!("begin one with `vmirror mirror {vm} --to HOST:PORT`"),

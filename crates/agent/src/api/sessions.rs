@@ -21,7 +21,8 @@ pub(super) async fn check(
 ) -> Result<Json<CheckReply>, Refusal> {
     let name = vm_name(&name)?;
     let readiness = api.vms.check(&name, &request.to, &request.options).await?;
-    Ok(Json(CheckReply { vm: name.into(), destination: readiness.destination, findings: readiness.findings }))
+    let migration::source::Readiness { destination, findings, disks } = readiness;
+    Ok(Json(CheckReply { vm: name.into(), destination, findings, disks }))
 }
 
 pub(super) async fn migrate(

@@ -196,7 +196,7 @@ fn conflicts_are_409_and_say_how_to_go_on() {
         (AgentError::NameTaken(vm()), "name-taken"),
         (AgentError::InSession { vm: vm(), to: "b:1".to_owned() }, "in-migration"),
         (AgentError::Held { vm: vm(), doing: "stopped" }, "busy"),
-        (AgentError::NoSession(vm()), "no-mirror"),
+        (AgentError::NoSession { vm: vm(), last: String::new() }, "no-mirror"),
         (AgentError::SessionEnded(vm()), "migration-ended"),
         (AgentError::Uncertain { vm: vm(), doubt }, "uncertain"),
         (AgentError::NotUncertain(vm()), "not-uncertain"),
@@ -273,7 +273,9 @@ async fn nothing_begins_once_the_agent_is_going_down() {
     let vms = agent.vms.clone();
     agent.end().await;
     let name: VmName = "web1".parse().unwrap();
-    let error =
-        vms.run(name, &["qemu-system-x86_64".to_owned()], std::path::Path::new("/")).await.unwrap_err();
+    let error = vms
+        .run(name, &["qemu-system-x86_64".to_owned()], std::path::Path::new("/"), false)
+        .await
+        .unwrap_err();
     assert!(matches!(error, AgentError::ShuttingDown), "{error}");
 }

@@ -7,6 +7,7 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
+use migration::source::PlannedDisk;
 use migration::{Failure, Finding, Goal, Options, Origin, Outcome, Phase, Progress, Report, VmName};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -151,6 +152,9 @@ pub struct RunRequest {
     pub argv: Vec<String>,
     /// The directory that relative paths in it are seen from.
     pub directory: PathBuf,
+    /// Start it even from images that a migration has left here.
+    #[serde(default)]
+    pub stale_disks: bool,
 }
 
 /// `POST /v1/vms/{name}/adopt`: take in a QEMU that runs already.
@@ -190,6 +194,9 @@ pub struct CheckReply {
     pub destination: String,
     /// Every reason why a migration would fail; none means that it would be begun.
     pub findings: Vec<Finding>,
+    /// What would become of its disks; empty where something stands in the way.
+    #[serde(default)]
+    pub disks: Vec<PlannedDisk>,
 }
 
 /// Answer of `migrate`, `mirror`, `switch`, `bandwidth` and `cancel`: the session that was begun or spoken to.
@@ -280,6 +287,18 @@ pub struct HistoryEntry {
     pub downtime_ms: f64,
     /// Bytes written to the data streams, for memory and disks.
     pub wire_bytes: u64,
+}
+
+impl HistoryEntry {
+    /// Why it ended, if it did not complete, in words that follow others; else nothing.
+    #[must_use]
+    pub fn how_it_ended(&self) -> String {
+        let id = self.id.get(..8).unwrap_or(&self.id);
+        match &self.error {
+            Some(why) => format!("; the last one, {id} to {}, ended because {why}", self.destination),
+            None => String::new(),
+        }
+    }
 }
 
 /// One event of `GET /v1/events`.

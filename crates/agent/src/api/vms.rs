@@ -28,7 +28,8 @@ pub(super) async fn run(
 ) -> Result<(StatusCode, Json<VmView>), Refusal> {
     let vms = api.vms.clone();
     let name = request.name.clone();
-    to_the_end(async move { vms.run(request.name, &request.argv, &request.directory).await }).await?;
+    let RunRequest { name: asked, argv, directory, stale_disks } = request;
+    to_the_end(async move { vms.run(asked, &argv, &directory, stale_disks).await }).await?;
     Ok((StatusCode::CREATED, Json(api.vms.view(&name).await?)))
 }
 

@@ -38,9 +38,15 @@ impl Vms {
     ///
     /// # Errors
     /// [`AgentError::NameTaken`], or why QEMU could not be started as asked.
-    pub async fn run(&self, name: VmName, argv: &[String], directory: &Path) -> Result<(), AgentError> {
+    pub async fn run(
+        &self,
+        name: VmName,
+        argv: &[String],
+        directory: &Path,
+        stale_disks: bool,
+    ) -> Result<(), AgentError> {
         self.begin(&name, Origin::Run)?;
-        let started = lifecycle::run(self.host(), name.clone(), argv, directory).await;
+        let started = lifecycle::run(self.host(), name.clone(), argv, directory, stale_disks).await;
         self.begun(&name, Origin::Run, started)
     }
 

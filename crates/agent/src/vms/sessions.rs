@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use super::{Entry, Vms, not_here};
-use crate::api::types::{EventKind, RemovalReason};
+use crate::api::types::{EventKind, HistoryEntry, RemovalReason};
 use crate::error::AgentError;
 use crate::sessions::Active;
 
@@ -150,9 +150,15 @@ impl Vms {
     fn session_of(&self, name: &VmName) -> Result<Arc<Active>, AgentError> {
         let entries = self.entries();
         match entries.get(name) {
-            Some(Entry::Here(here)) => {
-                here.session.clone().ok_or_else(|| AgentError::NoSession(name.to_string()))
-            }
+            Some(Entry::Here(here)) => match here.session.clone() {
+                Some(active) => Ok(active),
+                None => {
+                    drop(entries);
+                    let last = self.history().list(Some(name.as_ref()), 1).unwrap_or_default();
+                    let last = last.first().map(HistoryEntry::how_it_ended).unwrap_or_default();
+                    Err(AgentError::NoSession { vm: name.to_string(), last })
+                }
+            },
             Some(entry) => Err(not_here(name, entry)),
             None => {
                 drop(entries);

@@ -4,7 +4,7 @@ use std::fs::OpenOptions;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use mirror::storage::image::{Image, RawImage, Room, ServedImage};
+use mirror::storage::image::{Image, RawImage, Room, ServedImage, forget_earlier_writers};
 use mirror::storage::nbd::client::Client;
 use qemu::{Create, ImageLock, NewFormat, Serve, ServedBacking, StorageDaemon};
 use rustix::fs::{FallocateFlags, fallocate};
@@ -95,6 +95,9 @@ impl Images {
             if rehearsal && plan.exists {
                 continue;
             }
+            if plan.exists {
+                forget_earlier_writers(&plan.path).map_err(|e| unusable(host, &plan.path, &e))?;
+            }
             if let Err(e) = images.make_one(plan, whole_room).await {
                 if is_taken(e.as_ref()) {
                     // Made by somebody else since it was looked at: not ours to remove, nor to go on from.
@@ -165,7 +168,7 @@ impl Images {
                     daemon.serve(&serve).await.map_err(|e| unusable(host, path, &e))?;
                     let client = Client::connect(&daemon.nbd_socket(), &export);
                     let client = client.map_err(|e| unusable(host, path, &e))?;
-                    opened.push(Box::new(ServedImage::new(client)));
+                    opened.push(Box::new(ServedImage::new(client, room)));
                 }
                 _ => {
                     self.locks.push(ImageLock::take(path).map_err(|e| unusable(host, path, &e))?);

@@ -188,8 +188,10 @@ impl Source {
             }
         };
         if request.rehearsal {
+            let reserved = Some(storage::reserved(&reservation.images));
             lifecycle::forget(&self.host, &reservation.record, Some(&reservation.qmp)).await;
-            return self.reply(Reply::Refused(Vec::new().into())).await;
+            let none = wire::Findings { reserved, ..wire::Findings::default() };
+            return self.reply(Reply::Refused(none)).await;
         }
         request.shipped.are_recorded();
         tracing::info!(vm = %request.name, session = %request.session, peer = %self.peer, "reserved");

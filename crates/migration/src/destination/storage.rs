@@ -56,6 +56,7 @@ pub(super) fn reserved(images: &Images) -> wire::Reserved {
     wire::Reserved {
         mirrored: images.planned.iter().map(|plan| plan.number).collect(),
         known: known.collect(),
+        existing: (0..).zip(&images.planned).filter(|(_, plan)| plan.exists).map(|(disk, _)| disk).collect(),
     }
 }
 

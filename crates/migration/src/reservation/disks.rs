@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Access;
 
-use super::{Request, mib, read_probe};
+use super::{Request, kernel_use, mib, read_probe};
 use crate::disks;
+use crate::drives;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
+use crate::identity;
 use crate::wire;
 
 /// A disk that is to be mirrored.
@@ -43,6 +45,14 @@ impl Request {
             match self.examine_disk(host, number, disk) {
                 Ok(None) => {}
                 Ok(Some(plan)) => {
+                    if planned.iter().any(|other: &Planned| other.path == plan.path) {
+                        findings.push(Finding::new(
+                            "protocol",
+                            format!("disk {} twice", plan.path.display()),
+                            "see whether both agents are of the same version",
+                        ));
+                        continue;
+                    }
                     if let Some((file_system, directory, missing)) = self.room_for(&plan, disk) {
                         let taken = &mut room.entry(file_system).or_insert((directory, 0)).1;
                         *taken = taken.saturating_add(missing);
@@ -92,14 +102,18 @@ impl Request {
     fn examine_disk(&self, host: &Host, number: u32, disk: &wire::Disk) -> Result<Option<Planned>, Finding> {
         let path = Path::new(&disk.path);
         let there = std::fs::symlink_metadata(path).ok();
+        if there.is_some() && !path.exists() {
+            return Err(Finding::new(
+                "disk-missing",
+                format!("{} on {} is a link that leads nowhere", path.display(), host.name),
+                "remove it there, or make what it leads to",
+            ));
+        }
         if there.is_some() && !allowed(host, path) {
             return Err(outside(host, path));
         }
         if disk.mode == SHARED {
-            return match path.exists() {
-                true => Ok(None),
-                false => Err(missing(host, path)),
-            };
+            return self.said_to_be_shared(host, path, disk).map(|()| None);
         }
         let shared = path.exists() && self.is_shared(path, disk);
         if shared && disk.mode == MIRROR {
@@ -155,18 +169,42 @@ impl Request {
         }
     }
 
+    /// Somebody's word that the image here is the one that the source has counts where nothing tells otherwise.
+    fn said_to_be_shared(&self, host: &Host, path: &Path, disk: &wire::Disk) -> Result<(), Finding> {
+        if !path.exists() {
+            return Err(missing(host, path));
+        }
+        if host.remnants.has(&self.name, path) {
+            return Err(Finding::new(
+                "disk-not-shared",
+                format!("{} on {} is what a migration of this VM has left there", path.display(), host.name),
+                "leave --disks away: such an image is brought up to date",
+            ));
+        }
+        if !disk.probe.is_empty() && !self.is_shared(path, disk) {
+            return Err(Finding::new(
+                "disk-not-shared",
+                format!(
+                    "{} on {} is not the same storage as at the source: what the source puts beside it is not there",
+                    path.display(),
+                    host.name
+                ),
+                "put the disk on storage that both hosts share, under the same path, or leave --disks away",
+            ));
+        }
+        Ok(())
+    }
+
     /// Whether the image here is the one that the source has.
     fn is_shared(&self, path: &Path, disk: &wire::Disk) -> bool {
-        let same = || {
-            let here = std::fs::metadata(path).ok();
-            !disk.device.is_empty()
-                && here.is_some_and(|here| {
-                    here.file_type().is_block_device() == disk.is_device
-                        && disks::identity(&here) == disk.device
-                })
-        };
-        // A file's identity says something only where one kernel has both.
-        same() || !disk.is_device && sees(path, &disk.probe, &disk.nonce)
+        // Where nothing but a number is known of it, that says something only where one kernel has both.
+        let same = || !disk.device.is_empty() && identity::of(path).is_some_and(|here| here == disk.device);
+        let is_device = || std::fs::metadata(path).is_ok_and(|here| here.file_type().is_block_device());
+        let leads_there = || std::fs::canonicalize(path).is_ok_and(|real| real == Path::new(&disk.real));
+        match disk.is_device {
+            true => is_device() && same(),
+            false => same() || leads_there() && sees(path, &disk.probe, &disk.nonce),
+        }
     }
 
     /// The image that a disk is based on, which only shared storage can have.
@@ -213,7 +251,7 @@ impl Request {
             );
         }
         if disk.mode != MIRROR && !remnant {
-            if disk.is_device && !disks::is_comparable(&disk.device) {
+            if disk.is_device && !identity::is_comparable(&disk.device) {
                 return finding(
                     "disk-sharing-unknown",
                     format!(
@@ -238,11 +276,7 @@ impl Request {
             );
         }
         let Ok(file) = std::fs::metadata(path) else {
-            return finding(
-                "disk-missing",
-                format!("{shown} on {} leads nowhere", host.name),
-                "remove it there",
-            );
+            return Err(missing(host, path));
         };
         if file.file_type().is_block_device() != disk.is_device {
             let what = if disk.is_device { "no block device" } else { "a block device" };
@@ -276,6 +310,9 @@ impl Request {
                 "remove it there",
             );
         }
+        if let qemu::Image::Qcow2(header) = &found {
+            same_base(host, disk, path, header)?;
+        }
         let size = found.virtual_size().unwrap_or_default();
         let raw_file = disk.format == "raw" && !disk.is_device;
         // QEMU shows a guest whole sectors. One of our own is made to fit, if it is raw.
@@ -287,6 +324,13 @@ impl Request {
                 kind,
                 format!("{shown} on {} has {size} bytes, at the source it has {}", host.name, disk.size),
                 "make it the same size, or remove it there",
+            );
+        }
+        if let Some(user) = kernel_use::of(path) {
+            return finding(
+                "disk-in-use",
+                format!("{shown} on {} is in use there: {user}", host.name),
+                "unmount or detach it there",
             );
         }
         match qemu::in_use(path) {
@@ -303,6 +347,36 @@ impl Request {
             ),
         }
     }
+}
+
+/// Whether an image that is there is based on what the source's is, and holds its own content: else what the guest would see is not what
+/// is compared.
+fn same_base(host: &Host, disk: &wire::Disk, path: &Path, header: &qemu::Qcow2) -> Result<(), Finding> {
+    let directory = std::fs::canonicalize(path).ok();
+    let directory = directory.as_deref().and_then(Path::parent).unwrap_or(Path::new("/"));
+    let base = header.backing.as_ref().map(|backing| directory.join(backing));
+    let wanted = Some(Path::new(&disk.backing)).filter(|_| !disk.backing.is_empty());
+    let same = match (&base, wanted) {
+        (None, None) => true,
+        (Some(base), Some(wanted)) => drives::same_file(base, wanted),
+        _ => false,
+    };
+    let odd = if header.encrypted {
+        "encrypted"
+    } else if header.external_data {
+        "without its data, which is in another file"
+    } else if header.corrupt {
+        "marked as corrupt"
+    } else if same {
+        return Ok(());
+    } else {
+        "based on another image than at the source"
+    };
+    Err(Finding::new(
+        "disk-format",
+        format!("{} on {} is {odd}", path.display(), host.name),
+        "remove it there",
+    ))
 }
 
 /// Whether this host sees the probe that the source has put beside an image.

@@ -16,7 +16,7 @@ use super::stop::Stop;
 use crate::failure::Stage;
 use crate::host::Host;
 use crate::options::Options;
-use crate::progress::Progress;
+use crate::progress::{DiskProgress, Progress};
 use crate::report::{Memory, Network, Outcome, Pause, Phase, PhaseTime, Report, Verification};
 use crate::vm::Vm;
 
@@ -49,6 +49,14 @@ pub(super) async fn follow(
     }
 }
 
+/// How long disks take that are not copied, at the pace so far. None where nothing was copied yet.
+fn until_copied(disks: &[DiskProgress], elapsed: Duration) -> Option<Duration> {
+    let sum = |of: fn(&DiskProgress) -> u64| disks.iter().map(of).sum::<u64>() as f64;
+    let gone_over = sum(|disk| disk.size - disk.remaining_bytes.min(disk.size));
+    let pace = gone_over / elapsed.as_secs_f64().max(1e-3);
+    (pace > 0.0).then(|| Duration::from_secs_f64((sum(|disk| disk.remaining_bytes) / pace).min(1e6)))
+}
+
 impl Controller {
     pub(super) fn enter(&mut self, phase: Phase) {
         let now = self.begin.elapsed().as_secs_f64() * 1e3;
@@ -73,6 +81,9 @@ impl Controller {
             _ => String::new(),
         });
         let disks = self.held.disks.as_ref().map(Disks::progress).unwrap_or_default();
+        let copied = self.held.disks.as_ref().is_none_or(Disks::are_copied);
+        let time_left =
+            if copied { estimate.time_left() } else { until_copied(&disks, self.begin.elapsed()) };
         self.progress.send_modify(|progress| {
             progress.disks = disks;
             progress.elapsed_ms = self.begin.elapsed().as_secs_f64() * 1e3;
@@ -84,8 +95,8 @@ impl Controller {
             progress.throughput = estimate.throughput;
             progress.dirty_rate = estimate.dirty_rate;
             progress.predicted_downtime_ms = predicted.map(|downtime| downtime.as_secs_f64() * 1e3);
-            progress.time_left_ms = estimate.time_left().map(|left| left.as_secs_f64() * 1e3);
-            progress.in_sync = matches!(advice, Some(Advice::Switch | Advice::SwitchWithinLimit));
+            progress.time_left_ms = time_left.map(|left| left.as_secs_f64() * 1e3);
+            progress.in_sync = copied && matches!(advice, Some(Advice::Switch | Advice::SwitchWithinLimit));
             progress.verification = rounds.verification();
             progress.warning = warning;
         });

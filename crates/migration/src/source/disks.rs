@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use mirror::hash::Secret;
 use mirror::storage::Lane;
-use mirror::storage::image::{Image, RawImage, ServedImage};
+use mirror::storage::image::{Image, RawImage, Room, ServedImage};
 use mirror::storage::layout::{BlockIndex, DiskLayout, MAX_DISKS};
 use mirror::storage::nbd::client::Client;
 use mirror::storage::source::{DiskFlow, DiskProof, SourceDisk, StorageSource};
@@ -391,6 +391,7 @@ impl Disks {
                     _ => Box::new(ServedImage::new(
                         Client::connect(&self.places.storage().join(NBD), &disk.name)
                             .map_err(|e| broken(&disk.path, &e))?,
+                        Room::Thin,
                     )),
                 });
             }
@@ -485,7 +486,7 @@ async fn open(qmp: &Qmp, mirrored: &[Mirrored], places: &Places) -> Result<Vec<B
         let (socket, name) = (places.read(), disk.name.clone());
         let connecting = tokio::task::spawn_blocking(move || Client::connect(&socket, &name)).await;
         let client = connecting.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?;
-        images.push(Box::new(ServedImage::new(client.map_err(|e| broken(&disk.path, &e))?)));
+        images.push(Box::new(ServedImage::new(client.map_err(|e| broken(&disk.path, &e))?, Room::Thin)));
     }
     Ok(images)
 }

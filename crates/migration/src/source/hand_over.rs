@@ -1,5 +1,6 @@
 //! The hand-over and what follows it; and the way back where there is none.
 
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -240,14 +241,16 @@ impl Controller {
     pub(super) async fn clean_up(&mut self) {
         self.end_rounds().await;
         self.end_relay().await;
+        let mut images = Vec::new();
         if let Some(disks) = self.held.disks.take() {
-            // The machine may come back, and then has less to bring.
-            for image in disks.paths() {
-                self.host.remnants.keep(&self.vm.record.name, image, Left::Behind);
-            }
+            images.extend(disks.paths().map(Path::to_owned));
             disks.end().await;
         }
         lifecycle::forget(&self.host, &self.vm.record, Some(&self.vm.qmp)).await;
+        // The machine may come back, and then has less to bring. Nobody writes to them any more.
+        for image in &images {
+            self.host.remnants.keep(&self.vm.record.name, image, Left::Behind);
+        }
     }
 
     /// How the machine does at its new place.

@@ -26,6 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use qemu::{Qmp, QmpError};
+use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub(crate) use peer::Withdrawal;
@@ -37,8 +38,10 @@ use crate::failure::{Failure, Finding, Stage, chain};
 use crate::host::Host;
 use crate::machine::Machine;
 use crate::options::{Goal, Options};
+use crate::report::DiskMode;
 use crate::session::Session;
 use crate::vm::Vm;
+use crate::wire;
 use controller::Controller;
 use peer::Destination;
 
@@ -54,6 +57,21 @@ pub struct Readiness {
     pub destination: String,
     /// Every reason why a migration would fail; none: it would not.
     pub findings: Vec<Finding>,
+    /// What would become of its disks; empty where something stands in the way.
+    pub disks: Vec<PlannedDisk>,
+}
+
+/// A disk of a machine that could migrate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedDisk {
+    /// The image's path as the machine's command line names it.
+    pub name: String,
+    /// Bytes, as the guest sees them.
+    pub size: u64,
+    /// Whether it would be copied.
+    pub mode: DiskMode,
+    /// There is an image at the destination.
+    pub exists: bool,
 }
 
 /// Begins a migration, or a standing mirror. The session goes on whether or not its handle is kept.
@@ -76,6 +94,7 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
     let connected = Destination::connect(&host, to).await;
     let (machine, mut findings) = Machine::describe(&vm, options).await;
     let mut destination = connected.map_err(refused)?;
+    let mut disks = Vec::new();
     if let Some(machine) = machine {
         let request = peer::reserve_request(
             Uuid::new_v4(),
@@ -90,7 +109,7 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
             // The destination cannot be asked about a machine without RAM; what was found says why there is none.
         } else {
             match destination.reserve(request, &vm.qmp).await {
-                Ok(_) => {}
+                Ok(reserved) => disks = planned(&machine, &reserved),
                 Err(stop::Stop::Refused(more)) => findings.extend(more),
                 Err(other) => return Err(other.into_failure(Stage::Refused)),
             }
@@ -103,7 +122,25 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
             told.push(finding);
         }
     }
-    Ok(Readiness { destination: destination.name().to_owned(), findings: told })
+    if !told.is_empty() {
+        disks.clear();
+    }
+    Ok(Readiness { destination: destination.name().to_owned(), findings: told, disks })
+}
+
+/// What becomes of the disks of a machine, by what the destination has said.
+fn planned(machine: &Machine, reserved: &wire::Reserved) -> Vec<PlannedDisk> {
+    let disks = (0..).zip(&machine.disks).map(|(number, disk): (u32, _)| {
+        let mirrored = reserved.mirrored.iter().position(|mirrored| *mirrored == number);
+        let exists = |place| u32::try_from(place).is_ok_and(|place| reserved.existing.contains(&place));
+        PlannedDisk {
+            name: disk.image.display().to_string(),
+            size: disk.size,
+            mode: if mirrored.is_some() { DiskMode::Mirrored } else { DiskMode::Shared },
+            exists: mirrored.is_none_or(exists),
+        }
+    });
+    disks.collect()
 }
 
 /// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it.

@@ -161,10 +161,10 @@ impl Destination {
         }
         match reply {
             Reply::Reserved(reserved) => Ok(reserved),
-            Reply::Refused(wire::Findings { findings, .. }) if rehearsal && findings.is_empty() => {
-                Ok(wire::Reserved::default())
+            Reply::Refused(wire::Findings { findings, reserved, .. }) if rehearsal && findings.is_empty() => {
+                Ok(reserved.unwrap_or_default())
             }
-            Reply::Refused(wire::Findings { findings, cpu_features }) => {
+            Reply::Refused(wire::Findings { findings, cpu_features, .. }) => {
                 let mut findings: Vec<Finding> = findings.into_iter().map(Into::into).collect();
                 for finding in findings.iter_mut().filter(|finding| finding.kind == CPU_FEATURE_MISSING) {
                     name_missing(finding, &cpu_features, qmp).await;

@@ -63,6 +63,7 @@ impl Controller {
                 self.audit_after_balloon().await?;
             }
             let advice = self.rounds()?.estimate.advice(&self.options);
+            let copied = self.disks_are_ready().await?;
             self.publish(Some(advice));
             while let Ok(answer) = self.orders.verify.try_recv() {
                 self.full_audit(answer).await?;
@@ -71,7 +72,6 @@ impl Controller {
             if self.goal == Goal::Mirror && switching {
                 ordered_at.get_or_insert_with(Instant::now);
             }
-            let copied = self.disks_are_ready().await?;
             let ready = copied && matches!(advice, Advice::Switch | Advice::SwitchWithinLimit);
             if switching && ready {
                 return Ok(());

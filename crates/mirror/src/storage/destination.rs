@@ -66,6 +66,8 @@ struct Shared {
     /// The first failure to put something on stable storage, and of which disk: the system tells it once, and the next attempt says
     /// that all is well.
     lost: Mutex<Option<(usize, Arc<io::Error>)>>,
+    /// One after the other: who finds nothing more to be put on stable storage must know what became of what was.
+    syncing: Mutex<()>,
 }
 
 /// The destination's side of the disks of one mirror.
@@ -97,6 +99,7 @@ impl StorageDestination {
             audited: AtomicU64::new(0),
             busy: AtomicBool::new(false),
             lost: Mutex::default(),
+            syncing: Mutex::default(),
         });
         let (stop, stopped) = bounded::<()>(0);
         let (sync, syncs) = bounded::<()>(1);
@@ -249,6 +252,7 @@ impl Shared {
     }
 
     fn sync(&self) -> Result<(), StorageError> {
+        let _alone = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         for (disk, image) in self.images().iter().enumerate() {
             if let Err(error) = image.sync() {
                 let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);

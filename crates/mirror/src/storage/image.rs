@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -80,19 +80,14 @@ impl RawImage {
     /// Opens an image to be written, around the page cache where much is written at once: what is written of a copy is not read
     /// again soon, and to find pages for it costs more than to write it.
     ///
-    /// What an earlier writer failed to put on stable storage is forgotten, and the failure with it: whoever syncs first is told of
-    /// one that nobody was told of yet.
+    /// A block device is claimed: nobody mounts it, or makes a volume of it, as long as this is open.
     ///
     /// # Errors
-    /// As `open(2)`.
+    /// As `open(2)`; `EBUSY` for a block device that is mounted or part of a volume.
     pub fn writable(path: &Path, room: Room) -> io::Result<RawImage> {
         let open = |flags| OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
-        let file = open(libc::O_CLOEXEC)?;
-        if let Err(error) = file.sync_data() {
-            tracing::warn!(path = %path.display(), %error, "an earlier writer of this image has lost some of what it wrote");
-            // What is left of it in the cache is more than what is stored.
-            let _ = fadvise(&file, 0, None, Advice::DontNeed);
-        }
+        let is_device = std::fs::metadata(path)?.file_type().is_block_device();
+        let file = open(libc::O_CLOEXEC | if is_device { libc::O_EXCL } else { 0 })?;
         Ok(RawImage { file, room, direct: open(libc::O_CLOEXEC | libc::O_DIRECT).ok() })
     }
 
@@ -254,22 +249,41 @@ impl Image for RawImage {
     }
 }
 
+/// Has an image that is to be written say what it holds and nothing else. What an earlier writer failed to put on stable storage is
+/// still in the system's cache, which takes it for stored; and whoever syncs next, though it be QEMU for its guest, is told of a failure
+/// that nobody was told of yet.
+///
+/// # Errors
+/// As `open(2)`.
+pub fn forget_earlier_writers(path: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    if let Err(error) = file.sync_data() {
+        tracing::warn!(path = %path.display(), %error, "an earlier writer of this image has lost some of what it wrote");
+    }
+    // A file system that keeps no cache has nothing to be forgotten.
+    let _ = fadvise(&file, 0, None, Advice::DontNeed);
+    Ok(())
+}
+
 /// An image that somebody serves over NBD: a QEMU storage daemon, or the machine's own QEMU.
 #[derive(Debug)]
-pub struct ServedImage(Mutex<Client>);
+pub struct ServedImage {
+    client: Mutex<Client>,
+    room: Room,
+}
 
 impl ServedImage {
     /// By this connection.
     #[must_use]
-    pub fn new(client: Client) -> ServedImage {
-        ServedImage(Mutex::new(client))
+    pub fn new(client: Client, room: Room) -> ServedImage {
+        ServedImage { client: Mutex::new(client), room }
     }
 
     fn with<T>(
         &self,
         ask: impl FnOnce(&mut Client) -> Result<T, super::nbd::client::NbdError>,
     ) -> io::Result<T> {
-        let mut client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         ask(&mut client).map_err(io::Error::other)
     }
 }
@@ -284,7 +298,7 @@ impl Image for ServedImage {
     }
 
     fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
-        self.with(|client| client.zero(offset, length, true))
+        self.with(|client| client.zero(offset, length, self.room == Room::Thin))
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -35,6 +35,8 @@ pub struct Disk {
     pub cache_direct: bool,
     /// Whether it is a backing file that another image on the command line names.
     pub is_backing: bool,
+    /// Whether a drive of the guest has it from the start: all but nodes of `-blockdev` that no `-device` names.
+    pub is_attached: bool,
 }
 
 impl Disk {
@@ -73,9 +75,16 @@ impl Spec {
             {
                 continue;
             }
-            disks.extend(node.disk(&nodes, used_by(|n| n.backing.as_deref())));
+            let is_attached = name.is_some_and(|name| self.has_device_of(name));
+            let disk = node.disk(&nodes, used_by(|n| n.backing.as_deref()));
+            disks.extend(disk.map(|disk| Disk { is_attached, ..disk }));
         }
         disks
+    }
+
+    /// Whether a device on the command line has the drive, or node, of this name.
+    fn has_device_of(&self, name: &str) -> bool {
+        self.all("device").any(|(_, device)| device.get("drive").as_deref() == Some(name))
     }
 
     /// Nodes that the machine's firmware properties (`-machine pflash0=`) use.
@@ -147,6 +156,7 @@ pub(crate) fn from_file_name(file: &str, format: Option<&str>) -> Disk {
         read_only: false,
         cache_direct: false,
         is_backing: false,
+        is_attached: true,
     };
     if let Some(text) = file.strip_prefix("json:")
         && let Ok(Value::Object(node)) = serde_json::from_str(text)
@@ -247,6 +257,7 @@ impl Node {
             read_only,
             cache_direct: direct,
             is_backing,
+            is_attached: true,
         })
     }
 }
@@ -353,6 +364,7 @@ mod tests {
         ]);
         assert_eq!(found.len(), 2);
         assert!(found[0].is_backing && found[0].read_only && !found[0].cache_direct);
+        assert!(found[1].is_attached && !found[0].is_attached);
         assert_eq!(found[1].path, Path::new("/i/top.qcow2"));
         assert_eq!((found[1].id.as_deref(), found[1].file_node.as_deref()), (Some("f1"), Some("s1")));
         assert!(found[1].cache_direct);

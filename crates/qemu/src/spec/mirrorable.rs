@@ -171,6 +171,12 @@ impl Spec {
     /// What keeps the machine on this host, whatever is done to its command line.
     pub(crate) fn check_portable(&self) -> Result<(), NotMirrorable> {
         self.refuse(REFUSED)?;
+        let why = "its disk changes go to a file without a name";
+        let temporary =
+            |argument: &&Argument| argument.name() == "drive" && argument.properties().is_on("snapshot");
+        if let Some(drive) = self.arguments.iter().find(temporary) {
+            return Err(NotMirrorable::Option { option: drive.to_string(), why });
+        }
         match self.host_devices().into_iter().next() {
             Some(device) => Err(NotMirrorable::HostDevice { device }),
             None => Ok(()),
@@ -472,6 +478,7 @@ mod tests {
             (&["-incoming", "defer"], "-incoming defer cannot be used"),
             (&["-loadvm", "x"], "-loadvm x cannot be used"),
             (&["-snapshot"], "-snapshot cannot be used"),
+            (&["-drive", "file=/d,snapshot=on"], "-drive file=/d,snapshot=on cannot be used"),
             (&["-readconfig", "f"], "-readconfig f cannot be used"),
             (&["-device", "vfio-pci,host=1"], "tied to this host: -device vfio-pci,host=1"),
             (&["-mem-path", "/dev/shm"], "RAM pc.ram is in directory /dev/shm"),

@@ -3,7 +3,9 @@
 use std::num::NonZeroU64;
 
 use agent::api::types::{BandwidthRequest, CheckReply, MigrateRequest, SessionRef};
+use migration::report::DiskMode;
 use migration::report::Verification;
+use migration::source::PlannedDisk;
 use migration::{Goal, Options, Outcome, VmName};
 use serde::Serialize;
 use uuid::Uuid;
@@ -35,7 +37,8 @@ pub(super) async fn check(client: &Client, asked: Migrate, output: &Output) -> R
 
 fn findings(reply: &CheckReply) -> String {
     if reply.findings.is_empty() {
-        return format!("{} can move to {}", reply.vm, reply.destination);
+        let disks = reply.disks.iter().map(|disk| format!("\n  {}", told(disk)));
+        return format!("{} can move to {}{}", reply.vm, reply.destination, disks.collect::<String>());
     }
     let mut text = match reply.findings.len() {
         1 => format!("{} cannot move to {}:\n", reply.vm, reply.destination),
@@ -45,6 +48,16 @@ fn findings(reply: &CheckReply) -> String {
         text.push_str(&format!("\n  {}  [{}]\n    → {}\n", finding.message, finding.kind, finding.hint));
     }
     text
+}
+
+/// What would become of a disk.
+fn told(disk: &PlannedDisk) -> String {
+    let what = match (disk.mode, disk.exists) {
+        (DiskMode::Shared, _) => "is shared",
+        (DiskMode::Mirrored, false) => "is copied",
+        (DiskMode::Mirrored, true) => "is copied over what is there, as far as that differs",
+    };
+    format!("{}  {}, {what}", disk.name, bytes(disk.size))
 }
 
 pub(super) async fn begin(
@@ -176,6 +189,7 @@ mod tests {
                     "make room there",
                 ),
             ],
+            disks: Vec::new(),
         };
         insta::assert_snapshot!(findings(&reply), @r"
         web1 cannot move to host-b, for 2 reasons:
@@ -186,6 +200,22 @@ mod tests {
           ram_dir of host-b has 1.0 GiB free, 2.0 GiB are needed  [no-room]
             → make room there
         ");
-        assert_eq!(findings(&CheckReply { findings: Vec::new(), ..reply }), "web1 can move to host-b");
+        assert_eq!(
+            findings(&CheckReply { findings: Vec::new(), ..reply.clone() }),
+            "web1 can move to host-b"
+        );
+        let disk =
+            |name: &str, mode, exists| PlannedDisk { name: name.to_owned(), size: 4 << 30, mode, exists };
+        let disks = vec![
+            disk("/vms/a.img", DiskMode::Mirrored, false),
+            disk("/vms/b.img", DiskMode::Mirrored, true),
+            disk("/nfs/c.img", DiskMode::Shared, true),
+        ];
+        insta::assert_snapshot!(findings(&CheckReply { findings: Vec::new(), disks, ..reply }), @r"
+        web1 can move to host-b
+          /vms/a.img  4.0 GiB, is copied
+          /vms/b.img  4.0 GiB, is copied over what is there, as far as that differs
+          /nfs/c.img  4.0 GiB, is shared
+        ");
     }
 }

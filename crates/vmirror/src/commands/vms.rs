@@ -24,13 +24,14 @@ pub(super) async fn run(
     client: &Client,
     name: VmName,
     argv: Vec<String>,
+    stale_disks: bool,
     output: &Output,
 ) -> Result<Exit, Failure> {
     // The agent has another working directory; relative paths are the user's.
     let directory = std::env::current_dir().map_err(|error| {
         Failure::refused("path", format!("the working directory: {error}"), "change to one that exists")
     })?;
-    let vm: VmView = client.post("/v1/vms", &RunRequest { name, argv, directory }).await?;
+    let vm: VmView = client.post("/v1/vms", &RunRequest { name, argv, directory, stale_disks }).await?;
     output.done(&vm, |vm| format!("{} is {}{}", vm.name, vm.state.name(), process(vm)));
     Ok(Exit::Done)
 }

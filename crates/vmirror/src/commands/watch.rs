@@ -3,7 +3,7 @@
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
-use agent::api::types::{Event, EventKind, Place, RemovalReason, VmView};
+use agent::api::types::{Event, EventKind, HistoryEntry, Place, RemovalReason, VmView};
 use futures::StreamExt as _;
 use migration::{Goal, Outcome, Progress, VmName};
 
@@ -21,7 +21,12 @@ const CLEAR: &str = "\x1b[H\x1b[2J";
 
 pub(super) async fn status(client: &Client, name: Option<&VmName>, output: &Output) -> Result<Exit, Failure> {
     let sessions = sessions(client, name).await?;
-    output.result(&sessions, |sessions| table(sessions, name));
+    let last = match name.filter(|_| sessions.is_empty()) {
+        Some(name) => client.get(&format!("/v1/history?limit=1&vm={name}")).await?,
+        None => Vec::<HistoryEntry>::new(),
+    };
+    let last = last.first().map(HistoryEntry::how_it_ended).unwrap_or_default();
+    output.result(&sessions, |sessions| table(sessions, name, &last));
     Ok(Exit::Done)
 }
 
@@ -35,7 +40,7 @@ pub(super) async fn status_for_ever(
         let sessions = sessions(client, name).await?;
         output.item(&sessions, |sessions| {
             let clear = if clears { CLEAR } else { "" };
-            format!("{clear}{}", table(sessions, name))
+            format!("{clear}{}", table(sessions, name, ""))
         });
         tokio::time::sleep(LOOK_EVERY).await;
     }
@@ -52,10 +57,10 @@ async fn sessions(client: &Client, name: Option<&VmName>) -> Result<Vec<Progress
     }
 }
 
-fn table(sessions: &[Progress], name: Option<&VmName>) -> String {
+fn table(sessions: &[Progress], name: Option<&VmName>, last: &str) -> String {
     if sessions.is_empty() {
         return match name {
-            Some(name) => format!("{name} has no mirror and is not being migrated"),
+            Some(name) => format!("{name} has no mirror and is not being migrated{last}"),
             None => "nothing is being migrated or mirrored".to_owned(),
         };
     }
@@ -193,12 +198,12 @@ mod tests {
             time_left_ms: None,
             ..progress()
         };
-        insta::assert_snapshot!(table(&[progress(), mirror], None), @r"
+        insta::assert_snapshot!(table(&[progress(), mirror], None, ""), @r"
         VM        TO      GOAL     PHASE           FOR       LAG       SENT       RATE       DIRTY    PAUSE    LEFT  AUDITED  REPAIRED
         web1      host-b  migrate  synchronize  1.50 s  20.0 MiB  150.0 MiB  1.1 GiB/s  19.1 MiB/s  12.5 ms  800 ms        0         0
         database  host-b  mirror   in sync      1.50 s       0 B  150.0 MiB  1.1 GiB/s  19.1 MiB/s  12.5 ms       -        0         0
         database: dirtying outruns the link
         ");
-        assert_eq!(table(&[], None), "nothing is being migrated or mirrored");
+        assert_eq!(table(&[], None, ""), "nothing is being migrated or mirrored");
     }
 }
