@@ -34,6 +34,9 @@ const UNCERTAIN: u64 = 64;
 /// Of a guest that writes faster than that is reached, after so long, with as many as take this share of the longest pause allowed.
 const UNSETTLED: Duration = Duration::from_secs(2);
 const SHARE: f64 = 0.25;
+/// What waits to be sent when a pause begins takes this share of the downtime that was asked for, and may be so many bytes at least.
+const DRAINED: f64 = 0.05;
+const LEAST_WAITING: usize = 256 << 10;
 /// While the guest runs, so many blocks at most are settled before everything else has its turn: 64 MiB.
 const SLICE: u64 = 1024;
 /// The kind of failure of a machine that is this host's and does not run.
@@ -274,9 +277,17 @@ impl Disks {
         self.unsettled.map(|_| self.storage.uncertain())
     }
 
-    /// Bytes that wait to be sent: what a pause would begin with.
-    pub(super) fn waiting(&self) -> usize {
-        self.storage.waiting()
+    /// Whether little enough waits to be sent for a pause to begin, at that many bytes per second. If not, the guest is held back: soon
+    /// it is.
+    pub(super) fn is_drained(&self, rate: f64, longest: Duration) -> bool {
+        let bytes = (rate * longest.as_secs_f64() * DRAINED).min(usize::MAX as f64) as usize;
+        let bytes = bytes.max(LEAST_WAITING);
+        // What is on its way beside that is what was let in last.
+        let drained = self.storage.waiting() <= 2 * bytes;
+        if !drained {
+            self.storage.hold_back(bytes);
+        }
+        drained
     }
 
     /// Makes certain some of what can be while the guest runs: little enough for everything else not to wait for it.

@@ -73,11 +73,11 @@ impl Controller {
                 ordered_at.get_or_insert_with(Instant::now);
             }
             let ready = copied && matches!(advice, Advice::Switch | Advice::SwitchWithinLimit);
-            if switching && ready {
+            if switching && ready && self.disks_are_drained()? {
                 return Ok(());
             }
             let post_copy = copied && switching && self.options.on_diverge == OnDiverge::PostCopy;
-            if post_copy && self.is_outrun(advice).await? {
+            if post_copy && self.is_outrun(advice).await? && self.disks_are_drained()? {
                 tracing::info!(vm = %self.vm.record.name, "the guest outruns the mirror: post-copy");
                 self.post_copy = true;
                 return Ok(());
@@ -138,13 +138,14 @@ impl Controller {
         let settled = self.held.while_connected(Disks::settle_some).await?;
         let (took, longest) = (begin.elapsed(), self.options.max_downtime);
         let Some(disks) = &mut self.held.disks else { return Ok(true) };
-        if !disks.is_settled(settled, took, longest) {
-            return Ok(false);
-        }
-        // What waits goes before the last pages.
-        let waiting = disks.waiting() as f64;
+        Ok(disks.is_settled(settled, took, longest))
+    }
+
+    /// Whether a pause would begin with little that was written to disks and has not gone: that goes before the last pages.
+    fn disks_are_drained(&mut self) -> Result<bool, Stop> {
         let rate = self.rounds()?.estimate.wire_rate.unwrap_or(f64::INFINITY);
-        Ok(waiting <= rate * self.options.max_downtime.as_secs_f64())
+        let downtime = self.options.downtime;
+        Ok(self.held.disks.as_ref().is_none_or(|disks| disks.is_drained(rate, downtime)))
     }
 
     /// Whether the guest dirties its memory faster than it can be sent: seen from the rounds, or at once after the first,

@@ -25,7 +25,7 @@ use super::layout::{BLOCK_SIZE, BlockIndex, CHUNK_BLOCKS, Disk, DiskLayout};
 // A set of numbers of any index space.
 use crate::memory::pages::PageSet as BlockSet;
 
-/// With more of what the guest has written waiting on a stream than this, in bytes, it waits until there is less.
+/// The most of what the guest has written that waits on a stream without the guest waiting, in bytes.
 const EARLY: usize = 8 << 20;
 /// With more of the copy waiting on a stream than this, in bytes, the job waits until there is less. So much, two chunks, keeps a
 /// stream busy while QEMU reads what the others get.
@@ -141,6 +141,8 @@ enum Meanwhile {
 pub(super) struct Queue {
     layout: DiskLayout,
     lanes: Vec<Lane>,
+    /// With more of what the guest has written waiting on a stream than this, in bytes, it waits until there is less.
+    early: usize,
     /// Requests of the guest's that wait for room.
     held: Vec<Arc<Answer>>,
     /// Written at least once.
@@ -166,6 +168,7 @@ impl Queue {
         Queue {
             layout,
             lanes,
+            early: EARLY,
             held: Vec::new(),
             seen: set(),
             unhashed: set(),
@@ -175,6 +178,11 @@ impl Queue {
             had_content: zero.iter().map(|zero| !zero).collect(),
             settling: HashMap::new(),
         }
+    }
+
+    /// Lets no more wait of what the guest has written than that many bytes on each stream.
+    pub(super) fn hold_back(&mut self, early: usize) {
+        self.early = early.min(EARLY);
     }
 
     /// Takes in what was written to a disk.
@@ -314,7 +322,7 @@ impl Queue {
     }
 
     fn takes_writes(&self) -> bool {
-        self.lanes.iter().all(|lane| lane.urgent_bytes < EARLY)
+        self.lanes.iter().all(|lane| lane.urgent_bytes < self.early)
     }
 
     fn takes_copy(&self, block: BlockIndex) -> bool {
@@ -563,6 +571,23 @@ mod tests {
         };
         waits(&mut queue, 0);
         waits(&mut queue, 1);
+    }
+
+    #[test]
+    fn a_guest_that_is_held_back_waits_for_what_it_has_written_to_go() {
+        let mut queue = Queue::new(DiskLayout::new([64 << 20], 1).unwrap(), &[true]);
+        queue.hold_back(64 << 10);
+        let answers: Vec<Arc<Answer>> = (0..3).map(|_| answer()).collect();
+        let waiting: Vec<_> = answers.iter().map(Arc::downgrade).collect();
+        for (at, answer) in (0..).zip(answers) {
+            queue.write(0, (at << 20) + 512, vec![1; 60 << 10], answer);
+        }
+        let waits = || waiting.iter().map(|waiting| waiting.upgrade().is_some()).collect::<Vec<_>>();
+        assert!(!waits()[0] && waits()[2], "{:?}", waits());
+        while queue.pieces() > 0 {
+            drop(queue.take(0, true, &mut Vec::new()));
+        }
+        assert_eq!(waits(), [false; 3]);
     }
 
     impl Queue {

@@ -205,6 +205,13 @@ impl StorageSource {
         blocks.into_iter().map(|blocks| blocks * BLOCK_SIZE as u64).collect()
     }
 
+    /// Lets a guest that writes faster than the link carries wait for all but that many bytes, from here on: what waits is what a
+    /// pause begins with.
+    pub fn hold_back(&self, bytes: usize) {
+        let streams = usize::from(self.shared.layout.streams()).max(1);
+        self.shared.queue().hold_back(bytes / streams);
+    }
+
     /// Bytes that wait to be sent.
     #[must_use]
     pub fn waiting(&self) -> usize {
