@@ -22,4 +22,5 @@ pub mod hash;
 pub mod layout;
 pub mod ledger;
 pub mod memory;
+pub mod network;
 pub mod storage;
