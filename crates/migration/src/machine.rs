@@ -214,6 +214,7 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
                 bridge: tap.bridge.unwrap_or_default(),
                 mtu: tap.mtu,
                 multi_queue: nic.queues > 1,
+                mac: nic.mac.unwrap_or_default(),
             }),
             Ok(None) => findings.push(Finding::new(
                 "tap-missing",

@@ -3,6 +3,8 @@
 //! A tap that is made here is persistent, so that it can be a port of its bridge before QEMU opens it, and stays down
 //! until the machine is this host's: until then no frame of the guest's network reaches it.
 
+pub(crate) mod diversion;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;

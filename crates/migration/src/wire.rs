@@ -8,6 +8,9 @@
 use mirror::memory::pages::PageSet;
 use prost::{Message, Oneof};
 
+/// The data stream with frames that were on their way to the guest.
+pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
+
 /// From source to destination.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDestination {
@@ -17,7 +20,6 @@ pub struct ToDestination {
 }
 
 /// What the source asks for.
-#[expect(clippy::large_enum_variant, reason = "a session has one Reserve, which is taken apart at once")]
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Request {
     /// Set aside what this machine needs. First message of a session.
@@ -346,6 +348,23 @@ pub struct Tap {
     /// More than one queue.
     #[prost(bool, tag = "5")]
     pub multi_queue: bool,
+    /// The guest's card, where the command line says it.
+    #[prost(string, tag = "6")]
+    pub mac: String,
+}
+
+/// By what a guest is known to its neighbours.
+#[derive(Clone, PartialEq, Message)]
+pub struct Neighbour {
+    /// The back end of its card.
+    #[prost(string, tag = "1")]
+    pub netdev: String,
+    /// The card's MAC address; empty where it is not known.
+    #[prost(string, tag = "2")]
+    pub mac: String,
+    /// IP addresses, as text.
+    #[prost(string, repeated, tag = "3")]
+    pub addresses: Vec<String>,
 }
 
 /// Ledger sums of all streams at a barrier.
@@ -405,6 +424,9 @@ pub struct Commit {
     /// Generation of the machine at its new owner.
     #[prost(uint64, tag = "3")]
     pub generation: u64,
+    /// By what its interfaces are known.
+    #[prost(message, repeated, tag = "4")]
+    pub neighbours: Vec<Neighbour>,
 }
 
 /// A post-copy that goes on.

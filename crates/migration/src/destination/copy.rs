@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::arrivals::Arrivals;
+use super::network::Frames;
 use super::post_copy::{self, Waiting};
 use super::storage::broke;
 use super::tail::{Attendance, Tail};
@@ -22,7 +23,7 @@ use crate::failure::{Finding, kind};
 use crate::host::Host;
 use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
-use crate::wire::{self, Reply, Request as Asked, ToDestination};
+use crate::wire::{self, NETWORK_STREAM, Reply, Request as Asked, ToDestination};
 /// How long QEMU may take to load its device state.
 pub(super) const LOAD: Duration = Duration::from_secs(60);
 
@@ -61,7 +62,10 @@ impl Copy {
                 // In this order: what the audit found is told before a barrier, and both before the gate is tried.
                 biased;
                 Some(event) = self.events.recv() => self.event(event, source).await?,
-                Some((stream, receiver)) = arrivals.queue.recv() => self.attach(stream, receiver)?,
+                Some((stream, receiver)) = arrivals.queue.recv() => match stream {
+                    NETWORK_STREAM if source.frames.is_expected() => source.frames = Frames::receive(receiver)?,
+                    _ => self.attach(stream, receiver)?,
+                },
                 message = source.receiver.receive::<ToDestination>() => {
                     match message?.request.ok_or_else(|| violation("sent an unknown message"))? {
                         Asked::HoldDevices(_) => self.reservation.device.hold(),

@@ -14,6 +14,7 @@
 mod arrivals;
 mod copy;
 pub(crate) mod images;
+mod network;
 mod owner;
 pub(crate) mod post_copy;
 mod relay;
@@ -90,7 +91,8 @@ pub async fn serve(
         return;
     };
     let sender = Sender(Arc::new(Mutex::new(sender)));
-    let mut source = Source { host, peer, sender, receiver, attending: None };
+    let mut source =
+        Source { host, peer, sender, receiver, attending: None, frames: network::Frames::default() };
     let ended = match first {
         Asked::Reserve(reserve) => source.session(reserve, &data, &arrived).await,
         Asked::Commit(commit) => source.settle(&commit, &arrived).await,
@@ -111,6 +113,8 @@ pub(super) struct Source {
     pub(super) receiver: ControlReceiver,
     /// Passes on what a guest asks for whose memory is not complete.
     pub(super) attending: Option<AbortOnDropHandle<End>>,
+    /// What is on its way to the guest.
+    frames: network::Frames,
 }
 
 /// The way to the source, for several tasks. A message is sent whole, one after the other.

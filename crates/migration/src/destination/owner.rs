@@ -8,6 +8,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 use uuid::Uuid;
 
+use super::network::Interfaces;
 use super::{End, FIRST_WORD, Source, failed, no_copy, qemu_gone};
 use crate::failure::chain;
 use crate::health;
@@ -29,6 +30,8 @@ impl Source {
         let mut events = qmp.events();
         self.reply(Reply::Ready(wire::Nothing {})).await?;
         tracing::info!(vm = %record.name, "the copy is ready, and waits for the source's word");
+        let pid = record.process.as_ref().map(|process| process.pid);
+        let mut interfaces = Some(Interfaces::of(&spec, pid).await);
         loop {
             let asked = tokio::select! {
                 asked = self.receiver.receive::<ToDestination>() => asked?.request,
@@ -45,9 +48,13 @@ impl Source {
                 Some(Asked::Commit(commit))
                     if Some(commit.generation) == record.generation.checked_add(1) =>
                 {
-                    return self.become_owner(&record, spec, qmp, arrived).await;
+                    let network = interfaces.take().map(|interfaces| (interfaces, commit.neighbours));
+                    return self.become_owner(&record, spec, qmp, network, arrived).await;
                 }
                 Some(Asked::Cancel(_)) => {
+                    if let Some(interfaces) = interfaces.take() {
+                        interfaces.abandon().await;
+                    }
                     lifecycle::forget(&self.host, &record, Some(&qmp)).await;
                     return Err(End::Cancelled);
                 }
@@ -66,6 +73,7 @@ impl Source {
         ready: &Record,
         spec: Spec,
         qmp: Qmp,
+        network: Option<(Interfaces, Vec<wire::Neighbour>)>,
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
         let host = Arc::clone(&self.host);
@@ -90,7 +98,15 @@ impl Source {
             }
             Ownership::Incoming { .. } => return Err(no_copy(ready.name.as_ref())),
         }
-        let (resumed, ()) = tokio::join!(qmp.cont(), lifecycle::raise_taps(&record));
+        let connect = async {
+            let Some((interfaces, neighbours)) = network else {
+                return lifecycle::raise_taps(&record).await;
+            };
+            interfaces.hold_back().await;
+            lifecycle::raise_taps(&record).await;
+            interfaces.are_up(&self.frames, &neighbours);
+        };
+        let (resumed, ()) = tokio::join!(qmp.cont(), connect);
         if let Err(e) = resumed {
             // The images are a copy's again, if it goes back.
             record.made.images.clone_from(&ready.made.images);
@@ -119,6 +135,8 @@ impl Source {
         }
         let health = health::watch(&qmp, process.as_ref()).await;
         self.reply(Reply::Health(health)).await?;
+        let played = std::mem::take(&mut self.frames).finish().await;
+        tracing::info!(vm = %ready.name, played.delivered, played.dropped, "what was on its way to the VM has reached it");
         // The source closes when it has given everything back.
         let _ = timeout(FIRST_WORD, self.receiver.receive::<ToDestination>()).await;
         Ok(())
@@ -181,7 +199,7 @@ impl Source {
         match Qmp::connect(&record.qmp_socket).await {
             Ok(qmp) => {
                 tracing::info!(vm = %record.name, %session, "the source settles a hand-over: the VM is ours");
-                self.become_owner(&record, spec, qmp, arrived).await
+                self.become_owner(&record, spec, qmp, None, arrived).await
             }
             // A ready copy whose QEMU is gone has never run.
             Err(_) if !record.process.as_ref().is_some_and(qemu::Process::exists) => {

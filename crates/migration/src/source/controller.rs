@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::account::blank;
 use super::disks::{self, Disks};
+use super::network::Network;
 use super::orders::Orders;
 use super::peer::{self, Destination};
 use super::post_copy::Supplying;
@@ -78,6 +79,8 @@ pub(super) struct Held {
     pub(super) throttling: Option<Throttling>,
     /// Memory that was left out, on its way.
     pub(super) supplying: Option<Supplying>,
+    /// The guest's network.
+    pub(super) network: Option<Network>,
 }
 
 impl Held {
@@ -314,6 +317,9 @@ impl Controller {
             Some((disks, lanes)) => (Some(self.held.disks.insert(disks).storage()), lanes),
             None => (None, Vec::new()),
         };
+        let mut network = Network::of(machine.taps.clone());
+        network.prepare(&endpoint, &address, session, process.pid).await;
+        self.held.network = Some(network);
         let quiesce = machine.direct_disks.then(|| self.vm.qmp.clone());
         let preparing = self.held.preparing.insert(tokio::task::spawn_blocking(move || {
             let mut sinks: Vec<DataSender> = Vec::new();
@@ -372,7 +378,7 @@ impl Controller {
             false => None,
         };
         self.held.qemu = true;
-        let Held { destination: Some(destination), rounds: Some(rounds), disks, throttling, .. } =
+        let Held { destination: Some(destination), rounds: Some(rounds), disks, throttling, network, .. } =
             &mut self.held
         else {
             return Err(nothing_held());
@@ -382,7 +388,7 @@ impl Controller {
         let paused = || *slowed = throttling.take().map(Throttling::end);
         let prepared = switch::prepare(
             &self.vm.qmp,
-            (rounds, disks),
+            (rounds, disks, network),
             destination,
             &socket,
             &self.options,
@@ -428,6 +434,9 @@ impl Controller {
     }
 
     pub(super) async fn release(&mut self) {
+        if let Some(network) = self.held.network.take() {
+            network.finish().await;
+        }
         self.end_rounds().await;
         self.end_relay().await;
         if let Some(destination) = self.held.destination.take() {
@@ -491,5 +500,6 @@ pub(super) fn commit(session: Uuid, vm: &Vm) -> wire::Commit {
         session: session.as_bytes().to_vec(),
         name: vm.record.name.to_string(),
         generation: vm.record.generation,
+        neighbours: Vec::new(),
     }
 }

@@ -283,7 +283,7 @@ impl Disks {
         let bytes = (rate * longest.as_secs_f64() * DRAINED).min(usize::MAX as f64) as usize;
         let bytes = bytes.max(LEAST_WAITING);
         // What is on its way beside that is what was let in last.
-        let drained = self.storage.waiting() <= 2 * bytes;
+        let drained = self.storage.waiting() <= bytes.saturating_mul(2);
         if !drained {
             self.storage.hold_back(bytes);
         }

@@ -11,6 +11,7 @@ use qemu::QmpError;
 
 use super::controller::{Controller, commit, nothing_held};
 use super::disks::{Disks, NOT_RESUMED, Uncleared};
+use super::network::Network;
 use super::peer::Withdrawal;
 use super::peer::violation;
 use super::rounds::Rounds;
@@ -24,7 +25,7 @@ use crate::options::{Engine, Verify};
 use crate::remnants::Left;
 use crate::report::{Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::vm::Ownership;
-use crate::wire::{Reply, Request};
+use crate::wire::{self, Reply, Request};
 
 /// How long a destination may take to say that the machine runs, before it is asked again.
 const RUNNING: Duration = Duration::from_secs(10);
@@ -75,7 +76,8 @@ impl Controller {
             });
         }
         self.report.pause.handed_over_ms = since();
-        let commit = commit(self.id, &self.vm);
+        let neighbours = self.held.network.as_ref().map(Network::neighbours).unwrap_or_default();
+        let commit = wire::Commit { neighbours, ..commit(self.id, &self.vm) };
         let running = async {
             destination.send(Request::Commit(commit)).await?;
             match destination.receive().await? {
@@ -91,6 +93,9 @@ impl Controller {
             self.settle(owned).await?;
         }
         self.report.pause.running_ms = since();
+        if let Some(network) = &self.held.network {
+            network.has_gone();
+        }
         self.report.downtime_ms = since();
         if heard && self.options.engine == Engine::Mirror {
             self.host.switch_cost.measured(cost(&self.report.pause));
@@ -241,6 +246,9 @@ impl Controller {
     pub(super) async fn clean_up(&mut self) {
         self.end_rounds().await;
         self.end_relay().await;
+        if let Some(network) = self.held.network.take() {
+            self.report.network = network.finish().await;
+        }
         let mut images = Vec::new();
         if let Some(disks) = self.held.disks.take() {
             images.extend(disks.paths().map(Path::to_owned));
@@ -340,6 +348,9 @@ impl Controller {
             && let Err(why) = self.resume().await
         {
             (resumed, stop) = (false, why);
+        }
+        if let Some(network) = self.held.network.take() {
+            network.has_stayed().await;
         }
         if let Some(disks) = self.held.disks.take() {
             self.account_for(&disks);

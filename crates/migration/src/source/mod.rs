@@ -11,6 +11,7 @@ pub(crate) mod disks;
 mod estimate;
 mod hand_over;
 mod heard;
+mod network;
 mod orders;
 mod peer;
 mod post_copy;

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::disks::Disks;
+use super::network::Network;
 use super::peer::{Destination, Sender, violation};
 use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
@@ -53,7 +54,7 @@ pub(super) struct Prepared {
 /// Pauses the guest and brings the copy to where the destination can resume it.
 pub(super) async fn prepare(
     qmp: &Qmp,
-    (rounds, disks): (&mut Rounds, &mut Option<Disks>),
+    (rounds, disks, network): (&mut Rounds, &mut Option<Disks>, &mut Option<Network>),
     destination: &mut Destination,
     socket: &Path,
     options: &Options,
@@ -63,10 +64,9 @@ pub(super) async fn prepare(
     let mut events = qmp.events();
     // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
     let _ = std::fs::remove_file(socket);
-    let device = DeviceSource::listen(socket)
+    let mut device = DeviceSource::listen(socket)
         .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
     let uri = device.uri();
-    let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination.sender())));
     let on: Vec<_> = CAPABILITIES.into_iter().map(|name| (name, true)).collect();
     qmp.set_capabilities(&on).await.map_err(Stop::qemu)?;
     let status = qmp.status().await.map_err(Stop::qemu)?;
@@ -82,11 +82,24 @@ pub(super) async fn prepare(
     }
     let asked = Instant::now();
     qmp.migrate(&uri).await.map_err(Stop::qemu)?;
-    let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| {
-        let message = format!("QEMU did not pause the guest within {UNTIL_PAUSED:?}");
-        Stop::Failed(Finding::new("pause", message, "see the VM's log on the source"))
-    })??;
+    if let Some(network) = network {
+        // QEMU pauses the guest once it is rid of what it sends first, which is more than the socket takes: not before that is read.
+        let mut events = qmp.events();
+        let begun = async {
+            tokio::select! {
+                begun = device.begun() => begun.map_err(|e| Stop::because("device-state", &e, "see the VM's log on the source")),
+                paused = paused(&mut events, asked) => paused.map(drop),
+            }
+        };
+        timeout(UNTIL_PAUSED, begun).await.map_err(|_| never_paused())??;
+        network.divert().await;
+    }
+    let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination.sender())));
+    let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| never_paused())??;
     paused_for_good();
+    if let Some(network) = network {
+        network.is_paused();
+    }
     let limit = options.max_downtime + PATIENCE;
     let pausing = Pausing { qmp, events, paused_at, options, disks };
     let work = pausing.finish(rounds, destination, &mut pump, streams);
@@ -240,6 +253,11 @@ async fn pump(mut device: DeviceSource, destination: Sender) -> Result<u64, Stop
         destination.send(Request::DeviceState(part)).await?;
     }
     Ok(device.bytes())
+}
+
+fn never_paused() -> Stop {
+    let message = format!("QEMU did not pause the guest within {UNTIL_PAUSED:?}");
+    Stop::Failed(Finding::new("pause", message, "see the VM's log on the source"))
 }
 
 /// The guest was paused for so long.

@@ -5,11 +5,19 @@
 //! nobody but its guest knows, and the guest is not asked: what it tells its neighbours while it is mirrored
 //! ([`addresses`]) is listened to at its tap ([`snoop`]).
 
+//!
+//! Nothing that is on its way to the machine when it moves is lost: the [source](source) diverts what comes, and the
+//! [destination](destination) gives it to the guest.
+
 pub mod addresses;
 pub mod announce;
+pub mod destination;
 mod frame;
+pub mod frames;
 pub mod mac;
 mod packet;
 pub mod snoop;
+pub mod source;
+pub mod tap;
 
 pub use packet::PacketSocket;

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use libc::{
     ETH_P_ALL, PACKET_ADD_MEMBERSHIP, PACKET_IGNORE_OUTGOING, PACKET_MR_PROMISC, PACKET_QDISC_BYPASS,
-    SO_ATTACH_FILTER, SOL_PACKET, SOL_SOCKET, c_int, packet_mreq, sock_filter, sock_fprog, sockaddr_ll,
+    PACKET_VNET_HDR, SO_ATTACH_FILTER, SOL_PACKET, SOL_SOCKET, c_int, packet_mreq, sock_filter, sock_fprog,
+    sockaddr_ll,
 };
 use rustix::net::addr::{SocketAddrArg, SocketAddrLen, SocketAddrOpaque};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
@@ -69,6 +70,14 @@ impl PacketSocket {
     /// When the kernel refuses.
     pub fn set_qdisc_bypass(&self) -> io::Result<()> {
         set_option(&self.socket, SOL_PACKET, PACKET_QDISC_BYPASS, &1)
+    }
+
+    /// Every frame that is sent is preceded by a `struct virtio_net_hdr`, which says what a card has yet to do for it.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn set_virtio_header(&self) -> io::Result<()> {
+        set_option(&self.socket, SOL_PACKET, PACKET_VNET_HDR, &1)
     }
 
     /// Receives only what a classic BPF program lets pass, and only so much of it. It sees frames from their Ethernet header on,

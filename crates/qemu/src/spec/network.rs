@@ -69,6 +69,16 @@ impl Spec {
         nics
     }
 
+    /// The tap interfaces that have names, in order.
+    #[must_use]
+    pub fn taps(&self) -> Vec<String> {
+        let tap = |nic: Nic| match nic.kind {
+            NicKind::Tap { ifname, .. } => ifname,
+            _ => None,
+        };
+        self.nics().into_iter().filter_map(tap).collect()
+    }
+
     /// Options that declare a back end, with their positions.
     pub(super) fn backends(&self) -> Vec<(usize, Properties)> {
         self.arguments

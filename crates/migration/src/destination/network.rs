@@ -1,0 +1,207 @@
+//! The network at the destination: what was on its way to the guest reaches it here, and the network is told where the guest is now.
+
+use std::net::IpAddr;
+
+use link::{AbortHandle, DataReceiver};
+use mirror::network::PacketSocket;
+use mirror::network::announce;
+use mirror::network::destination::{HeldBack, NetworkDestination, Played};
+use mirror::network::mac::Mac;
+use mirror::network::tap::{OwnTap, QemuQueue};
+use qemu::{NicKind, Spec};
+
+use super::{End, failed};
+use crate::failure::chain;
+use crate::tap::diversion::Diversion;
+use crate::{tap, wire};
+
+/// Addresses of one interface that are announced: more are a mistake, or a flood.
+const ADDRESSES: usize = 64;
+
+/// Frames that come from the source. No more do once this is dropped.
+#[derive(Default)]
+pub(super) struct Frames(Option<(NetworkDestination, AbortHandle)>);
+
+impl Frames {
+    pub(super) fn receive(receiver: DataReceiver) -> Result<Frames, End> {
+        let abort = receiver.abort_handle().map_err(|e| failed("data-stream", &e))?;
+        let frames = NetworkDestination::start(receiver).map_err(|e| failed("data-stream", &e))?;
+        Ok(Frames(Some((frames, abort))))
+    }
+
+    pub(super) fn is_expected(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Waits for the source to have no more.
+    pub(super) async fn finish(mut self) -> Played {
+        let Some((frames, _abort)) = self.0.take() else { return Played::default() };
+        tokio::task::block_in_place(|| frames.finish())
+    }
+}
+
+impl Drop for Frames {
+    fn drop(&mut self) {
+        if let Some((_, abort)) = &self.0 {
+            abort.abort();
+        }
+    }
+}
+
+/// The interfaces of a machine that is about to run here.
+pub(super) struct Interfaces {
+    each: Vec<Interface>,
+    kernel: Option<tap::Interfaces>,
+}
+
+struct Interface {
+    netdev: String,
+    ifname: String,
+    /// Towards the guest.
+    socket: Option<PacketSocket>,
+    /// What else is sent to it can be held back.
+    own: Option<(OwnTap, Diversion)>,
+    /// Away from it.
+    queue: Option<QemuQueue>,
+}
+
+impl Interfaces {
+    /// Gets hold of them: nothing has to be looked for once they are needed.
+    pub(super) async fn of(spec: &Spec, pid: Option<u32>) -> Interfaces {
+        let kernel = tap::Interfaces::open().ok();
+        let mut each = Vec::new();
+        for nic in spec.nics() {
+            let NicKind::Tap { ifname: Some(ifname), .. } = nic.kind else { continue };
+            let socket = towards_guest(&ifname);
+            let socket = socket
+                .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "what was on its way is lost"));
+            let queues = pid.map_or(Ok(Vec::new()), |pid| QemuQueue::all(pid, &ifname));
+            let queues = queues
+                .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "its guest is not announced"));
+            let own = match &kernel {
+                Some(kernel) => prepare(kernel, &ifname).await,
+                None => None,
+            };
+            each.push(Interface {
+                netdev: nic.netdev,
+                ifname,
+                socket: socket.ok(),
+                own,
+                queue: queues.unwrap_or_default().into_iter().next(),
+            });
+        }
+        Interfaces { each, kernel }
+    }
+
+    /// From here on what else is sent to them is held back. They are about to be brought up.
+    pub(super) async fn hold_back(&self) {
+        let Some(kernel) = &self.kernel else { return };
+        for (_, diversion) in self.each.iter().filter_map(|interface| interface.own.as_ref()) {
+            if let Err(e) = kernel.divert(diversion).await {
+                tracing::warn!(error = chain(&e), "frames may overtake those that were on their way");
+            }
+        }
+    }
+
+    /// The machine does not come.
+    pub(super) async fn abandon(self) {
+        let Some(kernel) = &self.kernel else { return };
+        let diversions: Vec<Diversion> = self
+            .each
+            .into_iter()
+            .filter_map(|interface| interface.own.map(|(_, diversion)| diversion))
+            .collect();
+        let_go(kernel, None, &diversions).await;
+    }
+
+    /// They are up: the guest gets what has come and what comes, and the network is told, now and again a few times.
+    pub(super) fn are_up(self, frames: &Frames, neighbours: &[wire::Neighbour]) {
+        let (mut sockets, mut taps, mut diversions, mut told) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let all = self.each.iter().all(|interface| interface.socket.is_some());
+        for interface in self.each {
+            sockets.extend(interface.socket);
+            if let Some((tap, diversion)) = interface.own {
+                taps.push(tap);
+                diversions.push(diversion);
+            }
+            let known = neighbours.iter().find(|known| known.netdev == interface.netdev);
+            let Some((queue, (mac, addresses))) = interface.queue.zip(known.and_then(decode)) else {
+                continue;
+            };
+            told.push((interface.ifname, queue, announce::frames(mac, &addresses)));
+        }
+        let held_back = frames.0.as_ref().filter(|_| all).map(|(frames, _)| {
+            // They are known by their place: where one cannot be held back, none is.
+            let taps = if taps.len() == sockets.len() { std::mem::take(&mut taps) } else { Vec::new() };
+            tokio::task::block_in_place(|| frames.play(sockets, taps))
+        });
+        say(&told);
+        tokio::spawn(async move {
+            if let Some(kernel) = self.kernel {
+                let_go(&kernel, held_back, &diversions).await;
+            }
+            let begin = tokio::time::Instant::now();
+            for after in announce::REPEATED {
+                tokio::time::sleep_until(begin + after).await;
+                say(&told);
+            }
+        });
+    }
+}
+
+fn towards_guest(tap: &str) -> std::io::Result<PacketSocket> {
+    let socket = PacketSocket::open(tap)?;
+    socket.set_qdisc_bypass()?;
+    socket.set_virtio_header()?;
+    Ok(socket)
+}
+
+/// Prepares to hold back what is sent to a tap.
+async fn prepare(kernel: &tap::Interfaces, tap: &str) -> Option<(OwnTap, Diversion)> {
+    let own = OwnTap::make().ok()?;
+    match kernel.prepare_diversion(tap, own.name()).await {
+        Ok(diversion) => Some((own, diversion)),
+        Err(e) => {
+            tracing::warn!(tap, error = chain(&e), "frames may overtake those that were on their way");
+            None
+        }
+    }
+}
+
+/// Lets what is held back go when it may, and holds nothing back any more.
+async fn let_go(kernel: &tap::Interfaces, held_back: Option<HeldBack>, diversions: &[Diversion]) {
+    let held_back = match held_back {
+        Some(held_back) => tokio::task::spawn_blocking(move || {
+            held_back.hold();
+            held_back
+        })
+        .await
+        .ok(),
+        None => None,
+    };
+    for diversion in diversions {
+        if let Err(e) = kernel.end_diversion(diversion).await {
+            tracing::error!(error = chain(&e), "a tap's frames are still diverted");
+        }
+    }
+    if let Some(held_back) = held_back {
+        tokio::task::block_in_place(|| held_back.pass_on());
+    }
+}
+
+fn decode(known: &wire::Neighbour) -> Option<(Mac, Vec<IpAddr>)> {
+    let mac: Mac = known.mac.parse().ok()?;
+    let addresses = known.addresses.iter().take(ADDRESSES).filter_map(|address| address.parse().ok());
+    (!mac.is_group()).then(|| (mac, addresses.collect()))
+}
+
+fn say(told: &[(String, QemuQueue, Vec<Vec<u8>>)]) {
+    for (tap, queue, frames) in told {
+        for frame in frames {
+            if let Err(e) = queue.send(frame) {
+                tracing::debug!(tap, error = %e, "its guest could not be announced");
+            }
+        }
+    }
+}
