@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::destination::PostCopies;
+use crate::hooks::Hooks;
 use crate::journal::Journal;
 use crate::remnants::Remnants;
 
@@ -42,6 +43,8 @@ pub struct Host {
     pub ram_dir: PathBuf,
     /// What peers may ask for.
     pub allow: Allow,
+    /// Programs of the operator's that make a network follow a machine.
+    pub hooks: Hooks,
     /// What all mirrors that leave this host may send together; they share it equally.
     pub bandwidth: Arc<link::Bandwidth>,
     /// What a switch-over away from here costs.

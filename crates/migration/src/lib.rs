@@ -5,6 +5,7 @@
 //! * [`journal`] keeps, through any crash, which host owns a machine: at any moment at most one copy may run, and one
 //!   always can.
 //! * [`lifecycle`] starts, adopts, finds again and ends machines on one host.
+//! * [`hooks`] are programs of the operator's, run when a machine's network moves.
 //! * [`report`], [`progress`], [`failure`] and [`options`] are what an operator gives and gets.
 //!
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
@@ -16,6 +17,7 @@ mod disks;
 mod drives;
 pub mod failure;
 mod health;
+pub mod hooks;
 pub mod host;
 mod identity;
 pub mod journal;
@@ -37,6 +39,7 @@ pub mod wire;
 
 pub use destination::{DataConnections, PostCopies};
 pub use failure::{Failure, Finding, Stage};
+pub use hooks::{Hook, HookError, HookInterface, Hooks};
 pub use host::{Allow, Host, SwitchCost};
 pub use journal::{Journal, JournalError};
 pub use lifecycle::{Recovered, Resolution, RunError, Stopped};

@@ -4,10 +4,13 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use bytesize::ByteSize;
+use humantime::{format_duration, parse_duration};
+use migration::hooks::{MAX_DEADLINE, MIN_DEADLINE};
 use migration::options::MIN_BANDWIDTH;
-use migration::{Allow, rate};
+use migration::{Allow, Hooks, rate};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
@@ -15,10 +18,11 @@ use toml::Spanned;
 use super::{Config, ConfigError, LONGEST_SOCKET_PATH, Tls};
 
 /// Every table and the keys it knows, for the message about an unknown one.
-const KEYS: [(&str, &[&str]); 3] = [
-    ("", &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "bandwidth", "tls", "allow"]),
+const KEYS: [(&str, &[&str]); 4] = [
+    ("", &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "bandwidth", "tls", "allow", "hooks"]),
     ("tls", &["ca", "cert", "key"]),
     ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu"]),
+    ("hooks", &["directory", "deadline"]),
 ];
 
 #[derive(Deserialize)]
@@ -37,6 +41,7 @@ struct File {
     bandwidth: Option<Spanned<String>>,
     tls: TlsTable,
     allow: Option<AllowTable>,
+    hooks: Option<HooksTable>,
     /// Named here only to be refused in words of its own.
     metrics: Option<Spanned<IgnoredAny>>,
 }
@@ -62,6 +67,14 @@ struct AllowTable {
     qemu: Spanned<Vec<PathBuf>>,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HooksTable {
+    directory: PathBuf,
+    #[serde(default = "default_deadline", deserialize_with = "deadline")]
+    deadline: Duration,
+}
+
 fn nothing() -> Spanned<Vec<PathBuf>> {
     Spanned::new(0..0, Vec::new())
 }
@@ -80,6 +93,22 @@ fn default_run_dir() -> PathBuf {
 
 fn default_ram_dir() -> PathBuf {
     PathBuf::from("/dev/shm")
+}
+
+fn default_deadline() -> Duration {
+    Hooks::default().deadline
+}
+
+/// A time such as `"10s"`, within what makes sense for a hook.
+fn deadline<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let deadline = parse_duration(&text)
+        .map_err(|_| D::Error::custom(format!("{text:?} is not a time such as \"10s\"")))?;
+    if (MIN_DEADLINE..=MAX_DEADLINE).contains(&deadline) {
+        return Ok(deadline);
+    }
+    let (least, most) = (format_duration(MIN_DEADLINE), format_duration(MAX_DEADLINE));
+    Err(D::Error::custom(format!("{text:?} is not between {least} and {most}")))
 }
 
 /// A size such as `"16GiB"`, in bytes.
@@ -189,6 +218,10 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         bandwidth,
         tls: Tls { ca: base.join(file.tls.ca), cert: base.join(file.tls.cert), key: base.join(file.tls.key) },
         allow: file.allow.map_or(Ok(Allow::default()), |table| allow(&source, table))?,
+        hooks: file.hooks.map_or_else(Hooks::default, |table| Hooks {
+            directory: Some(base.join(table.directory)),
+            deadline: table.deadline,
+        }),
     })
 }
 

@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 
 const FULL: &str = r#"name = "host-a"
@@ -17,6 +19,9 @@ disk_dirs = ["/var/lib/vms"]
 bridges = ["br0"]
 max_memory = "16GiB"
 qemu = ["/usr/bin/qemu-system-x86_64"]
+[hooks]
+directory = "hooks"
+deadline = "1m 30s"
 "#;
 
 const LEAST: &str = "name = \"a\"\nlisten = \"[::1]:0\"\n[tls]\nca = \"c\"\ncert = \"d\"\nkey = \"e\"\n";
@@ -42,6 +47,12 @@ fn the_example_of_the_contract_is_understood() {
     assert_eq!(config.bandwidth.unwrap().get(), 900 << 20);
     assert_eq!(config.allow.max_memory, 16 << 30);
     assert_eq!(config.allow.peers, ["host-b", "host-c"]);
+    assert_eq!(
+        config.hooks.directory.as_deref(),
+        Some(Path::new("/etc/vmirror/hooks")),
+        "relative to the file"
+    );
+    assert_eq!(config.hooks.deadline, Duration::from_secs(90));
 }
 
 #[test]
@@ -53,6 +64,11 @@ fn defaults_are_those_of_the_contract_and_allow_nobody_anything() {
     assert_eq!(config.ram_dir, Path::new("/dev/shm"));
     assert_eq!(config.bandwidth, None);
     assert_eq!(config.allow, Allow::default());
+    assert_eq!(config.hooks, Hooks { directory: None, deadline: Duration::from_secs(10) });
+    let table = format!("{LEAST}[hooks]\ndirectory = \"/srv/hooks\"\n");
+    let hooks = Config::parse(Path::new("/etc/vmirror/agent.toml"), &table).unwrap().hooks;
+    assert_eq!(hooks.directory.as_deref(), Some(Path::new("/srv/hooks")));
+    assert_eq!(hooks.deadline, Duration::from_secs(10));
 }
 
 #[test]
@@ -63,14 +79,19 @@ fn unknown_keys_are_refused_by_name_and_line() {
     let nested = refused(&with("bridges", "bridge = [\"br0\"]"));
     assert!(nested.contains("agent.toml:15: unknown key \"allow.bridge\""), "{nested}");
     assert!(nested.contains("peers, disk_dirs, bridges"), "{nested}");
+    let hooks = refused(&with("deadline", "timeout = \"1s\""));
+    assert!(
+        hooks.contains("agent.toml:20: unknown key \"hooks.timeout\"; known here: directory, deadline"),
+        "{hooks}"
+    );
     let table = refused(&format!("{FULL}[tsl]\nca = 1\n"));
-    assert!(table.contains("agent.toml:18: unknown key \"tsl\""), "{table}");
+    assert!(table.contains("agent.toml:21: unknown key \"tsl\""), "{table}");
 }
 
 #[test]
 fn metrics_are_refused_in_words() {
     let message = refused(&format!("{FULL}[metrics]\nlisten = \"127.0.0.1:7601\"\n"));
-    assert!(message.contains("agent.toml:18: [metrics] is not yet available in this version"), "{message}");
+    assert!(message.contains("agent.toml:21: [metrics] is not yet available in this version"), "{message}");
 }
 
 #[test]
@@ -84,6 +105,7 @@ fn missing_keys_are_named() {
         ("peers", "allow.peers"),
         ("max_memory", "allow.max_memory"),
         ("qemu", "allow.qemu"),
+        ("directory", "hooks.directory"),
     ] {
         let message = refused(&with(key, ""));
         assert!(message.ends_with(&format!("{name} is missing")), "{name}: {message}");
@@ -109,6 +131,11 @@ fn bad_values_name_the_key_the_line_and_the_value() {
         ("max_memory", "max_memory = \"lots\"", "16: allow.max_memory: \"lots\" is not a size"),
         ("max_memory", "max_memory = 17", "16: allow.max_memory: invalid type: integer `17`"),
         ("qemu", "qemu = [\"qemu-system-x86_64\"]", "17: allow.qemu: qemu-system-x86_64 is not an abs"),
+        ("directory", "directory = 3", "19: hooks.directory: invalid type: integer `3`"),
+        ("deadline", "deadline = \"soon\"", "20: hooks.deadline: \"soon\" is not a time such as \"10s\""),
+        ("deadline", "deadline = \"99ms\"", "20: hooks.deadline: \"99ms\" is not between 100ms and 10m"),
+        ("deadline", "deadline = \"601s\"", "20: hooks.deadline: \"601s\" is not between 100ms and 10m"),
+        ("deadline", "deadline = 10", "20: hooks.deadline: invalid type: integer `10`"),
     ] {
         let message = refused(&with(key, line));
         assert!(message.contains(&format!("agent.toml:{expected}")), "{line}: {message}");
