@@ -5,12 +5,14 @@
 //! * [`journal`] keeps, through any crash, which host owns a machine: at any moment at most one copy may run, and one
 //!   always can.
 //! * [`lifecycle`] starts, adopts, finds again and ends machines on one host.
+//! * [`conntrack`] is what the kernel knows of a machine's connections.
 //! * [`report`], [`progress`], [`failure`] and [`options`] are what an operator gives and gets.
 //!
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
 //! crate [`qemu`].
 
 mod boot_files;
+pub mod conntrack;
 pub mod destination;
 mod disks;
 mod drives;
