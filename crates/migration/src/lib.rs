@@ -5,7 +5,7 @@
 //! * [`journal`] keeps, through any crash, which host owns a machine: at any moment at most one copy may run, and one
 //!   always can.
 //! * [`lifecycle`] starts, adopts, finds again and ends machines on one host.
-//! * [`conntrack`] is what the kernel knows of a machine's connections.
+//! * [`conntrack`] and [`nft`] are what a host's firewall knows of a machine.
 //! * [`report`], [`progress`], [`failure`] and [`options`] are what an operator gives and gets.
 //!
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
@@ -23,6 +23,7 @@ mod identity;
 pub mod journal;
 pub mod lifecycle;
 mod machine;
+pub mod nft;
 pub mod options;
 mod plugged;
 pub mod progress;
