@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
-use migration::Allow;
+use migration::{Allow, Firewall};
 
 /// Longest path of a unix socket, in bytes: `sun_path` of `sockaddr_un` holds 108 with its final zero.
 const LONGEST_SOCKET_PATH: usize = 107;
@@ -36,6 +36,8 @@ pub struct Config {
     pub tls: Tls,
     /// What peers may ask this host to run. By default nobody may ask for anything.
     pub allow: Allow,
+    /// What of this host's firewall moves with a machine: the `[network]` table.
+    pub firewall: Firewall,
 }
 
 /// The `[tls]` table.

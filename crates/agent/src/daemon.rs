@@ -140,6 +140,7 @@ impl Daemon {
             run_dir: config.run_dir.clone(),
             ram_dir: config.ram_dir.clone(),
             allow: config.allow.clone(),
+            firewall: config.firewall.clone(),
             bandwidth: link::Bandwidth::new(config.bandwidth),
             switch_cost: Arc::default(),
             post_copies: migration::PostCopies::default(),

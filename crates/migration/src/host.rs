@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::destination::PostCopies;
 use crate::journal::Journal;
+use crate::nft::NftPattern;
 use crate::remnants::Remnants;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.
@@ -27,6 +28,21 @@ pub struct Allow {
     pub qemu: Vec<PathBuf>,
 }
 
+/// What of the host's firewall moves with a machine: the `[network]` table of the agent's configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Firewall {
+    /// Connections of its addresses that the kernel tracks.
+    pub conntrack: bool,
+    /// A table of nftables of its own.
+    pub nft_table: Option<NftPattern>,
+}
+
+impl Default for Firewall {
+    fn default() -> Firewall {
+        Firewall { conntrack: true, nft_table: None }
+    }
+}
+
 /// The host a controller runs on.
 #[derive(Debug, Clone)]
 pub struct Host {
@@ -42,6 +58,8 @@ pub struct Host {
     pub ram_dir: PathBuf,
     /// What peers may ask for.
     pub allow: Allow,
+    /// What of its firewall moves with a machine.
+    pub firewall: Firewall,
     /// What all mirrors that leave this host may send together; they share it equally.
     pub bandwidth: Arc<link::Bandwidth>,
     /// What a switch-over away from here costs.

@@ -40,7 +40,7 @@ pub mod wire;
 
 pub use destination::{DataConnections, PostCopies};
 pub use failure::{Failure, Finding, Stage};
-pub use host::{Allow, Host, SwitchCost};
+pub use host::{Allow, Firewall, Host, SwitchCost};
 pub use journal::{Journal, JournalError};
 pub use lifecycle::{Recovered, Resolution, RunError, Stopped};
 pub use options::{Compress, DiskRoom, Disks, Engine, Goal, OnDiverge, OptionError, Options, Verify};

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use bytesize::ByteSize;
+use migration::nft::NftPattern;
 use migration::options::MIN_BANDWIDTH;
-use migration::{Allow, rate};
+use migration::{Allow, Firewall, rate};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
@@ -15,10 +16,14 @@ use toml::Spanned;
 use super::{Config, ConfigError, LONGEST_SOCKET_PATH, Tls};
 
 /// Every table and the keys it knows, for the message about an unknown one.
-const KEYS: [(&str, &[&str]); 3] = [
-    ("", &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "bandwidth", "tls", "allow"]),
+const KEYS: [(&str, &[&str]); 4] = [
+    (
+        "",
+        &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "bandwidth", "tls", "allow", "network"],
+    ),
     ("tls", &["ca", "cert", "key"]),
     ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu"]),
+    ("network", &["conntrack", "nft_table"]),
 ];
 
 #[derive(Deserialize)]
@@ -37,6 +42,7 @@ struct File {
     bandwidth: Option<Spanned<String>>,
     tls: TlsTable,
     allow: Option<AllowTable>,
+    network: Option<NetworkTable>,
     /// Named here only to be refused in words of its own.
     metrics: Option<Spanned<IgnoredAny>>,
 }
@@ -60,6 +66,13 @@ struct AllowTable {
     #[serde(deserialize_with = "size")]
     max_memory: u64,
     qemu: Spanned<Vec<PathBuf>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkTable {
+    conntrack: Option<bool>,
+    nft_table: Option<Spanned<String>>,
 }
 
 fn nothing() -> Spanned<Vec<PathBuf>> {
@@ -189,6 +202,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         bandwidth,
         tls: Tls { ca: base.join(file.tls.ca), cert: base.join(file.tls.cert), key: base.join(file.tls.key) },
         allow: file.allow.map_or(Ok(Allow::default()), |table| allow(&source, table))?,
+        firewall: file.network.map_or(Ok(Firewall::default()), |table| firewall(&source, table))?,
     })
 }
 
@@ -216,5 +230,18 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
         bridges: table.bridges,
         max_memory: table.max_memory,
         qemu: table.qemu.into_inner(),
+    })
+}
+
+/// The `[network]` table.
+fn firewall(source: &Source<'_>, table: NetworkTable) -> Result<Firewall, ConfigError> {
+    let default = Firewall::default();
+    let pattern = |text: Spanned<String>| {
+        let parsed = text.get_ref().parse::<NftPattern>();
+        parsed.map_err(|error| source.value(text.span().start, "network.nft_table", error.to_string()))
+    };
+    Ok(Firewall {
+        conntrack: table.conntrack.unwrap_or(default.conntrack),
+        nft_table: table.nft_table.map(pattern).transpose()?,
     })
 }

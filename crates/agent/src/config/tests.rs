@@ -17,6 +17,9 @@ disk_dirs = ["/var/lib/vms"]
 bridges = ["br0"]
 max_memory = "16GiB"
 qemu = ["/usr/bin/qemu-system-x86_64"]
+[network]
+conntrack = false
+nft_table = "bridge vmirror-{vm}"
 "#;
 
 const LEAST: &str = "name = \"a\"\nlisten = \"[::1]:0\"\n[tls]\nca = \"c\"\ncert = \"d\"\nkey = \"e\"\n";
@@ -42,6 +45,9 @@ fn the_example_of_the_contract_is_understood() {
     assert_eq!(config.bandwidth.unwrap().get(), 900 << 20);
     assert_eq!(config.allow.max_memory, 16 << 30);
     assert_eq!(config.allow.peers, ["host-b", "host-c"]);
+    assert!(!config.firewall.conntrack);
+    let table = config.firewall.nft_table.unwrap().table(&"web1".parse().unwrap());
+    assert_eq!(table.to_string(), "bridge vmirror-web1");
 }
 
 #[test]
@@ -53,6 +59,7 @@ fn defaults_are_those_of_the_contract_and_allow_nobody_anything() {
     assert_eq!(config.ram_dir, Path::new("/dev/shm"));
     assert_eq!(config.bandwidth, None);
     assert_eq!(config.allow, Allow::default());
+    assert_eq!(config.firewall, Firewall { conntrack: true, nft_table: None });
 }
 
 #[test]
@@ -64,13 +71,13 @@ fn unknown_keys_are_refused_by_name_and_line() {
     assert!(nested.contains("agent.toml:15: unknown key \"allow.bridge\""), "{nested}");
     assert!(nested.contains("peers, disk_dirs, bridges"), "{nested}");
     let table = refused(&format!("{FULL}[tsl]\nca = 1\n"));
-    assert!(table.contains("agent.toml:18: unknown key \"tsl\""), "{table}");
+    assert!(table.contains("agent.toml:21: unknown key \"tsl\""), "{table}");
 }
 
 #[test]
 fn metrics_are_refused_in_words() {
     let message = refused(&format!("{FULL}[metrics]\nlisten = \"127.0.0.1:7601\"\n"));
-    assert!(message.contains("agent.toml:18: [metrics] is not yet available in this version"), "{message}");
+    assert!(message.contains("agent.toml:21: [metrics] is not yet available in this version"), "{message}");
 }
 
 #[test]
@@ -109,6 +116,9 @@ fn bad_values_name_the_key_the_line_and_the_value() {
         ("max_memory", "max_memory = \"lots\"", "16: allow.max_memory: \"lots\" is not a size"),
         ("max_memory", "max_memory = 17", "16: allow.max_memory: invalid type: integer `17`"),
         ("qemu", "qemu = [\"qemu-system-x86_64\"]", "17: allow.qemu: qemu-system-x86_64 is not an abs"),
+        ("conntrack", "conntrack = \"no\"", "19: network.conntrack: invalid type: string \"no\""),
+        ("nft_table", "nft_table = \"vms\"", "20: network.nft_table: \"vms\" names no table for each VM"),
+        ("nft_table", "nft_table = \"ip a-{vm}\"", "20: network.nft_table: \"ip a-{vm}\" names no table"),
     ] {
         let message = refused(&with(key, line));
         assert!(message.contains(&format!("agent.toml:{expected}")), "{line}: {message}");
