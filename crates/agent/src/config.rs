@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
-use migration::{Allow, Hooks};
+use migration::{Allow, Firewall, Hooks};
 
 /// Longest path of a unix socket, in bytes: `sun_path` of `sockaddr_un` holds 108 with its final zero.
 const LONGEST_SOCKET_PATH: usize = 107;
@@ -38,6 +38,8 @@ pub struct Config {
     pub allow: Allow,
     /// Programs of the operator's that make a network follow a VM. By default there are none.
     pub hooks: Hooks,
+    /// What of this host's firewall moves with a machine: the `[network]` table.
+    pub firewall: Firewall,
 }
 
 /// The `[tls]` table.

@@ -141,6 +141,7 @@ impl Daemon {
             ram_dir: config.ram_dir.clone(),
             allow: config.allow.clone(),
             hooks: config.hooks.clone(),
+            firewall: config.firewall.clone(),
             bandwidth: link::Bandwidth::new(config.bandwidth),
             switch_cost: Arc::default(),
             post_copies: migration::PostCopies::default(),

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::destination::PostCopies;
 use crate::hooks::Hooks;
 use crate::journal::Journal;
+use crate::nft::NftPattern;
 use crate::remnants::Remnants;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.
@@ -26,6 +27,21 @@ pub struct Allow {
     pub max_memory: u64,
     /// QEMU binaries that may be run.
     pub qemu: Vec<PathBuf>,
+}
+
+/// What of the host's firewall moves with a machine: the `[network]` table of the agent's configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Firewall {
+    /// Connections of its addresses that the kernel tracks.
+    pub conntrack: bool,
+    /// A table of nftables of its own.
+    pub nft_table: Option<NftPattern>,
+}
+
+impl Default for Firewall {
+    fn default() -> Firewall {
+        Firewall { conntrack: true, nft_table: None }
+    }
 }
 
 /// The host a controller runs on.
@@ -45,6 +61,8 @@ pub struct Host {
     pub allow: Allow,
     /// Programs of the operator's that make a network follow a machine.
     pub hooks: Hooks,
+    /// What of its firewall moves with a machine.
+    pub firewall: Firewall,
     /// What all mirrors that leave this host may send together; they share it equally.
     pub bandwidth: Arc<link::Bandwidth>,
     /// What a switch-over away from here costs.

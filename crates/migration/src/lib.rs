@@ -6,12 +6,14 @@
 //!   always can.
 //! * [`lifecycle`] starts, adopts, finds again and ends machines on one host.
 //! * [`hooks`] are programs of the operator's, run when a machine's network moves.
+//! * [`conntrack`] and [`nft`] are what a host's firewall knows of a machine.
 //! * [`report`], [`progress`], [`failure`] and [`options`] are what an operator gives and gets.
 //!
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
 //! crate [`qemu`].
 
 mod boot_files;
+pub mod conntrack;
 pub mod destination;
 mod disks;
 mod drives;
@@ -23,6 +25,7 @@ mod identity;
 pub mod journal;
 pub mod lifecycle;
 mod machine;
+pub mod nft;
 pub mod options;
 mod plugged;
 pub mod progress;
@@ -40,7 +43,7 @@ pub mod wire;
 pub use destination::{DataConnections, PostCopies};
 pub use failure::{Failure, Finding, Stage};
 pub use hooks::{Hook, HookError, HookInterface, Hooks};
-pub use host::{Allow, Host, SwitchCost};
+pub use host::{Allow, Firewall, Host, SwitchCost};
 pub use journal::{Journal, JournalError};
 pub use lifecycle::{Recovered, Resolution, RunError, Stopped};
 pub use options::{Compress, DiskRoom, Disks, Engine, Goal, OnDiverge, OptionError, Options, Verify};

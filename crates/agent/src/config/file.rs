@@ -9,8 +9,9 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use humantime::{format_duration, parse_duration};
 use migration::hooks::{MAX_DEADLINE, MIN_DEADLINE};
+use migration::nft::NftPattern;
 use migration::options::MIN_BANDWIDTH;
-use migration::{Allow, Hooks, rate};
+use migration::{Allow, Firewall, Hooks, rate};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
@@ -18,11 +19,27 @@ use toml::Spanned;
 use super::{Config, ConfigError, LONGEST_SOCKET_PATH, Tls};
 
 /// Every table and the keys it knows, for the message about an unknown one.
-const KEYS: [(&str, &[&str]); 4] = [
-    ("", &["name", "listen", "api", "state_dir", "run_dir", "ram_dir", "bandwidth", "tls", "allow", "hooks"]),
+const KEYS: [(&str, &[&str]); 5] = [
+    (
+        "",
+        &[
+            "name",
+            "listen",
+            "api",
+            "state_dir",
+            "run_dir",
+            "ram_dir",
+            "bandwidth",
+            "tls",
+            "allow",
+            "hooks",
+            "network",
+        ],
+    ),
     ("tls", &["ca", "cert", "key"]),
     ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu"]),
     ("hooks", &["directory", "deadline"]),
+    ("network", &["conntrack", "nft_table"]),
 ];
 
 #[derive(Deserialize)]
@@ -42,6 +59,7 @@ struct File {
     tls: TlsTable,
     allow: Option<AllowTable>,
     hooks: Option<HooksTable>,
+    network: Option<NetworkTable>,
     /// Named here only to be refused in words of its own.
     metrics: Option<Spanned<IgnoredAny>>,
 }
@@ -73,6 +91,13 @@ struct HooksTable {
     directory: PathBuf,
     #[serde(default = "default_deadline", deserialize_with = "deadline")]
     deadline: Duration,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkTable {
+    conntrack: Option<bool>,
+    nft_table: Option<Spanned<String>>,
 }
 
 fn nothing() -> Spanned<Vec<PathBuf>> {
@@ -222,6 +247,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
             directory: Some(base.join(table.directory)),
             deadline: table.deadline,
         }),
+        firewall: file.network.map_or(Ok(Firewall::default()), |table| firewall(&source, table))?,
     })
 }
 
@@ -249,5 +275,18 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
         bridges: table.bridges,
         max_memory: table.max_memory,
         qemu: table.qemu.into_inner(),
+    })
+}
+
+/// The `[network]` table.
+fn firewall(source: &Source<'_>, table: NetworkTable) -> Result<Firewall, ConfigError> {
+    let default = Firewall::default();
+    let pattern = |text: Spanned<String>| {
+        let parsed = text.get_ref().parse::<NftPattern>();
+        parsed.map_err(|error| source.value(text.span().start, "network.nft_table", error.to_string()))
+    };
+    Ok(Firewall {
+        conntrack: table.conntrack.unwrap_or(default.conntrack),
+        nft_table: table.nft_table.map(pattern).transpose()?,
     })
 }

@@ -22,6 +22,9 @@ qemu = ["/usr/bin/qemu-system-x86_64"]
 [hooks]
 directory = "hooks"
 deadline = "1m 30s"
+[network]
+conntrack = false
+nft_table = "bridge vmirror-{vm}"
 "#;
 
 const LEAST: &str = "name = \"a\"\nlisten = \"[::1]:0\"\n[tls]\nca = \"c\"\ncert = \"d\"\nkey = \"e\"\n";
@@ -53,6 +56,9 @@ fn the_example_of_the_contract_is_understood() {
         "relative to the file"
     );
     assert_eq!(config.hooks.deadline, Duration::from_secs(90));
+    assert!(!config.firewall.conntrack);
+    let table = config.firewall.nft_table.unwrap().table(&"web1".parse().unwrap());
+    assert_eq!(table.to_string(), "bridge vmirror-web1");
 }
 
 #[test]
@@ -69,6 +75,7 @@ fn defaults_are_those_of_the_contract_and_allow_nobody_anything() {
     let hooks = Config::parse(Path::new("/etc/vmirror/agent.toml"), &table).unwrap().hooks;
     assert_eq!(hooks.directory.as_deref(), Some(Path::new("/srv/hooks")));
     assert_eq!(hooks.deadline, Duration::from_secs(10));
+    assert_eq!(config.firewall, Firewall { conntrack: true, nft_table: None });
 }
 
 #[test]
@@ -85,13 +92,13 @@ fn unknown_keys_are_refused_by_name_and_line() {
         "{hooks}"
     );
     let table = refused(&format!("{FULL}[tsl]\nca = 1\n"));
-    assert!(table.contains("agent.toml:21: unknown key \"tsl\""), "{table}");
+    assert!(table.contains("agent.toml:24: unknown key \"tsl\""), "{table}");
 }
 
 #[test]
 fn metrics_are_refused_in_words() {
     let message = refused(&format!("{FULL}[metrics]\nlisten = \"127.0.0.1:7601\"\n"));
-    assert!(message.contains("agent.toml:21: [metrics] is not yet available in this version"), "{message}");
+    assert!(message.contains("agent.toml:24: [metrics] is not yet available in this version"), "{message}");
 }
 
 #[test]
@@ -136,6 +143,9 @@ fn bad_values_name_the_key_the_line_and_the_value() {
         ("deadline", "deadline = \"99ms\"", "20: hooks.deadline: \"99ms\" is not between 100ms and 10m"),
         ("deadline", "deadline = \"601s\"", "20: hooks.deadline: \"601s\" is not between 100ms and 10m"),
         ("deadline", "deadline = 10", "20: hooks.deadline: invalid type: integer `10`"),
+        ("conntrack", "conntrack = \"no\"", "22: network.conntrack: invalid type: string \"no\""),
+        ("nft_table", "nft_table = \"vms\"", "23: network.nft_table: \"vms\" names no table for each VM"),
+        ("nft_table", "nft_table = \"ip a-{vm}\"", "23: network.nft_table: \"ip a-{vm}\" names no table"),
     ] {
         let message = refused(&with(key, line));
         assert!(message.contains(&format!("agent.toml:{expected}")), "{line}: {message}");
