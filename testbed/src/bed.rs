@@ -195,6 +195,17 @@ impl Testbed {
         wire::set_connected(self.ends(host)?.0, host.letter(), wire, true)
     }
 
+    /// The host behind whose port of the switch a station is, by its MAC address: as far as the switch has learned; none where it has
+    /// not.
+    ///
+    /// # Errors
+    /// [`TestbedError::NotRoot`] in a rootless testbed, or what `bridge` says.
+    pub fn behind(&self, mac: &str) -> Result<Option<&Host>, TestbedError> {
+        let network = self.network.as_ref().ok_or(TestbedError::NotRoot)?;
+        let port = wire::port_of(&network.switch, mac)?;
+        Ok(self.hosts.iter().find(|host| port.as_deref() == Some(&*Wire::Uplink.port(host.letter()))))
+    }
+
     fn ends<'a>(&'a self, host: &'a Host) -> Result<(&'a Namespace, &'a Namespace), TestbedError> {
         let switch = self.network.as_ref().map(|network| &network.switch);
         switch.zip(host.namespace()).ok_or(TestbedError::NotRoot)

@@ -125,6 +125,15 @@ impl Client {
         serde_json::from_str(&answer).map_err(|_| TestbedError::Answer(answer))
     }
 
+    /// A TCP connection to the guest whose bytes it sends back.
+    ///
+    /// # Errors
+    /// Where it cannot be made.
+    pub fn connection(&self, guest: Ipv4Addr) -> Result<TcpStream, TestbedError> {
+        let address = SocketAddrV4::new(guest, ECHO_PORT).into();
+        self.namespace.enter(|| TcpStream::connect_timeout(&address, CONNECT))?.map_err(TestbedError::Network)
+    }
+
     /// A UDP socket of the client, connected to a port of the guest.
     ///
     /// # Errors

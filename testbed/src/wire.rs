@@ -136,6 +136,13 @@ pub(crate) fn clear_rate(
     Ok(())
 }
 
+/// The port behind which the guests' network has a station, as far as it has learned.
+pub(crate) fn port_of(switch: &Namespace, mac: &str) -> Result<Option<String>, TestbedError> {
+    let known = run("bridge", &["-n", switch.name(), "fdb", "show", "br", BRIDGE])?;
+    let mut lines = known.lines().filter(|line| line.starts_with(mac));
+    Ok(lines.find_map(|line| line.split(" dev ").nth(1)?.split(' ').next()).map(str::to_owned))
+}
+
 /// Cuts a cable in the switch, or mends it. Neither end notices but by silence: the worst way for a link to fail.
 pub(crate) fn set_connected(
     switch: &Namespace,

@@ -40,6 +40,7 @@ pub(crate) async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health 
         vcpus: count(before.len()),
         progressing: count(progressing),
         status,
+        problems: Vec::new(),
     }
 }
 
@@ -66,7 +67,13 @@ mod tests {
     use super::*;
 
     fn health(status: &str, vcpus: u32, progressing: u32) -> wire::Health {
-        wire::Health { watched_ms: 200.0, vcpus, progressing, status: status.to_owned() }
+        wire::Health {
+            watched_ms: 200.0,
+            vcpus,
+            progressing,
+            status: status.to_owned(),
+            problems: Vec::new(),
+        }
     }
 
     #[test]

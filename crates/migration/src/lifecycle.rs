@@ -9,8 +9,11 @@ use qemu::{Presence, Process, Qmp, QmpError, Spec};
 
 use crate::disks;
 use crate::failure::chain;
+use crate::firewall;
+use crate::hooks::Hook;
 use crate::host::Host;
 use crate::journal::JournalError;
+use crate::occasion;
 use crate::remnants::Left;
 use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
@@ -533,6 +536,16 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
             }
         }
         host.post_copies.remove(session);
+    }
+    let goes = matches!(record.ownership, Ownership::Incoming { .. } | Ownership::HandedOver { .. });
+    if goes
+        && !record.made.hooked_down
+        && let Err(finding) = occasion::run(host, Hook::Down, record, false).await
+    {
+        tracing::error!(vm = %record.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
+    }
+    if matches!(record.ownership, Ownership::HandedOver { .. }) || goes && record.made.nft {
+        firewall::remove(host, &record.name).await;
     }
     let mut files = record.made.files.clone();
     if matches!(record.ownership, Ownership::Incoming { .. }) {

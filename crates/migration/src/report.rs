@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, Finding};
 
 /// The named steps of a migration, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -202,10 +202,16 @@ impl DiskMode {
 /// Frames of the guest's network cards.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Network {
-    /// Taken from the paused source's queues and played at the destination.
+    /// Diverted at the source from shortly before the pause on, and sent to the destination.
     pub frames_forwarded: u64,
     /// Lost for want of room.
     pub frames_dropped: u64,
+    /// Connections that the source's firewall knew and the destination's was told of.
+    #[serde(default)]
+    pub flows_carried: u64,
+    /// What a person should see to: a hook that failed once the machine was handed over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Finding>,
 }
 
 /// The answer of a comparison.

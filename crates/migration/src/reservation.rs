@@ -17,9 +17,12 @@ use crate::boot_files;
 use crate::destination::images::Images;
 use crate::destination::post_copy;
 use crate::failure::{Finding, chain};
+use crate::firewall;
+use crate::hooks::Hook;
 use crate::host::Host;
 use crate::lifecycle::{self, Paths, own_ram_files};
 use crate::machine;
+use crate::occasion;
 use crate::options::MAX_STREAMS;
 use crate::room;
 use crate::tap::{self, Interfaces};
@@ -58,6 +61,8 @@ pub(crate) struct Request {
     /// Images that are made get all their room at once.
     whole_room: bool,
     taps: Vec<wire::Tap>,
+    /// Its own table in the firewall.
+    nft: String,
     post_copy: bool,
     /// QEMU's own stream carries the memory.
     pub(crate) qemu_stream: bool,
@@ -140,6 +145,7 @@ impl Request {
             boot_files: wire.boot_files,
             shipped: boot_files::Shipped::default(),
             taps: wire.taps,
+            nft: wire.nft,
             post_copy: wire.post_copy,
             qemu_stream: wire.qemu_stream,
         })
@@ -271,6 +277,7 @@ impl Request {
         self.examine_files(host, &mut findings);
         let planned = self.examine_disks(host, &mut findings);
         self.examine_taps(host, &mut findings).await;
+        findings.extend(firewall::examine(host, &self.nft));
         (binary, planned, findings)
     }
 
@@ -464,6 +471,15 @@ impl Request {
         let failed =
             |kind: &str, e: &dyn std::error::Error, hint: &str| vec![Finding::new(kind, chain(e), hint)];
         self.make_taps(host, &mut record).await?;
+        if !self.nft.is_empty() && !self.rehearsal {
+            // On record first, so that it goes if the machine does not come.
+            record.made.nft = true;
+            host.journal
+                .update(&record)
+                .map_err(|e| failed("journal", &e, "see to the destination's state_dir"))?;
+            firewall::make(host, &self.name, &self.nft).await.map_err(|finding| vec![finding])?;
+        }
+        occasion::run(host, Hook::Prepare, &record, self.rehearsal).await.map_err(|finding| vec![finding])?;
         // The name is ours now, so a RAM file of that name is a remnant.
         for stale in own_ram_files(host, &spec) {
             let _ = std::fs::remove_file(stale);

@@ -7,10 +7,12 @@ pub(crate) mod diversion;
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
-use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute};
 use rtnetlink::{Handle, LinkUnspec};
 
 /// Longest name of an interface that the kernel takes.
@@ -87,23 +89,57 @@ impl Interfaces {
         for attribute in &link.attributes {
             match attribute {
                 LinkAttribute::Mtu(mtu) => tap.mtu = *mtu,
-                LinkAttribute::Controller(index) => tap.bridge = self.name_of(*index).await?,
+                LinkAttribute::Controller(index) => tap.bridge = self.bridge(*index).await?,
                 _ => {}
             }
         }
         Ok(Some(tap))
     }
 
-    async fn name_of(&self, index: u32) -> Result<Option<String>, TapError> {
+    /// The name of what an interface is a port of. An Open vSwitch is none that a port could be given by name: a hook does that.
+    async fn bridge(&self, index: u32) -> Result<Option<String>, TapError> {
         let found = self.handle.link().get().match_index(index).execute().try_next().await;
         let failed = |source| TapError::Request { action: "find", name: format!("number {index}"), source };
+        let is_switch = |attribute: &LinkAttribute| match attribute {
+            LinkAttribute::LinkInfo(info) => info
+                .iter()
+                .any(|info| matches!(info, LinkInfo::Kind(kind) if kind.to_string() == "openvswitch")),
+            _ => false,
+        };
         let name = |link: LinkMessage| {
+            if link.attributes.iter().any(is_switch) {
+                return None;
+            }
             link.attributes.into_iter().find_map(|attribute| match attribute {
                 LinkAttribute::IfName(name) => Some(name),
                 _ => None,
             })
         };
         Ok(found.map_err(failed)?.and_then(name))
+    }
+
+    /// The addresses of a neighbour of this host, by its MAC address.
+    pub(crate) async fn neighbours(&self, mac: [u8; 6]) -> Result<Vec<IpAddr>, TapError> {
+        let failed =
+            |source| TapError::Request { action: "list neighbours of", name: "any".to_owned(), source };
+        let mut all = self.handle.neighbours().get().execute();
+        let mut found = Vec::new();
+        while let Some(neighbour) = all.try_next().await.map_err(failed)? {
+            let is_it = |attribute: &NeighbourAttribute| matches!(attribute, NeighbourAttribute::LinkLayerAddress(address) if *address == mac);
+            if !neighbour.attributes.iter().any(is_it) {
+                continue;
+            }
+            found.extend(neighbour.attributes.iter().filter_map(|attribute| match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
+                    Some(IpAddr::V4(*address))
+                }
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
+                    Some(IpAddr::V6(*address))
+                }
+                _ => None,
+            }));
+        }
+        Ok(found)
     }
 
     /// Whether there is an interface of the name.

@@ -121,6 +121,12 @@ pub struct Made {
     /// The process that serves some of the images meanwhile.
     #[serde(default)]
     pub storage_daemon: Option<Process>,
+    /// The machine's own table in the firewall has been made.
+    #[serde(default)]
+    pub nft: bool,
+    /// The operator's hook for what goes has been run.
+    #[serde(default)]
+    pub hooked_down: bool,
 }
 
 /// An image that a disk is mirrored to.

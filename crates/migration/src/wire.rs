@@ -15,11 +15,12 @@ pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDestination {
     /// One of them.
-    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub request: Option<Request>,
 }
 
 /// What the source asks for.
+#[expect(clippy::large_enum_variant, reason = "a session has one Reserve, which is taken apart at once")]
 #[derive(Clone, PartialEq, Oneof)]
 pub enum Request {
     /// Set aside what this machine needs. First message of a session.
@@ -55,6 +56,9 @@ pub enum Request {
     /// A part of a file that the destination lacks: one file after the other, in the order in which it named them.
     #[prost(bytes = "vec", tag = "11")]
     FilePart(Vec<u8>),
+    /// Connections of the guest's that the source's firewall knows, or some of them. Before `Commit`.
+    #[prost(message, tag = "12")]
+    Flows(crate::conntrack::wire::Flows),
 }
 
 /// From destination to source.
@@ -231,6 +235,9 @@ pub struct Reserve {
     /// Files that the machine boots from directly.
     #[prost(message, repeated, tag = "23")]
     pub boot_files: Vec<BootFile>,
+    /// The machine's own table in the source's firewall, as `nft --json` lists it; empty for none.
+    #[prost(string, tag = "24")]
+    pub nft: String,
     /// Images that are made get all the room that they can need, at once.
     #[prost(bool, tag = "22")]
     pub whole_room: bool,
@@ -535,6 +542,9 @@ pub struct Health {
     /// QEMU's word for the machine's state at the end.
     #[prost(string, tag = "4")]
     pub status: String,
+    /// What went wrong with its network.
+    #[prost(message, repeated, tag = "5")]
+    pub problems: Vec<Finding>,
 }
 
 impl From<Request> for ToDestination {

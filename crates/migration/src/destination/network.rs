@@ -11,7 +11,9 @@ use mirror::network::tap::{OwnTap, QemuQueue};
 use qemu::{NicKind, Spec};
 
 use super::{End, failed};
+use crate::conntrack::{self, Flow};
 use crate::failure::chain;
+use crate::host::Host;
 use crate::tap::diversion::Diversion;
 use crate::{tap, wire};
 
@@ -44,6 +46,32 @@ impl Drop for Frames {
     fn drop(&mut self) {
         if let Some((_, abort)) = &self.0 {
             abort.abort();
+        }
+    }
+}
+
+/// What is known of the network of a machine that is about to run here.
+pub(super) struct Network {
+    pub(super) interfaces: Interfaces,
+    pub(super) neighbours: Vec<wire::Neighbour>,
+    pub(super) flows: Vec<Flow>,
+}
+
+impl Network {
+    /// Tells this host's firewall of the guest's connections, before any of their frames pass.
+    pub(super) async fn enter_flows(&self, host: &Host) {
+        let addresses: Vec<IpAddr> =
+            self.neighbours.iter().filter_map(decode).flat_map(|(_, addresses)| addresses).collect();
+        // Of others a source has nothing to say.
+        let flows: Vec<Flow> = self.flows.iter().filter(|flow| flow.concerns(&addresses)).cloned().collect();
+        if flows.is_empty() || !host.firewall.conntrack {
+            return;
+        }
+        match conntrack::enter(&flows).await {
+            Ok(entered) => {
+                tracing::info!(entered.entered, entered.refused, "connections are known to the firewall")
+            }
+            Err(e) => tracing::error!(error = chain(&e), "the firewall does not know the VM's connections"),
         }
     }
 }

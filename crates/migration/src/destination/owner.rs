@@ -8,11 +8,13 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::network::Interfaces;
+use super::network::{Interfaces, Network};
 use super::{End, FIRST_WORD, Source, failed, no_copy, qemu_gone};
 use crate::failure::chain;
 use crate::health;
+use crate::hooks::Hook;
 use crate::lifecycle;
+use crate::occasion;
 use crate::vm::{Ownership, Record, Vm};
 use crate::wire::{self, Reply, Request as Asked, ToDestination};
 /// How long a QEMU that was killed may take to be gone.
@@ -28,10 +30,15 @@ impl Source {
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
         let mut events = qmp.events();
+        if let Err(finding) = occasion::run(&self.host, Hook::Up, &record, false).await {
+            lifecycle::forget(&self.host, &record, Some(&qmp)).await;
+            return Err(End::Failed(vec![finding]));
+        }
         self.reply(Reply::Ready(wire::Nothing {})).await?;
         tracing::info!(vm = %record.name, "the copy is ready, and waits for the source's word");
         let pid = record.process.as_ref().map(|process| process.pid);
         let mut interfaces = Some(Interfaces::of(&spec, pid).await);
+        let mut flows = Vec::new();
         loop {
             let asked = tokio::select! {
                 asked = self.receiver.receive::<ToDestination>() => asked?.request,
@@ -48,8 +55,17 @@ impl Source {
                 Some(Asked::Commit(commit))
                     if Some(commit.generation) == record.generation.checked_add(1) =>
                 {
-                    let network = interfaces.take().map(|interfaces| (interfaces, commit.neighbours));
+                    let network = interfaces.take().map(|interfaces| Network {
+                        interfaces,
+                        neighbours: commit.neighbours,
+                        flows: std::mem::take(&mut flows),
+                    });
                     return self.become_owner(&record, spec, qmp, network, arrived).await;
+                }
+                Some(Asked::Flows(part)) => {
+                    if !part.add_to(&mut flows) {
+                        tracing::warn!(vm = %record.name, "connections that make no sense, or too many, are left out");
+                    }
                 }
                 Some(Asked::Cancel(_)) => {
                     if let Some(interfaces) = interfaces.take() {
@@ -73,7 +89,7 @@ impl Source {
         ready: &Record,
         spec: Spec,
         qmp: Qmp,
-        network: Option<(Interfaces, Vec<wire::Neighbour>)>,
+        network: Option<Network>,
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
         let host = Arc::clone(&self.host);
@@ -99,12 +115,13 @@ impl Source {
             Ownership::Incoming { .. } => return Err(no_copy(ready.name.as_ref())),
         }
         let connect = async {
-            let Some((interfaces, neighbours)) = network else {
+            let Some(network) = network else {
                 return lifecycle::raise_taps(&record).await;
             };
-            interfaces.hold_back().await;
+            network.interfaces.hold_back().await;
+            network.enter_flows(&host).await;
             lifecycle::raise_taps(&record).await;
-            interfaces.are_up(&self.frames, &neighbours);
+            network.interfaces.are_up(&self.frames, &network.neighbours);
         };
         let (resumed, ()) = tokio::join!(qmp.cont(), connect);
         if let Err(e) = resumed {
@@ -123,9 +140,14 @@ impl Source {
         tracing::info!(vm = %record.name, from = %self.peer, "a VM has arrived and runs");
         let process = record.process.clone();
         let has_network = !spec.nics().is_empty();
+        let owned = record.clone();
         arrived(Vm { record, spec, qmp: qmp.clone() });
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
+        }
+        let redirected = occasion::run(&host, Hook::Redirect, &owned, false).await;
+        if let Err(finding) = &redirected {
+            tracing::error!(vm = %ready.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
         }
         if let Some(session) = ready.arrived_by {
             if let Some(tail) = self.host.post_copies.get(session) {
@@ -134,7 +156,8 @@ impl Source {
             self.supplied(session).await?;
         }
         let health = health::watch(&qmp, process.as_ref()).await;
-        self.reply(Reply::Health(health)).await?;
+        let problems = redirected.err().into_iter().map(Into::into).collect();
+        self.reply(Reply::Health(wire::Health { problems, ..health })).await?;
         let played = std::mem::take(&mut self.frames).finish().await;
         tracing::info!(vm = %ready.name, played.delivered, played.dropped, "what was on its way to the VM has reached it");
         // The source closes when it has given everything back.

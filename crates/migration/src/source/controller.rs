@@ -27,6 +27,7 @@ use super::switch::{self, Prepared};
 use super::throttle::Throttling;
 use crate::disks::Disk;
 use crate::failure::{Finding, chain, kind};
+use crate::firewall;
 use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::machine::Machine;
@@ -251,7 +252,8 @@ impl Controller {
             .map_err(|e| Stop::because("ram", &e, "see the VM's command line"))?;
         let secret =
             Secret::random().map_err(|e| Stop::because("random", &e, "see to the host's random numbers"))?;
-        let request = peer::reserve_request(
+        let firewall = firewall::describe(&self.host, &self.vm.record.name).await;
+        let mut request = peer::reserve_request(
             self.id,
             &self.vm,
             machine,
@@ -260,6 +262,7 @@ impl Controller {
             secret.as_bytes(),
             false,
         );
+        request.nft = firewall.map_err(|finding| Stop::Refused(vec![finding]))?;
         self.report.disks = machine.disks.iter().map(Disk::reported).collect();
         self.report.memory.pages = layout.page_count();
         let qmp = self.vm.qmp.clone();
@@ -378,6 +381,10 @@ impl Controller {
             false => None,
         };
         self.held.qemu = true;
+        let firewall = self.host.firewall.clone();
+        if let Some(network) = &mut self.held.network {
+            network.look(&firewall).await;
+        }
         let Held { destination: Some(destination), rounds: Some(rounds), disks, throttling, network, .. } =
             &mut self.held
         else {
@@ -396,6 +403,11 @@ impl Controller {
             paused,
         )
         .await;
+        if prepared.is_ok()
+            && let Some(network) = &mut self.held.network
+        {
+            network.look_again(&firewall).await;
+        }
         match prepared {
             Ok(prepared) => {
                 self.report.verification.gate = Verdict::Match;

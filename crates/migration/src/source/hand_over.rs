@@ -18,9 +18,12 @@ use super::rounds::Rounds;
 use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::Prepared;
+use crate::conntrack;
 use crate::failure::{Finding, chain};
 use crate::health;
-use crate::lifecycle::{self};
+use crate::hooks::Hook;
+use crate::lifecycle;
+use crate::occasion;
 use crate::options::{Engine, Verify};
 use crate::remnants::Left;
 use crate::report::{Counted, Health, Outcome, Pause, Phase, Verdict};
@@ -78,7 +81,12 @@ impl Controller {
         self.report.pause.handed_over_ms = since();
         let neighbours = self.held.network.as_ref().map(Network::neighbours).unwrap_or_default();
         let commit = wire::Commit { neighbours, ..commit(self.id, &self.vm) };
+        let flows = self.held.network.as_ref().map(Network::flows).unwrap_or_default();
+        let flows = if flows.is_empty() { Vec::new() } else { conntrack::wire::Flows::of(flows) };
         let running = async {
+            for part in flows {
+                destination.send(Request::Flows(part)).await?;
+            }
             destination.send(Request::Commit(commit)).await?;
             match destination.receive().await? {
                 Reply::Running(_) => Ok(()),
@@ -254,6 +262,14 @@ impl Controller {
             images.extend(disks.paths().map(Path::to_owned));
             disks.end().await;
         }
+        if self.host.hooks.directory.is_some() {
+            let down = occasion::run(&self.host, Hook::Down, &self.vm.record, false).await;
+            self.report.network.problems.extend(down.err());
+            self.vm.record.made.hooked_down = true;
+            if let Err(e) = self.host.journal.update(&self.vm.record) {
+                tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+            }
+        }
         lifecycle::forget(&self.host, &self.vm.record, Some(&self.vm.qmp)).await;
         // The machine may come back, and then has less to bring. Nobody writes to them any more.
         for image in &images {
@@ -279,6 +295,7 @@ impl Controller {
                 return Ok(());
             }
         };
+        self.report.network.problems.extend(health.problems.iter().cloned().map(Into::into));
         self.report.health = Some(Health {
             watched_ms: health.watched_ms,
             vcpus: health.vcpus,

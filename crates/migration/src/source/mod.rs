@@ -36,6 +36,7 @@ pub use settlement::{Settled, settle};
 pub(crate) use settlement::{abandon, withdraw};
 
 use crate::failure::{Failure, Finding, Stage, chain};
+use crate::firewall;
 use crate::host::Host;
 use crate::machine::Machine;
 use crate::options::{Goal, Options};
@@ -97,7 +98,7 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
     let mut destination = connected.map_err(refused)?;
     let mut disks = Vec::new();
     if let Some(machine) = machine {
-        let request = peer::reserve_request(
+        let mut request = peer::reserve_request(
             Uuid::new_v4(),
             &vm,
             &machine,
@@ -106,6 +107,10 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
             &[0; mirror::hash::SECRET_LENGTH],
             true,
         );
+        match firewall::describe(&host, &vm.record.name).await {
+            Ok(document) => request.nft = document,
+            Err(finding) => findings.push(finding),
+        }
         if machine.ram.is_empty() {
             // The destination cannot be asked about a machine without RAM; what was found says why there is none.
         } else {

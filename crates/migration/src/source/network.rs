@@ -1,6 +1,8 @@
 //! The network at the source: what comes for the guest from shortly before its pause on goes with it, and the addresses that it is
 //! known by.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use link::{Bandwidth, Endpoint};
@@ -11,7 +13,9 @@ use mirror::network::source::NetworkSource;
 use mirror::network::tap::{OwnTap, QemuQueue};
 use uuid::Uuid;
 
+use crate::conntrack::{self, Flow};
 use crate::failure::chain;
+use crate::host::Firewall;
 use crate::report;
 use crate::tap::diversion::Diversion;
 use crate::tap::{Interfaces, TapError};
@@ -37,6 +41,8 @@ enum NotDiverted {
     Thread(#[source] std::io::Error),
 }
 
+/// What takes no longer is done while the guest is paused.
+const QUICK: Duration = Duration::from_millis(3);
 /// A guest is given so long to take what came for it before.
 const TAKE: Duration = Duration::from_millis(3);
 const LOOK: Duration = Duration::from_micros(100);
@@ -45,6 +51,11 @@ const LOOK: Duration = Duration::from_micros(100);
 pub(super) struct Network {
     taps: Vec<wire::Tap>,
     snoops: Vec<Option<Snoop>>,
+    /// What this host itself knows of each interface's guest.
+    known: Vec<Vec<IpAddr>>,
+    /// What this host's firewall knows, and how long it took to find that out.
+    flows: Vec<Flow>,
+    took: Duration,
     carried: Option<Carried>,
 }
 
@@ -71,7 +82,8 @@ impl Network {
                 .ok()
         };
         let snoops = taps.iter().map(snoop).collect();
-        Network { taps, snoops, carried: None }
+        let known = taps.iter().map(|_| Vec::new()).collect();
+        Network { taps, snoops, known, flows: Vec::new(), took: Duration::ZERO, carried: None }
     }
 
     /// Prepares to divert what comes for the guest. Where that cannot be done, it is lost while the guest moves, and the migration goes
@@ -159,6 +171,12 @@ impl Network {
 
     /// The network has learned where the guest is: nothing more comes here. Returns what came.
     pub(super) async fn finish(self) -> report::Network {
+        let flows_carried = self.flows.len() as u64;
+        if !self.flows.is_empty()
+            && let Err(e) = conntrack::remove(&self.flows).await
+        {
+            tracing::warn!(error = chain(&e), "the firewall still knows connections of a VM that has gone");
+        }
         let Some(carried) = self.carried else { return report::Network::default() };
         let start = Instant::now();
         while carried.frames.quiet_for() < QUIET && start.elapsed() < LONGEST {
@@ -166,17 +184,73 @@ impl Network {
         }
         carried.end_diversions().await;
         let diverted = tokio::task::block_in_place(|| carried.frames.finish());
-        report::Network { frames_forwarded: diverted.forwarded, frames_dropped: diverted.dropped }
+        report::Network {
+            frames_forwarded: diverted.forwarded,
+            frames_dropped: diverted.dropped,
+            flows_carried,
+            problems: Vec::new(),
+        }
     }
 
     /// The addresses that the guest is known by, for whoever announces it at its new place.
     pub(super) fn neighbours(&self) -> Vec<wire::Neighbour> {
-        let told = self.taps.iter().zip(&self.snoops).map(|(tap, snoop)| wire::Neighbour {
+        let told = self.taps.iter().zip(self.addresses()).map(|(tap, addresses)| wire::Neighbour {
             netdev: tap.netdev.clone(),
             mac: tap.mac.clone(),
-            addresses: snoop.iter().flat_map(Snoop::addresses).map(|address| address.to_string()).collect(),
+            addresses: addresses.iter().map(IpAddr::to_string).collect(),
         });
         told.collect()
+    }
+
+    /// Of each interface.
+    fn addresses(&self) -> Vec<BTreeSet<IpAddr>> {
+        let all = self.snoops.iter().zip(&self.known);
+        all.map(|(snoop, known)| {
+            snoop.iter().flat_map(Snoop::addresses).chain(known.iter().copied()).collect()
+        })
+        .collect()
+    }
+
+    /// Looks what this host knows of the guest: where it is a router, its neighbours' addresses; and their connections, if its
+    /// firewall keeps account of them. The guest still runs.
+    pub(super) async fn look(&mut self, firewall: &Firewall) {
+        if let Ok(interfaces) = Interfaces::open() {
+            for (tap, known) in self.taps.iter().zip(&mut self.known) {
+                let Ok(mac) = tap.mac.parse::<Mac>() else { continue };
+                match interfaces.neighbours(mac.bytes()).await {
+                    Ok(found) => *known = found,
+                    Err(e) => tracing::warn!(error = chain(&e), "this host's neighbours cannot be looked at"),
+                }
+            }
+        }
+        if firewall.conntrack && !self.taps.is_empty() {
+            let begin = Instant::now();
+            self.dump().await;
+            self.took = begin.elapsed();
+        }
+    }
+
+    /// The same once more of a guest that is paused, if that takes no time.
+    pub(super) async fn look_again(&mut self, firewall: &Firewall) {
+        if firewall.conntrack && !self.taps.is_empty() && self.took <= QUICK {
+            self.dump().await;
+        }
+    }
+
+    async fn dump(&mut self) {
+        let addresses: Vec<IpAddr> = self.addresses().into_iter().flatten().collect();
+        if addresses.is_empty() {
+            return;
+        }
+        match conntrack::dump(&addresses).await {
+            Ok(flows) => self.flows = flows,
+            Err(e) => tracing::warn!(error = chain(&e), "connections are not carried over"),
+        }
+    }
+
+    /// What this host's firewall knows of the guest's connections.
+    pub(super) fn flows(&self) -> &[Flow] {
+        &self.flows
     }
 }
 

@@ -304,6 +304,7 @@ pub(super) fn reserve_request(
         streams: u32::from(streams),
         secret: secret.to_vec(),
         rehearsal,
+        nft: String::new(),
         post_copy: options.on_diverge == OnDiverge::PostCopy,
         qemu_stream: options.engine == Engine::Qemu,
     }
