@@ -22,6 +22,8 @@ pub const JOURNAL_PORT: u16 = 7003;
 /// See [`JOURNAL_PORT`]: whoever hears nothing for much longer has lost the connection.
 pub const REPEAT: Duration = Duration::from_secs(1);
 
+/// Room for datagrams that wait, in bytes: some thousands.
+const BACKLOG: usize = 4 << 20;
 /// The longest datagram taken.
 const DATAGRAM: usize = 2048;
 /// Stack of a connection's thread: a buffer and little else, so that hundreds of connections fit a small guest.
@@ -34,7 +36,13 @@ const KEPT: Duration = Duration::from_secs(10);
 /// # Errors
 /// As `bind(2)`.
 pub fn bind_udp(port: u16) -> io::Result<UdpSocket> {
-    UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?;
+    // A guest that has moved gets at once what came meanwhile, and has other things to do first. Only its kernel may say that there is
+    // no room.
+    if let Err(e) = rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, BACKLOG) {
+        eprintln!("port {port}: the usual room for datagrams: {e}");
+    }
+    Ok(socket)
 }
 
 /// Binds a TCP port on all addresses.

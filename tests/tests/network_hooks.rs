@@ -124,10 +124,9 @@ fn firewall(host: &Host) {
     run("sysctl", &["-qw", "net.bridge.bridge-nf-call-iptables=1"]);
     // One that is not known from its beginning is not taken for one.
     run("sysctl", &["-qw", "net.netfilter.nf_conntrack_tcp_loose=0"]);
-    let rules = "table inet strict { chain forward { type filter hook forward priority 0; policy accept;
-        meta l4proto tcp ct state established,related accept
-        meta l4proto tcp tcp flags & (syn | ack) == syn accept
-        meta l4proto tcp drop } }";
+    let rules = "table inet strict { chain forward { type filter hook forward priority 0; policy accept; \
+                 meta l4proto tcp ct state established,related accept; \
+                 tcp flags & (syn | ack) == syn accept; meta l4proto tcp drop; }; }";
     run("nft", &[rules]);
 }
 

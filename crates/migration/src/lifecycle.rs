@@ -311,7 +311,6 @@ pub async fn recover(host: &Host, record: Record) -> Recovered {
     let now = host.journal.get(&record.name).filter(|now| same_claim(now, &record));
     let record = now.unwrap_or(record);
     let exists = record.process.as_ref().is_some_and(Process::exists);
-    undivert(&record).await;
     if exists && let Err(why) = crate::destination::post_copy::recover(host, &record).await {
         return Recovered::Silent(record, why);
     }
@@ -389,24 +388,6 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
         crate::source::abandon(host, &record, outgoing);
     }
     Ok(Vm { record, spec, qmp })
-}
-
-/// What comes for a machine reaches it again, though an agent was killed that had diverted it.
-async fn undivert(record: &Record) {
-    let taps: Vec<String> = Spec::parse(&record.argv).map(|spec| spec.taps()).unwrap_or_default();
-    if taps.is_empty() {
-        return;
-    }
-    let ended = async {
-        let interfaces = Interfaces::open()?;
-        for tap in &taps {
-            interfaces.end_any_diversion(tap).await?;
-        }
-        Ok::<(), crate::tap::TapError>(())
-    };
-    if let Err(e) = ended.await {
-        tracing::error!(vm = %record.name, error = chain(&e), "what comes for a VM may not reach it");
-    }
 }
 
 /// Lets frames through the taps made for a machine.

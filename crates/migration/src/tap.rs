@@ -3,7 +3,7 @@
 //! A tap that is made here is persistent, so that it can be a port of its bridge before QEMU opens it, and stays down
 //! until the machine is this host's: until then no frame of the guest's network reaches it.
 
-pub(crate) mod diversion;
+mod diversion;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -47,6 +47,15 @@ pub enum TapError {
     /// No such interface.
     #[error("there is no interface {0}")]
     Missing(String),
+    /// Its frames cannot be diverted.
+    #[error("cannot divert what is sent to {name}")]
+    Divert {
+        /// The interface.
+        name: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// `/dev/net/tun` would not have it.
     #[error("cannot make tap interface {name}")]
     Make {

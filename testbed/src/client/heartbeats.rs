@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 /// How long the last answers may take after the last heartbeat was sent.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// So many of those that never came are named.
+const MISSING: usize = 100;
 /// Room for answers that arrive while the receiver has no CPU time: seconds of them.
 const BUFFER: usize = 4 << 20;
 
@@ -45,6 +47,8 @@ pub struct HeartbeatReport {
     pub received: u64,
     /// How many never came back.
     pub lost: u64,
+    /// The first of them, by their numbers, which count from 0.
+    pub missing: Vec<u64>,
     /// How many answers came more than once.
     pub repeated: u64,
     /// How many answers came after one to a later heartbeat.
@@ -145,6 +149,7 @@ fn evaluate(sent: u64, arrivals: &[Arrival]) -> HeartbeatReport {
         sent,
         received: 0,
         lost: 0,
+        missing: Vec::new(),
         repeated: 0,
         out_of_order: 0,
         longest_gap: Duration::ZERO,
@@ -170,6 +175,8 @@ fn evaluate(sent: u64, arrivals: &[Arrival]) -> HeartbeatReport {
         }
     }
     report.lost = sent - report.received;
+    report.missing =
+        (0..sent).zip(&seen).filter(|(_, seen)| !**seen).map(|(number, _)| number).take(MISSING).collect();
     report
 }
 
@@ -185,6 +192,7 @@ mod tests {
             [arrival(0, 0), arrival(1, 1), arrival(1, 2), arrival(5, 30), arrival(4, 31), arrival(99, 32)];
         let report = evaluate(7, &arrivals);
         assert_eq!((report.sent, report.received, report.lost), (7, 4, 3));
+        assert_eq!(report.missing, [2, 3, 6]);
         assert_eq!((report.repeated, report.out_of_order), (1, 1));
         assert_eq!(report.longest_gap, Duration::from_millis(28));
         assert_eq!(report.gap_began, Some(start + Duration::from_millis(2)));

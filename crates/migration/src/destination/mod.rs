@@ -91,8 +91,15 @@ pub async fn serve(
         return;
     };
     let sender = Sender(Arc::new(Mutex::new(sender)));
-    let mut source =
-        Source { host, peer, sender, receiver, attending: None, frames: network::Frames::default() };
+    let mut source = Source {
+        host,
+        peer,
+        sender,
+        receiver,
+        attending: None,
+        frames: network::Frames::default(),
+        interfaces: None,
+    };
     let ended = match first {
         Asked::Reserve(reserve) => source.session(reserve, &data, &arrived).await,
         Asked::Commit(commit) => source.settle(&commit, &arrived).await,
@@ -115,6 +122,8 @@ pub(super) struct Source {
     pub(super) attending: Option<AbortOnDropHandle<End>>,
     /// What is on its way to the guest.
     frames: network::Frames,
+    /// The interfaces that it is to have here, being looked for.
+    interfaces: Option<tokio::task::JoinHandle<network::Interfaces>>,
 }
 
 /// The way to the source, for several tasks. A message is sent whole, one after the other.
@@ -199,6 +208,9 @@ impl Source {
         }
         request.shipped.are_recorded();
         tracing::info!(vm = %request.name, session = %request.session, peer = %self.peer, "reserved");
+        let (spec, pid) =
+            (reservation.spec.clone(), reservation.record.process.as_ref().map(|process| process.pid));
+        self.interfaces = Some(tokio::spawn(async move { network::Interfaces::of(&spec, pid).await }));
         let copied = match request.qemu_stream {
             true => self.relay(reservation, arrivals).await,
             false => self.mirror(&request, reservation, arrivals).await,

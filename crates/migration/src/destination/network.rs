@@ -6,6 +6,7 @@ use link::{AbortHandle, DataReceiver};
 use mirror::network::PacketSocket;
 use mirror::network::announce;
 use mirror::network::destination::{HeldBack, NetworkDestination, Played};
+use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
 use mirror::network::tap::{OwnTap, QemuQueue};
 use qemu::{NicKind, Spec};
@@ -14,7 +15,6 @@ use super::{End, failed};
 use crate::conntrack::{self, Flow};
 use crate::failure::chain;
 use crate::host::Host;
-use crate::tap::diversion::Diversion;
 use crate::{tap, wire};
 
 /// Addresses of one interface that are announced: more are a mistake, or a flood.
@@ -79,7 +79,6 @@ impl Network {
 /// The interfaces of a machine that is about to run here.
 pub(super) struct Interfaces {
     each: Vec<Interface>,
-    kernel: Option<tap::Interfaces>,
 }
 
 struct Interface {
@@ -118,28 +117,16 @@ impl Interfaces {
                 queue: queues.unwrap_or_default().into_iter().next(),
             });
         }
-        Interfaces { each, kernel }
+        Interfaces { each }
     }
 
     /// From here on what else is sent to them is held back. They are about to be brought up.
-    pub(super) async fn hold_back(&self) {
-        let Some(kernel) = &self.kernel else { return };
+    pub(super) fn hold_back(&self) {
         for (_, diversion) in self.each.iter().filter_map(|interface| interface.own.as_ref()) {
-            if let Err(e) = kernel.divert(diversion).await {
-                tracing::warn!(error = chain(&e), "frames may overtake those that were on their way");
+            if let Err(e) = diversion.begin() {
+                tracing::warn!(error = %e, "frames may overtake those that were on their way");
             }
         }
-    }
-
-    /// The machine does not come.
-    pub(super) async fn abandon(self) {
-        let Some(kernel) = &self.kernel else { return };
-        let diversions: Vec<Diversion> = self
-            .each
-            .into_iter()
-            .filter_map(|interface| interface.own.map(|(_, diversion)| diversion))
-            .collect();
-        let_go(kernel, None, &diversions).await;
     }
 
     /// They are up: the guest gets what has come and what comes, and the network is told, now and again a few times.
@@ -166,9 +153,7 @@ impl Interfaces {
         });
         say(&told);
         tokio::spawn(async move {
-            if let Some(kernel) = self.kernel {
-                let_go(&kernel, held_back, &diversions).await;
-            }
+            let _ = tokio::task::spawn_blocking(move || let_go(held_back, diversions)).await;
             let begin = tokio::time::Instant::now();
             for after in announce::REPEATED {
                 tokio::time::sleep_until(begin + after).await;
@@ -198,23 +183,20 @@ async fn prepare(kernel: &tap::Interfaces, tap: &str) -> Option<(OwnTap, Diversi
 }
 
 /// Lets what is held back go when it may, and holds nothing back any more.
-async fn let_go(kernel: &tap::Interfaces, held_back: Option<HeldBack>, diversions: &[Diversion]) {
-    let held_back = match held_back {
-        Some(held_back) => tokio::task::spawn_blocking(move || {
-            held_back.hold();
-            held_back
-        })
-        .await
-        .ok(),
-        None => None,
-    };
-    for diversion in diversions {
-        if let Err(e) = kernel.end_diversion(diversion).await {
-            tracing::error!(error = chain(&e), "a tap's frames are still diverted");
+fn let_go(held_back: Option<HeldBack>, diversions: Vec<Diversion>) {
+    if let Some(held_back) = &held_back {
+        held_back.hold();
+    }
+    for diversion in &diversions {
+        if let Err(e) = diversion.end() {
+            tracing::error!(error = %e, "a tap's frames are still held back");
         }
     }
-    if let Some(held_back) = held_back {
-        tokio::task::block_in_place(|| held_back.pass_on());
+    if let Some(held_back) = &held_back {
+        held_back.pass_on();
+        // Whoever was about to divert a frame has done so when these are gone.
+        drop(diversions);
+        held_back.pass_on();
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::network::{Interfaces, Network};
+use super::network::Network;
 use super::{End, FIRST_WORD, Source, failed, no_copy, qemu_gone};
 use crate::failure::chain;
 use crate::health;
@@ -36,8 +36,10 @@ impl Source {
         }
         self.reply(Reply::Ready(wire::Nothing {})).await?;
         tracing::info!(vm = %record.name, "the copy is ready, and waits for the source's word");
-        let pid = record.process.as_ref().map(|process| process.pid);
-        let mut interfaces = Some(Interfaces::of(&spec, pid).await);
+        let mut interfaces = match self.interfaces.take() {
+            Some(looked_for) => looked_for.await.ok(),
+            None => None,
+        };
         let mut flows = Vec::new();
         loop {
             let asked = tokio::select! {
@@ -68,9 +70,6 @@ impl Source {
                     }
                 }
                 Some(Asked::Cancel(_)) => {
-                    if let Some(interfaces) = interfaces.take() {
-                        interfaces.abandon().await;
-                    }
                     lifecycle::forget(&self.host, &record, Some(&qmp)).await;
                     return Err(End::Cancelled);
                 }
@@ -118,7 +117,7 @@ impl Source {
             let Some(network) = network else {
                 return lifecycle::raise_taps(&record).await;
             };
-            network.interfaces.hold_back().await;
+            network.interfaces.hold_back();
             network.enter_flows(&host).await;
             lifecycle::raise_taps(&record).await;
             network.interfaces.are_up(&self.frames, &network.neighbours);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use link::{Bandwidth, Endpoint};
 use mirror::network::PacketSocket;
+use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
 use mirror::network::snoop::Snoop;
 use mirror::network::source::NetworkSource;
@@ -17,7 +18,6 @@ use crate::conntrack::{self, Flow};
 use crate::failure::chain;
 use crate::host::Firewall;
 use crate::report;
-use crate::tap::diversion::Diversion;
 use crate::tap::{Interfaces, TapError};
 use crate::wire::{self, NETWORK_STREAM};
 
@@ -61,7 +61,6 @@ pub(super) struct Network {
 
 /// Frames that are, or can be, diverted.
 struct Carried {
-    interfaces: Interfaces,
     diversions: Vec<Diversion>,
     /// QEMU's queues, of each interface.
     queues: Vec<Vec<QemuQueue>>,
@@ -123,7 +122,7 @@ impl Network {
         });
         let stream = opened.await.map_err(|e| NotDiverted::Thread(e.into()))?.map_err(NotDiverted::Stream)?;
         let frames = NetworkSource::start(own, stream).map_err(NotDiverted::Thread)?;
-        Ok(Carried { interfaces, diversions, queues, frames, diverted: false })
+        Ok(Carried { diversions, queues, frames, diverted: false })
     }
 
     /// From the next frame on what comes is diverted: the guest is about to be paused.
@@ -131,11 +130,8 @@ impl Network {
         let Some(carried) = &mut self.carried else { return };
         carried.diverted = true;
         for diversion in &carried.diversions {
-            if let Err(e) = carried.interfaces.divert(diversion).await {
-                tracing::warn!(
-                    error = chain(&e),
-                    "frames that come for the guest while it moves will be lost"
-                );
+            if let Err(e) = diversion.begin() {
+                tracing::warn!(error = %e, "frames that come for the guest while it moves will be lost");
             }
         }
         let until = Instant::now() + TAKE;
@@ -165,8 +161,12 @@ impl Network {
             carried.frames.has_stayed(sockets(&self.taps));
         }
         // What was diverted up to here is with us by now, and goes before what comes from here on.
-        carried.end_diversions().await;
-        tokio::task::block_in_place(|| carried.frames.finish());
+        end(&carried.diversions);
+        tokio::task::block_in_place(|| {
+            // Whoever was about to divert a frame has done so when these are gone.
+            drop(carried.diversions);
+            carried.frames.finish()
+        });
     }
 
     /// The network has learned where the guest is: nothing more comes here. Returns what came.
@@ -182,8 +182,11 @@ impl Network {
         while carried.frames.quiet_for() < QUIET && start.elapsed() < LONGEST {
             tokio::time::sleep(QUIET.saturating_sub(carried.frames.quiet_for())).await;
         }
-        carried.end_diversions().await;
-        let diverted = tokio::task::block_in_place(|| carried.frames.finish());
+        end(&carried.diversions);
+        let diverted = tokio::task::block_in_place(|| {
+            drop(carried.diversions);
+            carried.frames.finish()
+        });
         report::Network {
             frames_forwarded: diverted.forwarded,
             frames_dropped: diverted.dropped,
@@ -254,12 +257,10 @@ impl Network {
     }
 }
 
-impl Carried {
-    async fn end_diversions(&self) {
-        for diversion in &self.diversions {
-            if let Err(e) = self.interfaces.end_diversion(diversion).await {
-                tracing::error!(error = chain(&e), "a tap's frames are still diverted");
-            }
+fn end(diversions: &[Diversion]) {
+    for diversion in diversions {
+        if let Err(e) = diversion.end() {
+            tracing::error!(error = %e, "a tap's frames are still diverted");
         }
     }
 }

@@ -12,6 +12,7 @@
 pub mod addresses;
 pub mod announce;
 pub mod destination;
+pub mod diversion;
 mod frame;
 pub mod frames;
 pub mod mac;
