@@ -5,7 +5,7 @@
 //! ```
 //!
 //! The header (linux/virtio_net.h) says what a card has yet to do: make a checksum, cut what is larger than a frame. Length 0 says that
-//! the network has [turned](Frame::turned).
+//! the network has turned.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};

@@ -6,8 +6,8 @@
 //! ([`addresses`]) is listened to at its tap ([`snoop`]).
 
 //!
-//! Nothing that is on its way to the machine when it moves is lost: the [source](source) diverts what comes, and the
-//! [destination](destination) gives it to the guest.
+//! Nothing that is on its way to the machine when it moves is lost: the [`source`] diverts what comes, and the
+//! [`destination`] gives it to the guest.
 
 pub mod addresses;
 pub mod announce;
