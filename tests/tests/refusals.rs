@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use end_to_end::{Pair, until, vmirror};
 use link::certificates::{IssueOptions, Validity, issue_with};
+use migration::Outcome;
 use testbed::guest_spec::{GuestSpec, Ram};
 use testbed::{AgentOptions, Host, Programs, Testbed, root_or_skip};
 
@@ -509,7 +510,10 @@ fn a_kernel_file_that_the_destination_has_not_or_may_not_use_is_refused() {
 fn what_ties_a_machine_to_its_host_is_refused_by_naming_it() {
     let pair = Pair::start();
     pair.run_tiny(pair.a(), "vm", &["-netdev", "user,id=slirp", "-device", "e1000,netdev=slirp,romfile="]);
-    pair.migration_refused("vm", &[]).is("user-networking", &["slirp", "tap on a bridge"]);
+    let refusal = pair.migration_refused("vm", &[]);
+    refusal.is("user-networking", &["slirp", "tap on a bridge", "--accept-disconnect"]);
+    let report = pair.migrate("vm", pair.a(), pair.b(), &["--accept-disconnect"]);
+    assert_eq!(report.outcome, Outcome::Completed, "{report:#?}");
     pair.run_tiny(pair.a(), "still", &["-S"]);
     pair.migration_refused("still", &[]).is("not-running", &["still", "prelaunch", "resume it first"]);
 }

@@ -144,6 +144,7 @@ impl Daemon {
             firewall: config.firewall.clone(),
             bandwidth: link::Bandwidth::new(config.bandwidth),
             switch_cost: Arc::default(),
+            neighbourhood: Arc::default(),
             post_copies: migration::PostCopies::default(),
             remnants: Arc::new(remnants),
         };

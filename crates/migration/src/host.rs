@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::destination::PostCopies;
 use crate::hooks::Hooks;
 use crate::journal::Journal;
+use crate::neighbourhood::Neighbourhood;
 use crate::nft::NftPattern;
 use crate::remnants::Remnants;
 
@@ -67,6 +68,8 @@ pub struct Host {
     pub bandwidth: Arc<link::Bandwidth>,
     /// What a switch-over away from here costs.
     pub switch_cost: Arc<SwitchCost>,
+    /// By what addresses the machines here are known.
+    pub neighbourhood: Arc<Neighbourhood>,
     /// Machines here whose memory is not complete.
     pub post_copies: PostCopies,
     /// Images that migrations have left here.

@@ -26,6 +26,7 @@ mod identity;
 pub mod journal;
 pub mod lifecycle;
 mod machine;
+pub mod neighbourhood;
 pub mod nft;
 mod occasion;
 pub mod options;

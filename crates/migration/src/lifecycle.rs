@@ -228,6 +228,7 @@ pub async fn run(
     match launched.await {
         Ok(qmp) => {
             has_its_disks(host, &spec);
+            host.neighbourhood.listen(&record.name, &spec);
             Ok(Vm { record, spec, qmp })
         }
         Err(e) => {
@@ -283,6 +284,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     };
     host.journal.claim(record.clone())?;
     has_its_disks(host, &adopted.vm.spec);
+    host.neighbourhood.listen(&record.name, &adopted.vm.spec);
     Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
 }
 
@@ -339,7 +341,10 @@ pub async fn recover(host: &Host, record: Record) -> Recovered {
         }
         Presence::Silent(e) => Recovered::Silent(record, chain(&e)),
         Presence::Alive => match reconnect(host, record.clone()).await {
-            Ok(vm) => Recovered::Running(Box::new(vm)),
+            Ok(vm) => {
+                host.neighbourhood.listen(&vm.record.name, &vm.spec);
+                Recovered::Running(Box::new(vm))
+            }
             Err(e) => Recovered::Silent(record, chain(&e)),
         },
     }
@@ -498,6 +503,7 @@ fn same_claim(a: &Record, b: &Record) -> bool {
 
 /// [`forget`], for who has [decided](crate::Journal) already.
 pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qmp>) {
+    host.neighbourhood.forget(&record.name);
     if let Some(process) = &record.process {
         end(record, process, qmp).await;
     }
@@ -521,7 +527,7 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
     let goes = matches!(record.ownership, Ownership::Incoming { .. } | Ownership::HandedOver { .. });
     if goes
         && !record.made.hooked_down
-        && let Err(finding) = occasion::run(host, Hook::Down, record, false).await
+        && let Err(finding) = occasion::run(host, Hook::Down, record, record.made.rehearsal).await
     {
         tracing::error!(vm = %record.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
     }

@@ -8,6 +8,7 @@ use crate::failure::Finding;
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
 use crate::tap::Interfaces;
+use crate::tap::port::Port;
 use crate::vm::Vm;
 use crate::wire;
 
@@ -31,7 +32,7 @@ pub(crate) struct Machine {
 impl Machine {
     /// Describes a machine of this host, and finds every reason for which it cannot leave it.
     pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
-        let mut findings = unmovable(&vm.spec);
+        let mut findings = unmovable(&vm.spec, options.accept_disconnect);
         if vm.record.post_copy.is_some() {
             findings.push(Finding::new(
                 "still-arriving",
@@ -147,8 +148,8 @@ pub(crate) fn too_old(host: &str, version: &Version) -> Option<Finding> {
     })
 }
 
-/// What ties a machine to this host.
-pub(crate) fn unmovable(spec: &Spec) -> Vec<Finding> {
+/// What ties a machine to this host. With `accept_disconnect`, but for networks whose connections end with the move.
+pub(crate) fn unmovable(spec: &Spec, accept_disconnect: bool) -> Vec<Finding> {
     let device = |device: String| {
         Finding::new(
             "host-device",
@@ -157,12 +158,18 @@ pub(crate) fn unmovable(spec: &Spec) -> Vec<Finding> {
         )
     };
     let nic = |nic: qemu::Nic| match nic.kind {
+        NicKind::User | NicKind::Socket(_) if accept_disconnect => None,
         NicKind::User => Some(Finding::new(
             "user-networking",
             format!("network {} is user-mode: its connections would break", nic.netdev),
-            "use a tap on a bridge, or `-nic none`",
+            "use a tap on a bridge, or `-nic none`, or accept that with --accept-disconnect",
         )),
-        NicKind::Socket(kind) | NicKind::Vhost(kind) | NicKind::Other(kind) => Some(Finding::new(
+        NicKind::Socket(kind) => Some(Finding::new(
+            "network-kind",
+            format!("network {} is of kind {kind}: its connections would break", nic.netdev),
+            "use a tap on a bridge, or accept that with --accept-disconnect",
+        )),
+        NicKind::Vhost(kind) | NicKind::Other(kind) => Some(Finding::new(
             "network-kind",
             format!("network {} is of kind {kind}, which cannot be carried over", nic.netdev),
             "use a tap on a bridge",
@@ -208,14 +215,29 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
             continue;
         };
         match interfaces.describe(ifname).await {
-            Ok(Some(tap)) => taps.push(wire::Tap {
-                netdev: nic.netdev,
-                ifname: ifname.clone(),
-                bridge: tap.bridge.unwrap_or_default(),
-                mtu: tap.mtu,
-                multi_queue: nic.queues > 1,
-                mac: nic.mac.unwrap_or_default(),
-            }),
+            Ok(Some(tap)) => {
+                let port = match &tap.bridge {
+                    Some(bridge) => interfaces.port(ifname, bridge).await.map(Some),
+                    None => Ok(None),
+                };
+                let port = port.unwrap_or_else(|e| {
+                    findings.push(Finding::new(
+                        "network",
+                        crate::failure::chain(&e),
+                        "let the agent use netlink",
+                    ));
+                    None
+                });
+                taps.push(wire::Tap {
+                    netdev: nic.netdev,
+                    ifname: ifname.clone(),
+                    bridge: tap.bridge.unwrap_or_default(),
+                    mtu: tap.mtu,
+                    multi_queue: nic.queues > 1,
+                    mac: nic.mac.unwrap_or_default(),
+                    port: port.as_ref().map(Port::wire),
+                });
+            }
             Ok(None) => findings.push(Finding::new(
                 "tap-missing",
                 format!(

@@ -134,6 +134,8 @@ pub struct Options {
     pub on_diverge: OnDiverge,
     /// What carries the memory.
     pub engine: Engine,
+    /// Networks whose connections end with the move, user-mode ones and sockets, are no reason against it.
+    pub accept_disconnect: bool,
 }
 
 impl Default for Options {
@@ -150,6 +152,7 @@ impl Default for Options {
             compress: Compress::default(),
             on_diverge: OnDiverge::default(),
             engine: Engine::default(),
+            accept_disconnect: false,
         }
     }
 }

@@ -25,6 +25,7 @@ use crate::machine;
 use crate::occasion;
 use crate::options::MAX_STREAMS;
 use crate::room;
+use crate::tap::port::Port;
 use crate::tap::{self, Interfaces};
 use crate::vm::{Made, Origin, Ownership, Record, VmName};
 use crate::wire;
@@ -58,6 +59,8 @@ pub(crate) struct Request {
     boot_files: Vec<wire::BootFile>,
     /// Those that were shipped here for it.
     pub(crate) shipped: boot_files::Shipped,
+    /// Networks whose connections end with the move are no reason against it.
+    accept_disconnect: bool,
     /// Images that are made get all their room at once.
     whole_room: bool,
     taps: Vec<wire::Tap>,
@@ -142,6 +145,7 @@ impl Request {
             cpu_features: wire.cpu_features,
             disks: wire.disks,
             whole_room: wire.whole_room,
+            accept_disconnect: wire.accept_disconnect,
             boot_files: wire.boot_files,
             shipped: boot_files::Shipped::default(),
             taps: wire.taps,
@@ -291,7 +295,7 @@ impl Request {
 
     /// What the source lists must be what the command line has: it is the command line that is run.
     fn examine_consistency(&self, findings: &mut Vec<Finding>) {
-        findings.extend(machine::unmovable(&self.spec));
+        findings.extend(machine::unmovable(&self.spec, self.accept_disconnect));
         let listed = |path: &Path| self.disks.iter().any(|disk| Path::new(&disk.path) == path);
         for disk in self.spec.disks() {
             if let Some(path) = disk.host_path().filter(|path| !listed(path)) {
@@ -441,6 +445,39 @@ impl Request {
                     "make the bridge there, or rename it",
                 );
             }
+            let port = tap.port.as_ref().map(Port::decode);
+            if matches!(port, Some(None)) {
+                refuse(
+                    "protocol",
+                    format!("interface {} is in no VLAN that there is", tap.ifname),
+                    "update the agents",
+                );
+                continue;
+            }
+            if port.flatten().is_some_and(|port| port.has_vlans())
+                && !matches!(interfaces.looks_at_tags(&tap.bridge).await, Ok(true))
+            {
+                refuse(
+                    "vlan-filtering",
+                    format!(
+                        "bridge {} on {} does not look at VLAN tags, as it does at the source",
+                        tap.bridge, host.name
+                    ),
+                    "turn vlan_filtering on there",
+                );
+            }
+            if let Ok(Some(bridge)) = interfaces.describe(&tap.bridge).await
+                && bridge.mtu < tap.mtu
+            {
+                refuse(
+                    "mtu-too-small",
+                    format!(
+                        "bridge {} on {} passes frames of {} bytes, the VM's interface {} has {}",
+                        tap.bridge, host.name, bridge.mtu, tap.ifname, tap.mtu
+                    ),
+                    "give the bridge there, and what it leads to, the same MTU",
+                );
+            }
             if let Ok(Some(there)) = interfaces.describe(&tap.ifname).await {
                 let wanted = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
                 let free = tap::is_free(&tap.ifname, tap.multi_queue).unwrap_or(false);
@@ -470,6 +507,7 @@ impl Request {
     ) -> Result<Reservation, Refusal> {
         let failed =
             |kind: &str, e: &dyn std::error::Error, hint: &str| vec![Finding::new(kind, chain(e), hint)];
+        record.made.rehearsal = self.rehearsal;
         self.make_taps(host, &mut record).await?;
         if !self.nft.is_empty() && !self.rehearsal {
             // On record first, so that it goes if the machine does not come.
@@ -532,6 +570,9 @@ impl Request {
             host.journal.update(record).map_err(|e| failed(&e))?;
             let bridge = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
             interfaces.make(&tap.ifname, bridge, tap.mtu, tap.multi_queue).await.map_err(|e| failed(&e))?;
+            if let Some(port) = tap.port.as_ref().and_then(Port::decode).filter(|_| bridge.is_some()) {
+                interfaces.set_port(&tap.ifname, &port).await.map_err(|e| failed(&e))?;
+            }
         }
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! until the machine is this host's: until then no frame of the guest's network reaches it.
 
 mod diversion;
+pub(crate) mod port;
 
 use std::fs::{File, OpenOptions};
 use std::io;

@@ -124,6 +124,9 @@ pub struct Made {
     /// The machine's own table in the firewall has been made.
     #[serde(default)]
     pub nft: bool,
+    /// Only to find out whether it could come.
+    #[serde(default)]
+    pub rehearsal: bool,
     /// The operator's hook for what goes has been run.
     #[serde(default)]
     pub hooked_down: bool,

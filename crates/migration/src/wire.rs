@@ -56,9 +56,9 @@ pub enum Request {
     /// A part of a file that the destination lacks: one file after the other, in the order in which it named them.
     #[prost(bytes = "vec", tag = "11")]
     FilePart(Vec<u8>),
-    /// Connections of the guest's that the source's firewall knows, or some of them. Before `Commit`.
+    /// What is known of the guest outside of it, in one or more parts. Before `Commit`.
     #[prost(message, tag = "12")]
-    Flows(crate::conntrack::wire::Flows),
+    Known(Known),
 }
 
 /// From destination to source.
@@ -238,6 +238,9 @@ pub struct Reserve {
     /// The machine's own table in the source's firewall, as `nft --json` lists it; empty for none.
     #[prost(string, tag = "24")]
     pub nft: String,
+    /// Networks whose connections end with the move are no reason against it.
+    #[prost(bool, tag = "25")]
+    pub accept_disconnect: bool,
     /// Images that are made get all the room that they can need, at once.
     #[prost(bool, tag = "22")]
     pub whole_room: bool,
@@ -358,6 +361,35 @@ pub struct Tap {
     /// The guest's card, where the command line says it.
     #[prost(string, tag = "6")]
     pub mac: String,
+    /// Its settings as a port of the bridge.
+    #[prost(message, optional, tag = "7")]
+    pub port: Option<Port>,
+}
+
+/// The settings of a bridge's port.
+#[derive(Clone, PartialEq, Message)]
+pub struct Port {
+    /// A bit for each switch that is known: hairpin, guard, isolated, learning, flooding of unicast, multicast and broadcast, multicast
+    /// to unicast, fast leave, neighbour suppression.
+    #[prost(uint32, tag = "1")]
+    pub known: u32,
+    /// Those that are on.
+    #[prost(uint32, tag = "2")]
+    pub on: u32,
+    /// VLANs; none where the bridge does not look at tags.
+    #[prost(message, repeated, tag = "3")]
+    pub vlans: Vec<Vlan>,
+}
+
+/// A VLAN that a port is in.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Vlan {
+    /// Its number.
+    #[prost(uint32, tag = "1")]
+    pub vid: u32,
+    /// 1: frames without a tag are of it. 2: its frames leave without a tag.
+    #[prost(uint32, tag = "2")]
+    pub flags: u32,
 }
 
 /// By what a guest is known to its neighbours.
@@ -431,9 +463,17 @@ pub struct Commit {
     /// Generation of the machine at its new owner.
     #[prost(uint64, tag = "3")]
     pub generation: u64,
-    /// By what its interfaces are known.
-    #[prost(message, repeated, tag = "4")]
+}
+
+/// What is known of a guest outside of it.
+#[derive(Clone, PartialEq, Message)]
+pub struct Known {
+    /// By what its interfaces are known; only in the first of several.
+    #[prost(message, repeated, tag = "1")]
     pub neighbours: Vec<Neighbour>,
+    /// Connections of its that the source's firewall knows, or some of them.
+    #[prost(message, optional, tag = "2")]
+    pub flows: Option<crate::conntrack::wire::Flows>,
 }
 
 /// A post-copy that goes on.

@@ -221,6 +221,9 @@ pub(crate) struct MigrateOptions {
     /// What carries the memory: the verified mirror, or QEMU's own migration stream, for hosts whose kernel cannot track memory
     #[arg(long, value_enum, default_value_t = EngineChoice::Mirror)]
     engine: EngineChoice,
+    /// Move a VM with user-mode networking, or a network of sockets, though its connections end with that
+    #[arg(long)]
+    accept_disconnect: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -288,6 +291,7 @@ impl From<MigrateOptions> for Options {
                 VerifyChoice::Proof => Verify::Proof,
                 VerifyChoice::Strict => Verify::Strict,
             },
+            accept_disconnect: given.accept_disconnect,
             disk_room: match given.disk_room {
                 DiskRoomChoice::Thin => DiskRoom::Thin,
                 DiskRoomChoice::Whole => DiskRoom::Whole,

@@ -1,6 +1,7 @@
 //! The network at the destination: what was on its way to the guest reaches it here, and the network is told where the guest is now.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use link::{AbortHandle, DataReceiver};
 use mirror::network::PacketSocket;
@@ -17,6 +18,8 @@ use crate::failure::chain;
 use crate::host::Host;
 use crate::{tap, wire};
 
+/// A source that still has something after that long has it for ever.
+const STRAGGLERS: Duration = Duration::from_secs(15);
 /// Addresses of one interface that are announced: more are a mistake, or a flood.
 const ADDRESSES: usize = 64;
 
@@ -35,10 +38,18 @@ impl Frames {
         self.0.is_none()
     }
 
-    /// Waits for the source to have no more.
+    /// Waits for the source to have no more, for a while.
     pub(super) async fn finish(mut self) -> Played {
-        let Some((frames, _abort)) = self.0.take() else { return Played::default() };
-        tokio::task::block_in_place(|| frames.finish())
+        let Some((frames, abort)) = self.0.take() else { return Played::default() };
+        let mut ended = tokio::task::spawn_blocking(move || frames.finish());
+        let played = match tokio::time::timeout(STRAGGLERS, &mut ended).await {
+            Ok(played) => played,
+            Err(_) => {
+                abort.abort();
+                ended.await
+            }
+        };
+        played.unwrap_or_default()
     }
 }
 
@@ -50,28 +61,48 @@ impl Drop for Frames {
     }
 }
 
-/// What is known of the network of a machine that is about to run here.
-pub(super) struct Network {
-    pub(super) interfaces: Interfaces,
+/// What is known of a guest outside of it.
+#[derive(Default)]
+pub(super) struct Known {
     pub(super) neighbours: Vec<wire::Neighbour>,
-    pub(super) flows: Vec<Flow>,
+    flows: Vec<Flow>,
+    entered: Vec<Flow>,
 }
 
-impl Network {
-    /// Tells this host's firewall of the guest's connections, before any of their frames pass.
-    pub(super) async fn enter_flows(&self, host: &Host) {
+impl Known {
+    /// Takes in a part of it. With the last one this host's firewall is told of the guest's connections.
+    pub(super) async fn take(&mut self, part: wire::Known, host: &Host) {
+        self.neighbours.extend(part.neighbours);
+        let Some(flows) = part.flows else { return };
+        if !flows.add_to(&mut self.flows) {
+            tracing::warn!("connections that make no sense, or too many, are left out");
+        }
+        if flows.more || !host.firewall.conntrack {
+            return;
+        }
         let addresses: Vec<IpAddr> =
             self.neighbours.iter().filter_map(decode).flat_map(|(_, addresses)| addresses).collect();
         // Of others a source has nothing to say.
-        let flows: Vec<Flow> = self.flows.iter().filter(|flow| flow.concerns(&addresses)).cloned().collect();
-        if flows.is_empty() || !host.firewall.conntrack {
+        self.entered = std::mem::take(&mut self.flows);
+        self.entered.retain(|flow| flow.concerns(&addresses));
+        if self.entered.is_empty() {
             return;
         }
-        match conntrack::enter(&flows).await {
-            Ok(entered) => {
-                tracing::info!(entered.entered, entered.refused, "connections are known to the firewall")
-            }
+        match conntrack::enter(&self.entered).await {
+            Ok(done) => tracing::info!(done.entered, done.refused, "connections are known to the firewall"),
             Err(e) => tracing::error!(error = chain(&e), "the firewall does not know the VM's connections"),
+        }
+    }
+
+    /// The machine does not come.
+    pub(super) async fn forget(self) {
+        if !self.entered.is_empty()
+            && let Err(e) = conntrack::remove(&self.entered).await
+        {
+            tracing::warn!(
+                error = chain(&e),
+                "the firewall still knows connections of a VM that does not come"
+            );
         }
     }
 }
@@ -79,6 +110,7 @@ impl Network {
 /// The interfaces of a machine that is about to run here.
 pub(super) struct Interfaces {
     each: Vec<Interface>,
+    held_back: bool,
 }
 
 struct Interface {
@@ -117,12 +149,16 @@ impl Interfaces {
                 queue: queues.unwrap_or_default().into_iter().next(),
             });
         }
-        Interfaces { each }
+        Interfaces { each, held_back: false }
     }
 
-    /// From here on what else is sent to them is held back. They are about to be brought up.
-    pub(super) fn hold_back(&self) {
-        for (_, diversion) in self.each.iter().filter_map(|interface| interface.own.as_ref()) {
+    /// From here on what else is sent to them is held back, if there is anything for it to wait for. They are about to be brought up.
+    pub(super) fn hold_back(&mut self, frames: &Frames) {
+        // They are known by their place: where one cannot be held back, none is.
+        self.held_back = !frames.is_expected()
+            && self.each.iter().all(|interface| interface.socket.is_some() && interface.own.is_some());
+        for (_, diversion) in self.each.iter().filter(|_| self.held_back).filter_map(|each| each.own.as_ref())
+        {
             if let Err(e) = diversion.begin() {
                 tracing::warn!(error = %e, "frames may overtake those that were on their way");
             }
@@ -133,7 +169,6 @@ impl Interfaces {
     pub(super) fn are_up(self, frames: &Frames, neighbours: &[wire::Neighbour]) {
         let (mut sockets, mut taps, mut diversions, mut told) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let all = self.each.iter().all(|interface| interface.socket.is_some());
         for interface in self.each {
             sockets.extend(interface.socket);
             if let Some((tap, diversion)) = interface.own {
@@ -146,14 +181,18 @@ impl Interfaces {
             };
             told.push((interface.ifname, queue, announce::frames(mac, &addresses)));
         }
-        let held_back = frames.0.as_ref().filter(|_| all).map(|(frames, _)| {
-            // They are known by their place: where one cannot be held back, none is.
-            let taps = if taps.len() == sockets.len() { std::mem::take(&mut taps) } else { Vec::new() };
+        let held_back = frames.0.as_ref().map(|(frames, _)| {
+            let taps = if self.held_back { std::mem::take(&mut taps) } else { Vec::new() };
             tokio::task::block_in_place(|| frames.play(sockets, taps))
         });
         say(&told);
         tokio::spawn(async move {
-            let _ = tokio::task::spawn_blocking(move || let_go(held_back, diversions)).await;
+            // Interfaces take a while to go, and nobody waits for that.
+            let let_go = move || {
+                let_go(held_back, diversions);
+                drop(taps);
+            };
+            let _ = tokio::task::spawn_blocking(let_go).await;
             let begin = tokio::time::Instant::now();
             for after in announce::REPEATED {
                 tokio::time::sleep_until(begin + after).await;

@@ -8,7 +8,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::network::Network;
+use super::network::{Interfaces, Known};
 use super::{End, FIRST_WORD, Source, failed, no_copy, qemu_gone};
 use crate::failure::chain;
 use crate::health;
@@ -40,7 +40,7 @@ impl Source {
             Some(looked_for) => looked_for.await.ok(),
             None => None,
         };
-        let mut flows = Vec::new();
+        let mut known = Known::default();
         loop {
             let asked = tokio::select! {
                 asked = self.receiver.receive::<ToDestination>() => asked?.request,
@@ -57,19 +57,12 @@ impl Source {
                 Some(Asked::Commit(commit))
                     if Some(commit.generation) == record.generation.checked_add(1) =>
                 {
-                    let network = interfaces.take().map(|interfaces| Network {
-                        interfaces,
-                        neighbours: commit.neighbours,
-                        flows: std::mem::take(&mut flows),
-                    });
+                    let network = interfaces.take().map(|interfaces| (interfaces, known.neighbours));
                     return self.become_owner(&record, spec, qmp, network, arrived).await;
                 }
-                Some(Asked::Flows(part)) => {
-                    if !part.add_to(&mut flows) {
-                        tracing::warn!(vm = %record.name, "connections that make no sense, or too many, are left out");
-                    }
-                }
+                Some(Asked::Known(part)) => known.take(part, &self.host).await,
                 Some(Asked::Cancel(_)) => {
+                    known.forget().await;
                     lifecycle::forget(&self.host, &record, Some(&qmp)).await;
                     return Err(End::Cancelled);
                 }
@@ -88,7 +81,7 @@ impl Source {
         ready: &Record,
         spec: Spec,
         qmp: Qmp,
-        network: Option<Network>,
+        network: Option<(Interfaces, Vec<wire::Neighbour>)>,
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
         let host = Arc::clone(&self.host);
@@ -113,16 +106,19 @@ impl Source {
             }
             Ownership::Incoming { .. } => return Err(no_copy(ready.name.as_ref())),
         }
-        let connect = async {
-            let Some(network) = network else {
-                return lifecycle::raise_taps(&record).await;
-            };
-            network.interfaces.hold_back();
-            network.enter_flows(&host).await;
-            lifecycle::raise_taps(&record).await;
-            network.interfaces.are_up(&self.frames, &network.neighbours);
+        // What the guest sends while its interfaces are down is lost.
+        let resumed = match network {
+            Some((mut interfaces, neighbours)) => {
+                interfaces.hold_back(&self.frames);
+                lifecycle::raise_taps(&record).await;
+                let play = async { interfaces.are_up(&self.frames, &neighbours) };
+                tokio::join!(qmp.cont(), play).0
+            }
+            None => {
+                lifecycle::raise_taps(&record).await;
+                qmp.cont().await
+            }
         };
-        let (resumed, ()) = tokio::join!(qmp.cont(), connect);
         if let Err(e) = resumed {
             // The images are a copy's again, if it goes back.
             record.made.images.clone_from(&ready.made.images);
@@ -140,21 +136,26 @@ impl Source {
         let process = record.process.clone();
         let has_network = !spec.nics().is_empty();
         let owned = record.clone();
+        host.neighbourhood.listen(&record.name, &spec);
         arrived(Vm { record, spec, qmp: qmp.clone() });
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
         }
-        let redirected = occasion::run(&host, Hook::Redirect, &owned, false).await;
+        let redirect = occasion::run(&host, Hook::Redirect, &owned, false);
+        let watch = async {
+            if let Some(session) = ready.arrived_by {
+                if let Some(tail) = self.host.post_copies.get(session) {
+                    tail.monitor(qmp.clone());
+                }
+                self.supplied(session).await?;
+            }
+            Ok::<_, End>(health::watch(&qmp, process.as_ref()).await)
+        };
+        let (redirected, health) = tokio::join!(redirect, watch);
         if let Err(finding) = &redirected {
             tracing::error!(vm = %ready.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
         }
-        if let Some(session) = ready.arrived_by {
-            if let Some(tail) = self.host.post_copies.get(session) {
-                tail.monitor(qmp.clone());
-            }
-            self.supplied(session).await?;
-        }
-        let health = health::watch(&qmp, process.as_ref()).await;
+        let health = health?;
         let problems = redirected.err().into_iter().map(Into::into).collect();
         self.reply(Reply::Health(wire::Health { problems, ..health })).await?;
         let played = std::mem::take(&mut self.frames).finish().await;

@@ -383,7 +383,7 @@ impl Controller {
         self.held.qemu = true;
         let firewall = self.host.firewall.clone();
         if let Some(network) = &mut self.held.network {
-            network.look(&firewall).await;
+            network.look(&self.host, &self.vm.record.name).await;
         }
         let Held { destination: Some(destination), rounds: Some(rounds), disks, throttling, network, .. } =
             &mut self.held
@@ -447,7 +447,7 @@ impl Controller {
 
     pub(super) async fn release(&mut self) {
         if let Some(network) = self.held.network.take() {
-            network.finish().await;
+            network.abandon();
         }
         self.end_rounds().await;
         self.end_relay().await;
@@ -512,6 +512,5 @@ pub(super) fn commit(session: Uuid, vm: &Vm) -> wire::Commit {
         session: session.as_bytes().to_vec(),
         name: vm.record.name.to_string(),
         generation: vm.record.generation,
-        neighbours: Vec::new(),
     }
 }

@@ -18,7 +18,6 @@ use super::rounds::Rounds;
 use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::Prepared;
-use crate::conntrack;
 use crate::failure::{Finding, chain};
 use crate::health;
 use crate::hooks::Hook;
@@ -28,7 +27,7 @@ use crate::options::{Engine, Verify};
 use crate::remnants::Left;
 use crate::report::{Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::vm::Ownership;
-use crate::wire::{self, Reply, Request};
+use crate::wire::{Reply, Request};
 
 /// How long a destination may take to say that the machine runs, before it is asked again.
 const RUNNING: Duration = Duration::from_secs(10);
@@ -54,6 +53,10 @@ impl Controller {
         self.report.device_state_bytes = device_state_bytes;
         let since = || paused_at.elapsed().as_secs_f64() * 1e3;
         let destination = self.held.destination.as_mut().ok_or_else(nothing_held)?;
+        // While the journal is written the destination's firewall is told.
+        for known in self.held.network.as_ref().map(Network::known).unwrap_or_default() {
+            destination.send(Request::Known(known)).await?;
+        }
         let owned = self.vm.record.clone();
         let record = &mut self.vm.record;
         record.ownership = Ownership::HandedOver {
@@ -79,14 +82,8 @@ impl Controller {
             });
         }
         self.report.pause.handed_over_ms = since();
-        let neighbours = self.held.network.as_ref().map(Network::neighbours).unwrap_or_default();
-        let commit = wire::Commit { neighbours, ..commit(self.id, &self.vm) };
-        let flows = self.held.network.as_ref().map(Network::flows).unwrap_or_default();
-        let flows = if flows.is_empty() { Vec::new() } else { conntrack::wire::Flows::of(flows) };
+        let commit = commit(self.id, &self.vm);
         let running = async {
-            for part in flows {
-                destination.send(Request::Flows(part)).await?;
-            }
             destination.send(Request::Commit(commit)).await?;
             match destination.receive().await? {
                 Reply::Running(_) => Ok(()),
@@ -277,6 +274,13 @@ impl Controller {
         }
     }
 
+    /// What came for a guest that stays reaches it, before anything that takes longer.
+    async fn reconnect(&mut self) {
+        if let Some(network) = self.held.network.take() {
+            network.has_stayed().await;
+        }
+    }
+
     /// How the machine does at its new place.
     pub(super) async fn health(&mut self) -> Result<(), Stop> {
         let Some(destination) = &mut self.held.destination else { return Ok(()) };
@@ -337,9 +341,11 @@ impl Controller {
             if let Err(why) = self.resume().await {
                 (resumed, stop) = (false, why);
             }
+            self.reconnect().await;
             super::reset_capabilities(&self.vm.qmp).await;
             self.restore_parameters().await;
         }
+        self.reconnect().await;
         self.end_preparing().await;
         if let Some(rounds) = &self.held.rounds {
             // Nothing is taken for the streams any more, so a copy job waits for nothing.
@@ -365,9 +371,6 @@ impl Controller {
             && let Err(why) = self.resume().await
         {
             (resumed, stop) = (false, why);
-        }
-        if let Some(network) = self.held.network.take() {
-            network.has_stayed().await;
         }
         if let Some(disks) = self.held.disks.take() {
             self.account_for(&disks);

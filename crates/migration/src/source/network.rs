@@ -9,16 +9,16 @@ use link::{Bandwidth, Endpoint};
 use mirror::network::PacketSocket;
 use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
-use mirror::network::snoop::Snoop;
 use mirror::network::source::NetworkSource;
 use mirror::network::tap::{OwnTap, QemuQueue};
 use uuid::Uuid;
 
 use crate::conntrack::{self, Flow};
 use crate::failure::chain;
-use crate::host::Firewall;
+use crate::host::{Firewall, Host};
 use crate::report;
 use crate::tap::{Interfaces, TapError};
+use crate::vm::VmName;
 use crate::wire::{self, NETWORK_STREAM};
 
 /// For so long nothing must have come for a guest that has gone, before what comes is not diverted any more.
@@ -50,9 +50,8 @@ const LOOK: Duration = Duration::from_micros(100);
 /// The network of a machine that is being mirrored.
 pub(super) struct Network {
     taps: Vec<wire::Tap>,
-    snoops: Vec<Option<Snoop>>,
-    /// What this host itself knows of each interface's guest.
-    known: Vec<Vec<IpAddr>>,
+    /// By what addresses each interface's guest is known here.
+    known: Vec<BTreeSet<IpAddr>>,
     /// What this host's firewall knows, and how long it took to find that out.
     flows: Vec<Flow>,
     took: Duration,
@@ -69,20 +68,10 @@ struct Carried {
 }
 
 impl Network {
-    /// Learns from now on what addresses the guest has.
+    /// Nothing is known yet.
     pub(super) fn of(taps: Vec<wire::Tap>) -> Network {
-        let snoop = |tap: &wire::Tap| {
-            let mac: Mac = tap.mac.parse().ok()?;
-            let snoop = Snoop::start(&tap.ifname, mac);
-            snoop
-                .inspect_err(
-                    |e| tracing::warn!(tap = tap.ifname, error = %e, "its guest's addresses are not learned"),
-                )
-                .ok()
-        };
-        let snoops = taps.iter().map(snoop).collect();
-        let known = taps.iter().map(|_| Vec::new()).collect();
-        Network { taps, snoops, known, flows: Vec::new(), took: Duration::ZERO, carried: None }
+        let known = taps.iter().map(|_| BTreeSet::new()).collect();
+        Network { taps, known, flows: Vec::new(), took: Duration::ZERO, carried: None }
     }
 
     /// Prepares to divert what comes for the guest. Where that cannot be done, it is lost while the guest moves, and the migration goes
@@ -121,7 +110,8 @@ impl Network {
             endpoint.open_data(&address, session, NETWORK_STREAM, Bandwidth::new(None))
         });
         let stream = opened.await.map_err(|e| NotDiverted::Thread(e.into()))?.map_err(NotDiverted::Stream)?;
-        let frames = NetworkSource::start(own, stream).map_err(NotDiverted::Thread)?;
+        let abort = stream.abort_handle().map_err(NotDiverted::Thread)?;
+        let frames = NetworkSource::start(own, stream, move || abort.abort()).map_err(NotDiverted::Thread)?;
         Ok(Carried { diversions, queues, frames, diverted: false })
     }
 
@@ -129,6 +119,7 @@ impl Network {
     pub(super) async fn divert(&mut self) {
         let Some(carried) = &mut self.carried else { return };
         carried.diverted = true;
+        carried.frames.begin();
         for diversion in &carried.diversions {
             if let Err(e) = diversion.begin() {
                 tracing::warn!(error = %e, "frames that come for the guest while it moves will be lost");
@@ -158,7 +149,7 @@ impl Network {
     pub(super) async fn has_stayed(self) {
         let Some(carried) = self.carried else { return };
         if carried.diverted {
-            carried.frames.has_stayed(sockets(&self.taps));
+            tokio::task::block_in_place(|| carried.frames.has_stayed(sockets(&self.taps)));
         }
         // What was diverted up to here is with us by now, and goes before what comes from here on.
         end(&carried.diversions);
@@ -167,6 +158,13 @@ impl Network {
             drop(carried.diversions);
             carried.frames.finish()
         });
+    }
+
+    /// Nobody knows where the guest goes on: nothing is diverted any more.
+    pub(super) fn abandon(self) {
+        let Some(carried) = self.carried else { return };
+        end(&carried.diversions);
+        tokio::task::block_in_place(|| drop(carried));
     }
 
     /// The network has learned where the guest is: nothing more comes here. Returns what came.
@@ -195,38 +193,36 @@ impl Network {
         }
     }
 
-    /// The addresses that the guest is known by, for whoever announces it at its new place.
-    pub(super) fn neighbours(&self) -> Vec<wire::Neighbour> {
-        let told = self.taps.iter().zip(self.addresses()).map(|(tap, addresses)| wire::Neighbour {
+    /// What is known of the guest outside of it, for its new place.
+    pub(super) fn known(&self) -> Vec<wire::Known> {
+        let told = self.taps.iter().zip(&self.known).map(|(tap, addresses)| wire::Neighbour {
             netdev: tap.netdev.clone(),
             mac: tap.mac.clone(),
             addresses: addresses.iter().map(IpAddr::to_string).collect(),
         });
-        told.collect()
-    }
-
-    /// Of each interface.
-    fn addresses(&self) -> Vec<BTreeSet<IpAddr>> {
-        let all = self.snoops.iter().zip(&self.known);
-        all.map(|(snoop, known)| {
-            snoop.iter().flat_map(Snoop::addresses).chain(known.iter().copied()).collect()
-        })
-        .collect()
+        let mut neighbours: Vec<wire::Neighbour> = told.collect();
+        let parts = conntrack::wire::Flows::of(&self.flows).into_iter();
+        parts
+            .map(|flows| wire::Known { neighbours: std::mem::take(&mut neighbours), flows: Some(flows) })
+            .collect()
     }
 
     /// Looks what this host knows of the guest: where it is a router, its neighbours' addresses; and their connections, if its
     /// firewall keeps account of them. The guest still runs.
-    pub(super) async fn look(&mut self, firewall: &Firewall) {
+    pub(super) async fn look(&mut self, host: &Host, vm: &VmName) {
+        for (tap, known) in self.taps.iter().zip(&mut self.known) {
+            known.extend(host.neighbourhood.addresses(vm, &tap.ifname));
+        }
         if let Ok(interfaces) = Interfaces::open() {
             for (tap, known) in self.taps.iter().zip(&mut self.known) {
                 let Ok(mac) = tap.mac.parse::<Mac>() else { continue };
                 match interfaces.neighbours(mac.bytes()).await {
-                    Ok(found) => *known = found,
+                    Ok(found) => known.extend(found),
                     Err(e) => tracing::warn!(error = chain(&e), "this host's neighbours cannot be looked at"),
                 }
             }
         }
-        if firewall.conntrack && !self.taps.is_empty() {
+        if host.firewall.conntrack && !self.taps.is_empty() {
             let begin = Instant::now();
             self.dump().await;
             self.took = begin.elapsed();
@@ -241,7 +237,7 @@ impl Network {
     }
 
     async fn dump(&mut self) {
-        let addresses: Vec<IpAddr> = self.addresses().into_iter().flatten().collect();
+        let addresses: Vec<IpAddr> = self.known.iter().flatten().copied().collect();
         if addresses.is_empty() {
             return;
         }
@@ -249,11 +245,6 @@ impl Network {
             Ok(flows) => self.flows = flows,
             Err(e) => tracing::warn!(error = chain(&e), "connections are not carried over"),
         }
-    }
-
-    /// What this host's firewall knows of the guest's connections.
-    pub(super) fn flows(&self) -> &[Flow] {
-        &self.flows
     }
 }
 

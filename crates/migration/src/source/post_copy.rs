@@ -237,7 +237,6 @@ async fn connect_again(
         session: session.as_bytes().to_vec(),
         name: record.name.to_string(),
         generation: record.generation,
-        ..wire::Commit::default()
     };
     let secret = secret.as_bytes().to_vec();
     destination.send(Request::Resume(wire::Resume { commit: Some(commit), secret })).await?;

@@ -44,7 +44,6 @@ pub async fn settle(host: &Host, record: &Record) -> Result<Settled, Failure> {
         session: session.as_bytes().to_vec(),
         name: record.name.to_string(),
         generation: record.generation,
-        ..wire::Commit::default()
     };
     let asked = async {
         let mut destination = Destination::connect(host, address).await.map_err(Stop::Failed)?;
@@ -71,7 +70,6 @@ pub(crate) async fn withdraw(host: &Host, record: &Record, outgoing: &Outgoing) 
         session: outgoing.session.as_bytes().to_vec(),
         name: record.name.to_string(),
         generation: record.generation,
-        ..wire::Commit::default()
     };
     match Destination::connect(host, &outgoing.address).await {
         Ok(mut destination) => destination.cancel(commit, ANSWER).await,

@@ -14,10 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::PacketSocket;
 use super::frames::{Backlog, Frame, LONGEST};
 use super::tap::OwnTap;
+use super::ways::Ways;
 
-/// How long a guest may take none of what there is for it, before a frame is dropped.
-const PATIENCE: Duration = Duration::from_millis(100);
-const AGAIN: Duration = Duration::from_micros(200);
 /// What comes here is held back for no longer: the source may be in another network, or gone.
 const HELD_BACK: Duration = Duration::from_millis(30);
 /// While something is held back, it is looked so often whether it may go.
@@ -36,7 +34,7 @@ pub struct Played {
 
 struct State {
     /// None as long as the guest is not this host's.
-    sockets: Option<Arc<Vec<PacketSocket>>>,
+    ways: Option<Arc<Ways>>,
     waiting: Backlog,
     /// Of each interface, whether nothing more comes for it at the source.
     turned: Vec<bool>,
@@ -54,7 +52,7 @@ pub struct NetworkDestination {
 pub struct HeldBack {
     state: Arc<Mutex<State>>,
     taps: Vec<OwnTap>,
-    sockets: Arc<Vec<PacketSocket>>,
+    ways: Arc<Ways>,
 }
 
 impl NetworkDestination {
@@ -64,7 +62,7 @@ impl NetworkDestination {
     /// When no thread can be started.
     pub fn start(mut stream: impl Read + Send + 'static) -> io::Result<NetworkDestination> {
         let state = State {
-            sockets: None,
+            ways: None,
             waiting: Backlog::default(),
             turned: Vec::new(),
             ended: false,
@@ -92,13 +90,13 @@ impl NetworkDestination {
     /// comes. Their interfaces must be up, and what else is sent to them be diverted to `taps`; where that is not so, nothing is held
     /// back.
     pub fn play(&self, sockets: Vec<PacketSocket>, taps: Vec<OwnTap>) -> HeldBack {
-        let sockets = Arc::new(sockets);
+        let ways = Arc::new(Ways::new(sockets));
         let mut state = lock(&self.state);
         while let Some(frame) = state.waiting.pop() {
-            state.deliver(&sockets, &frame);
+            state.deliver(&ways, &frame);
         }
-        state.sockets = Some(Arc::clone(&sockets));
-        HeldBack { state: Arc::clone(&self.state), taps, sockets }
+        state.ways = Some(Arc::clone(&ways));
+        HeldBack { state: Arc::clone(&self.state), taps, ways }
     }
 
     /// Waits for the end of the stream. The source ends it when nothing more comes to it.
@@ -134,7 +132,7 @@ impl HeldBack {
                 if open[at] {
                     while let Some(frame) = held[at].pop() {
                         state.played.held_back += 1;
-                        let delivered = deliver(&self.sockets, &frame);
+                        let delivered = self.ways.deliver(&frame);
                         state.played.dropped += u64::from(!delivered);
                     }
                 }
@@ -149,8 +147,7 @@ impl HeldBack {
         let mut buffer = vec![0; LONGEST];
         for (interface, tap) in (0..).zip(&self.taps) {
             while let Ok(Some(length)) = tap.next(&mut buffer) {
-                let delivered =
-                    deliver(&self.sockets, &Frame { interface, content: buffer[..length].to_vec() });
+                let delivered = self.ways.deliver(&Frame { interface, content: buffer[..length].to_vec() });
                 lock(&self.state).played.dropped += u64::from(!delivered);
             }
         }
@@ -169,35 +166,16 @@ impl State {
             self.turned[at] = true;
             return;
         }
-        match self.sockets.clone() {
-            Some(sockets) => self.deliver(&sockets, &frame),
+        match self.ways.clone() {
+            Some(ways) => self.deliver(&ways, &frame),
             None => self.waiting.push(frame),
         }
     }
 
-    fn deliver(&mut self, sockets: &[PacketSocket], frame: &Frame) {
-        match deliver(sockets, frame) {
+    fn deliver(&mut self, ways: &Ways, frame: &Frame) {
+        match ways.deliver(frame) {
             true => self.played.delivered += 1,
             false => self.played.dropped += 1,
-        }
-    }
-}
-
-/// Gives a guest a frame. Whether it has taken it, or will when it runs.
-pub(super) fn deliver(sockets: &[PacketSocket], frame: &Frame) -> bool {
-    let Some(socket) = sockets.get(usize::from(frame.interface)) else { return false };
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match socket.send(&frame.content) {
-            Ok(()) => return true,
-            // The queue of its tap is full: it is taking from it.
-            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) && Instant::now() < until => {
-                std::thread::sleep(AGAIN);
-            }
-            Err(error) => {
-                tracing::debug!(%error, "a frame could not be delivered");
-                return false;
-            }
         }
     }
 }

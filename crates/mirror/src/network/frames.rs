@@ -43,6 +43,11 @@ impl Frame {
         self.content.get(HEADER).is_some_and(|first| first & 1 == 1)
     }
 
+    /// Whether it is for this address alone.
+    pub(super) fn is_to(&self, mac: Mac) -> bool {
+        self.content.get(HEADER..HEADER + 6) == Some(&mac.bytes()[..])
+    }
+
     /// Whether it says to be from there.
     pub(super) fn is_from(&self, mac: Mac) -> bool {
         self.content.get(SENDER) == Some(&mac.bytes()[..])

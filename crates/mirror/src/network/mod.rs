@@ -20,5 +20,6 @@ mod packet;
 pub mod snoop;
 pub mod source;
 pub mod tap;
+mod ways;
 
 pub use packet::PacketSocket;

@@ -4,6 +4,7 @@
 //! then, the guest still takes, if it is given a moment; what it leaves is read from there. To do only that would lose one frame of each
 //! queue: a QEMU that has just stopped its guest takes one more, cannot deliver it, and throws it away.
 
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,10 +14,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use super::PacketSocket;
-use super::destination::deliver;
 use super::frames::{Backlog, Frame, LONGEST};
 use super::mac::Mac;
 use super::tap::{OwnTap, QemuQueue};
+use super::ways::Ways;
 
 /// So many frames of an interface at most before the next has its turn, and what was read is sent.
 const BATCH: usize = 64;
@@ -32,12 +33,14 @@ pub struct Diverted {
 
 /// Who the frames go to.
 enum To {
-    /// The destination, and kept as well: the guest may stay here.
+    /// Nobody: what comes is not the guest's.
+    Nobody,
+    /// The destination once the guest is paused, and kept as well: the guest may stay here.
     Either,
     /// The destination, which has the guest.
     There,
-    /// The guest, which has stayed: by these.
-    Here(Vec<PacketSocket>),
+    /// The guest, which has stayed.
+    Here(Ways),
 }
 
 struct State {
@@ -45,8 +48,7 @@ struct State {
     /// The guest is paused: what was left of earlier frames goes before those that were diverted.
     paused: bool,
     kept: Backlog,
-    /// None once it cannot be written to any more.
-    stream: Option<Box<dyn Write + Send>>,
+    outgoing: VecDeque<Frame>,
     forwarded: u64,
     dropped: u64,
     /// When the last frame came that was for this guest alone.
@@ -63,25 +65,27 @@ struct Shared {
 /// Frames that are diverted from a guest.
 pub struct NetworkSource {
     shared: Arc<Shared>,
+    abort: Box<dyn Fn() + Send + Sync>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl NetworkSource {
-    /// Begins to read what is diverted to these, one for each of the machine's interfaces, in their order, with the address of its
+    /// Makes ready to read what is diverted to these, one for each of the machine's interfaces, in their order, with the address of its
     /// card. From the [pause](Self::is_paused) on all of it is written to the stream, which the destination's side reads, and kept until
-    /// it is known where the guest goes on.
+    /// it is known where the guest goes on. `abort` ends a write to the stream that blocks.
     ///
     /// # Errors
     /// When no thread can be started.
     pub fn start(
         taps: Vec<(OwnTap, Option<Mac>)>,
         stream: impl Write + Send + 'static,
+        abort: impl Fn() + Send + Sync + 'static,
     ) -> io::Result<NetworkSource> {
         let state = State {
-            to: To::Either,
+            to: To::Nobody,
             paused: false,
             kept: Backlog::default(),
-            stream: Some(Box::new(stream)),
+            outgoing: VecDeque::new(),
             forwarded: 0,
             dropped: 0,
             last: Instant::now(),
@@ -90,8 +94,13 @@ impl NetworkSource {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let shared = Arc::new(Shared { state: Mutex::new(state), taps, wake });
         let reading = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("network".into()).spawn(move || reading.run())?;
-        Ok(NetworkSource { shared, thread: Some(thread) })
+        let thread = std::thread::Builder::new().name("network".into()).spawn(move || reading.run(stream))?;
+        Ok(NetworkSource { shared, abort: Box::new(abort), thread: Some(thread) })
+    }
+
+    /// What comes from here on is the guest's: it is about to be diverted.
+    pub fn begin(&self) {
+        self.shared.lock().to = To::Either;
     }
 
     /// The guest is paused for good. What its QEMU has left in its queues, of each interface, goes first.
@@ -103,22 +112,13 @@ impl NetworkSource {
         let mut state = self.shared.lock();
         state.kept.precede(left);
         state.paused = true;
-        let State { kept, stream, forwarded, .. } = &mut *state;
-        for frame in kept.iter() {
-            let written = stream.as_mut().map(|stream| frame.write(stream));
-            match written {
-                Some(Ok(())) => *forwarded += 1,
-                Some(Err(_)) => *stream = None,
-                None => {}
-            }
-        }
-        if stream.as_mut().is_some_and(|stream| stream.flush().is_err()) {
-            *stream = None;
-        }
+        state.outgoing = state.kept.iter().cloned().collect();
+        drop(state);
+        self.shared.wake();
     }
 
-    /// The guest is the destination's: nothing is kept any more. What is for everybody does not travel from here on, as it reaches the
-    /// guest where it is.
+    /// The guest is the destination's: nothing is kept any more. What is for others, or for everybody, does not travel from here on: it
+    /// reaches the guest where it is.
     pub fn has_gone(&self) {
         let mut state = self.shared.lock();
         state.to = To::There;
@@ -128,12 +128,14 @@ impl NetworkSource {
     /// The guest has stayed: it gets by these sockets, one for each interface, what was kept from it, and what comes until it is
     /// diverted no more.
     pub fn has_stayed(&self, sockets: Vec<PacketSocket>) {
+        (self.abort)();
+        let ways = Ways::new(sockets);
         let mut state = self.shared.lock();
+        state.outgoing.clear();
         while let Some(frame) = state.kept.pop() {
-            state.dropped += u64::from(!deliver(&sockets, &frame));
+            state.dropped += u64::from(!ways.deliver(&frame));
         }
-        state.to = To::Here(sockets);
-        state.stream = None;
+        state.to = To::Here(ways);
     }
 
     /// For how long nothing has come for this guest alone.
@@ -142,7 +144,7 @@ impl NetworkSource {
         self.shared.lock().last.elapsed()
     }
 
-    /// Reads no more. The taps are gone when this returns.
+    /// Reads no more. The taps are gone when this is dropped.
     pub fn finish(mut self) -> Diverted {
         self.end();
         let state = self.shared.lock();
@@ -151,17 +153,18 @@ impl NetworkSource {
 
     fn end(&mut self) {
         self.shared.lock().ended = true;
-        // Full is as good as written.
-        let _ = rustix::io::write(&self.shared.wake, &1_u64.to_ne_bytes());
+        self.shared.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        self.shared.lock().stream = None;
     }
 }
 
 impl Drop for NetworkSource {
     fn drop(&mut self) {
+        if self.thread.is_some() {
+            (self.abort)();
+        }
         self.end();
     }
 }
@@ -171,20 +174,33 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(&self) {
+    fn wake(&self) {
+        // Full is as good as written.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+
+    fn run(&self, stream: impl Write) {
+        let mut stream = Some(stream);
         let mut buffer = vec![0; LONGEST];
         loop {
             // What came while the last was dealt with goes at once, the rest is waited for.
             let read = self.read_some(&mut buffer);
-            let more = self.sent();
-            if !more && !read {
+            let sent = self.send_some(&mut stream);
+            if self.lock().ended && !read && !sent {
                 return;
             }
-            if !read {
+            if !read && !sent {
+                let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+                if !self.lock().outgoing.is_empty() {
+                    continue;
+                }
                 let fds: Vec<BorrowedFd<'_>> =
                     self.taps.iter().map(|(tap, _)| tap.as_fd()).chain([self.wake.as_fd()]).collect();
                 let mut polled: Vec<PollFd<'_>> =
                     fds.iter().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+                if self.lock().ended {
+                    continue;
+                }
                 // A signal is as good as a frame: it is looked again.
                 let _ = poll(&mut polled, None);
             }
@@ -203,56 +219,58 @@ impl Shared {
                 if mac.is_some_and(|mac| frame.is_from(mac)) {
                     // It speaks from its new place: whoever passes this on knows that place, and has passed on before what was for
                     // the old one.
-                    self.take(Frame::turned(interface));
+                    self.lock().outgoing.push_back(Frame::turned(interface));
                 }
-                self.take(frame);
+                self.take(frame, *mac);
             }
         }
         any
     }
 
-    fn take(&self, frame: Frame) {
+    fn take(&self, frame: Frame, mac: Option<Mac>) {
         let mut state = self.lock();
-        if !frame.is_for_many() && !frame.is_turned() {
-            state.last = Instant::now();
-        }
+        let for_it = mac.map_or(!frame.is_for_many(), |mac| frame.is_to(mac));
         match &state.to {
-            To::Here(_) if frame.is_turned() => return,
-            To::Here(sockets) => {
-                let delivered = deliver(sockets, &frame);
+            To::Nobody => {}
+            To::Here(ways) => {
+                let delivered = ways.deliver(&frame);
                 state.dropped += u64::from(!delivered);
-                return;
             }
-            To::There if frame.is_for_many() => return,
-            To::Either | To::There => {}
-        }
-        if !state.paused {
-            state.kept.push(frame);
-            return;
-        }
-        let written = state.stream.as_mut().map(|stream| frame.write(stream));
-        match written {
-            Some(Ok(())) => state.forwarded += u64::from(!frame.is_turned()),
-            // Whoever waits for the destination finds out why.
-            Some(Err(_)) => state.stream = None,
-            None => {}
-        }
-        let there = matches!(state.to, To::There);
-        if !there {
-            if !frame.is_turned() {
+            To::Either => {
+                if state.paused {
+                    state.outgoing.push_back(frame.clone());
+                }
                 state.kept.push(frame);
             }
-        } else if state.stream.is_none() {
-            state.dropped += 1;
+            To::There if for_it => state.outgoing.push_back(frame),
+            To::There => {}
+        }
+        if for_it {
+            state.last = Instant::now();
         }
     }
 
-    /// Lets what was written go. Whether there is to be more.
-    fn sent(&self) -> bool {
-        let mut state = self.lock();
-        if state.stream.as_mut().is_some_and(|stream| stream.flush().is_err()) {
-            state.stream = None;
+    /// Writes what is to go. Whether that was anything.
+    fn send_some(&self, stream: &mut Option<impl Write>) -> bool {
+        // Not under the lock: a link that takes nothing holds up nobody else.
+        let batch = std::mem::take(&mut self.lock().outgoing);
+        if batch.is_empty() {
+            return false;
         }
-        !state.ended
+        let frames = batch.iter().filter(|frame| !frame.is_turned()).count() as u64;
+        let written = stream.as_mut().is_some_and(|stream| {
+            batch.iter().try_for_each(|frame| frame.write(stream)).and_then(|()| stream.flush()).is_ok()
+        });
+        let mut state = self.lock();
+        if written {
+            state.forwarded += frames;
+            return true;
+        }
+        // Whoever waits for the destination finds out why.
+        *stream = None;
+        if matches!(state.to, To::There) {
+            state.dropped += frames;
+        }
+        true
     }
 }

@@ -1,0 +1,195 @@
+//! The settings of a bridge's port: what it lets through, and in which VLANs. They are the interface's as much as its MTU is.
+
+use std::collections::BTreeMap;
+
+use futures::TryStreamExt;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::link::{
+    AfSpecBridge, BridgeVlanInfoFlags, InfoBridge, InfoBridgePort, InfoData, InfoPortData, LinkAttribute,
+    LinkExtentMask, LinkInfo, LinkMessage,
+};
+use rtnetlink::{LinkBridgePort, LinkBridgeVlan};
+
+use super::{Interfaces, TapError};
+use crate::wire;
+
+/// What is on or off at a port. Their places are their bits on the wire: a new one comes last.
+const SWITCHES: [fn(bool) -> InfoBridgePort; 10] = [
+    InfoBridgePort::HairpinMode,
+    InfoBridgePort::Guard,
+    InfoBridgePort::Isolated,
+    InfoBridgePort::Learning,
+    InfoBridgePort::UnicastFlood,
+    InfoBridgePort::MulticastFlood,
+    InfoBridgePort::BroadcastFlood,
+    InfoBridgePort::MulticastToUnicast,
+    InfoBridgePort::FastLeave,
+    InfoBridgePort::NeighSupress,
+];
+/// Frames without a tag are of this VLAN; those of it leave without a tag.
+const PVID: u32 = 1;
+const UNTAGGED: u32 = 2;
+/// VLANs are numbered from 1 to this.
+const LAST_VLAN: u32 = 4094;
+
+/// The settings of a port.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Port {
+    /// Which switches are known, and which of them are on.
+    known: u32,
+    on: u32,
+    /// VLANs with what is special about them; empty where the bridge does not look at tags.
+    vlans: BTreeMap<u16, u32>,
+}
+
+impl Port {
+    /// For the wire.
+    pub(crate) fn wire(&self) -> wire::Port {
+        let vlan = |(&vid, &flags): (&u16, &u32)| wire::Vlan { vid: vid.into(), flags };
+        wire::Port { known: self.known, on: self.on, vlans: self.vlans.iter().map(vlan).collect() }
+    }
+
+    /// From the wire. None where it makes no sense.
+    pub(crate) fn decode(port: &wire::Port) -> Option<Port> {
+        let mut vlans = BTreeMap::new();
+        for vlan in &port.vlans {
+            if !(1..=LAST_VLAN).contains(&vlan.vid) || vlan.flags & !(PVID | UNTAGGED) != 0 {
+                return None;
+            }
+            vlans.insert(u16::try_from(vlan.vid).ok()?, vlan.flags);
+        }
+        Some(Port { known: port.known, on: port.on, vlans })
+    }
+
+    /// Whether its bridge must look at tags.
+    pub(crate) fn has_vlans(&self) -> bool {
+        !self.vlans.is_empty()
+    }
+}
+
+fn flags(vlan: u32) -> BridgeVlanInfoFlags {
+    let mut flags = BridgeVlanInfoFlags::empty();
+    flags.set(BridgeVlanInfoFlags::Pvid, vlan & PVID != 0);
+    flags.set(BridgeVlanInfoFlags::Untagged, vlan & UNTAGGED != 0);
+    flags
+}
+
+/// The switches of a port, as the kernel describes the interface.
+fn switches(link: &LinkMessage) -> (u32, u32) {
+    let (mut known, mut on) = (0, 0);
+    for attribute in &link.attributes {
+        let LinkAttribute::LinkInfo(info) = attribute else { continue };
+        for info in info {
+            let LinkInfo::PortData(InfoPortData::BridgePort(settings)) = info else { continue };
+            for (bit, switch) in SWITCHES.iter().enumerate() {
+                let is = |state| settings.contains(&switch(state));
+                known |= u32::from(is(true) || is(false)) << bit;
+                on |= u32::from(is(true)) << bit;
+            }
+        }
+    }
+    (known, on)
+}
+
+impl Interfaces {
+    /// The settings of a port of that bridge.
+    pub(crate) async fn port(&self, name: &str, bridge: &str) -> Result<Port, TapError> {
+        let link = self.find(name).await?.ok_or_else(|| TapError::Missing(name.to_owned()))?;
+        let (known, on) = switches(&link);
+        let vlans = match self.looks_at_tags(bridge).await? {
+            true => self.vlans(name, link.header.index).await?,
+            false => BTreeMap::new(),
+        };
+        Ok(Port { known, on, vlans })
+    }
+
+    /// Whether a bridge looks at VLAN tags.
+    pub(crate) async fn looks_at_tags(&self, bridge: &str) -> Result<bool, TapError> {
+        let Some(link) = self.find(bridge).await? else { return Ok(false) };
+        Ok(link.attributes.iter().any(|attribute| {
+            let LinkAttribute::LinkInfo(info) = attribute else { return false };
+            info.iter().any(|info| {
+                matches!(info, LinkInfo::Data(InfoData::Bridge(settings))
+                    if settings.contains(&InfoBridge::VlanFiltering(true)))
+            })
+        }))
+    }
+
+    async fn vlans(&self, name: &str, index: u32) -> Result<BTreeMap<u16, u32>, TapError> {
+        let failed =
+            |source| TapError::Request { action: "list the VLANs of", name: name.to_owned(), source };
+        let all = self.handle.link().get();
+        let mut all = all.set_filter_mask(AddressFamily::Bridge, vec![LinkExtentMask::Brvlan]).execute();
+        let mut vlans = BTreeMap::new();
+        while let Some(link) = all.try_next().await.map_err(failed)? {
+            if link.header.index != index {
+                continue;
+            }
+            for attribute in &link.attributes {
+                let LinkAttribute::AfSpecBridge(specs) = attribute else { continue };
+                for spec in specs {
+                    let AfSpecBridge::VlanInfo(vlan) = spec else { continue };
+                    let pvid = u32::from(vlan.flags.contains(BridgeVlanInfoFlags::Pvid)) * PVID;
+                    let untagged = u32::from(vlan.flags.contains(BridgeVlanInfoFlags::Untagged)) * UNTAGGED;
+                    vlans.insert(vlan.vid, pvid | untagged);
+                }
+            }
+        }
+        Ok(vlans)
+    }
+
+    /// Gives a port of a bridge these settings.
+    pub(crate) async fn set_port(&self, name: &str, port: &Port) -> Result<(), TapError> {
+        let index = self.index(name).await?;
+        let switches = SWITCHES.iter().enumerate().filter(|(bit, _)| port.known & (1 << bit) != 0);
+        let change = switches.fold(LinkBridgePort::new(index), |change, (bit, switch)| {
+            change.append_info_data(switch(port.on & (1 << bit) != 0))
+        });
+        let failed = |action| move |source| TapError::Request { action, name: name.to_owned(), source };
+        // The kernel takes these only from who would make an interface.
+        let set = self.handle.link().set_port(change.build()).execute().await;
+        set.map_err(failed("set the bridge port of"))?;
+        if !port.has_vlans() {
+            return Ok(());
+        }
+        // A new port is in the bridge's own default VLAN.
+        let there = self.vlans(name, index).await?;
+        let gone = there.keys().filter(|vid| !port.vlans.contains_key(vid));
+        let change = gone
+            .clone()
+            .fold(LinkBridgeVlan::new(index), |change, vid| change.vlan(*vid, BridgeVlanInfoFlags::empty()));
+        if gone.count() > 0 {
+            let removal = self.handle.link().del_with_message(change.build());
+            removal.execute().await.map_err(failed("take VLANs from"))?;
+        }
+        let change = port
+            .vlans
+            .iter()
+            .fold(LinkBridgeVlan::new(index), |change, (vid, vlan)| change.vlan(*vid, flags(*vlan)));
+        self.change("put into VLANs", name, change.build()).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn settings_come_as_they_were_sent(
+            known: u32, on: u32, vlans in proptest::collection::btree_map(1..=4094_u16, 0..4_u32, 0..20)
+        ) {
+            let port = Port { known, on, vlans };
+            prop_assert_eq!(Port::decode(&port.wire()), Some(port));
+        }
+    }
+
+    #[test]
+    fn vlans_that_there_are_not_are_no_settings() {
+        for (vid, flags) in [(0, 0), (4095, 0), (70_000, 0), (7, 4)] {
+            let port = wire::Port { known: 0, on: 0, vlans: vec![wire::Vlan { vid, flags }] };
+            assert_eq!(Port::decode(&port), None, "{vid} {flags}");
+        }
+    }
+}
