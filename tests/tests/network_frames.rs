@@ -29,6 +29,10 @@ impl Scene {
         }
         let pair = Pair::start();
         pair.a().add_tap(TAP).unwrap();
+        // Two seconds of frames: it is not about how soon a QEMU without CPU time takes them.
+        let length =
+            pair.a().command("ip").args(["link", "set", TAP, "txqueuelen", "10000"]).status().unwrap();
+        assert!(length.success());
         let nic = Nic::new(TAP, 10);
         let spec = GuestSpec { nic: Some(nic.clone()), fill_mib: 16, rate: 100, ..pair.spec("vm", 128) };
         let guest = pair.run(pair.a(), "vm", &spec);

@@ -233,6 +233,7 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
                     ifname: ifname.clone(),
                     bridge: tap.bridge.unwrap_or_default(),
                     mtu: tap.mtu,
+                    queue_length: tap.queue_length.unwrap_or_default(),
                     multi_queue: nic.queues > 1,
                     mac: nic.mac.unwrap_or_default(),
                     port: port.as_ref().map(Port::wire),

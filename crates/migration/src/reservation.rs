@@ -71,6 +71,8 @@ pub(crate) struct Request {
     pub(crate) qemu_stream: bool,
 }
 
+/// The longest queue of a tap that is made here, in frames.
+const MAX_QUEUE: u32 = 65_536;
 /// Bytes in a probe file.
 const NONCE: usize = 16;
 /// The kind of finding that a source completes with the names of what is missing.
@@ -569,7 +571,10 @@ impl Request {
             record.made.taps.push(tap.ifname.clone());
             host.journal.update(record).map_err(|e| failed(&e))?;
             let bridge = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
-            interfaces.make(&tap.ifname, bridge, tap.mtu, tap.multi_queue).await.map_err(|e| failed(&e))?;
+            // Each takes 8 bytes, of every queue.
+            let length = Some(tap.queue_length.min(MAX_QUEUE)).filter(|length| *length > 0);
+            let made = interfaces.make(&tap.ifname, bridge, tap.mtu, length, tap.multi_queue).await;
+            made.map_err(|e| failed(&e))?;
             if let Some(port) = tap.port.as_ref().and_then(Port::decode).filter(|_| bridge.is_some()) {
                 interfaces.set_port(&tap.ifname, &port).await.map_err(|e| failed(&e))?;
             }

@@ -24,6 +24,8 @@ pub(crate) const MAX_NAME: usize = 15;
 pub(crate) struct Tap {
     pub(crate) bridge: Option<String>,
     pub(crate) mtu: u32,
+    /// Frames that may wait for the guest.
+    pub(crate) queue_length: Option<u32>,
     pub(crate) up: bool,
 }
 
@@ -95,10 +97,12 @@ impl Interfaces {
     /// An interface, if there is one of the name.
     pub(crate) async fn describe(&self, name: &str) -> Result<Option<Tap>, TapError> {
         let Some(link) = self.find(name).await? else { return Ok(None) };
-        let mut tap = Tap { bridge: None, mtu: 1500, up: link.header.flags.contains(LinkFlags::Up) };
+        let up = link.header.flags.contains(LinkFlags::Up);
+        let mut tap = Tap { bridge: None, mtu: 1500, queue_length: None, up };
         for attribute in &link.attributes {
             match attribute {
                 LinkAttribute::Mtu(mtu) => tap.mtu = *mtu,
+                LinkAttribute::TxQueueLen(length) => tap.queue_length = Some(*length),
                 LinkAttribute::Controller(index) => tap.bridge = self.bridge(*index).await?,
                 _ => {}
             }
@@ -163,11 +167,12 @@ impl Interfaces {
         name: &str,
         bridge: Option<&str>,
         mtu: u32,
+        queue_length: Option<u32>,
         multi_queue: bool,
     ) -> Result<(), TapError> {
         let failed = |source| TapError::Make { name: name.to_owned(), source };
         ioctl::make_persistent(name, multi_queue).map_err(failed)?;
-        let prepared = self.prepare(name, bridge, mtu).await;
+        let prepared = self.prepare(name, bridge, mtu, queue_length).await;
         if prepared.is_err() {
             // Nothing half-made is left; why it was not whole is the error that counts.
             let _ = self.remove(name).await;
@@ -175,8 +180,17 @@ impl Interfaces {
         prepared
     }
 
-    async fn prepare(&self, name: &str, bridge: Option<&str>, mtu: u32) -> Result<(), TapError> {
+    async fn prepare(
+        &self,
+        name: &str,
+        bridge: Option<&str>,
+        mtu: u32,
+        queue_length: Option<u32>,
+    ) -> Result<(), TapError> {
         let mut change = LinkUnspec::new_with_index(self.index(name).await?).mtu(mtu);
+        if let Some(length) = queue_length {
+            change = change.append_extra_attribute(LinkAttribute::TxQueueLen(length));
+        }
         if let Some(bridge) = bridge {
             change = change.controller(self.index(bridge).await?);
         }

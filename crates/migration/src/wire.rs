@@ -364,6 +364,9 @@ pub struct Tap {
     /// Its settings as a port of the bridge.
     #[prost(message, optional, tag = "7")]
     pub port: Option<Port>,
+    /// Frames that may wait for the guest; 0 where the source does not say.
+    #[prost(uint32, tag = "8")]
+    pub queue_length: u32,
 }
 
 /// The settings of a bridge's port.

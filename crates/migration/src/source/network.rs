@@ -43,8 +43,10 @@ enum NotDiverted {
 
 /// What takes no longer is done while the guest is paused.
 const QUICK: Duration = Duration::from_millis(3);
-/// A guest is given so long to take what came for it before.
-const TAKE: Duration = Duration::from_millis(3);
+/// A guest is given so long to take what came for it before: what its QEMU has read and could not give it when it stops is lost.
+const TAKE: Duration = Duration::from_millis(100);
+/// Not one that takes nothing for so long while it runs: nobody listens to that interface.
+const UNREAD: Duration = Duration::from_millis(10);
 const LOOK: Duration = Duration::from_micros(100);
 
 /// The network of a machine that is being mirrored.
@@ -61,8 +63,9 @@ pub(super) struct Network {
 /// Frames that are, or can be, diverted.
 struct Carried {
     diversions: Vec<Diversion>,
-    /// QEMU's queues, of each interface.
+    /// QEMU's queues, of each interface, and which interfaces the guest reads.
     queues: Vec<Vec<QemuQueue>>,
+    read: Vec<bool>,
     frames: NetworkSource,
     diverted: bool,
 }
@@ -112,7 +115,7 @@ impl Network {
         let stream = opened.await.map_err(|e| NotDiverted::Thread(e.into()))?.map_err(NotDiverted::Stream)?;
         let abort = stream.abort_handle().map_err(NotDiverted::Thread)?;
         let frames = NetworkSource::start(own, stream, move || abort.abort()).map_err(NotDiverted::Thread)?;
-        Ok(Carried { diversions, queues, frames, diverted: false })
+        Ok(Carried { diversions, queues, read: Vec::new(), frames, diverted: false })
     }
 
     /// From the next frame on what comes is diverted: the guest is about to be paused.
@@ -126,8 +129,8 @@ impl Network {
             }
         }
         let until = Instant::now() + TAKE;
-        while !carried.queues.iter().flatten().all(QemuQueue::is_empty) && Instant::now() < until {
-            tokio::time::sleep(LOOK).await;
+        for (queues, _) in carried.queues.iter().zip(&carried.read).filter(|(_, read)| **read) {
+            are_empty(queues, until).await;
         }
     }
 
@@ -222,6 +225,12 @@ impl Network {
                 }
             }
         }
+        if let Some(carried) = &mut self.carried {
+            carried.read.clear();
+            for queues in &carried.queues {
+                carried.read.push(are_empty(queues, Instant::now() + UNREAD).await);
+            }
+        }
         if host.firewall.conntrack && !self.taps.is_empty() {
             let begin = Instant::now();
             self.dump().await;
@@ -245,6 +254,19 @@ impl Network {
             Ok(flows) => self.flows = flows,
             Err(e) => tracing::warn!(error = chain(&e), "connections are not carried over"),
         }
+    }
+}
+
+/// Waits until QEMU has taken all that is in its queues. Whether it has in time.
+async fn are_empty(queues: &[QemuQueue], until: Instant) -> bool {
+    loop {
+        if queues.iter().all(QemuQueue::is_empty) {
+            return true;
+        }
+        if Instant::now() >= until {
+            return false;
+        }
+        tokio::time::sleep(LOOK).await;
     }
 }
 
