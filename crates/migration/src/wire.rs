@@ -5,8 +5,12 @@
 //! fields are optional, and a peer that does not know them ignores them. A message without a known kind is a
 //! violation. The link bounds a whole message to 1 MiB before any of it is decoded.
 
+mod network;
+
 use mirror::memory::pages::PageSet;
 use prost::{Message, Oneof};
+
+pub use network::{Known, Neighbour, Port, Tap, Vlan};
 
 /// The data stream with frames that were on their way to the guest.
 pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
@@ -340,75 +344,6 @@ pub struct Disk {
     pub real: String,
 }
 
-/// A tap interface as it is at the source.
-#[derive(Clone, PartialEq, Message)]
-pub struct Tap {
-    /// The back end that uses it.
-    #[prost(string, tag = "1")]
-    pub netdev: String,
-    /// Name of the interface.
-    #[prost(string, tag = "2")]
-    pub ifname: String,
-    /// The bridge it is a port of; empty for none.
-    #[prost(string, tag = "3")]
-    pub bridge: String,
-    /// Bytes.
-    #[prost(uint32, tag = "4")]
-    pub mtu: u32,
-    /// More than one queue.
-    #[prost(bool, tag = "5")]
-    pub multi_queue: bool,
-    /// The guest's card, where the command line says it.
-    #[prost(string, tag = "6")]
-    pub mac: String,
-    /// Its settings as a port of the bridge.
-    #[prost(message, optional, tag = "7")]
-    pub port: Option<Port>,
-    /// Frames that may wait for the guest; 0 where the source does not say.
-    #[prost(uint32, tag = "8")]
-    pub queue_length: u32,
-}
-
-/// The settings of a bridge's port.
-#[derive(Clone, PartialEq, Message)]
-pub struct Port {
-    /// A bit for each switch that is known: hairpin, guard, isolated, learning, flooding of unicast, multicast and broadcast, multicast
-    /// to unicast, fast leave, neighbour suppression.
-    #[prost(uint32, tag = "1")]
-    pub known: u32,
-    /// Those that are on.
-    #[prost(uint32, tag = "2")]
-    pub on: u32,
-    /// VLANs; none where the bridge does not look at tags.
-    #[prost(message, repeated, tag = "3")]
-    pub vlans: Vec<Vlan>,
-}
-
-/// A VLAN that a port is in.
-#[derive(Clone, Copy, PartialEq, Message)]
-pub struct Vlan {
-    /// Its number.
-    #[prost(uint32, tag = "1")]
-    pub vid: u32,
-    /// 1: frames without a tag are of it. 2: its frames leave without a tag.
-    #[prost(uint32, tag = "2")]
-    pub flags: u32,
-}
-
-/// By what a guest is known to its neighbours.
-#[derive(Clone, PartialEq, Message)]
-pub struct Neighbour {
-    /// The back end of its card.
-    #[prost(string, tag = "1")]
-    pub netdev: String,
-    /// The card's MAC address; empty where it is not known.
-    #[prost(string, tag = "2")]
-    pub mac: String,
-    /// IP addresses, as text.
-    #[prost(string, repeated, tag = "3")]
-    pub addresses: Vec<String>,
-}
-
 /// Ledger sums of all streams at a barrier.
 #[derive(Clone, PartialEq, Message)]
 pub struct Sums {
@@ -466,17 +401,6 @@ pub struct Commit {
     /// Generation of the machine at its new owner.
     #[prost(uint64, tag = "3")]
     pub generation: u64,
-}
-
-/// What is known of a guest outside of it.
-#[derive(Clone, PartialEq, Message)]
-pub struct Known {
-    /// By what its interfaces are known; only in the first of several.
-    #[prost(message, repeated, tag = "1")]
-    pub neighbours: Vec<Neighbour>,
-    /// Connections of its that the source's firewall knows, or some of them.
-    #[prost(message, optional, tag = "2")]
-    pub flows: Option<crate::conntrack::wire::Flows>,
 }
 
 /// A post-copy that goes on.

@@ -3,6 +3,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod frames;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::IpAddr;
@@ -56,7 +58,7 @@ fn frame_of(mac: Mac, address: &str) -> Vec<u8> {
     frames(mac, &addresses([address])).pop().unwrap()
 }
 
-fn wait_until(what: &str, holds: impl Fn() -> bool) {
+fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !holds() {
         assert!(begin.elapsed() < Duration::from_secs(20), "{what}");
