@@ -49,6 +49,28 @@ impl Testbed {
     /// # Errors
     /// [`TestbedError::NotRoot`], or whatever keeps it from being made.
     pub fn with(programs: &Programs) -> Result<Self, TestbedError> {
+        Self::networked(programs, Ipv4Addr::new(10, 9, 0, 3))
+    }
+
+    /// As [`Testbed::new`], with host B in subnets of its own, behind a router: its guests' network is another one than that of host A
+    /// and the client, and the agents' network too.
+    ///
+    /// # Errors
+    /// [`TestbedError::NotRoot`], or whatever keeps it from being made.
+    pub fn routed() -> Result<Self, TestbedError> {
+        let testbed = Self::networked(&Programs::find(), Ipv4Addr::new(10, 9, 1, 3))?;
+        let (switch, b) = testbed.ends(testbed.b())?;
+        wire::separate(switch, testbed.b().letter())?;
+        let a = testbed.ends(testbed.a())?.1;
+        switch.ip(&["address", "add", "10.9.0.1/24", "dev", wire::LINK_BRIDGE])?;
+        switch.ip(&["address", "add", "10.9.1.1/24", "dev", wire::OTHER_LINK_BRIDGE])?;
+        switch.set("net/ipv4/ip_forward", "1")?;
+        a.ip(&["route", "add", "10.9.1.0/24", "via", "10.9.0.1"])?;
+        b.ip(&["route", "add", "10.9.0.0/24", "via", "10.9.1.1"])?;
+        Ok(testbed)
+    }
+
+    fn networked(programs: &Programs, address_of_b: Ipv4Addr) -> Result<Self, TestbedError> {
         if !rustix::process::geteuid().is_root() {
             return Err(TestbedError::NotRoot);
         }
@@ -73,7 +95,7 @@ impl Testbed {
             let listen = SocketAddr::from((address, LINK_PORT));
             Host::new(&name, letter, &directory.0, Place::Namespace(namespace), listen, programs)
         };
-        let hosts = [host("a", Ipv4Addr::new(10, 9, 0, 2))?, host("b", Ipv4Addr::new(10, 9, 0, 3))?];
+        let hosts = [host("a", Ipv4Addr::new(10, 9, 0, 2))?, host("b", address_of_b)?];
         let network = Network { client: Client::in_namespace(client), switch };
         Self::certified(hosts, Some(network), directory, programs)
     }

@@ -27,10 +27,14 @@ impl Namespace {
         run("ip", &["netns", "add", &name])?;
         let namespace = Self { name };
         namespace.ip(&["link", "set", "lo", "up"])?;
-        namespace
-            .enter(|| fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"))?
-            .map_err(TestbedError::file("/proc/sys/net/ipv6/conf/default/disable_ipv6"))?;
+        namespace.set("net/ipv6/conf/default/disable_ipv6", "1")?;
         Ok(namespace)
+    }
+
+    /// Sets a parameter of the kernel's inside.
+    pub(crate) fn set(&self, parameter: &str, value: &str) -> Result<(), TestbedError> {
+        let path = format!("/proc/sys/{parameter}");
+        self.enter(|| fs::write(&path, value))?.map_err(TestbedError::file(&path))
     }
 
     pub(crate) fn name(&self) -> &str {

@@ -21,6 +21,9 @@ pub(crate) const LINK: &str = "link0";
 pub(crate) const BRIDGE: &str = "br0";
 /// The bridge of the agents' network, at the switch.
 pub(crate) const LINK_BRIDGE: &str = "br1";
+/// The same two of a host that is in other networks.
+const OTHER_BRIDGE: &str = "br2";
+pub(crate) const OTHER_LINK_BRIDGE: &str = "br3";
 
 impl Wire {
     pub(crate) fn device(self) -> &'static str {
@@ -87,6 +90,15 @@ pub(crate) fn connect(
     ])?;
     switch.ip(&["link", "set", &port, "master", wire.bridge(), "up"])?;
     station.ip(&["link", "set", wire.device(), "up"])?;
+    Ok(())
+}
+
+/// Puts both cables of a host into networks of their own.
+pub(crate) fn separate(switch: &Namespace, name: &str) -> Result<(), TestbedError> {
+    for (wire, bridge) in [(Wire::Uplink, OTHER_BRIDGE), (Wire::Link, OTHER_LINK_BRIDGE)] {
+        add_bridge(switch, bridge)?;
+        switch.ip(&["link", "set", &wire.port(name), "master", bridge])?;
+    }
     Ok(())
 }
 

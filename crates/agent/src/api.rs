@@ -40,6 +40,7 @@ pub(crate) fn router(api: Api) -> Router {
         .route("/v1/vms/{name}", get(vms::show))
         .route("/v1/vms/{name}/adopt", post(vms::adopt))
         .route("/v1/vms/{name}/stop", post(vms::stop))
+        .route("/v1/vms/{name}/release", post(vms::release))
         .route("/v1/vms/{name}/resolve", post(vms::resolve))
         .route("/v1/vms/{name}/check", post(sessions::check))
         .route("/v1/vms/{name}/migrate", post(sessions::migrate))

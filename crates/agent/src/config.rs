@@ -40,6 +40,8 @@ pub struct Config {
     pub hooks: Hooks,
     /// What of this host's firewall moves with a machine: the `[network]` table.
     pub firewall: Firewall,
+    /// UDP port of the tunnels for VMs that stay in another host's network.
+    pub forward_port: u16,
 }
 
 /// The `[tls]` table.

@@ -147,12 +147,15 @@ impl Daemon {
             neighbourhood: Arc::default(),
             post_copies: migration::PostCopies::default(),
             remnants: Arc::new(remnants),
+            forwards: Arc::new(migration::Forwards::open(&config.state_dir)),
+            forward_port: config.forward_port,
         };
 
         let closing = CancellationToken::new();
         let vms = Vms::new(Arc::new(host), history, Events::default(), closing.clone());
         vms.recover().await;
         vms.host().remnants.expire(&vms.host().journal);
+        vms.host().forwards.restore(&vms.host().journal).await;
 
         let data = DataConnections::new();
         let expected = data.clone();

@@ -19,6 +19,14 @@ pub enum AgentError {
         /// The names there are.
         known: Vec<String>,
     },
+    /// It has left, and only what comes for it here is this host's business.
+    #[error("{vm} runs on {to}, and what comes for it here is forwarded there")]
+    Forwarded {
+        /// The machine.
+        vm: String,
+        /// Name of the agent that has it.
+        to: String,
+    },
     /// The name cannot be a machine's.
     #[error(transparent)]
     BadName(#[from] BadName),

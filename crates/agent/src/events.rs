@@ -83,7 +83,12 @@ impl Follower {
 
 /// Milliseconds since 1970-01-01 UTC.
 pub(crate) fn unix_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    unix_ms_of(SystemTime::now())
+}
+
+/// A time, in milliseconds since 1970-01-01 UTC.
+pub(crate) fn unix_ms_of(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 

@@ -23,6 +23,9 @@ pub(crate) fn of_run(error: &RunError) -> Finding {
         RunError::AlreadyHere { .. } => ("already-here", "use the name that it has here"),
         RunError::Qmp(error) => return of_qmp(error),
         RunError::NoRoom(short) => ("no-room", short.hint()),
+        RunError::Forwarded { .. } => {
+            ("name-forwarded", "choose another name, or end that with `vmirror release`")
+        }
         RunError::Stale { .. } => (
             "disk-stale",
             "run the VM where it moved to; to go on from this image all the same, say --stale-disks",

@@ -3,6 +3,7 @@
 //! The journal decides who owns what and survives the agent; this is the live side of it. Every change of a
 //! machine goes through here, so that no two things are done to one machine at a time.
 
+mod forwards;
 mod here;
 mod sessions;
 mod silent;
@@ -115,7 +116,10 @@ impl Vms {
             let standing = entries.iter().filter(|(_, entry)| self.stands(entry));
             standing.map(|(name, entry)| Shot::of(name, entry)).collect()
         };
-        join_all(shots.into_iter().map(Shot::view)).await
+        let mut views = join_all(shots.into_iter().map(Shot::view)).await;
+        views.extend(self.forwarded());
+        views.sort_by(|a, b| a.name.cmp(&b.name));
+        views
     }
 
     /// One of them.
@@ -127,7 +131,10 @@ impl Vms {
             self.entries().get(name).filter(|entry| self.stands(entry)).map(|entry| Shot::of(name, entry));
         match shot {
             Some(shot) => Ok(shot.view().await),
-            None => Err(self.unknown(name)),
+            None => {
+                let forwarded = self.forwarded().into_iter().find(|view| view.name == name.as_ref());
+                forwarded.ok_or_else(|| self.unknown(name))
+            }
         }
     }
 
@@ -159,6 +166,9 @@ impl Vms {
     }
 
     fn unknown(&self, name: &VmName) -> AgentError {
+        if let Some(forward) = self.host().forwards.of(name) {
+            return AgentError::Forwarded { vm: name.to_string(), to: forward.to };
+        }
         let known = self.entries().keys().map(ToString::to_string).collect();
         AgentError::UnknownVm { name: name.to_string(), known }
     }
@@ -223,6 +233,11 @@ fn not_here(name: &VmName, entry: &Entry) -> AgentError {
             None => AgentError::Held { vm, doing: "resolved" },
         },
     }
+}
+
+/// In whose network a machine of this host is, where not in this one's.
+fn network_of(record: &Record) -> Option<String> {
+    record.arrived_from.clone().filter(|_| !record.made.forwarded.is_empty())
 }
 
 /// What is in doubt about a machine, going by its record.
@@ -303,6 +318,8 @@ impl Shot {
             taps: record.map_or_else(Vec::new, |record| record.made.taps.clone()),
             session: self.session.map(|active| active.session.progress().borrow().clone()),
             doubt: record.and_then(doubt),
+            forward: None,
+            network_of: record.and_then(network_of),
         }
     }
 }

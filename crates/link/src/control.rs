@@ -387,7 +387,8 @@ mod tests {
     }
 
     fn peer() -> Peer {
-        Peer { name: "host-b".into(), address: SocketAddr::from((Ipv4Addr::LOCALHOST, 1)) }
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        Peer { name: "host-b".into(), address, local: address }
     }
 
     fn deadlines() -> Deadlines {

@@ -130,6 +130,8 @@ pub struct Peer {
     pub name: String,
     /// Where it connected from, or where it was reached.
     pub address: SocketAddr,
+    /// This host's end of that connection.
+    pub local: SocketAddr,
 }
 
 impl fmt::Display for Peer {
@@ -259,6 +261,7 @@ impl Endpoint {
         };
         let broken = |source| ConnectError::Unreachable { address: address.into(), source };
         let peer_address = socket.peer_addr().map_err(broken)?;
+        let local = socket.local_addr().map_err(broken)?;
         set_options(SockRef::from(&socket), self.deadlines.silence).map_err(broken)?;
 
         let limit = self.deadlines.handshake;
@@ -268,7 +271,7 @@ impl Endpoint {
             step: Step::Handshake,
             after: limit,
         })??;
-        let peer = Peer { name: peer_name, address: peer_address };
+        let peer = Peer { name: peer_name, address: peer_address, local };
         tracing::debug!(%peer, version, "control connection open");
         Ok(Control::start(tokio_rustls::TlsStream::from(stream), peer, version, self.deadlines))
     }
@@ -329,6 +332,7 @@ impl Endpoint {
         let socket = connect_blocking(address, host_port, self.deadlines.connect)?;
         let broken = |source| ConnectError::Unreachable { address: address.into(), source };
         let peer_address = socket.peer_addr().map_err(broken)?;
+        let local = socket.local_addr().map_err(broken)?;
         set_options(SockRef::from(&socket), self.deadlines.stall).map_err(broken)?;
 
         let failed = |source| ConnectError::Tls { address: address.into(), source };
@@ -348,8 +352,11 @@ impl Endpoint {
             }
         }
         check_alpn(tls.alpn_protocol()).map_err(failed)?;
-        let peer =
-            Peer { name: certified_name(tls.peer_certificates()).map_err(failed)?, address: peer_address };
+        let peer = Peer {
+            name: certified_name(tls.peer_certificates()).map_err(failed)?,
+            address: peer_address,
+            local,
+        };
 
         let purpose = Purpose::Data(DataHello { session, stream });
         let body = exchange(&mut tls, &mut timed, &self.hello(purpose)).map_err(|error| match error {

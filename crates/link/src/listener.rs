@@ -229,6 +229,7 @@ async fn greet(
     address: SocketAddr,
 ) -> Result<Incoming, AcceptError> {
     let broken = |source| AcceptError::Socket { address, source };
+    let local = socket.local_addr().map_err(broken)?;
     set_options(SockRef::from(&socket), endpoint.deadlines.silence).map_err(broken)?;
 
     let accepting = TlsAcceptor::from(Arc::clone(&endpoint.server)).accept(socket).into_fallible();
@@ -240,7 +241,7 @@ async fn greet(
         }
     };
     let peer = match known(&stream) {
-        Ok(name) => Peer { name, address },
+        Ok(name) => Peer { name, address, local },
         Err(source) => {
             turn_away(stream).await;
             return Err(AcceptError::Tls { address, source });

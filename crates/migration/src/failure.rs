@@ -26,6 +26,8 @@ pub(crate) mod kind {
     pub(crate) const ENDED_THERE: &str = "ended-there";
     /// The destination has no complete copy, and will never run one.
     pub(crate) const NO_COPY: &str = "no-copy";
+    /// The machine is in no other host's network.
+    pub(crate) const NOT_FORWARDED: &str = "not-forwarded";
 }
 
 /// One reason, in words for a person and a name for a script.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::destination::PostCopies;
+use crate::forward::Forwards;
 use crate::hooks::Hooks;
 use crate::journal::Journal;
 use crate::neighbourhood::Neighbourhood;
@@ -28,6 +29,8 @@ pub struct Allow {
     pub max_memory: u64,
     /// QEMU binaries that may be run.
     pub qemu: Vec<PathBuf>,
+    /// Machines may come that stay in their source's network, through a tunnel to there.
+    pub forward: bool,
 }
 
 /// What of the host's firewall moves with a machine: the `[network]` table of the agent's configuration.
@@ -74,6 +77,10 @@ pub struct Host {
     pub post_copies: PostCopies,
     /// Images that migrations have left here.
     pub remnants: Arc<Remnants>,
+    /// Machines that have left, and that stay in the network here.
+    pub forwards: Arc<Forwards>,
+    /// UDP port of the tunnels for that.
+    pub forward_port: u16,
 }
 
 /// What a switch-over of the mirror costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is

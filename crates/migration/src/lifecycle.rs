@@ -7,6 +7,7 @@ use std::time::Duration;
 use qemu::spec::Mirrorable;
 use qemu::{Presence, Process, Qmp, QmpError, Spec};
 
+use crate::destination::{forwarded, network};
 use crate::disks;
 use crate::failure::chain;
 use crate::firewall;
@@ -18,7 +19,7 @@ use crate::remnants::Left;
 use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
 use crate::source::disks::Uncleared;
-use crate::tap::Interfaces;
+use crate::tap::{self, Interfaces};
 use crate::vm::{Made, MadeImage, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
 
 /// An image that takes no more than this, in bytes, has nothing of a disk in it: a new qcow2 image takes 196 KiB.
@@ -77,6 +78,14 @@ pub enum RunError {
     /// There is no room for its memory.
     #[error("{0}")]
     NoRoom(Shortage),
+    /// A machine of that name has left, and stays in the network here.
+    #[error("a VM called {name} runs on {to}, and what comes for it here is forwarded there")]
+    Forwarded {
+        /// The machine.
+        name: VmName,
+        /// Name of the agent that has it.
+        to: String,
+    },
     /// A migration has left an image that it names.
     #[error(
         "{} is what a migration of VM {vm} has left here: it is older than the disk of the VM where that is now, or only a part of it",
@@ -170,6 +179,7 @@ pub async fn run(
     directory: &Path,
     stale_disks: bool,
 ) -> Result<Vm, RunError> {
+    is_not_forwarded(host, &name)?;
     let mut spec = Spec::parse(argv)?;
     spec.make_paths_absolute(directory);
     let left = |(image, ..): (PathBuf, bool, bool)| host.remnants.whose(&image).map(|vm| (image, vm));
@@ -246,6 +256,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     if host.journal.get(&name).is_some() {
         return Err(JournalError::NameTaken(name).into());
     }
+    is_not_forwarded(host, &name)?;
     let same_socket = |record: &Record| {
         let real = |path: &Path| std::fs::canonicalize(path).ok();
         real(&record.qmp_socket).is_some_and(|known| real(qmp_socket) == Some(known))
@@ -286,6 +297,14 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     has_its_disks(host, &adopted.vm.spec);
     host.neighbourhood.listen(&record.name, &adopted.vm.spec);
     Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
+}
+
+/// A name is a machine's for as long as what comes for it is forwarded.
+fn is_not_forwarded(host: &Host, name: &VmName) -> Result<(), RunError> {
+    match host.forwards.of(name) {
+        Some(forward) => Err(RunError::Forwarded { name: name.clone(), to: forward.to }),
+        None => Ok(()),
+    }
 }
 
 /// What disks were mirrored to, and what was shipped to be booted from, is the machine's from here on: nothing removes it or takes it
@@ -364,6 +383,7 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
         tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
         raise_taps(&record).await;
         crate::source::resume_here(&qmp).await?;
+        network::turn(host, &record, &qmp);
     } else {
         // A stream that was under way has lost its reader; QEMU ends it by itself, or is told to.
         let _ = qmp.migrate_cancel().await;
@@ -468,6 +488,7 @@ pub async fn resolve(host: &Host, record: Record, resolution: Resolution) -> Res
                     Withdrawal::Done => record.outgoing = None,
                     Withdrawal::Unheard => record.outgoing = Some(outgoing),
                 }
+                host.forwards.undo(session).await;
             }
             record.generation += 1;
             own_disks(host, &mut record);
@@ -550,18 +571,8 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
             _ => {}
         }
     }
-    if !record.made.taps.is_empty() {
-        match Interfaces::open() {
-            Ok(interfaces) => {
-                for tap in &record.made.taps {
-                    if let Err(e) = interfaces.remove(tap).await {
-                        tracing::error!(error = chain(&e), "a tap cannot be removed");
-                    }
-                }
-            }
-            Err(e) => tracing::error!(error = chain(&e), "taps cannot be removed"),
-        }
-    }
+    tap::remove_all(&record.made.taps).await;
+    tap::remove_all(&forwarded::interfaces(host, record)).await;
     if let Err(e) = host.journal.remove(&record.name) {
         tracing::error!(error = chain(&e), "a record cannot be removed");
     }

@@ -83,7 +83,7 @@ impl Machine {
         findings.extend(plugged.differs_from(&vm.spec));
         findings.extend(too_old("the source", &qemu_version));
         let qemu_version = qemu_version.to_string();
-        let (taps, more) = taps(&vm.spec).await;
+        let (taps, more) = taps(vm, options.forward).await;
         findings.extend(more);
         let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
@@ -188,8 +188,9 @@ pub(crate) fn unmovable(spec: &Spec, accept_disconnect: bool) -> Vec<Finding> {
     findings
 }
 
-async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
-    let nics: Vec<_> = spec
+async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
+    let nics: Vec<_> = vm
+        .spec
         .nics()
         .into_iter()
         .filter(|nic| matches!(nic.kind, NicKind::Tap { .. } | NicKind::Bridge { .. }))
@@ -216,9 +217,23 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
         };
         match interfaces.describe(ifname).await {
             Ok(Some(tap)) => {
-                let port = match &tap.bridge {
-                    Some(bridge) => interfaces.port(ifname, bridge).await.map(Some),
-                    None => Ok(None),
+                let forwarded = vm.record.made.forwarded.iter().find(|forwarded| forwarded.tap == *ifname);
+                // In another host's network it is on a bridge that is for that only.
+                let (bridge, port) = match (forwarded, tap.bridge) {
+                    (Some(forwarded), _) => (forwarded.home.clone(), Ok(forwarded.port.clone())),
+                    (None, Some(bridge)) => {
+                        let port = interfaces.port(ifname, &bridge).await.map(Some);
+                        (bridge, port)
+                    }
+                    (None, None) if forward => {
+                        findings.push(Finding::new(
+                            "forward",
+                            format!("interface {ifname} is a port of no bridge, so that nothing can be forwarded to it"),
+                            "make it one, or migrate without --forward and let a hook turn its routes",
+                        ));
+                        (String::new(), Ok(None))
+                    }
+                    (None, None) => (String::new(), Ok(None)),
                 };
                 let port = port.unwrap_or_else(|e| {
                     findings.push(Finding::new(
@@ -231,7 +246,7 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
                 taps.push(wire::Tap {
                     netdev: nic.netdev,
                     ifname: ifname.clone(),
-                    bridge: tap.bridge.unwrap_or_default(),
+                    bridge,
                     mtu: tap.mtu,
                     queue_length: tap.queue_length.unwrap_or_default(),
                     multi_queue: nic.queues > 1,

@@ -1,7 +1,7 @@
 //! By what addresses the machines of this host are known: listened to for as long as they are here, as a guest that says nothing while
 //! it is mirrored has said it before.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -10,10 +10,20 @@ use mirror::network::snoop::Snoop;
 use qemu::{NicKind, Spec};
 
 use crate::vm::VmName;
+use crate::wire;
 
-/// The addresses of machines, by name and tap.
+/// The addresses of machines, by name.
 #[derive(Default)]
-pub struct Neighbourhood(Mutex<HashMap<VmName, HashMap<String, Snoop>>>);
+pub struct Neighbourhood(Mutex<HashMap<VmName, Machine>>);
+
+/// What is known of one.
+#[derive(Default)]
+struct Machine {
+    /// Heard here, by tap.
+    heard: HashMap<String, Snoop>,
+    /// Told by the host that it comes from.
+    told: Vec<wire::Neighbour>,
+}
 
 impl std::fmt::Debug for Neighbourhood {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -25,7 +35,7 @@ impl Neighbourhood {
     /// Listens from now on, if it does not already. Without `CAP_NET_RAW` nothing is heard.
     pub(crate) fn listen(&self, name: &VmName, spec: &Spec) {
         let mut machines = self.lock();
-        let heard = machines.entry(name.clone()).or_default();
+        let heard = &mut machines.entry(name.clone()).or_default().heard;
         for nic in spec.nics() {
             let NicKind::Tap { ifname: Some(tap), .. } = nic.kind else { continue };
             // Of a card whose address is not on the command line nobody knows which frames are its own.
@@ -44,7 +54,28 @@ impl Neighbourhood {
 
     /// What has been heard at a tap of a machine.
     pub(crate) fn addresses(&self, name: &VmName, tap: &str) -> Vec<IpAddr> {
-        self.lock().get(name).and_then(|heard| heard.get(tap)).map(Snoop::addresses).unwrap_or_default()
+        self.lock().get(name).and_then(|it| it.heard.get(tap)).map(Snoop::addresses).unwrap_or_default()
+    }
+
+    /// The host that a machine comes from has said by what it is known there.
+    pub(crate) fn tell(&self, name: &VmName, neighbours: &[wire::Neighbour]) {
+        self.lock().entry(name.clone()).or_default().told = neighbours.to_vec();
+    }
+
+    /// By what a machine is known, as far as was told or heard; at least its cards' own addresses, where the command line has them.
+    pub(crate) fn known(&self, name: &VmName, spec: &Spec) -> Vec<wire::Neighbour> {
+        let machines = self.lock();
+        let machine = machines.get(name);
+        let neighbour = |nic: qemu::Nic| {
+            let NicKind::Tap { ifname: Some(tap), .. } = nic.kind else { return None };
+            let told = machine.and_then(|it| it.told.iter().find(|told| told.netdev == nic.netdev));
+            let heard = machine.and_then(|it| it.heard.get(&tap)).map(Snoop::addresses).unwrap_or_default();
+            let mut addresses: BTreeSet<String> = heard.iter().map(IpAddr::to_string).collect();
+            addresses.extend(told.iter().flat_map(|told| told.addresses.iter().cloned()));
+            let mac = nic.mac.or_else(|| told.map(|told| told.mac.clone()))?;
+            Some(wire::Neighbour { netdev: nic.netdev, mac, addresses: addresses.into_iter().collect() })
+        };
+        spec.nics().into_iter().filter_map(neighbour).collect()
     }
 
     /// Listens no more.
@@ -54,7 +85,7 @@ impl Neighbourhood {
         drop(forgotten);
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<VmName, HashMap<String, Snoop>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmName, Machine>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

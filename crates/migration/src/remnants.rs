@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::disks;
 use crate::identity;
 use crate::journal::Journal;
+use crate::state_file;
 use crate::vm::VmName;
 
 /// How long an image of an attempt that failed is kept.
@@ -101,8 +102,8 @@ impl Remnants {
     #[must_use]
     pub fn open(state_dir: &Path) -> Remnants {
         let file = state_dir.join(FILE);
-        let known = std::fs::read(&file).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        Remnants { file, known: Mutex::new(known.unwrap_or_default()) }
+        let known = Mutex::new(state_file::read(&file));
+        Remnants { file, known }
     }
 
     /// Whether an image is one that this machine has left, as it was left.
@@ -179,14 +180,8 @@ impl Remnants {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self, known: &[Remnant]) {
-        let written = serde_json::to_vec_pretty(known).map_err(std::io::Error::from).and_then(|text| {
-            let new = self.file.with_extension("new");
-            std::fs::write(&new, text)?;
-            std::fs::File::open(&new)?.sync_all()?;
-            std::fs::rename(&new, &self.file)
-        });
-        if let Err(e) = written {
+    fn write(&self, known: &Vec<Remnant>) {
+        if let Err(e) = state_file::write(&self.file, known) {
             tracing::error!(file = %self.file.display(), error = %e, "what migrations have left cannot be put on record");
         }
     }

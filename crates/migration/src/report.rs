@@ -2,6 +2,8 @@
 //!
 //! The JSON form is the contract with scripts; `docs/report.md` describes each field.
 
+use std::net::IpAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::failure::{Failure, Finding};
@@ -209,9 +211,21 @@ pub struct Network {
     /// Connections that the source's firewall knew and the destination's was told of.
     #[serde(default)]
     pub flows_carried: u64,
+    /// The machine stays in the source's network, through tunnels from there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forwarding: Option<Forwarding>,
     /// What a person should see to: a hook that failed once the machine was handed over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub problems: Vec<Finding>,
+}
+
+/// Tunnels that lead from the source to where the machine is, until they are released.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forwarding {
+    /// Where they lead to.
+    pub to: Option<IpAddr>,
+    /// Their interfaces at the source.
+    pub interfaces: Vec<String>,
 }
 
 /// The answer of a comparison.

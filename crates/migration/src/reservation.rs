@@ -6,6 +6,7 @@ mod taps;
 
 use std::path::{Component, Path, PathBuf};
 
+use link::Peer;
 use mirror::device::destination::DeviceDestination;
 use mirror::hash::Secret;
 use mirror::layout::Layout;
@@ -15,6 +16,7 @@ use qemu::{LaunchError, Process, Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
 use crate::boot_files;
+use crate::destination::forwarded::Tunnels;
 use crate::destination::images::Images;
 use crate::destination::post_copy;
 use crate::failure::{Finding, chain};
@@ -63,6 +65,8 @@ pub(crate) struct Request {
     /// Images that are made get all their room at once.
     whole_room: bool,
     taps: Vec<wire::Tap>,
+    /// They stay in the source's network.
+    forward: Option<Tunnels>,
     /// Its own table in the firewall.
     nft: String,
     post_copy: bool,
@@ -110,7 +114,7 @@ pub(crate) struct Reservation {
 
 impl Request {
     /// Understands a request.
-    pub(crate) fn decode(wire: wire::Reserve) -> Result<Request, Finding> {
+    pub(crate) fn decode(wire: wire::Reserve, peer: &Peer) -> Result<Request, Finding> {
         let violation =
             |what: String| Finding::new("protocol", what, "see whether both agents are of the same version");
         let session = Uuid::from_slice(&wire.session).map_err(|e| violation(format!("session: {e}")))?;
@@ -128,6 +132,10 @@ impl Request {
         let layout = Layout::new(blocks, streams).map_err(|e| violation(chain(&e)))?;
         let secret = Secret::try_from(&wire.secret[..]).map_err(|e| violation(chain(&e)))?;
         let spec = Spec::parse(&wire.argv).map_err(|e| violation(chain(&e)))?;
+        let forward = wire.forward.map(|forward| {
+            Tunnels::decode(forward, peer)
+                .ok_or_else(|| violation(format!("no UDP port is {}", forward.port)))
+        });
         Ok(Request {
             session,
             name,
@@ -148,6 +156,7 @@ impl Request {
             boot_files: wire.boot_files,
             shipped: boot_files::Shipped::default(),
             taps: wire.taps,
+            forward: forward.transpose()?,
             nft: wire.nft,
             post_copy: wire.post_copy,
             qemu_stream: wire.qemu_stream,

@@ -5,6 +5,7 @@
 
 mod diversion;
 pub(crate) mod port;
+pub(crate) mod tunnel;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -15,6 +16,8 @@ use futures::TryStreamExt;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute};
 use rtnetlink::{Handle, LinkUnspec};
+
+use crate::failure::chain;
 
 /// Longest name of an interface that the kernel takes.
 pub(crate) const MAX_NAME: usize = 15;
@@ -197,13 +200,20 @@ impl Interfaces {
         self.change("set up", name, change.build()).await
     }
 
+    /// Makes it a port of a bridge.
+    pub(crate) async fn join(&self, name: &str, bridge: &str) -> Result<(), TapError> {
+        let change =
+            LinkUnspec::new_with_index(self.index(name).await?).controller(self.index(bridge).await?);
+        self.change("move", name, change.build()).await
+    }
+
     /// Lets frames through.
     pub(crate) async fn raise(&self, name: &str) -> Result<(), TapError> {
         let change = LinkUnspec::new_with_index(self.index(name).await?).up().build();
         self.change("raise", name, change).await
     }
 
-    /// Removes a tap, if it is there.
+    /// Removes an interface, if it is there.
     pub(crate) async fn remove(&self, name: &str) -> Result<(), TapError> {
         let Some(link) = self.find(name).await? else { return Ok(()) };
         let removed = self.handle.link().del(link.header.index).execute().await;
@@ -214,9 +224,39 @@ impl Interfaces {
         Ok(self.find(name).await?.ok_or_else(|| TapError::Missing(name.to_owned()))?.header.index)
     }
 
+    /// Makes an interface that must not have been there.
+    async fn add(&self, name: &str, link: LinkMessage) -> Result<(), TapError> {
+        let added = self.handle.link().add(link).execute().await;
+        added.map_err(|source| TapError::Request { action: "make", name: name.to_owned(), source })
+    }
+
     async fn change(&self, action: &'static str, name: &str, change: LinkMessage) -> Result<(), TapError> {
         let changed = self.handle.link().set(change).execute().await;
         changed.map_err(|source| TapError::Request { action, name: name.to_owned(), source })
+    }
+}
+
+/// Has this host say nothing of its own on an interface that a guest hears.
+fn silence(name: &str) {
+    if let Err(e) = std::fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
+        tracing::debug!(interface = name, error = %e, "IPv6 is not there to be turned off");
+    }
+}
+
+/// Removes interfaces that were made for a machine. Of those that cannot be the log says why.
+pub(crate) async fn remove_all(names: &[String]) {
+    if names.is_empty() {
+        return;
+    }
+    match Interfaces::open() {
+        Ok(interfaces) => {
+            for name in names {
+                if let Err(e) = interfaces.remove(name).await {
+                    tracing::error!(error = chain(&e), "it is left");
+                }
+            }
+        }
+        Err(e) => tracing::error!(error = chain(&e), ?names, "interfaces are left"),
     }
 }
 

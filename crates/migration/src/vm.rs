@@ -9,6 +9,8 @@ use qemu::{Process, Qmp, Spec};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::tap::port::Port;
+
 /// The name of a virtual machine: 1 to 48 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
 /// It becomes part of file names, so nothing else is let in.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -105,6 +107,9 @@ pub struct Made {
     pub files: Vec<PathBuf>,
     /// Tap interfaces.
     pub taps: Vec<String>,
+    /// Taps of its that stay in the network of the host that it came from.
+    #[serde(default)]
+    pub forwarded: Vec<Forwarded>,
     /// Images that disks are mirrored to. They are the machine's once it is this host's.
     #[serde(default)]
     pub images: Vec<MadeImage>,
@@ -130,6 +135,21 @@ pub struct Made {
     /// The operator's hook for what goes has been run.
     #[serde(default)]
     pub hooked_down: bool,
+}
+
+/// A tap that stays in the network of the host that its machine came from: a port of a bridge of its own, which a tunnel leads out of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forwarded {
+    /// The tap.
+    pub tap: String,
+    /// The bridge that it was a port of there: that of this name is its own here, once it is not forwarded any more.
+    pub home: String,
+    /// Its settings as a port of that.
+    pub(crate) port: Option<Port>,
+    /// The bridge that was made for it here.
+    pub bridge: String,
+    /// The tunnel.
+    pub tunnel: String,
 }
 
 /// An image that a disk is mirrored to.

@@ -10,7 +10,7 @@ mod network;
 use mirror::memory::pages::PageSet;
 use prost::{Message, Oneof};
 
-pub use network::{Known, Neighbour, Port, Tap, Vlan};
+pub use network::{Forward, Known, Neighbour, Port, Tap, Vlan};
 
 /// The data stream with frames that were on their way to the guest.
 pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
@@ -19,7 +19,7 @@ pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDestination {
     /// One of them.
-    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub request: Option<Request>,
 }
 
@@ -63,13 +63,17 @@ pub enum Request {
     /// What is known of the guest outside of it, in one or more parts. Before `Commit`.
     #[prost(message, tag = "12")]
     Known(Known),
+    /// What comes for the machine at its former host is not sent on any more: it is to be in the network that is there. First message
+    /// of a connection.
+    #[prost(message, tag = "13")]
+    EndForwarding(Commit),
 }
 
 /// From destination to source.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToSource {
     /// One of them.
-    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17")]
+    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18")]
     pub reply: Option<Reply>,
 }
 
@@ -127,6 +131,9 @@ pub enum Reply {
     /// Before anything is set aside: files that the machine boots from are not here, and can be shipped.
     #[prost(message, tag = "17")]
     Lacking(Lacking),
+    /// The machine is in the network that is here.
+    #[prost(message, tag = "18")]
+    ForwardingEnded(Nothing),
 }
 
 /// No content.
@@ -248,6 +255,9 @@ pub struct Reserve {
     /// Images that are made get all the room that they can need, at once.
     #[prost(bool, tag = "22")]
     pub whole_room: bool,
+    /// Its taps stay in the source's network.
+    #[prost(message, optional, tag = "30")]
+    pub forward: Option<Forward>,
     /// Only find out, and give everything back at once.
     #[prost(bool, tag = "13")]
     pub rehearsal: bool,

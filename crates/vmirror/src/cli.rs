@@ -117,6 +117,15 @@ pub(crate) enum Command {
         /// The VM
         name: VmName,
     },
+    /// End the forwarding of a VM that was migrated with --forward: it joins the network of its new host, and what still comes for it
+    /// at its old one gets there no more
+    Release {
+        /// The VM
+        name: VmName,
+        /// Only on this host, even if the other cannot be told
+        #[arg(long)]
+        force: bool,
+    },
     /// Decide about a VM whose hand-over is uncertain
     #[command(group = ArgGroup::new("decision").required(true))]
     Resolve {
@@ -224,6 +233,10 @@ pub(crate) struct MigrateOptions {
     /// Move a VM with user-mode networking, or a network of sockets, though its connections end with that
     #[arg(long)]
     accept_disconnect: bool,
+    /// The destination is in another network: leave the VM in the one it is in, through a tunnel between the hosts, until
+    /// `vmirror release`
+    #[arg(long)]
+    forward: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -292,6 +305,7 @@ impl From<MigrateOptions> for Options {
                 VerifyChoice::Strict => Verify::Strict,
             },
             accept_disconnect: given.accept_disconnect,
+            forward: given.forward,
             disk_room: match given.disk_room {
                 DiskRoomChoice::Thin => DiskRoom::Thin,
                 DiskRoomChoice::Whole => DiskRoom::Whole,

@@ -131,6 +131,17 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         ));
     }
     let network = &report.network;
+    if let Some(forwarding) = &network.forwarding {
+        let to = forwarding.to.map(|to| format!(" to {to}")).unwrap_or_default();
+        let interfaces = forwarding.interfaces.join(", ");
+        facts.push((
+            "forwarding",
+            format!(
+                "what comes for the VM here goes on{to} ({interfaces}) until `vmirror release {}`",
+                report.vm
+            ),
+        ));
+    }
     if network.frames_forwarded + network.frames_dropped > 0 {
         facts.push((
             "network",

@@ -45,6 +45,11 @@ impl From<AgentError> for Refusal {
         let message = chain(&error);
         let told = |status, kind, hint: &str| Refusal::new(status, kind, message.clone(), hint);
         match error {
+            AgentError::Forwarded { vm, to } => told(
+                StatusCode::CONFLICT,
+                "forwarded",
+                &format!("give the command on {to}; `vmirror release {vm}` ends the forwarding"),
+            ),
             AgentError::UnknownVm { .. } => told(
                 StatusCode::NOT_FOUND,
                 "unknown-vm",

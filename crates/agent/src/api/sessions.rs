@@ -11,6 +11,7 @@ use super::Api;
 use super::history::of_history;
 use super::refusal::{Body, InPath, Refusal, vm_name};
 use super::types::{BandwidthRequest, CheckReply, MigrateRequest, SessionRef, SessionView};
+use super::vms::to_the_end;
 use crate::error::AgentError;
 use crate::history::HistoryError;
 
@@ -20,7 +21,8 @@ pub(super) async fn check(
     Body(request): Body<MigrateRequest>,
 ) -> Result<Json<CheckReply>, Refusal> {
     let name = vm_name(&name)?;
-    let readiness = api.vms.check(&name, &request.to, &request.options).await?;
+    let (vms, vm) = (api.vms.clone(), name.clone());
+    let readiness = to_the_end(async move { vms.check(&vm, &request.to, &request.options).await }).await?;
     let migration::source::Readiness { destination, findings, disks } = readiness;
     Ok(Json(CheckReply { vm: name.into(), destination, findings, disks }))
 }

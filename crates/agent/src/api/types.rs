@@ -47,6 +47,8 @@ pub enum VmState {
     Uncertain,
     /// QEMU does not answer.
     Unreachable,
+    /// It has left, and what comes for it here is forwarded to where it runs.
+    Forwarded,
 }
 
 impl VmState {
@@ -61,6 +63,7 @@ impl VmState {
             VmState::Starting => "starting",
             VmState::Uncertain => "uncertain",
             VmState::Unreachable => "unreachable",
+            VmState::Forwarded => "forwarded",
         }
     }
 }
@@ -94,6 +97,23 @@ pub struct VmView {
     pub session: Option<Progress>,
     /// Why nobody knows whether it should run here.
     pub doubt: Option<Doubt>,
+    /// Where what comes for it here is forwarded to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forward: Option<ForwardView>,
+    /// Name of the agent in whose network it is, where that is not this host's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network_of: Option<String>,
+}
+
+/// A machine that has left, and stays in the network here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForwardView {
+    /// Name of the agent that has it.
+    pub to: String,
+    /// Address of that agent.
+    pub address: String,
+    /// Since when, in milliseconds since 1970-01-01 UTC.
+    pub since_unix_ms: u64,
 }
 
 /// A hand-over whose end is not known.
@@ -140,6 +160,15 @@ impl fmt::Display for Doubt {
             }
         }
     }
+}
+
+/// `POST /v1/vms/{name}/release`: it is in the network of the host that it is on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReleaseRequest {
+    /// On this host only, if the other cannot be told.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// `POST /v1/vms`: start a machine.

@@ -8,7 +8,7 @@ use axum::http::StatusCode;
 
 use super::Api;
 use super::refusal::{Body, InPath, Refusal, vm_name};
-use super::types::{AdoptRequest, ResolveRequest, RunRequest, StopRequest, VmView};
+use super::types::{AdoptRequest, ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmView};
 use crate::error::AgentError;
 
 pub(super) async fn list(State(api): State<Api>) -> Json<Vec<VmView>> {
@@ -55,6 +55,16 @@ pub(super) async fn stop(
 ) -> Result<StatusCode, Refusal> {
     let name = vm_name(&name)?;
     to_the_end(async move { api.vms.stop(&name, request.force).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn release(
+    State(api): State<Api>,
+    InPath(name): InPath<String>,
+    Body(request): Body<ReleaseRequest>,
+) -> Result<StatusCode, Refusal> {
+    let name = vm_name(&name)?;
+    to_the_end(async move { api.vms.release(&name, request.force).await }).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

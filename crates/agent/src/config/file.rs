@@ -1,7 +1,7 @@
 //! The file's own shape, and its errors in words that name file, line and key.
 
 use std::net::SocketAddr;
-use std::num::NonZeroU64;
+use std::num::{NonZeroU16, NonZeroU64};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
@@ -37,9 +37,9 @@ const KEYS: [(&str, &[&str]); 5] = [
         ],
     ),
     ("tls", &["ca", "cert", "key"]),
-    ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu"]),
+    ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu", "forward"]),
     ("hooks", &["directory", "deadline"]),
-    ("network", &["conntrack", "nft_table"]),
+    ("network", &["conntrack", "nft_table", "forward_port"]),
 ];
 
 #[derive(Deserialize)]
@@ -83,6 +83,8 @@ struct AllowTable {
     #[serde(deserialize_with = "size")]
     max_memory: u64,
     qemu: Spanned<Vec<PathBuf>>,
+    #[serde(default)]
+    forward: bool,
 }
 
 #[derive(Deserialize)]
@@ -98,6 +100,7 @@ struct HooksTable {
 struct NetworkTable {
     conntrack: Option<bool>,
     nft_table: Option<Spanned<String>>,
+    forward_port: Option<NonZeroU16>,
 }
 
 fn nothing() -> Spanned<Vec<PathBuf>> {
@@ -233,6 +236,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
         bandwidth(text.get_ref()).map_err(|problem| source.value(text.span().start, "bandwidth", problem))
     })?;
 
+    let forward_port = file.network.as_ref().and_then(|table| table.forward_port);
     Ok(Config {
         name: file.name.into_inner(),
         listen: file.listen,
@@ -247,6 +251,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
             directory: Some(base.join(table.directory)),
             deadline: table.deadline,
         }),
+        forward_port: forward_port.map_or(migration::forward::PORT, NonZeroU16::get),
         firewall: file.network.map_or(Ok(Firewall::default()), |table| firewall(&source, table))?,
     })
 }
@@ -275,6 +280,7 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
         bridges: table.bridges,
         max_memory: table.max_memory,
         qemu: table.qemu.into_inner(),
+        forward: table.forward,
     })
 }
 

@@ -13,8 +13,9 @@
 //! need be, or a person says what it is to be.
 mod arrivals;
 mod copy;
+pub(crate) mod forwarded;
 pub(crate) mod images;
-mod network;
+pub(crate) mod network;
 mod owner;
 pub(crate) mod post_copy;
 mod relay;
@@ -105,6 +106,7 @@ pub async fn serve(
         Asked::Commit(commit) => source.settle(&commit, &arrived).await,
         Asked::Cancel(commit) => source.abandon(&commit).await,
         Asked::Resume(resume) => source.resume(resume, &data).await,
+        Asked::EndForwarding(commit) => source.end_forwarding(&commit).await,
         _ => Err(violation("began with a message out of order")),
     };
     if let Err(end) = ended {
@@ -181,7 +183,8 @@ impl Source {
             // A source that has left means nothing by what it said before.
             return Err(gone.into());
         }
-        let mut request = Request::decode(reserve).map_err(|finding| End::Failed(vec![finding]))?;
+        let mut request =
+            Request::decode(reserve, &self.peer).map_err(|finding| End::Failed(vec![finding]))?;
         if !request.rehearsal {
             self.take_in_boot_files(&mut request).await?;
         }

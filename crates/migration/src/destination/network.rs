@@ -10,13 +10,15 @@ use mirror::network::destination::{HeldBack, NetworkDestination, Played};
 use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
 use mirror::network::tap::{OwnTap, QemuQueue};
-use qemu::{NicKind, Spec};
+use qemu::{NicKind, Qmp, Spec};
 
 use super::{End, failed};
 use crate::conntrack::{self, Flow};
 use crate::failure::chain;
+use crate::hooks::Hook;
 use crate::host::Host;
-use crate::{tap, wire};
+use crate::vm::{Record, VmName};
+use crate::{occasion, tap, wire};
 
 /// A source that still has something after that long has it for ever.
 const STRAGGLERS: Duration = Duration::from_secs(15);
@@ -71,8 +73,10 @@ pub(super) struct Known {
 
 impl Known {
     /// Takes in a part of it. With the last one this host's firewall is told of the guest's connections.
-    pub(super) async fn take(&mut self, part: wire::Known, host: &Host) {
+    pub(super) async fn take(&mut self, part: wire::Known, host: &Host, vm: &VmName) {
         self.neighbours.extend(part.neighbours);
+        // Should the link break, it is announced by them all the same.
+        host.neighbourhood.tell(vm, &self.neighbours);
         let Some(flows) = part.flows else { return };
         if !flows.add_to(&mut self.flows) {
             tracing::warn!("connections that make no sense, or too many, are left out");
@@ -199,6 +203,37 @@ impl Interfaces {
                 say(&told);
             }
         });
+    }
+}
+
+/// Tells the network of a machine that is in it here.
+pub(super) async fn announce(host: &Host, record: &Record) {
+    let Ok(spec) = Spec::parse(&record.argv) else { return };
+    let neighbours = host.neighbourhood.known(&record.name, &spec);
+    let pid = record.process.as_ref().map(|process| process.pid);
+    Interfaces::of(&spec, pid).await.are_up(&Frames::default(), &neighbours);
+}
+
+/// The same, and whatever else turns the network, of a machine that was resumed when nobody was there to see to that: after a crash, or by
+/// a person's word.
+pub(crate) fn turn(host: &Host, record: &Record, qmp: &Qmp) {
+    let (host, record, qmp) = (host.clone(), record.clone(), qmp.clone());
+    tokio::spawn(async move {
+        announce(&host, &record).await;
+        if let Err(e) = qmp.announce_self().await {
+            tracing::debug!(vm = %record.name, error = chain(&e), "QEMU did not announce its place");
+        }
+        is_home(&host, &record).await;
+        if let Err(finding) = occasion::run(&host, Hook::Redirect, &record, false).await {
+            tracing::error!(vm = %record.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
+        }
+    });
+}
+
+/// What came for it here when it was elsewhere is its own again.
+pub(super) async fn is_home(host: &Host, record: &Record) {
+    if record.made.forwarded.is_empty() {
+        host.forwards.end(&record.name).await;
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::network::{Interfaces, Known};
+use super::network::{self, Interfaces, Known};
 use super::{End, FIRST_WORD, Source, failed, no_copy, qemu_gone};
 use crate::failure::chain;
 use crate::health;
@@ -60,7 +60,7 @@ impl Source {
                     let network = interfaces.take().map(|interfaces| (interfaces, known.neighbours));
                     return self.become_owner(&record, spec, qmp, network, arrived).await;
                 }
-                Some(Asked::Known(part)) => known.take(part, &self.host).await,
+                Some(Asked::Known(part)) => known.take(part, &self.host, &record.name).await,
                 Some(Asked::Cancel(_)) => {
                     known.forget().await;
                     lifecycle::forget(&self.host, &record, Some(&qmp)).await;
@@ -155,11 +155,17 @@ impl Source {
         if let Err(finding) = &redirected {
             tracing::error!(vm = %ready.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
         }
-        let health = health?;
-        let problems = redirected.err().into_iter().map(Into::into).collect();
-        self.reply(Reply::Health(wire::Health { problems, ..health })).await?;
+        let told = match health {
+            Ok(health) => {
+                let problems = redirected.err().into_iter().map(Into::into).collect();
+                self.reply(Reply::Health(wire::Health { problems, ..health })).await
+            }
+            Err(end) => Err(end),
+        };
         let played = std::mem::take(&mut self.frames).finish().await;
         tracing::info!(vm = %ready.name, played.delivered, played.dropped, "what was on its way to the VM has reached it");
+        network::is_home(&host, &owned).await;
+        told?;
         // The source closes when it has given everything back.
         let _ = timeout(FIRST_WORD, self.receiver.receive::<ToDestination>()).await;
         Ok(())
@@ -222,7 +228,10 @@ impl Source {
         match Qmp::connect(&record.qmp_socket).await {
             Ok(qmp) => {
                 tracing::info!(vm = %record.name, %session, "the source settles a hand-over: the VM is ours");
-                self.become_owner(&record, spec, qmp, None, arrived).await
+                let pid = record.process.as_ref().map(|process| process.pid);
+                let neighbours = self.host.neighbourhood.known(&record.name, &spec);
+                let network = Some((Interfaces::of(&spec, pid).await, neighbours));
+                self.become_owner(&record, spec, qmp, network, arrived).await
             }
             // A ready copy whose QEMU is gone has never run.
             Err(_) if !record.process.as_ref().is_some_and(qemu::Process::exists) => {

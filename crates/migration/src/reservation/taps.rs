@@ -1,6 +1,7 @@
 //! Taps of a machine that is to come: whether there is a place for them, and made.
 
 use super::Request;
+use crate::destination::forwarded::Tunnels;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::tap::port::Port;
@@ -23,6 +24,9 @@ impl Request {
                 return;
             }
         };
+        if let Some(tunnels) = &self.forward {
+            examine_forwarding(host, tunnels, findings);
+        }
         for tap in &self.taps {
             let mut refuse = |kind: &str, message: String, hint: &str| {
                 findings.push(Finding::new(kind, message, hint));
@@ -31,16 +35,22 @@ impl Request {
                 refuse("protocol", format!("{:?} cannot name an interface", tap.ifname), "update the agents");
                 continue;
             }
-            if !tap.bridge.is_empty() && !host.allow.bridges.contains(&tap.bridge) {
+            // What is forwarded needs no bridge of this host's.
+            let wanted = (self.forward.is_none() && !tap.bridge.is_empty()).then_some(tap.bridge.as_str());
+            if let Some(bridge) = wanted
+                && !host.allow.bridges.iter().any(|allowed| allowed == bridge)
+            {
                 refuse(
                     "bridge-not-allowed",
-                    format!("{} does not allow bridge {}", host.name, tap.bridge),
+                    format!("{} does not allow bridge {bridge}", host.name),
                     "add it to [allow] bridges in that agent's configuration",
                 );
-            } else if !tap.bridge.is_empty() && !matches!(interfaces.exists(&tap.bridge).await, Ok(true)) {
+            } else if let Some(bridge) = wanted
+                && !matches!(interfaces.exists(bridge).await, Ok(true))
+            {
                 refuse(
                     "bridge-missing",
-                    format!("{} has no bridge {}", host.name, tap.bridge),
+                    format!("{} has no bridge {bridge}", host.name),
                     "make the bridge there, or rename it",
                 );
             }
@@ -54,18 +64,20 @@ impl Request {
                 continue;
             }
             if port.flatten().is_some_and(|port| port.has_vlans())
-                && !matches!(interfaces.looks_at_tags(&tap.bridge).await, Ok(true))
+                && let Some(bridge) = wanted
+                && !matches!(interfaces.looks_at_tags(bridge).await, Ok(true))
             {
                 refuse(
                     "vlan-filtering",
                     format!(
-                        "bridge {} on {} does not look at VLAN tags, as it does at the source",
-                        tap.bridge, host.name
+                        "bridge {bridge} on {} does not look at VLAN tags, as it does at the source",
+                        host.name
                     ),
                     "turn vlan_filtering on there",
                 );
             }
-            if let Ok(Some(bridge)) = interfaces.describe(&tap.bridge).await
+            if let Some(name) = wanted
+                && let Ok(Some(bridge)) = interfaces.describe(name).await
                 && bridge.mtu < tap.mtu
             {
                 refuse(
@@ -78,9 +90,8 @@ impl Request {
                 );
             }
             if let Ok(Some(there)) = interfaces.describe(&tap.ifname).await {
-                let wanted = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
                 let free = tap::is_free(&tap.ifname, tap.multi_queue).unwrap_or(false);
-                if !free || there.bridge.as_deref() != wanted {
+                if !free || there.bridge.as_deref() != wanted || self.forward.is_some() {
                     refuse(
                         "interface-taken",
                         format!(
@@ -103,22 +114,54 @@ impl Request {
             vec![Finding::new("network", chain(e), "let the agent make interfaces (CAP_NET_ADMIN)")]
         };
         let interfaces = Interfaces::open().map_err(|e| failed(&e))?;
-        for tap in &self.taps {
+        for (number, tap) in self.taps.iter().enumerate() {
             if interfaces.exists(&tap.ifname).await.map_err(|e| failed(&e))? {
                 continue;
             }
             // On record before it exists: a crash in between leaves nothing that nobody knows of.
             record.made.taps.push(tap.ifname.clone());
             host.journal.update(record).map_err(|e| failed(&e))?;
-            let bridge = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
+            let bridge = match &self.forward {
+                Some(tunnels) => {
+                    let made =
+                        tunnels.make(&interfaces, &host.journal, record, (self.session, number), tap).await;
+                    made.map_err(|e| failed(&e))?
+                }
+                None => tap.bridge.clone(),
+            };
+            let bridge = (!bridge.is_empty()).then_some(bridge.as_str());
             // Each takes 8 bytes, of every queue.
             let length = Some(tap.queue_length.min(MAX_QUEUE)).filter(|length| *length > 0);
             let made = interfaces.make(&tap.ifname, bridge, tap.mtu, length, tap.multi_queue).await;
             made.map_err(|e| failed(&e))?;
-            if let Some(port) = tap.port.as_ref().and_then(Port::decode).filter(|_| bridge.is_some()) {
+            if let Some(port) = tap
+                .port
+                .as_ref()
+                .and_then(Port::decode)
+                .filter(|_| bridge.is_some() && self.forward.is_none())
+            {
                 interfaces.set_port(&tap.ifname, &port).await.map_err(|e| failed(&e))?;
             }
         }
         Ok(())
+    }
+}
+
+/// Whether this host lets a machine stay in its source's network.
+fn examine_forwarding(host: &Host, tunnels: &Tunnels, findings: &mut Vec<Finding>) {
+    let name = &host.name;
+    if !host.allow.forward {
+        findings.push(Finding::new(
+            "forward-not-allowed",
+            format!("{name} does not allow VMs that stay in their source's network"),
+            format!("set forward = true in [allow] in the configuration of {name}"),
+        ));
+    }
+    if tunnels.port != host.forward_port {
+        findings.push(Finding::new(
+            "forward-port",
+            format!("{name} forwards by UDP port {}, the source by {}", host.forward_port, tunnels.port),
+            "set the same [network] forward_port in the configuration of both agents",
+        ));
     }
 }

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::account::blank;
 use super::disks::{self, Disks};
+use super::forwarding;
 use super::network::Network;
 use super::orders::Orders;
 use super::peer::{self, Destination};
@@ -263,6 +264,12 @@ impl Controller {
             false,
         );
         request.nft = firewall.map_err(|finding| Stop::Refused(vec![finding]))?;
+        if self.options.forward && !machine.taps.is_empty() {
+            request.forward = Some(forwarding::request(&self.host));
+            let destination = self.held.destination.as_ref().ok_or_else(nothing_held)?;
+            let begun = forwarding::begin(&self.host, &self.vm, destination, self.id, &machine.taps).await;
+            begun.map_err(|finding| Stop::Refused(vec![finding]))?;
+        }
         self.report.disks = machine.disks.iter().map(Disk::reported).collect();
         self.report.memory.pages = layout.page_count();
         let qmp = self.vm.qmp.clone();

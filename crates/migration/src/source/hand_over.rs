@@ -25,7 +25,7 @@ use crate::lifecycle;
 use crate::occasion;
 use crate::options::{Engine, Verify};
 use crate::remnants::Left;
-use crate::report::{Counted, Health, Outcome, Pause, Phase, Verdict};
+use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::vm::Ownership;
 use crate::wire::{Reply, Request};
 
@@ -252,8 +252,13 @@ impl Controller {
         self.end_rounds().await;
         self.end_relay().await;
         if let Some(network) = self.held.network.take() {
-            self.report.network = network.finish().await;
+            self.report.network = network.finish(self.host.forwards.has(self.id)).await;
         }
+        self.report.network.forwarding = self
+            .host
+            .forwards
+            .with(self.id)
+            .map(|forward| report::Forwarding { to: forward.remote(), interfaces: forward.interfaces() });
         let mut images = Vec::new();
         if let Some(disks) = self.held.disks.take() {
             images.extend(disks.paths().map(Path::to_owned));
@@ -390,6 +395,7 @@ impl Controller {
         {
             tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
         }
+        self.host.forwards.undo(self.id).await;
         let mut told = true;
         if let Some(destination) = &mut self.held.destination {
             told = destination.cancel(commit(self.id, &self.vm), CANCEL).await == Withdrawal::Done;

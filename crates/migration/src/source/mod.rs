@@ -9,6 +9,7 @@ mod account;
 mod controller;
 pub(crate) mod disks;
 mod estimate;
+mod forwarding;
 mod hand_over;
 mod heard;
 mod network;
@@ -30,6 +31,7 @@ use qemu::{Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub(crate) use forwarding::unforward;
 pub(crate) use peer::Withdrawal;
 pub use post_copy::supply;
 pub use settlement::{Settled, settle};
@@ -111,10 +113,22 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
             Ok(document) => request.nft = document,
             Err(finding) => findings.push(finding),
         }
+        let session = Uuid::from_slice(&request.session).unwrap_or_default();
+        if options.forward && !machine.taps.is_empty() {
+            request.forward = Some(forwarding::request(&host));
+            if findings.is_empty()
+                && let Err(finding) =
+                    forwarding::begin(&host, &vm, &destination, session, &machine.taps).await
+            {
+                findings.push(finding);
+            }
+        }
         if machine.ram.is_empty() {
             // The destination cannot be asked about a machine without RAM; what was found says why there is none.
         } else {
-            match destination.reserve(request, &vm.qmp).await {
+            let reserved = destination.reserve(request, &vm.qmp).await;
+            host.forwards.undo(session).await;
+            match reserved {
                 Ok(reserved) => disks = planned(&machine, &reserved),
                 Err(stop::Stop::Refused(more)) => findings.extend(more),
                 Err(other) => return Err(other.into_failure(Stage::Refused)),

@@ -171,9 +171,11 @@ impl Network {
     }
 
     /// The network has learned where the guest is: nothing more comes here. Returns what came.
-    pub(super) async fn finish(self) -> report::Network {
+    pub(super) async fn finish(self, forwarded: bool) -> report::Network {
         let flows_carried = self.flows.len() as u64;
+        // What is forwarded still goes through this host's firewall.
         if !self.flows.is_empty()
+            && !forwarded
             && let Err(e) = conntrack::remove(&self.flows).await
         {
             tracing::warn!(error = chain(&e), "the firewall still knows connections of a VM that has gone");
@@ -192,7 +194,7 @@ impl Network {
             frames_forwarded: diverted.forwarded,
             frames_dropped: diverted.dropped,
             flows_carried,
-            problems: Vec::new(),
+            ..report::Network::default()
         }
     }
 

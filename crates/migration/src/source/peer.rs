@@ -1,10 +1,11 @@
 //! The destination at the other end of the link.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use link::{ConnectError, ControlReceiver, ControlSender, LinkError, TlsError};
+use link::{ConnectError, ControlReceiver, ControlSender, LinkError, Peer, TlsError};
 use mirror::hash::Secret;
 use mirror::layout::PageIndex;
 use qemu::Qmp;
@@ -32,7 +33,7 @@ const UNREAD: usize = 4096;
 
 /// The destination's agent, in one session.
 pub(super) struct Destination {
-    name: String,
+    peer: Peer,
     address: String,
     sender: Sender,
     inbox: mpsc::Receiver<Result<Reply, LinkError>>,
@@ -79,11 +80,11 @@ pub(super) fn violation(what: &str) -> Stop {
 impl Destination {
     pub(super) async fn connect(host: &Host, address: &str) -> Result<Destination, Finding> {
         let control = host.endpoint.connect(address).await.map_err(|e| not_connected(&e))?;
-        let name = control.peer().name.clone();
-        if name == host.name {
+        let peer = control.peer().clone();
+        if peer.name == host.name {
             return Err(Finding::new(
                 "same-host",
-                format!("{address} is this host's own agent, {name}"),
+                format!("{address} is this host's own agent, {}", peer.name),
                 "name another host's agent with --to",
             ));
         }
@@ -91,11 +92,16 @@ impl Destination {
         let (tell, inbox) = mpsc::channel(UNREAD);
         let reader = AbortOnDropHandle::new(tokio::spawn(read(receiver, tell)));
         let sender = Sender(Arc::new(Mutex::new(sender)));
-        Ok(Destination { name, address: address.to_owned(), sender, inbox, supply: None, _reader: reader })
+        Ok(Destination { peer, address: address.to_owned(), sender, inbox, supply: None, _reader: reader })
     }
 
     pub(super) fn name(&self) -> &str {
-        &self.name
+        &self.peer.name
+    }
+
+    /// The addresses of the two hosts, this one's first, as the connection has them.
+    pub(super) fn hosts(&self) -> (IpAddr, IpAddr) {
+        (self.peer.local.ip().to_canonical(), self.peer.address.ip().to_canonical())
     }
 
     pub(super) fn address(&self) -> &str {
@@ -140,7 +146,7 @@ impl Destination {
     /// What the destination says next, if that is soon enough. `what` is what it is expected to do.
     pub(super) async fn receive_within(&mut self, limit: Duration, what: &str) -> Result<Reply, Stop> {
         timeout(limit, self.receive()).await.map_err(|_| {
-            let message = format!("{} did not {what} within {limit:?}", self.name);
+            let message = format!("{} did not {what} within {limit:?}", self.name());
             Stop::Failed(Finding::new("link", message, "see the log of the destination's agent"))
         })?
     }
@@ -210,11 +216,14 @@ impl Destination {
         match timeout(deadline, cancelled).await {
             Ok(Ok(withdrawal)) => withdrawal,
             Ok(Err(stop)) => {
-                tracing::warn!(destination = self.name, ?stop, "the destination cannot be told");
+                tracing::warn!(destination = self.name(), ?stop, "the destination cannot be told");
                 Withdrawal::Unheard
             }
             Err(_) => {
-                tracing::warn!(destination = self.name, "the destination does not confirm the cancellation");
+                tracing::warn!(
+                    destination = self.name(),
+                    "the destination does not confirm the cancellation"
+                );
                 Withdrawal::Unheard
             }
         }
@@ -305,6 +314,7 @@ pub(super) fn reserve_request(
         streams: u32::from(streams),
         secret: secret.to_vec(),
         rehearsal,
+        forward: None,
         nft: String::new(),
         post_copy: options.on_diverge == OnDiverge::PostCopy,
         qemu_stream: options.engine == Engine::Qemu,

@@ -10,6 +10,8 @@ use rtnetlink::packet_route::link::{
 };
 use rtnetlink::{LinkBridgePort, LinkBridgeVlan};
 
+use serde::{Deserialize, Serialize};
+
 use super::{Interfaces, TapError};
 use crate::wire;
 
@@ -33,7 +35,7 @@ const UNTAGGED: u32 = 2;
 const LAST_VLAN: u32 = 4094;
 
 /// The settings of a port.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub(crate) struct Port {
     /// Which switches are known, and which of them are on.
     known: u32,

@@ -31,6 +31,15 @@ pub struct Tap {
     pub queue_length: u32,
 }
 
+/// Tunnels between the two hosts, one for each tap that is a port of a bridge: VXLAN between the two ends of the connection that this
+/// comes by, with identifiers that follow from the session.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Forward {
+    /// UDP port, of both.
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+}
+
 /// The settings of a bridge's port.
 #[derive(Clone, PartialEq, Message)]
 pub struct Port {

@@ -1,8 +1,10 @@
-//! `vmirror run`, `adopt`, `list`, `show`, `stop`, `resolve`.
+//! `vmirror run`, `adopt`, `list`, `show`, `stop`, `release`, `resolve`.
 
 use std::path::Path;
 
-use agent::api::types::{AdoptRequest, Decision, Doubt, ResolveRequest, RunRequest, StopRequest, VmView};
+use agent::api::types::{
+    AdoptRequest, Decision, Doubt, ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmView,
+};
 use migration::{Origin, VmName};
 use serde::Serialize;
 
@@ -72,7 +74,7 @@ fn table(vms: &[VmView]) -> String {
             vm.state.name().to_owned(),
             bytes(vm.memory),
             vm.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
-            origin(vm.origin).to_owned(),
+            if vm.forward.is_some() { "-" } else { origin(vm.origin) }.to_owned(),
             movement(vm),
         ]);
     }
@@ -91,6 +93,8 @@ fn origin(origin: Origin) -> &'static str {
 fn movement(vm: &VmView) -> String {
     if let Some(progress) = &vm.session {
         format!("{} → {}", live::stage(progress), progress.destination)
+    } else if let Some(forward) = &vm.forward {
+        format!("forwarded → {} ({})", forward.to, forward.address)
     } else {
         match &vm.doubt {
             Some(Doubt::HandedOver { to, address, .. }) => format!("handed over → {to} ({address})"),
@@ -116,20 +120,27 @@ fn describe(vm: &VmView) -> String {
         ("state", state),
         ("memory", bytes(vm.memory)),
         ("process", vm.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())),
-        ("came by", origin(vm.origin).to_owned()),
-        ("generation", vm.generation.to_string()),
-        ("qmp socket", vm.qmp_socket.display().to_string()),
     ];
+    if vm.forward.is_none() {
+        facts.push(("came by", origin(vm.origin).to_owned()));
+        facts.push(("generation", vm.generation.to_string()));
+        facts.push(("qmp socket", vm.qmp_socket.display().to_string()));
+    }
     facts.extend(vm.files.iter().map(|file| ("made here", file.display().to_string())));
     facts.extend(vm.taps.iter().map(|tap| ("made here", format!("tap {tap}"))));
-    if vm.session.is_some() || vm.doubt.is_some() {
+    if let Some(host) = &vm.network_of {
+        facts.push(("network", format!("that of {host}, through a tunnel, until `vmirror release`")));
+    }
+    if vm.session.is_some() || vm.doubt.is_some() || vm.forward.is_some() {
         facts.push(("migration", movement(vm)));
     }
     if let Some(progress) = &vm.session {
         facts.push(("lag", bytes(progress.remaining_bytes)));
         facts.push(("dirty rate", rate(progress.dirty_rate)));
     }
-    facts.push(("command", vm.argv.join(" ")));
+    if !vm.argv.is_empty() {
+        facts.push(("command", vm.argv.join(" ")));
+    }
     facts.iter().map(|(name, value)| format!("{name:<11} {value}\n")).collect()
 }
 
@@ -142,6 +153,18 @@ pub(super) async fn stop(
     client.tell(&format!("/v1/vms/{name}/stop"), &StopRequest { force }).await?;
     let done = Done { vm: name.as_ref(), done: "stopped" };
     output.done(&done, |done| format!("{} is off", done.vm));
+    Ok(Exit::Done)
+}
+
+pub(super) async fn release(
+    client: &Client,
+    name: &VmName,
+    force: bool,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    client.tell(&format!("/v1/vms/{name}/release"), &ReleaseRequest { force }).await?;
+    let done = Done { vm: name.as_ref(), done: "released" };
+    output.done(&done, |done| format!("{} is in the network of the host that it runs on", done.vm));
     Ok(Exit::Done)
 }
 
@@ -184,6 +207,8 @@ mod tests {
             taps: vec!["tap0".to_owned()],
             session: None,
             doubt: None,
+            forward: None,
+            network_of: None,
         }
     }
 

@@ -1,0 +1,60 @@
+//! Machines that stay in the network of a host that they have left.
+
+use migration::forward::{self, Forward};
+use migration::{Origin, VmName};
+
+use super::{Entry, Vms};
+use crate::api::types::{ForwardView, VmState, VmView};
+use crate::error::AgentError;
+
+impl Vms {
+    /// Those that have left and are in the network here, as they are listed.
+    pub(super) fn forwarded(&self) -> Vec<VmView> {
+        let entries = self.entries();
+        let forwards = self.host().forwards.all();
+        forwards.iter().filter(|forward| !entries.contains_key(&forward.vm)).map(view).collect()
+    }
+
+    /// Ends the forwarding of a machine, on both hosts; with `force`, here whatever the other says.
+    ///
+    /// # Errors
+    /// Why it stays as it is.
+    pub async fn release(&self, name: &VmName, force: bool) -> Result<(), AgentError> {
+        let here = self.entries().contains_key(name);
+        if here {
+            self.with_idle(name, |here| here.held = Some("put into the network of this host"))?;
+        }
+        let released = forward::release(self.host(), name, force).await;
+        if here && let Some(Entry::Here(here)) = self.entries().get_mut(name) {
+            here.held = None;
+            if let Ok(Some(record)) = &released {
+                here.vm.record = record.clone();
+            }
+        }
+        released.map(|_| ()).map_err(AgentError::Refused)
+    }
+}
+
+fn view(forward: &Forward) -> VmView {
+    VmView {
+        name: forward.vm.to_string(),
+        state: VmState::Forwarded,
+        qemu_status: None,
+        origin: Origin::Arrived,
+        generation: 0,
+        pid: None,
+        memory: forward.memory,
+        qmp_socket: std::path::PathBuf::new(),
+        argv: Vec::new(),
+        files: Vec::new(),
+        taps: forward.interfaces(),
+        session: None,
+        doubt: None,
+        forward: Some(ForwardView {
+            to: forward.to.clone(),
+            address: forward.address.clone(),
+            since_unix_ms: crate::events::unix_ms_of(forward.since),
+        }),
+        network_of: None,
+    }
+}

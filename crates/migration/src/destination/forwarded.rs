@@ -1,0 +1,169 @@
+//! A machine that came here and stays in its source's network: this host's ends of its tunnels, until it is to be in the network here.
+
+use std::net::IpAddr;
+
+use link::Peer;
+use uuid::Uuid;
+
+use super::network;
+use super::{End, Source};
+use crate::failure::{Finding, chain, kind};
+use crate::host::Host;
+use crate::journal::Journal;
+use crate::tap::port::Port;
+use crate::tap::tunnel::{Tunnel, identifier};
+use crate::tap::{self, Interfaces, TapError};
+use crate::vm::{Forwarded, Ownership, Record};
+use crate::wire::{self, Reply};
+
+/// What a source asks for, within bounds.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tunnels {
+    pub(crate) port: u16,
+    local: IpAddr,
+    remote: IpAddr,
+}
+
+impl Tunnels {
+    /// Between the two ends of the connection by which they are asked for.
+    pub(crate) fn decode(asked: wire::Forward, peer: &Peer) -> Option<Tunnels> {
+        let port = u16::try_from(asked.port).ok().filter(|port| *port > 0)?;
+        Some(Tunnels {
+            port,
+            local: peer.local.ip().to_canonical(),
+            remote: peer.address.ip().to_canonical(),
+        })
+    }
+
+    /// Makes a bridge for a tap, with a tunnel to the source's in it. On record before either exists.
+    pub(crate) async fn make(
+        &self,
+        interfaces: &Interfaces,
+        journal: &Journal,
+        record: &mut Record,
+        (session, number): (Uuid, usize),
+        tap: &wire::Tap,
+    ) -> Result<String, MakeError> {
+        let identifier = identifier(session, number);
+        let bridge = Tunnel::own_bridge(identifier);
+        let tunnel = Tunnel {
+            identifier,
+            local: self.local,
+            remote: self.remote,
+            port: self.port,
+            bridge: bridge.clone(),
+            mtu: tap.mtu,
+        };
+        for name in [&bridge, &tunnel.name()] {
+            if interfaces.exists(name).await? {
+                // Somebody else's: it must not go with the machine.
+                return Err(MakeError::Taken(name.clone()));
+            }
+        }
+        record.made.forwarded.push(Forwarded {
+            tap: tap.ifname.clone(),
+            home: tap.bridge.clone(),
+            port: tap.port.as_ref().and_then(Port::decode),
+            bridge: bridge.clone(),
+            tunnel: tunnel.name(),
+        });
+        journal.update(record)?;
+        interfaces.make_bridge(&bridge, tap.mtu).await?;
+        interfaces.make_tunnel(&tunnel).await?;
+        Ok(bridge)
+    }
+}
+
+/// Why a tunnel's end could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MakeError {
+    #[error("there is an interface {0} already")]
+    Taken(String),
+    #[error(transparent)]
+    Interfaces(#[from] TapError),
+    #[error(transparent)]
+    Journal(#[from] crate::journal::JournalError),
+}
+
+/// Puts a machine into the network here, which is announced there, and removes its tunnels. With `force`, the tunnels are removed even
+/// if it can be in no network here.
+pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Result<Record, Finding> {
+    let failed =
+        |e: &TapError| Finding::new("network", chain(e), "let the agent make interfaces (CAP_NET_ADMIN)");
+    let interfaces = Interfaces::open().map_err(|e| failed(&e))?;
+    for tap in &record.made.forwarded {
+        match place(host, &interfaces, tap).await {
+            Err(finding) if !force => return Err(finding),
+            Err(finding) => {
+                tracing::warn!(vm = %record.name, why = finding.message, "it is in no network now")
+            }
+            Ok(()) => {}
+        }
+    }
+    for forwarded in record.made.forwarded.clone() {
+        let Forwarded { tap: name, home, port, bridge, tunnel } = &forwarded;
+        if place(host, &interfaces, &forwarded).await.is_ok() {
+            interfaces.join(name, home).await.map_err(|e| failed(&e))?;
+            if let Some(port) = port {
+                interfaces.set_port(name, port).await.map_err(|e| failed(&e))?;
+            }
+        }
+        tap::remove_all(&[tunnel.clone(), bridge.clone()]).await;
+        record.made.forwarded.retain(|other| *other != forwarded);
+        let recorded = host.journal.update(&record);
+        recorded.map_err(|e| Finding::new("journal", chain(&e), "see to the disk of state_dir"))?;
+    }
+    tracing::info!(vm = %record.name, "it is in the network of this host now");
+    network::announce(host, &record).await;
+    Ok(record)
+}
+
+/// Whether a tap can be in the network here.
+async fn place(host: &Host, interfaces: &Interfaces, tap: &Forwarded) -> Result<(), Finding> {
+    let name = &host.name;
+    if !host.allow.bridges.contains(&tap.home) {
+        return Err(Finding::new(
+            "bridge-not-allowed",
+            format!("{name} does not allow bridge {}", tap.home),
+            "add it to [allow] bridges in that agent's configuration",
+        ));
+    }
+    match interfaces.describe(&tap.home).await {
+        Ok(Some(_)) => Ok(()),
+        _ => Err(Finding::new(
+            "bridge-missing",
+            format!("{name} has no bridge {}, for interface {}", tap.home, tap.tap),
+            "make the bridge there",
+        )),
+    }
+}
+
+impl Source {
+    /// The host that a machine came from sends on nothing more.
+    pub(super) async fn end_forwarding(&mut self, commit: &wire::Commit) -> Result<(), End> {
+        let here = |(record, _): &(Record, Uuid)| {
+            record.ownership == Ownership::Owner && !record.made.forwarded.is_empty()
+        };
+        let Some((record, _)) = self.meant(commit).filter(here) else {
+            let message = format!("{} has no VM {} in another host's network", self.host.name, commit.name);
+            return Err(End::Failed(vec![Finding::new(
+                kind::NOT_FORWARDED,
+                message,
+                "there is nothing to end",
+            )]));
+        };
+        let released = release(&self.host, record, false).await;
+        released.map_err(|finding| End::Failed(vec![finding]))?;
+        self.reply(Reply::ForwardingEnded(wire::Nothing {})).await
+    }
+}
+
+/// The interfaces by which a machine is in another host's network, but for those that lead on to where it has gone.
+pub(crate) fn interfaces(host: &Host, record: &Record) -> Vec<String> {
+    let leads_on =
+        matches!(&record.ownership, Ownership::HandedOver { session, .. } if host.forwards.has(*session));
+    if leads_on {
+        return Vec::new();
+    }
+    record.made.forwarded.iter().flat_map(|tap| [tap.tunnel.clone(), tap.bridge.clone()]).collect()
+}

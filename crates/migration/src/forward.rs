@@ -1,0 +1,273 @@
+//! Machines that have left this host and stay in its network: tunnels lead from its bridges to where they run, until they are released.
+//!
+//! They need nobody to run: the agent makes them, remembers them, makes them again after a reboot of its host, and removes them.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::destination::forwarded;
+use crate::failure::{Finding, chain, kind};
+use crate::host::Host;
+use crate::journal::Journal;
+use crate::source::unforward;
+use crate::state_file;
+use crate::tap::port::Port;
+use crate::tap::tunnel::Tunnel;
+use crate::tap::{self, Interfaces, TapError};
+use crate::vm::{Ownership, Record, VmName};
+
+/// UDP port of VXLAN (RFC 7348).
+pub const PORT: u16 = 4789;
+const FILE: &str = "forwards.json";
+
+/// A machine that has left, or is about to, and stays in the network here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Forward {
+    /// The machine.
+    pub vm: VmName,
+    /// The migration by which it left.
+    pub session: Uuid,
+    /// Name of the agent that has it.
+    pub to: String,
+    /// Address of that agent.
+    pub address: String,
+    /// Since when.
+    pub since: SystemTime,
+    /// Its guest RAM, in bytes.
+    pub memory: u64,
+    /// One for each tap.
+    pub(crate) tunnels: Vec<Tunnel>,
+    /// The settings of each as a port of its bridge.
+    pub(crate) ports: Vec<Option<Port>>,
+    /// Interfaces by which it was itself in another host's network while it was here: that is where the tunnels lead on to.
+    pub(crate) chained: Vec<String>,
+}
+
+impl Forward {
+    /// The interfaces that were made for it here.
+    #[must_use]
+    pub fn interfaces(&self) -> Vec<String> {
+        self.tunnels.iter().map(Tunnel::name).collect()
+    }
+
+    /// The host that the tunnels lead to.
+    #[must_use]
+    pub fn remote(&self) -> Option<IpAddr> {
+        self.tunnels.first().map(|tunnel| tunnel.remote)
+    }
+
+    async fn make(&self) -> Result<(), TapError> {
+        let interfaces = Interfaces::open()?;
+        for (tunnel, port) in self.tunnels.iter().zip(&self.ports) {
+            let name = tunnel.name();
+            if interfaces.exists(&name).await? {
+                continue;
+            }
+            interfaces.make_tunnel(tunnel).await?;
+            if let Some(port) = port {
+                interfaces.set_port(&name, port).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The machines that have left this host and stay in its network.
+#[derive(Debug)]
+pub struct Forwards {
+    file: PathBuf,
+    known: Mutex<Vec<Forward>>,
+}
+
+impl Forwards {
+    /// Reads what is on record below the agent's state directory.
+    #[must_use]
+    pub fn open(state_dir: &Path) -> Forwards {
+        let file = state_dir.join(FILE);
+        let known = Mutex::new(state_file::read(&file));
+        Forwards { file, known }
+    }
+
+    /// All of them.
+    #[must_use]
+    pub fn all(&self) -> Vec<Forward> {
+        self.known().clone()
+    }
+
+    /// The last one of a machine.
+    #[must_use]
+    pub fn of(&self, vm: &VmName) -> Option<Forward> {
+        self.known().iter().rev().find(|forward| forward.vm == *vm).cloned()
+    }
+
+    /// That of a migration.
+    pub(crate) fn with(&self, session: Uuid) -> Option<Forward> {
+        self.known().iter().find(|forward| forward.session == session).cloned()
+    }
+
+    pub(crate) fn has(&self, session: Uuid) -> bool {
+        self.with(session).is_some()
+    }
+
+    /// Makes this host's ends of the tunnels, on record first.
+    pub(crate) async fn begin(&self, forward: Forward) -> Result<(), Finding> {
+        let session = forward.session;
+        let recorded = {
+            let mut known = self.known();
+            known.push(forward.clone());
+            self.write(&known)
+        };
+        let made = match recorded {
+            Ok(()) => forward.make().await.map_err(|e| {
+                Finding::new(
+                    "forward",
+                    chain(&e),
+                    "let the agent make interfaces (CAP_NET_ADMIN), on a kernel with VXLAN",
+                )
+            }),
+            Err(e) => Err(Finding::new("journal", chain(&e), "see to the disk of state_dir")),
+        };
+        if made.is_err() {
+            self.undo(session).await;
+        }
+        made
+    }
+
+    /// The machine has not left after all.
+    pub(crate) async fn undo(&self, session: Uuid) {
+        let its = |forward: &Forward| forward.session == session;
+        for forward in self.all().iter().filter(|forward| its(forward)) {
+            tap::remove_all(&forward.interfaces()).await;
+        }
+        self.forget(its);
+    }
+
+    /// A machine is in the network here by itself: nothing is sent on to where it was.
+    pub(crate) async fn end(&self, vm: &VmName) {
+        let its = |forward: &Forward| forward.vm == *vm;
+        for forward in self.all().iter().filter(|forward| its(forward)) {
+            tracing::info!(vm = %vm, to = forward.to, "what comes for it is not forwarded any more");
+            tap::remove_all(&forward.interfaces()).await;
+            tap::remove_all(&forward.chained).await;
+        }
+        self.forget(its);
+    }
+
+    /// Puts right what a crash or a reboot has left: tunnels of machines that have left are there, others are not.
+    pub async fn restore(&self, journal: &Journal) {
+        for forward in self.all() {
+            let here = journal.get(&forward.vm).is_some_and(|record| record.ownership == Ownership::Owner);
+            if here {
+                self.undo(forward.session).await;
+            } else if let Err(e) = forward.make().await {
+                tracing::error!(vm = %forward.vm, error = chain(&e), "what comes for it is not forwarded");
+            }
+        }
+    }
+
+    /// They go from the record when nothing is left of them.
+    fn forget(&self, which: impl Fn(&Forward) -> bool) {
+        let mut known = self.known();
+        let before = known.len();
+        known.retain(|forward| !which(forward));
+        if known.len() != before
+            && let Err(e) = self.write(&known)
+        {
+            tracing::error!(file = %self.file.display(), error = %e, "what is forwarded cannot be put on record");
+        }
+    }
+
+    fn write(&self, known: &Vec<Forward>) -> std::io::Result<()> {
+        state_file::write(&self.file, known)
+    }
+
+    fn known(&self) -> MutexGuard<'_, Vec<Forward>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Ends the forwarding of a machine. At the host that it has left: the one that has it is told, and takes it into its own network; what
+/// comes for it here gets there no more. At the host that has it: the same, and the one that it has left is not told.
+///
+/// With `force` this host does its part whatever the other says.
+///
+/// # Errors
+/// Why not; everything is as it was then.
+pub async fn release(host: &Host, vm: &VmName, force: bool) -> Result<Option<Record>, Finding> {
+    match host.journal.get(vm) {
+        Some(record) if !record.made.forwarded.is_empty() && record.ownership == Ownership::Owner => {
+            forwarded::release(host, record, force).await.map(Some)
+        }
+        Some(Record { ownership: Ownership::HandedOver { to, .. }, .. }) => Err(Finding::new(
+            "uncertain",
+            format!("nobody knows yet whether {vm} runs on {to}"),
+            "wait until that is settled, or settle it with `vmirror resolve`",
+        )),
+        None if host.forwards.of(vm).is_some() => release_there(host, vm, force).await.map(|()| None),
+        _ => Err(Finding::new(
+            kind::NOT_FORWARDED,
+            format!("nothing that comes for {vm} is forwarded from here or to here"),
+            "`vmirror list` shows what is",
+        )),
+    }
+}
+
+async fn release_there(host: &Host, vm: &VmName, force: bool) -> Result<(), Finding> {
+    for forward in host.forwards.all().into_iter().filter(|forward| forward.vm == *vm) {
+        match unforward(host, &forward).await {
+            Ok(()) => {}
+            Err(finding) if force => {
+                tracing::warn!(vm = %vm, to = forward.to, why = finding.message, "released here only");
+            }
+            Err(finding) => return Err(finding),
+        }
+    }
+    host.forwards.end(vm).await;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_forwarded_is_known_again_after_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let forwards = Forwards::open(directory.path());
+        let vm: VmName = "web1".parse().unwrap();
+        let forward = Forward {
+            vm: vm.clone(),
+            session: Uuid::from_u128(7),
+            to: "host-b".to_owned(),
+            address: "10.9.0.3:7600".to_owned(),
+            since: SystemTime::now(),
+            memory: 1 << 30,
+            tunnels: vec![Tunnel {
+                identifier: 77,
+                local: "10.9.0.2".parse().unwrap(),
+                remote: "10.9.0.3".parse().unwrap(),
+                port: PORT,
+                bridge: "br0".to_owned(),
+                mtu: 1500,
+            }],
+            ports: vec![Some(Port::default())],
+            chained: Vec::new(),
+        };
+        {
+            let mut known = forwards.known();
+            known.push(forward.clone());
+            forwards.write(&known).unwrap();
+        }
+        let again = Forwards::open(directory.path());
+        assert_eq!(again.of(&vm), Some(forward.clone()));
+        assert!(again.has(forward.session) && !again.has(Uuid::from_u128(8)));
+        assert_eq!(forward.interfaces(), ["vmf00004d"]);
+        again.forget(|forward| forward.vm == vm);
+        assert_eq!(Forwards::open(directory.path()).all(), []);
+    }
+}
