@@ -35,6 +35,9 @@ pub struct Cell {
     /// Its disk, which moves with it; none where only memory does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<Disk>,
+    /// Whether frames that come for the guest while it moves are carried after it, as they are wherever they can be.
+    #[serde(skip_serializing_if = "is_true")]
+    pub frames: bool,
     /// What lies between the hosts.
     pub link: Link,
     /// `--on-diverge` of vmirror.
@@ -135,6 +138,7 @@ impl Cell {
             dirtying: Dirtying::Idle,
             order: Order::Random,
             disk: None,
+            frames: true,
             link: Link::Unshaped,
             on_diverge: "throttle",
             downtime_ms: (50, 1000),
@@ -168,6 +172,8 @@ impl Cell {
             Self { memory_mib: 4096, ..Self::idle("idle-4g") },
             Self { content: Filling::Text, ..Self::idle("idle-text") },
             Self { content: Filling::MostlyZero, ..Self::idle("idle-zero") }.quick(),
+            // What carrying frames adds to a guest's downtime is told beside the same guest without.
+            Self { content: Filling::MostlyZero, frames: false, ..Self::idle("idle-zero-no-frames") },
             // Bytes count where the link limits: on one that does not, nothing is compressed that would take longer so.
             Self { content: Filling::Userland, link: Link::Mbit(1000), ..Self::idle("idle-debian") }.quick(),
             Self { content: Filling::Userland, ..Self::idle("idle-debian-unshaped") },
@@ -298,8 +304,14 @@ impl Cell {
             Link::Mbit(mbit) => format!("{mbit} Mbit/s"),
         };
         let disk = self.disk.map_or_else(String::new, |disk| format!("{}, ", disk.describe()));
-        format!("{memory}, {content}, {disk}{dirtying}, {link}")
+        let frames = if self.frames { "" } else { ", frames that come meanwhile are lost" };
+        format!("{memory}, {content}, {disk}{dirtying}, {link}{frames}")
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_true(value: &bool) -> bool {
+    *value
 }
 
 impl Disk {

@@ -1,7 +1,8 @@
 //! The goals, held against what was measured. Every goal is judged by medians, and a ratio only within one cell, whose
-//! contenders took turns. Goals about disks are in `goals/disks.rs`. None is reached where vmirror has not made all the runs it was to make, each to its end.
+//! contenders took turns. Goals about disks are in `goals/disks.rs`, about the network in `goals/network.rs`. None is reached where vmirror has not made all the runs it was to make, each to its end.
 
 mod disks;
+mod network;
 
 pub(crate) use disks::pause_of_disks;
 
@@ -49,6 +50,7 @@ pub fn of(cells: &[CellRecord], engine: Option<&Engine>) -> Vec<Goal> {
         overhead(cells),
     ];
     goals.extend(disks::of(cells));
+    goals.extend(network::of(cells));
     goals
 }
 

@@ -248,7 +248,11 @@ impl<'a> Scene<'a> {
     ) -> Result<Self, BenchError> {
         let bed = Testbed::with(&Programs::find())?;
         for host in bed.hosts() {
-            host.start_agent_with(&AgentOptions { local: cell.disk.is_some(), ..AgentOptions::default() })?;
+            host.start_agent_with(&AgentOptions {
+                local: cell.disk.is_some(),
+                without_bpf: !cell.frames,
+                ..AgentOptions::default()
+            })?;
             host.add_tap(TWIN)?;
             if let Link::Mbit(mbit) = cell.link {
                 bed.set_rate(host, Wire::Link, mbit * 1_000_000)?;

@@ -4,12 +4,14 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use crate::TestbedError;
 use crate::client::Client;
 use crate::host::{Host, Place};
 use crate::name;
 use crate::namespace::Namespace;
+use crate::places::Places;
 use crate::programs::Programs;
 use crate::sweep::sweep;
 use crate::wire::{self, Wire};
@@ -226,6 +228,19 @@ impl Testbed {
         let network = self.network.as_ref().ok_or(TestbedError::NotRoot)?;
         let port = wire::port_of(&network.switch, mac)?;
         Ok(self.hosts.iter().find(|host| port.as_deref() == Some(&*Wire::Uplink.port(host.letter()))))
+    }
+
+    /// Watches what the switch learns about where stations are.
+    ///
+    /// # Errors
+    /// [`TestbedError::NotRoot`] in a rootless testbed, or where there is no `bridge`.
+    pub fn watch_places(&self) -> Result<Places, TestbedError> {
+        Places::watch(&self.network.as_ref().ok_or(TestbedError::NotRoot)?.switch)
+    }
+
+    /// When the switch last learned that a station is behind a host's port.
+    pub fn learned(&self, places: &Places, mac: &str, host: &Host) -> Option<SystemTime> {
+        places.when(mac, &Wire::Uplink.port(host.letter()))
     }
 
     fn ends<'a>(&'a self, host: &'a Host) -> Result<(&'a Namespace, &'a Namespace), TestbedError> {

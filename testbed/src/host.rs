@@ -62,6 +62,8 @@ pub(crate) enum Place {
 pub struct AgentOptions {
     /// As if the kernel had neither PAGEMAP_SCAN nor userfaultfd: see [`old_kernel`].
     pub old_kernel: bool,
+    /// As without `CAP_BPF`: nothing diverts frames that come for a guest while it moves.
+    pub without_bpf: bool,
     /// More environment variables.
     pub environment: Vec<(String, String)>,
     /// Directories in whose place the agent, and what it starts, see empty ones of their own, as on a host that does not share
@@ -369,6 +371,9 @@ impl Host {
         command.envs(options.environment.iter().map(|(name, value)| (name, value)));
         if options.old_kernel {
             old_kernel::apply(&mut command)?;
+        }
+        if options.without_bpf {
+            old_kernel::without_bpf(&mut command)?;
         }
         let failed = |source| TestbedError::Start { program: program.display().to_string(), source };
         let child = command.spawn().map_err(failed)?;

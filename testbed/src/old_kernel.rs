@@ -1,7 +1,7 @@
-//! Runs programs as on a kernel that lacks what dirty tracking needs: for tests of the message that says so.
+//! Runs programs as on a kernel that lacks what dirty tracking needs, or what diverts frames: for tests of what is said and done then.
 //!
 //! A system call filter makes `ioctl(PAGEMAP_SCAN)` (Linux 6.7) fail with ENOTTY, and `userfaultfd` with ENOSYS, as they do where the
-//! kernel has none. Children inherit it.
+//! kernel has none; another one makes `bpf` fail with EPERM, as it does without `CAP_BPF`. Children inherit it.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,7 +23,18 @@ pub const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
 /// # Errors
 /// Where the filter cannot be built for this machine.
 pub fn apply(command: &mut Command) -> Result<(), BackendError> {
-    let filters = filters()?;
+    install_in(command, filters()?)
+}
+
+/// Puts the command, once started, where no BPF program can be loaded.
+///
+/// # Errors
+/// As [`apply`].
+pub fn without_bpf(command: &mut Command) -> Result<(), BackendError> {
+    install_in(command, [filter((libc::SYS_bpf, Vec::new()), libc::EPERM)?])
+}
+
+fn install_in<const N: usize>(command: &mut Command, filters: [BpfProgram; N]) -> Result<(), BackendError> {
     let install = move || {
         for filter in &filters {
             seccompiler::apply_filter(filter).map_err(io::Error::other)?;

@@ -63,6 +63,23 @@ impl Pair {
         (migration, destination)
     }
 
+    /// A migration that was handed over, with a destination that owns the machine and whose QEMU, which is stopped, has not resumed it
+    /// yet. It goes on when the second value is dropped.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    #[must_use]
+    #[track_caller]
+    pub fn resuming(&self, vm: &str) -> (UnderWay<'_>, Paused) {
+        let before = said(self.b(), READY);
+        let (migration, source) = self.ready(vm);
+        until("the destination has said so", || said(self.b(), READY) > before);
+        let qemu = fault::pause(self.qemu(self.b()).unwrap());
+        drop(source);
+        until("the destination owns it", || journal(self.b(), vm).contains("\"resuming\":true"));
+        (migration, qemu)
+    }
+
     /// A copy that is complete waits for the source's word, which may come by itself or may have to come from a person. `held` is
     /// what host B has when it is gone.
     ///

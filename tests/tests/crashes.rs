@@ -321,6 +321,43 @@ fn a_destination_agent_that_is_killed_when_ready_is_asked_again_when_it_is_back(
 }
 
 #[test]
+fn a_destination_agent_that_is_killed_while_it_resumes_the_guest_finds_it_and_turns_the_network() {
+    let Some((scene, nic)) = reachable("a destination agent that is killed while it resumes the guest")
+    else {
+        return;
+    };
+    let client = scene.pair.client().unwrap();
+    assert!(client.status(nic.address).is_ok());
+    let (migration, qemu) = scene.pair.resuming("vm");
+    scene.b().kill_agent().unwrap();
+    // Somebody has told the client something else of the guest, and only the guest's own word puts that right.
+    let forget = [
+        "neighbour",
+        "replace",
+        &nic.address.to_string(),
+        "lladdr",
+        "02:00:00:00:00:01",
+        "dev",
+        "uplink",
+        "nud",
+        "stale",
+    ];
+    assert!(client.command("ip").args(forget).status().unwrap().success());
+    drop(qemu);
+    scene.b().start_agent().unwrap();
+    let _ = migration.ended();
+    until("the client knows where the guest is", || {
+        let known =
+            client.command("ip").args(["neighbour", "show", &nic.address.to_string()]).output().unwrap();
+        String::from_utf8_lossy(&known.stdout).contains(&nic.mac)
+    });
+    let behind = scene.pair.testbed().behind(&nic.mac).unwrap();
+    assert_eq!(behind.map(Host::name), Some("host-b"));
+    scene.a().remove_tap("tap0").unwrap();
+    scene.has_moved();
+}
+
+#[test]
 fn a_source_agent_that_is_killed_after_the_hand_over_does_not_run_the_guest_again() {
     let scene = Scene::new();
     let (migration, destination) = scene.pair.handed_over("vm");

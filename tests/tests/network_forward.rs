@@ -118,6 +118,39 @@ fn connections_survive_a_move_to_another_subnet_and_back() {
 }
 
 #[test]
+fn a_guest_that_moves_on_takes_its_network_along() {
+    let Some((pair, guest, nic)) = scene() else { return };
+    let (a, b) = (pair.a(), pair.b());
+    let before = guest.status();
+    allow(a);
+    allow(b);
+    let client = pair.client().unwrap();
+    let heartbeats = client.heartbeats(nic.address, 1000).unwrap();
+    let goes_on = || {
+        let received = heartbeats.report().received;
+        until("frames come back", || heartbeats.report().received > received + 500);
+    };
+    let _ = pair.migrate("vm", a, b, &["--forward"]);
+    a.remove_tap(TAP).unwrap();
+    goes_on();
+    // A third network would be another host's; this way it goes through both tunnels as well.
+    let _ = pair.migrate("vm", b, a, &["--forward"]);
+    goes_on();
+    assert_eq!((tunnels(a).len(), tunnels(b).len()), (3, 3));
+    assert_eq!((state(a, "vm"), state(b, "vm")), ("running".to_owned(), "forwarded".to_owned()));
+    let _ = vmirror(a, &["release", "vm"]).done();
+    goes_on();
+    assert_eq!((tunnels(a), state(b, "vm")), (vec![], "forwarded".to_owned()));
+    let _ = vmirror(b, &["release", "vm"]).done();
+    assert_eq!(tunnels(b), [""; 0]);
+    goes_on();
+    let frames = heartbeats.stop();
+    eprintln!("{frames:?}");
+    assert_eq!(frames.repeated, 0, "{frames:?}");
+    guest.sound_since(&before);
+}
+
+#[test]
 fn a_guest_that_is_released_is_in_the_network_of_its_new_host() {
     let Some((pair, guest, nic)) = scene() else { return };
     let (a, b) = (pair.a(), pair.b());

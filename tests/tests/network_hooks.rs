@@ -16,11 +16,18 @@ const HOOKS: [&str; 4] = ["network-prepare", "network-up", "network-redirect", "
 
 /// Hooks of a host that write down what they are told, and end like that.
 fn hook(host: &Host, name: &str, code: i32) -> PathBuf {
+    hook_that_takes(host, name, 0, code)
+}
+
+/// The same, so many seconds later.
+fn hook_that_takes(host: &Host, name: &str, seconds: u32, code: i32) -> PathBuf {
     let directory = host.directory().join("hooks");
     fs::create_dir_all(&directory).unwrap();
     let (hook, log) = (directory.join(name), host.directory().join("hooks.log"));
-    let script =
-        format!("#!/bin/sh\ncat >> {0}\necho >> {0}\necho said by {name} >&2\nexit {code}\n", log.display());
+    let script = format!(
+        "#!/bin/sh\ncat >> {0}\necho >> {0}\necho said by {name} >&2\nsleep {seconds}\nexit {code}\n",
+        log.display()
+    );
     fs::write(&hook, script).unwrap();
     fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
     directory
@@ -110,6 +117,18 @@ fn hooks_run_in_their_order_and_stop_what_they_are_to_stop() {
         assert_eq!(interface["bridge"], "br0", "{told}");
     }
     let here = told(a);
+    // One that takes longer than the machine is watched is told of too, and goes on.
+    hook_that_takes(a, "network-redirect", 20, 0);
+    let deadline = |config: &mut toml::Table| {
+        config["hooks"].as_table_mut().unwrap().insert("deadline".to_owned(), "1m".into());
+    };
+    a.stop_agent().unwrap();
+    a.configure(deadline).unwrap();
+    a.start_agent().unwrap();
+    let report = pair.migrate("vm", b, a, &[]);
+    let slow: Vec<&str> = report.network.problems.iter().map(|problem| problem.kind.as_str()).collect();
+    assert_eq!(slow, ["hook-slow"]);
+
     assert_eq!(names(&here), ["network-down"]);
     assert_eq!((&here[0]["side"], &here[0]["peer"]), (&"source".into(), &"host-b".into()));
 }

@@ -40,6 +40,8 @@ pub struct Forward {
     pub since: SystemTime,
     /// Its guest RAM, in bytes.
     pub memory: u64,
+    /// The cards' addresses, where the command line has them: they tell whether a machine of that name is this one.
+    pub(crate) macs: Vec<String>,
     /// One for each tap.
     pub(crate) tunnels: Vec<Tunnel>,
     /// The settings of each as a port of its bridge.
@@ -247,6 +249,7 @@ mod tests {
             address: "10.9.0.3:7600".to_owned(),
             since: SystemTime::now(),
             memory: 1 << 30,
+            macs: vec!["52:54:00:88:00:0a".to_owned()],
             tunnels: vec![Tunnel {
                 identifier: 77,
                 local: "10.9.0.2".parse().unwrap(),

@@ -276,6 +276,17 @@ impl Request {
                 "stop that VM, or adopt this one under another name",
             ));
         }
+        let macs = || self.taps.iter().map(|tap| tap.mac.as_str());
+        if let Some(other) = host.forwards.of(&self.name).filter(|forward| !forward.macs.iter().eq(macs())) {
+            findings.push(Finding::new(
+                "name-forwarded",
+                format!(
+                    "what comes on {} for another VM named {} is forwarded to {}",
+                    host.name, self.name, other.to
+                ),
+                "end that with `vmirror release` there, or adopt this one under another name",
+            ));
+        }
         let binary = self.binary(host);
         if binary.is_none() {
             findings.push(Finding::new(

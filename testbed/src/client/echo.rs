@@ -34,7 +34,7 @@ pub struct EchoReport {
     pub mismatches: u64,
     /// Connections that broke: what each said.
     pub broken: Vec<String>,
-    /// The longest time any block took to come back.
+    /// The longest time any block took to come back, since it was [taken](Echo::take_longest_stall).
     pub longest_stall: Duration,
 }
 
@@ -67,6 +67,11 @@ impl Echo {
     /// What became of them up to now.
     pub fn report(&self) -> EchoReport {
         lock(&self.report).clone()
+    }
+
+    /// The longest time any block took since this was last asked.
+    pub fn take_longest_stall(&self) -> Duration {
+        std::mem::take(&mut lock(&self.report).longest_stall)
     }
 
     /// Lets every connection finish its block, closes it, and reports.

@@ -115,6 +115,7 @@ pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Res
     }
     tracing::info!(vm = %record.name, "it is in the network of this host now");
     network::announce(host, &record).await;
+    network::is_home(host, &record).await;
     Ok(record)
 }
 

@@ -1,6 +1,7 @@
 //! The network at the destination: what was on its way to the guest reaches it here, and the network is told where the guest is now.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use link::{AbortHandle, DataReceiver};
@@ -11,10 +12,11 @@ use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
 use mirror::network::tap::{OwnTap, QemuQueue};
 use qemu::{NicKind, Qmp, Spec};
+use tokio::task::JoinHandle;
 
 use super::{End, failed};
 use crate::conntrack::{self, Flow};
-use crate::failure::chain;
+use crate::failure::{Finding, chain};
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::vm::{Record, VmName};
@@ -125,7 +127,7 @@ struct Interface {
     /// What else is sent to it can be held back.
     own: Option<(OwnTap, Diversion)>,
     /// Away from it.
-    queue: Option<QemuQueue>,
+    queues: Vec<QemuQueue>,
 }
 
 impl Interfaces {
@@ -150,7 +152,7 @@ impl Interfaces {
                 ifname,
                 socket: socket.ok(),
                 own,
-                queue: queues.unwrap_or_default().into_iter().next(),
+                queues: queues.unwrap_or_default(),
             });
         }
         Interfaces { each, held_back: false }
@@ -167,6 +169,13 @@ impl Interfaces {
                 tracing::warn!(error = %e, "frames may overtake those that were on their way");
             }
         }
+        // Of an interface that was there before: what came to it then was not for a guest here.
+        for interface in &self.each {
+            let stale = interface.queues.iter().map(|queue| queue.drain().len()).sum::<usize>();
+            if stale > 0 {
+                tracing::debug!(tap = interface.ifname, stale, "frames of before the VM came are dropped");
+            }
+        }
     }
 
     /// They are up: the guest gets what has come and what comes, and the network is told, now and again a few times.
@@ -180,7 +189,8 @@ impl Interfaces {
                 diversions.push(diversion);
             }
             let known = neighbours.iter().find(|known| known.netdev == interface.netdev);
-            let Some((queue, (mac, addresses))) = interface.queue.zip(known.and_then(decode)) else {
+            let queue = interface.queues.into_iter().next();
+            let Some((queue, (mac, addresses))) = queue.zip(known.and_then(decode)) else {
                 continue;
             };
             told.push((interface.ifname, queue, announce::frames(mac, &addresses)));
@@ -224,10 +234,18 @@ pub(crate) fn turn(host: &Host, record: &Record, qmp: &Qmp) {
             tracing::debug!(vm = %record.name, error = chain(&e), "QEMU did not announce its place");
         }
         is_home(&host, &record).await;
-        if let Err(finding) = occasion::run(&host, Hook::Redirect, &record, false).await {
-            tracing::error!(vm = %record.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
-        }
+        let _ = redirect(Arc::new(host), record).await;
     });
+}
+
+/// Has the operator's hook turn the network, whether or not anybody waits for it.
+pub(super) fn redirect(host: Arc<Host>, record: Record) -> JoinHandle<Result<(), Finding>> {
+    tokio::spawn(async move {
+        let run = occasion::run(&host, Hook::Redirect, &record, false).await;
+        run.inspect_err(|finding| {
+            tracing::error!(vm = %record.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
+        })
+    })
 }
 
 /// What came for it here when it was elsewhere is its own again.

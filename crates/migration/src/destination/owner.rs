@@ -10,13 +10,16 @@ use uuid::Uuid;
 
 use super::network::{self, Interfaces, Known};
 use super::{End, FIRST_WORD, Source, failed, no_copy, qemu_gone};
-use crate::failure::chain;
+use crate::failure::{Finding, chain};
 use crate::health;
 use crate::hooks::Hook;
+use crate::host::Host;
 use crate::lifecycle;
 use crate::occasion;
 use crate::vm::{Ownership, Record, Vm};
 use crate::wire::{self, Reply, Request as Asked, ToDestination};
+/// How long after the watch over a machine's health the hook that turns the network is waited for, before the source is told.
+const REDIRECT: Duration = Duration::from_secs(8);
 /// How long a QEMU that was killed may take to be gone.
 const KILL: Duration = Duration::from_secs(5);
 
@@ -141,7 +144,7 @@ impl Source {
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
         }
-        let redirect = occasion::run(&host, Hook::Redirect, &owned, false);
+        let redirect = network::redirect(Arc::clone(&host), owned.clone());
         let watch = async {
             if let Some(session) = ready.arrived_by {
                 if let Some(tail) = self.host.post_copies.get(session) {
@@ -151,13 +154,12 @@ impl Source {
             }
             Ok::<_, End>(health::watch(&qmp, process.as_ref()).await)
         };
-        let (redirected, health) = tokio::join!(redirect, watch);
-        if let Err(finding) = &redirected {
-            tracing::error!(vm = %ready.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
-        }
-        let told = match health {
+        let told = match watch.await {
             Ok(health) => {
-                let problems = redirected.err().into_iter().map(Into::into).collect();
+                let redirected = timeout(REDIRECT, redirect).await;
+                let problem =
+                    redirected.map_or_else(|_| Some(still_redirecting(&host)), |ended| ended.ok()?.err());
+                let problems = problem.into_iter().map(Into::into).collect();
                 self.reply(Reply::Health(wire::Health { problems, ..health })).await
             }
             Err(end) => Err(end),
@@ -270,4 +272,12 @@ impl Source {
         let from_peer = record.arrived_from.as_ref() == Some(&self.peer.name);
         (record.arrived_by == Some(session) && from_peer).then_some((record, session))
     }
+}
+
+fn still_redirecting(host: &Host) -> Finding {
+    Finding::new(
+        "hook-slow",
+        format!("hook network-redirect on {} has not ended yet", host.name),
+        "see the log of that agent for how it ends",
+    )
 }

@@ -408,13 +408,9 @@ impl Controller {
             &self.options,
             streams,
             paused,
+            &firewall,
         )
         .await;
-        if prepared.is_ok()
-            && let Some(network) = &mut self.held.network
-        {
-            network.look_again(&firewall).await;
-        }
         match prepared {
             Ok(prepared) => {
                 self.report.verification.gate = Verdict::Match;

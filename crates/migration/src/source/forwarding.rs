@@ -46,6 +46,7 @@ pub(super) async fn begin(
         address: destination.address().to_owned(),
         since: SystemTime::now(),
         memory: vm.record.memory,
+        macs: taps.iter().map(|tap| tap.mac.clone()).collect(),
         tunnels,
         ports: taps.iter().map(|tap| tap.port.as_ref().and_then(Port::decode)).collect(),
         chained: chained.flat_map(|tap| [tap.tunnel.clone(), tap.bridge.clone()]).collect(),

@@ -20,6 +20,7 @@ use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
 use crate::failure::{Finding, kind};
+use crate::host::Firewall;
 use crate::options::{Options, Verify};
 use crate::report::Pause;
 use crate::wire::{Nothing, Reply, Request};
@@ -60,6 +61,7 @@ pub(super) async fn prepare(
     options: &Options,
     streams: Option<Streams>,
     paused_for_good: impl FnOnce(),
+    firewall: &Firewall,
 ) -> Result<Prepared, Stop> {
     let mut events = qmp.events();
     // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
@@ -82,7 +84,7 @@ pub(super) async fn prepare(
     }
     let asked = Instant::now();
     qmp.migrate(&uri).await.map_err(Stop::qemu)?;
-    if let Some(network) = network {
+    if let Some(network) = &mut *network {
         // QEMU pauses the guest once it is rid of what it sends first, which is more than the socket takes: not before that is read.
         let mut events = qmp.events();
         let begun = async {
@@ -97,14 +99,19 @@ pub(super) async fn prepare(
     let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination.sender())));
     let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| never_paused())??;
     paused_for_good();
-    if let Some(network) = network {
+    if let Some(network) = &mut *network {
         network.is_paused();
     }
     let limit = options.max_downtime + PATIENCE;
     let pausing = Pausing { qmp, events, paused_at, options, disks };
-    let work = pausing.finish(rounds, destination, &mut pump, streams);
-    let (pause, device_state_bytes, supplying) =
-        timeout(limit, work).await.map_err(|_| too_long(limit))??;
+    let work = timeout(limit, pausing.finish(rounds, destination, &mut pump, streams));
+    let look = async {
+        if let Some(network) = network {
+            network.look_again(firewall).await;
+        }
+    };
+    let (worked, ()) = tokio::join!(work, look);
+    let (pause, device_state_bytes, supplying) = worked.map_err(|_| too_long(limit))??;
     Ok(Prepared { paused_at, pause, device_state_bytes, supplying, _device: Some(pump) })
 }
 

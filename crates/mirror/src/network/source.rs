@@ -51,6 +51,8 @@ struct State {
     outgoing: VecDeque<Frame>,
     forwarded: u64,
     dropped: u64,
+    /// Kept frames that the link did not take: lost if the guest goes, and its own if it stays.
+    stranded: u64,
     /// When the last frame came that was for this guest alone.
     last: Instant,
     ended: bool,
@@ -88,6 +90,7 @@ impl NetworkSource {
             outgoing: VecDeque::new(),
             forwarded: 0,
             dropped: 0,
+            stranded: 0,
             last: Instant::now(),
             ended: false,
         };
@@ -123,6 +126,7 @@ impl NetworkSource {
         let mut state = self.shared.lock();
         state.to = To::There;
         state.kept.clear();
+        state.dropped += std::mem::take(&mut state.stranded);
     }
 
     /// The guest has stayed: it gets by these sockets, one for each interface, what was kept from it, and what comes until it is
@@ -268,8 +272,9 @@ impl Shared {
         }
         // Whoever waits for the destination finds out why.
         *stream = None;
-        if matches!(state.to, To::There) {
-            state.dropped += frames;
+        match state.to {
+            To::There => state.dropped += frames,
+            _ => state.stranded += frames,
         }
         true
     }

@@ -98,7 +98,8 @@ impl QemuQueue {
     }
 
     /// Takes all that is in it, each frame from a virtio header on. Only of a QEMU that takes nothing any more.
-    pub(super) fn drain(&self) -> Vec<Vec<u8>> {
+    #[must_use]
+    pub fn drain(&self) -> Vec<Vec<u8>> {
         let mut buffer = vec![0; LONGEST + self.header];
         let mut frames = Vec::new();
         while !self.is_empty() {
