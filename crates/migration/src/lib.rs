@@ -19,6 +19,7 @@ mod disks;
 mod drives;
 pub mod failure;
 mod firewall;
+mod handed_in;
 mod health;
 pub mod hooks;
 pub mod host;
@@ -45,6 +46,7 @@ pub mod wire;
 
 pub use destination::{DataConnections, PostCopies};
 pub use failure::{Failure, Finding, Stage};
+pub use handed_in::HandedIn;
 pub use hooks::{Hook, HookError, HookInterface, Hooks};
 pub use host::{Allow, Firewall, Host, SwitchCost};
 pub use journal::{Journal, JournalError};

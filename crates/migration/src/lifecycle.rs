@@ -10,6 +10,7 @@ use qemu::{Presence, Process, Qmp, QmpError, Spec};
 use crate::disks;
 use crate::failure::chain;
 use crate::firewall;
+use crate::handed_in;
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::journal::JournalError;
@@ -209,6 +210,7 @@ pub async fn run(
         argv: spec.to_argv(),
         qmp_socket,
         memory,
+        handed_in: Vec::new(),
         made: Made { files, ..Made::default() },
     };
     host.journal.claim(record.clone())?;
@@ -228,7 +230,7 @@ pub async fn run(
     match launched.await {
         Ok(qmp) => {
             has_its_disks(host, &spec);
-            host.neighbourhood.listen(&record.name, &spec);
+            host.neighbourhood.listen(&record, &spec);
             Ok(Vm { record, spec, qmp })
         }
         Err(e) => {
@@ -263,6 +265,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     if let Some(other) = host.journal.all().into_iter().find(same) {
         return Err(RunError::AlreadyHere { pid: adopted.vm.process.pid, name: other.name });
     }
+    let handed_in = handed_in::to(&adopted.vm.process, &adopted.vm.spec);
     let record = Record {
         name,
         generation: 0,
@@ -280,11 +283,12 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         argv: adopted.vm.spec.to_argv(),
         qmp_socket: adopted.vm.qmp_socket,
         memory: adopted.vm.spec.memory()?,
+        handed_in,
         made: Made::default(),
     };
     host.journal.claim(record.clone())?;
     has_its_disks(host, &adopted.vm.spec);
-    host.neighbourhood.listen(&record.name, &adopted.vm.spec);
+    host.neighbourhood.listen(&record, &adopted.vm.spec);
     Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
 }
 
@@ -342,7 +346,7 @@ pub async fn recover(host: &Host, record: Record) -> Recovered {
         Presence::Silent(e) => Recovered::Silent(record, chain(&e)),
         Presence::Alive => match reconnect(host, record.clone()).await {
             Ok(vm) => {
-                host.neighbourhood.listen(&vm.record.name, &vm.spec);
+                host.neighbourhood.listen(&vm.record, &vm.spec);
                 Recovered::Running(Box::new(vm))
             }
             Err(e) => Recovered::Silent(record, chain(&e)),
@@ -352,6 +356,10 @@ pub async fn recover(host: &Host, record: Record) -> Recovered {
 
 async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     let spec = Spec::parse(&record.argv)?;
+    if let Some(process) = record.process.as_ref().filter(|_| record.handed_in.is_empty()) {
+        // Not on record of an agent that did not look for them.
+        record.handed_in = handed_in::to(process, &spec);
+    }
     let qmp = Qmp::connect(&record.qmp_socket).await?;
     if let Some(tail) = record.arrived_by.and_then(|session| host.post_copies.get(session)) {
         tail.monitor(qmp.clone());
@@ -385,7 +393,7 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     if outgoing.is_some() {
         crate::source::reset_capabilities(&qmp).await;
     }
-    if record.resuming || record.pauses {
+    if record.resuming || record.pauses || !record.handed_in.is_empty() {
         (record.resuming, record.pauses) = (false, false);
         host.journal.update(&record)?;
     }

@@ -83,7 +83,7 @@ impl Machine {
         findings.extend(plugged.differs_from(&vm.spec));
         findings.extend(too_old("the source", &qemu_version));
         let qemu_version = qemu_version.to_string();
-        let (taps, more) = taps(&vm.spec).await;
+        let (taps, more) = taps(vm).await;
         findings.extend(more);
         let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
@@ -188,8 +188,9 @@ pub(crate) fn unmovable(spec: &Spec, accept_disconnect: bool) -> Vec<Finding> {
     findings
 }
 
-async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
-    let nics: Vec<_> = spec
+async fn taps(vm: &Vm) -> (Vec<wire::Tap>, Vec<Finding>) {
+    let nics: Vec<_> = vm
+        .spec
         .nics()
         .into_iter()
         .filter(|nic| matches!(nic.kind, NicKind::Tap { .. } | NicKind::Bridge { .. }))
@@ -206,7 +207,7 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
     };
     let (mut taps, mut findings) = (Vec::new(), Vec::new());
     for nic in nics {
-        let NicKind::Tap { ifname: Some(ifname), .. } = &nic.kind else {
+        let Some(ifname) = vm.record.interface(&nic) else {
             findings.push(Finding::new(
                 "tap-name",
                 format!("network {} does not name its tap interface", nic.netdev),
@@ -214,10 +215,10 @@ async fn taps(spec: &Spec) -> (Vec<wire::Tap>, Vec<Finding>) {
             ));
             continue;
         };
-        match interfaces.describe(ifname).await {
+        match interfaces.describe(&ifname).await {
             Ok(Some(tap)) => {
                 let port = match &tap.bridge {
-                    Some(bridge) => interfaces.port(ifname, bridge).await.map(Some),
+                    Some(bridge) => interfaces.port(&ifname, bridge).await.map(Some),
                     None => Ok(None),
                 };
                 let port = port.unwrap_or_else(|e| {

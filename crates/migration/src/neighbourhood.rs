@@ -7,9 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mirror::network::mac::Mac;
 use mirror::network::snoop::Snoop;
-use qemu::{NicKind, Spec};
+use qemu::Spec;
 
-use crate::vm::VmName;
+use crate::vm::{Record, VmName};
 
 /// The addresses of machines, by name and tap.
 #[derive(Default)]
@@ -23,11 +23,12 @@ impl std::fmt::Debug for Neighbourhood {
 
 impl Neighbourhood {
     /// Listens from now on, if it does not already. Without `CAP_NET_RAW` nothing is heard.
-    pub(crate) fn listen(&self, name: &VmName, spec: &Spec) {
+    pub(crate) fn listen(&self, record: &Record, spec: &Spec) {
+        let name = &record.name;
         let mut machines = self.lock();
         let heard = machines.entry(name.clone()).or_default();
         for nic in spec.nics() {
-            let NicKind::Tap { ifname: Some(tap), .. } = nic.kind else { continue };
+            let Some(tap) = record.interface(&nic) else { continue };
             // Of a card whose address is not on the command line nobody knows which frames are its own.
             let Some(mac) = nic.mac.and_then(|mac| mac.parse::<Mac>().ok()) else { continue };
             if heard.contains_key(&tap) {

@@ -218,6 +218,7 @@ impl Request {
             argv: spec.to_argv(),
             qmp_socket,
             memory: self.memory,
+            handed_in: Vec::new(),
             made: Made { files, ..Made::default() },
         };
         if let Err(e) = host.journal.claim(record.clone()) {

@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use qemu::{Process, Qmp, Spec};
+use qemu::{Nic, NicKind, Process, Qmp, Spec};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::handed_in::HandedIn;
 
 /// The name of a virtual machine: 1 to 48 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
 /// It becomes part of file names, so nothing else is let in.
@@ -237,8 +239,20 @@ pub struct Record {
     pub qmp_socket: PathBuf,
     /// Its guest RAM, in bytes.
     pub memory: u64,
+    /// Interfaces that its QEMU was given by descriptor.
+    #[serde(default)]
+    pub handed_in: Vec<HandedIn>,
     /// What to remove when it leaves.
     pub made: Made,
+}
+
+impl Record {
+    /// The name of the tap interface of one of the machine's network back ends, if it is on one, and that has a name.
+    pub(crate) fn interface(&self, nic: &Nic) -> Option<String> {
+        let NicKind::Tap { ifname, .. } = &nic.kind else { return None };
+        let handed_in = || self.handed_in.iter().find(|handed_in| handed_in.netdev == nic.netdev);
+        ifname.clone().or_else(|| handed_in().map(|handed_in| handed_in.ifname.clone()))
+    }
 }
 
 /// A machine that this host owns, with a live connection to its QEMU.

@@ -10,12 +10,13 @@ use mirror::network::destination::{HeldBack, NetworkDestination, Played};
 use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
 use mirror::network::tap::{OwnTap, QemuQueue};
-use qemu::{NicKind, Spec};
+use qemu::Spec;
 
 use super::{End, failed};
 use crate::conntrack::{self, Flow};
 use crate::failure::chain;
 use crate::host::Host;
+use crate::vm::Record;
 use crate::{tap, wire};
 
 /// A source that still has something after that long has it for ever.
@@ -126,11 +127,12 @@ struct Interface {
 
 impl Interfaces {
     /// Gets hold of them: nothing has to be looked for once they are needed.
-    pub(super) async fn of(spec: &Spec, pid: Option<u32>) -> Interfaces {
+    pub(super) async fn of(record: &Record, spec: &Spec) -> Interfaces {
+        let pid = record.process.as_ref().map(|process| process.pid);
         let kernel = tap::Interfaces::open().ok();
         let mut each = Vec::new();
         for nic in spec.nics() {
-            let NicKind::Tap { ifname: Some(ifname), .. } = nic.kind else { continue };
+            let Some(ifname) = record.interface(&nic) else { continue };
             let socket = towards_guest(&ifname);
             let socket = socket
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "what was on its way is lost"));

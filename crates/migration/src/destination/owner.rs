@@ -136,7 +136,7 @@ impl Source {
         let process = record.process.clone();
         let has_network = !spec.nics().is_empty();
         let owned = record.clone();
-        host.neighbourhood.listen(&record.name, &spec);
+        host.neighbourhood.listen(&record, &spec);
         arrived(Vm { record, spec, qmp: qmp.clone() });
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");

@@ -114,10 +114,8 @@ impl QemuQueue {
     }
 
     fn take(pid: u32, number: i32) -> io::Result<QemuQueue> {
-        let process = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
-        let process = pidfd_open(process, PidfdFlags::empty())?;
-        let file = File::from(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?);
-        let header = if ioctl::has_header(&file)? { ioctl::header_length(&file)? } else { 0 };
+        let file = descriptor_of(pid, number)?;
+        let header = if ioctl::interface(&file)?.has_header() { ioctl::header_length(&file)? } else { 0 };
         Ok(QemuQueue { file, header })
     }
 
@@ -130,6 +128,20 @@ impl QemuQueue {
         let whole = [&vec![0; self.header][..], frame].concat();
         (&self.file).write(&whole).map(drop)
     }
+}
+
+/// The name of the interface that a descriptor of a process is a queue of.
+///
+/// # Errors
+/// EBADF where the process has no such descriptor, ENOTTY where it is of something else, EPERM where the process cannot be looked into.
+pub fn interface_behind(pid: u32, number: i32) -> io::Result<String> {
+    Ok(ioctl::interface(&descriptor_of(pid, number)?)?.name())
+}
+
+fn descriptor_of(pid: u32, number: i32) -> io::Result<File> {
+    let process = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    Ok(File::from(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?))
 }
 
 /// The requests of `/dev/net/tun` (linux/if_tun.h), which have no netlink form.
@@ -156,6 +168,10 @@ mod ioctl {
             let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(self.name.len());
             String::from_utf8_lossy(&self.name[..end]).into_owned()
         }
+
+        pub(super) fn has_header(&self) -> bool {
+            self.flags & libc::IFF_VNET_HDR as u16 != 0
+        }
     }
 
     pub(super) fn set_interface(file: &File, request: &mut Request) -> io::Result<()> {
@@ -163,11 +179,11 @@ mod ioctl {
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, std::ptr::from_mut(request)) })
     }
 
-    pub(super) fn has_header(file: &File) -> io::Result<bool> {
+    pub(super) fn interface(file: &File) -> io::Result<Request> {
         let mut request = Request::new("", 0);
         // SAFETY: TUNGETIFF writes one `struct ifreq`, which the request is laid out as and outlives the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
-        Ok(request.flags & libc::IFF_VNET_HDR as u16 != 0)
+        Ok(request)
     }
 
     pub(super) fn header_length(file: &File) -> io::Result<usize> {
@@ -179,5 +195,25 @@ mod ioctl {
 
     fn check(result: libc::c_int) -> io::Result<()> {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_is_found_behind_a_descriptor() {
+        let this = std::process::id();
+        let null = File::open("/dev/null").unwrap();
+        let of_something_else = interface_behind(this, null.as_raw_fd()).unwrap_err();
+        assert_eq!(of_something_else.raw_os_error(), Some(libc::ENOTTY));
+        assert_eq!(interface_behind(this, 9999).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        let tap = match OwnTap::make() {
+            Ok(tap) => tap,
+            Err(e) => return eprintln!("SKIPPED in part: no tap can be made here: {e}"),
+        };
+        assert_eq!(interface_behind(this, tap.file.as_raw_fd()).unwrap(), tap.name());
+        assert_eq!(QemuQueue::all(this, tap.name()).unwrap().len(), 1);
     }
 }
