@@ -4,6 +4,8 @@ use mirror::network::tap::interface_behind;
 use qemu::{NicKind, Process, Spec};
 use serde::{Deserialize, Serialize};
 
+use crate::tap::{Interfaces, Kind, Tap};
+
 /// An interface that a QEMU was given by descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandedIn {
@@ -11,10 +13,14 @@ pub struct HandedIn {
     pub netdev: String,
     /// Its name.
     pub ifname: String,
+    /// The MAC address that it has while the machine runs here, of a macvtap.
+    #[serde(default)]
+    pub macvtap: Option<String>,
 }
 
 /// Those of a QEMU that runs. One that cannot be found out is left out.
-pub(crate) fn to(process: &Process, spec: &Spec) -> Vec<HandedIn> {
+pub(crate) async fn to(process: &Process, spec: &Spec) -> Vec<HandedIn> {
+    let interfaces = Interfaces::open().ok();
     let mut all = Vec::new();
     for nic in spec.nics() {
         let NicKind::Tap { descriptors, .. } = nic.kind else { continue };
@@ -35,7 +41,16 @@ pub(crate) fn to(process: &Process, spec: &Spec) -> Vec<HandedIn> {
                 }
             }
         }
-        all.extend(found.map(|ifname| HandedIn { netdev: nic.netdev, ifname }));
+        let Some(ifname) = found else { continue };
+        let described = match &interfaces {
+            Some(interfaces) => interfaces.describe(&ifname).await,
+            None => Ok(None),
+        };
+        let macvtap = match described {
+            Ok(Some(Tap { kind: Kind::Macvtap(macvtap), .. })) => Some(macvtap.mac.to_string()),
+            _ => None,
+        };
+        all.push(HandedIn { netdev: nic.netdev, ifname, macvtap });
     }
     all
 }

@@ -4,13 +4,14 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mirror::network::mac::Mac;
 use qemu::spec::Mirrorable;
 use qemu::{Presence, Process, Qmp, QmpError, Spec};
 
 use crate::disks;
 use crate::failure::chain;
 use crate::firewall;
-use crate::handed_in;
+use crate::handed_in::{self, HandedIn};
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::journal::JournalError;
@@ -19,7 +20,7 @@ use crate::remnants::Left;
 use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
 use crate::source::disks::Uncleared;
-use crate::tap::Interfaces;
+use crate::tap::{Interfaces, TapError};
 use crate::vm::{Made, MadeImage, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
 
 /// An image that takes no more than this, in bytes, has nothing of a disk in it: a new qcow2 image takes 196 KiB.
@@ -220,7 +221,7 @@ pub async fn run(
         for stale in own_ram_files(host, &spec) {
             let _ = std::fs::remove_file(stale);
         }
-        qemu::launch(&spec, &log, |process| {
+        qemu::launch(&spec, &log, Vec::new(), |process| {
             record.process = Some(process.clone());
             Ok(host.journal.update(&record)?)
         })
@@ -265,7 +266,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     if let Some(other) = host.journal.all().into_iter().find(same) {
         return Err(RunError::AlreadyHere { pid: adopted.vm.process.pid, name: other.name });
     }
-    let handed_in = handed_in::to(&adopted.vm.process, &adopted.vm.spec);
+    let handed_in = handed_in::to(&adopted.vm.process, &adopted.vm.spec).await;
     let record = Record {
         name,
         generation: 0,
@@ -358,7 +359,7 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     let spec = Spec::parse(&record.argv)?;
     if let Some(process) = record.process.as_ref().filter(|_| record.handed_in.is_empty()) {
         // Not on record of an agent that did not look for them.
-        record.handed_in = handed_in::to(process, &spec);
+        record.handed_in = handed_in::to(process, &spec).await;
     }
     let qmp = Qmp::connect(&record.qmp_socket).await?;
     if let Some(tail) = record.arrived_by.and_then(|session| host.post_copies.get(session)) {
@@ -403,21 +404,58 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     Ok(Vm { record, spec, qmp })
 }
 
-/// Lets frames through the taps made for a machine.
+/// Lets frames through the taps made for a machine, and through its macvtaps, whoever made them.
 pub(crate) async fn raise_taps(record: &Record) {
-    if record.made.taps.is_empty() {
+    let macvtaps = || macvtaps(record);
+    if record.made.taps.is_empty() && macvtaps().next().is_none() {
         return;
     }
     let raised = async {
         let interfaces = Interfaces::open()?;
-        for tap in &record.made.taps {
+        for (macvtap, mac) in macvtaps() {
+            interfaces.raise_macvtap(macvtap, mac).await?;
+        }
+        for tap in record.made.taps.iter().filter(|tap| macvtaps().all(|(macvtap, _)| macvtap != *tap)) {
             interfaces.raise(tap).await?;
         }
-        Ok::<(), crate::tap::TapError>(())
+        Ok::<(), TapError>(())
     };
     if let Err(e) = raised.await {
         // The machine must run all the same: without network it can be mended, without running it cannot.
         tracing::error!(vm = %record.name, error = chain(&e), "a tap could not be raised");
+    }
+}
+
+/// The macvtaps of a machine, with their addresses.
+fn macvtaps(record: &Record) -> impl Iterator<Item = (&str, Mac)> {
+    let address = |handed_in: &HandedIn| handed_in.macvtap.as_deref()?.parse::<Mac>().ok();
+    record.handed_in.iter().filter_map(move |macvtap| Some((macvtap.ifname.as_str(), address(macvtap)?)))
+}
+
+/// Removes the taps made for a machine. A macvtap that somebody else has made is brought down if the machine has gone: unlike a tap it
+/// would go on taking what is for the machine's address, and keep everything on this host from it.
+async fn remove_taps(record: &Record, goes: bool) {
+    let is_made = |name: &str| record.made.taps.iter().any(|tap| tap == name);
+    let left: Vec<&str> =
+        macvtaps(record).map(|(name, _)| name).filter(|name| goes && !is_made(name)).collect();
+    if record.made.taps.is_empty() && left.is_empty() {
+        return;
+    }
+    let interfaces = match Interfaces::open() {
+        Ok(interfaces) => interfaces,
+        Err(e) => return tracing::error!(error = chain(&e), "taps cannot be removed"),
+    };
+    for tap in &record.made.taps {
+        if let Err(e) = interfaces.remove(tap).await {
+            tracing::error!(error = chain(&e), "a tap cannot be removed");
+        }
+    }
+    for macvtap in left {
+        match interfaces.bring_down(macvtap).await {
+            // Its maker has removed it.
+            Ok(()) | Err(TapError::Missing(_)) => {}
+            Err(e) => tracing::error!(error = chain(&e), "a macvtap cannot be brought down"),
+        }
     }
 }
 
@@ -558,18 +596,7 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
             _ => {}
         }
     }
-    if !record.made.taps.is_empty() {
-        match Interfaces::open() {
-            Ok(interfaces) => {
-                for tap in &record.made.taps {
-                    if let Err(e) = interfaces.remove(tap).await {
-                        tracing::error!(error = chain(&e), "a tap cannot be removed");
-                    }
-                }
-            }
-            Err(e) => tracing::error!(error = chain(&e), "taps cannot be removed"),
-        }
-    }
+    remove_taps(record, goes).await;
     if let Err(e) = host.journal.remove(&record.name) {
         tracing::error!(error = chain(&e), "a record cannot be removed");
     }

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mirror::network::mac::Mac;
-use mirror::network::snoop::Snoop;
+use mirror::network::snoop::{Side, Snoop};
 use qemu::Spec;
 
 use crate::vm::{Record, VmName};
@@ -29,12 +29,13 @@ impl Neighbourhood {
         let heard = machines.entry(name.clone()).or_default();
         for nic in spec.nics() {
             let Some(tap) = record.interface(&nic) else { continue };
+            let side = if record.has_macvtap(&nic) { Side::Own } else { Side::Guest };
             // Of a card whose address is not on the command line nobody knows which frames are its own.
             let Some(mac) = nic.mac.and_then(|mac| mac.parse::<Mac>().ok()) else { continue };
             if heard.contains_key(&tap) {
                 continue;
             }
-            match Snoop::start(&tap, mac) {
+            match Snoop::start(&tap, mac, side) {
                 Ok(snoop) => drop(heard.insert(tap, snoop)),
                 Err(e) => {
                     tracing::debug!(vm = %name, tap, error = %e, "its guest's addresses are not learned")

@@ -250,8 +250,16 @@ impl Record {
     /// The name of the tap interface of one of the machine's network back ends, if it is on one, and that has a name.
     pub(crate) fn interface(&self, nic: &Nic) -> Option<String> {
         let NicKind::Tap { ifname, .. } = &nic.kind else { return None };
-        let handed_in = || self.handed_in.iter().find(|handed_in| handed_in.netdev == nic.netdev);
-        ifname.clone().or_else(|| handed_in().map(|handed_in| handed_in.ifname.clone()))
+        ifname.clone().or_else(|| self.handed_in(nic).map(|handed_in| handed_in.ifname.clone()))
+    }
+
+    /// Whether that is a macvtap.
+    pub(crate) fn has_macvtap(&self, nic: &Nic) -> bool {
+        self.handed_in(nic).is_some_and(|handed_in| handed_in.macvtap.is_some())
+    }
+
+    fn handed_in(&self, nic: &Nic) -> Option<&HandedIn> {
+        self.handed_in.iter().find(|handed_in| handed_in.netdev == nic.netdev)
     }
 }
 

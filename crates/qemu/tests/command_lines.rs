@@ -396,7 +396,7 @@ proptest! {
             let there = qemu::Destination {
                 name: "vm".to_owned(), binary: "/q".into(), machine: "pc-q35-7.2".to_owned(), host: "b".to_owned(),
                 ram_dir: "/mnt".into(), huge_dirs: Vec::new(),
-                qmp_socket: "/run/d".into(), pid_file: None, taps: Vec::new(),
+                qmp_socket: "/run/d".into(), pid_file: None, taps: Vec::new(), macvtaps: Vec::new(),
             };
             let moved = spec.for_destination(&there).unwrap();
             prop_assert_eq!(moved.machine(), Some("pc-q35-7.2"));

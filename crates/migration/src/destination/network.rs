@@ -117,6 +117,8 @@ pub(super) struct Interfaces {
 struct Interface {
     netdev: String,
     ifname: String,
+    /// Nothing can be sent to the guest by it but from the network.
+    macvtap: bool,
     /// Towards the guest.
     socket: Option<PacketSocket>,
     /// What else is sent to it can be held back.
@@ -133,20 +135,22 @@ impl Interfaces {
         let mut each = Vec::new();
         for nic in spec.nics() {
             let Some(ifname) = record.interface(&nic) else { continue };
-            let socket = towards_guest(&ifname);
+            let macvtap = record.has_macvtap(&nic);
+            let socket = (!macvtap).then(|| towards_guest(&ifname)).transpose();
             let socket = socket
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "what was on its way is lost"));
             let queues = pid.map_or(Ok(Vec::new()), |pid| QemuQueue::all(pid, &ifname));
             let queues = queues
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "its guest is not announced"));
             let own = match &kernel {
-                Some(kernel) => prepare(kernel, &ifname).await,
-                None => None,
+                Some(kernel) if !macvtap => prepare(kernel, &ifname).await,
+                _ => None,
             };
             each.push(Interface {
                 netdev: nic.netdev,
                 ifname,
-                socket: socket.ok(),
+                macvtap,
+                socket: socket.ok().flatten(),
                 own,
                 queue: queues.unwrap_or_default().into_iter().next(),
             });
@@ -158,7 +162,11 @@ impl Interfaces {
     pub(super) fn hold_back(&mut self, frames: &Frames) {
         // They are known by their place: where one cannot be held back, none is.
         self.held_back = !frames.is_expected()
-            && self.each.iter().all(|interface| interface.socket.is_some() && interface.own.is_some());
+            && self
+                .each
+                .iter()
+                .filter(|interface| !interface.macvtap)
+                .all(|interface| interface.socket.is_some() && interface.own.is_some());
         for (_, diversion) in self.each.iter().filter(|_| self.held_back).filter_map(|each| each.own.as_ref())
         {
             if let Err(e) = diversion.begin() {

@@ -1,6 +1,6 @@
 //! Taps of a machine that is to come: whether there is a place for them, and made.
 
-use super::Request;
+use super::{Request, macvtaps};
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::tap::port::Port;
@@ -29,6 +29,10 @@ impl Request {
             };
             if tap.ifname.is_empty() || tap.ifname.len() > tap::MAX_NAME {
                 refuse("protocol", format!("{:?} cannot name an interface", tap.ifname), "update the agents");
+                continue;
+            }
+            if let Some(macvtap) = &tap.macvtap {
+                findings.extend(macvtaps::examine(tap, macvtap, host, &interfaces).await);
                 continue;
             }
             if !tap.bridge.is_empty() && !host.allow.bridges.contains(&tap.bridge) {
@@ -113,6 +117,11 @@ impl Request {
             let bridge = (!tap.bridge.is_empty()).then_some(tap.bridge.as_str());
             // Each takes 8 bytes, of every queue.
             let length = Some(tap.queue_length.min(MAX_QUEUE)).filter(|length| *length > 0);
+            if let Some(macvtap) = &tap.macvtap {
+                let made = macvtaps::make(tap, macvtap, length, &interfaces).await;
+                made.map_err(|e| failed(&e))?;
+                continue;
+            }
             let made = interfaces.make(&tap.ifname, bridge, tap.mtu, length, tap.multi_queue).await;
             made.map_err(|e| failed(&e))?;
             if let Some(port) = tap.port.as_ref().and_then(Port::decode).filter(|_| bridge.is_some()) {

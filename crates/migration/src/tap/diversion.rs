@@ -17,11 +17,7 @@ impl Interfaces {
             LinkAttribute::Mtu(mtu) => Some(*mtu),
             _ => None,
         });
-        // This host must have nothing to say on an interface that the guest hears.
-        let silent = std::fs::write(format!("/proc/sys/net/ipv6/conf/{to}/disable_ipv6"), "1");
-        if let Err(e) = silent {
-            tracing::debug!(interface = to, error = %e, "IPv6 is not there to be turned off");
-        }
+        super::silence(to);
         let target = self.index(to).await?;
         let change = LinkUnspec::new_with_index(target)
             .mtu(mtu.unwrap_or(1500))

@@ -3,10 +3,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::major;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::frames::{HEADER, LONGEST};
@@ -74,17 +74,20 @@ impl QemuQueue {
     /// Where the process cannot be looked into.
     pub fn all(pid: u32, interface: &str) -> io::Result<Vec<QemuQueue>> {
         let mut queues = Vec::new();
+        let tap = std::fs::metadata(TUN).map(|tun| tun.rdev()).ok();
+        let macvtap = macvtap_major();
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-            let is_tun = std::fs::read_link(entry.path()).is_ok_and(|link| link == Path::new(TUN));
+            // The file itself, whatever its name was.
+            let Ok(file) = std::fs::metadata(entry.path()) else { continue };
+            let is_queue = file.file_type().is_char_device()
+                && (Some(file.rdev()) == tap || Some(major(file.rdev())) == macvtap);
             let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            let Some(number) = number.filter(|_| is_tun) else { continue };
-            let about = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
-            let named = about
-                .lines()
-                .filter_map(|line| line.strip_prefix("iff:"))
-                .any(|name| name.trim() == interface);
-            if named {
-                queues.push(QemuQueue::take(pid, number)?);
+            let Some(number) = number.filter(|_| is_queue) else { continue };
+            match interface_behind(pid, number) {
+                Ok(name) if name == interface => queues.push(QemuQueue::take(pid, number)?),
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(e),
+                // Another's, or not any interface's.
+                _ => {}
             }
         }
         Ok(queues)
@@ -136,6 +139,12 @@ impl QemuQueue {
 /// EBADF where the process has no such descriptor, ENOTTY where it is of something else, EPERM where the process cannot be looked into.
 pub fn interface_behind(pid: u32, number: i32) -> io::Result<String> {
     Ok(ioctl::interface(&descriptor_of(pid, number)?)?.name())
+}
+
+/// The major number of the queues of macvtaps, where the kernel has such.
+fn macvtap_major() -> Option<u32> {
+    let devices = std::fs::read_to_string("/proc/devices").ok()?;
+    devices.lines().find_map(|line| line.trim().strip_suffix(" macvtap")?.parse().ok())
 }
 
 fn descriptor_of(pid: u32, number: i32) -> io::Result<File> {
