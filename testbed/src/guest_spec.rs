@@ -94,6 +94,8 @@ pub enum Ram {
 pub struct Nic {
     /// The tap device's name.
     pub tap: String,
+    /// The descriptors by which QEMU has it, one for each queue; by its name where there are none.
+    pub descriptors: Vec<i32>,
     /// The interface's hardware address.
     pub mac: String,
     /// Its address in the guests' network.
@@ -105,6 +107,7 @@ impl Nic {
     pub fn new(tap: &str, number: u8) -> Self {
         Self {
             tap: tap.to_owned(),
+            descriptors: Vec::new(),
             mac: format!("52:54:00:88:00:{number:02x}"),
             address: Ipv4Addr::new(10, 88, 0, number),
         }
@@ -202,9 +205,14 @@ impl GuestSpec {
         let disks = own.into_iter().chain(&self.disks);
         words.extend(disks.enumerate().flat_map(|(place, disk)| disk.arguments(place)));
         if let Some(nic) = &self.nic {
-            let netdev = format!("tap,id=net0,ifname={},script=no,downscript=no", nic.tap);
+            let queues: Vec<String> = nic.descriptors.iter().map(i32::to_string).collect();
+            let (netdev, multi_queue) = match &queues[..] {
+                [] => (format!("tap,id=net0,ifname={},script=no,downscript=no", nic.tap), ""),
+                [one] => (format!("tap,id=net0,fd={one}"), ""),
+                several => (format!("tap,id=net0,fds={}", several.join(":")), ",mq=on"),
+            };
             // No boot ROM: the guest never boots from the network, and ROMs of two QEMU versions need not be alike.
-            let device = format!("virtio-net-pci,id=nic0,netdev=net0,mac={},romfile=", nic.mac);
+            let device = format!("virtio-net-pci,id=nic0,netdev=net0,mac={},romfile={multi_queue}", nic.mac);
             words.extend(["-netdev".into(), netdev, "-device".into(), device]);
         }
         if let Some(qmp) = &self.qmp {

@@ -4,14 +4,17 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::FdFlags;
 use rustix::process::Signal;
 
 use crate::fault;
@@ -494,6 +497,27 @@ impl Host {
         let command_line = spec.command_line();
         let mut command = self.command(&command_line[0]);
         command.args(&command_line[1..]);
+        RunningGuest::start(command, spec)
+    }
+
+    /// As [`Host::boot`], of a guest whose QEMU is given descriptors, under the numbers that they have here.
+    ///
+    /// # Errors
+    /// Where QEMU cannot be started.
+    pub fn boot_with(
+        &self,
+        spec: &GuestSpec,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<RunningGuest, TestbedError> {
+        let command_line = spec.command_line();
+        let mut command = self.command(&command_line[0]);
+        command.args(&command_line[1..]);
+        let hand_in = move || {
+            let kept = |descriptor| Ok(rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?);
+            descriptors.iter().try_for_each(kept)
+        };
+        // SAFETY: between fork and exec only system calls are made, on descriptors that the closure owns; nothing is allocated.
+        unsafe { command.pre_exec(hand_in) };
         RunningGuest::start(command, spec)
     }
 

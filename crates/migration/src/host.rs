@@ -25,6 +25,8 @@ pub struct Allow {
     pub disk_dirs: Vec<PathBuf>,
     /// Bridges that a machine's taps may join.
     pub bridges: Vec<String>,
+    /// Interfaces that a machine's macvtaps may be on.
+    pub macvtap: Vec<String>,
     /// Upper limit of guest RAM of all machines together, in bytes.
     pub max_memory: u64,
     /// QEMU binaries that may be run.

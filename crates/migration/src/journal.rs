@@ -360,6 +360,7 @@ mod tests {
             argv: vec!["qemu".into(), "x".repeat(generation as usize * 10)],
             qmp_socket: "/run/x".into(),
             memory: 5,
+            handed_in: Vec::new(),
             made: Made::default(),
         }
     }

@@ -4,6 +4,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use mirror::network::mac::Mac;
 use qemu::spec::Mirrorable;
 use qemu::{Presence, Process, Qmp, QmpError, Spec};
 
@@ -11,6 +12,7 @@ use crate::destination::{forwarded, network};
 use crate::disks;
 use crate::failure::chain;
 use crate::firewall;
+use crate::handed_in::{self, HandedIn};
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::journal::JournalError;
@@ -19,7 +21,7 @@ use crate::remnants::Left;
 use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
 use crate::source::disks::Uncleared;
-use crate::tap::{self, Interfaces};
+use crate::tap::{self, Interfaces, TapError};
 use crate::vm::{Made, MadeImage, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
 
 /// An image that takes no more than this, in bytes, has nothing of a disk in it: a new qcow2 image takes 196 KiB.
@@ -219,6 +221,7 @@ pub async fn run(
         argv: spec.to_argv(),
         qmp_socket,
         memory,
+        handed_in: Vec::new(),
         made: Made { files, ..Made::default() },
     };
     host.journal.claim(record.clone())?;
@@ -228,7 +231,7 @@ pub async fn run(
         for stale in own_ram_files(host, &spec) {
             let _ = std::fs::remove_file(stale);
         }
-        qemu::launch(&spec, &log, |process| {
+        qemu::launch(&spec, &log, Vec::new(), |process| {
             record.process = Some(process.clone());
             Ok(host.journal.update(&record)?)
         })
@@ -238,7 +241,7 @@ pub async fn run(
     match launched.await {
         Ok(qmp) => {
             has_its_disks(host, &spec);
-            host.neighbourhood.listen(&record.name, &spec);
+            host.neighbourhood.listen(&record, &spec);
             Ok(Vm { record, spec, qmp })
         }
         Err(e) => {
@@ -274,6 +277,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     if let Some(other) = host.journal.all().into_iter().find(same) {
         return Err(RunError::AlreadyHere { pid: adopted.vm.process.pid, name: other.name });
     }
+    let handed_in = handed_in::to(&adopted.vm.process, &adopted.vm.spec).await;
     let record = Record {
         name,
         generation: 0,
@@ -291,11 +295,12 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         argv: adopted.vm.spec.to_argv(),
         qmp_socket: adopted.vm.qmp_socket,
         memory: adopted.vm.spec.memory()?,
+        handed_in,
         made: Made::default(),
     };
     host.journal.claim(record.clone())?;
     has_its_disks(host, &adopted.vm.spec);
-    host.neighbourhood.listen(&record.name, &adopted.vm.spec);
+    host.neighbourhood.listen(&record, &adopted.vm.spec);
     Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
 }
 
@@ -361,7 +366,7 @@ pub async fn recover(host: &Host, record: Record) -> Recovered {
         Presence::Silent(e) => Recovered::Silent(record, chain(&e)),
         Presence::Alive => match reconnect(host, record.clone()).await {
             Ok(vm) => {
-                host.neighbourhood.listen(&vm.record.name, &vm.spec);
+                host.neighbourhood.listen(&vm.record, &vm.spec);
                 Recovered::Running(Box::new(vm))
             }
             Err(e) => Recovered::Silent(record, chain(&e)),
@@ -371,6 +376,10 @@ pub async fn recover(host: &Host, record: Record) -> Recovered {
 
 async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     let spec = Spec::parse(&record.argv)?;
+    if let Some(process) = record.process.as_ref().filter(|_| record.handed_in.is_empty()) {
+        // Not on record of an agent that did not look for them.
+        record.handed_in = handed_in::to(process, &spec).await;
+    }
     let qmp = Qmp::connect(&record.qmp_socket).await?;
     if let Some(tail) = record.arrived_by.and_then(|session| host.post_copies.get(session)) {
         tail.monitor(qmp.clone());
@@ -405,7 +414,7 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     if outgoing.is_some() {
         crate::source::reset_capabilities(&qmp).await;
     }
-    if record.resuming || record.pauses {
+    if record.resuming || record.pauses || !record.handed_in.is_empty() {
         (record.resuming, record.pauses) = (false, false);
         host.journal.update(&record)?;
     }
@@ -415,21 +424,54 @@ async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
     Ok(Vm { record, spec, qmp })
 }
 
-/// Lets frames through the taps made for a machine.
+/// Lets frames through the taps made for a machine, and through its macvtaps, whoever made them.
 pub(crate) async fn raise_taps(record: &Record) {
-    if record.made.taps.is_empty() {
+    let macvtaps = || macvtaps(record);
+    if record.made.taps.is_empty() && macvtaps().next().is_none() {
         return;
     }
     let raised = async {
         let interfaces = Interfaces::open()?;
-        for tap in &record.made.taps {
+        for (macvtap, mac) in macvtaps() {
+            interfaces.raise_macvtap(macvtap, mac).await?;
+        }
+        for tap in record.made.taps.iter().filter(|tap| macvtaps().all(|(macvtap, _)| macvtap != *tap)) {
             interfaces.raise(tap).await?;
         }
-        Ok::<(), crate::tap::TapError>(())
+        Ok::<(), TapError>(())
     };
     if let Err(e) = raised.await {
         // The machine must run all the same: without network it can be mended, without running it cannot.
         tracing::error!(vm = %record.name, error = chain(&e), "a tap could not be raised");
+    }
+}
+
+/// The macvtaps of a machine, with their addresses.
+fn macvtaps(record: &Record) -> impl Iterator<Item = (&str, Mac)> {
+    let address = |handed_in: &HandedIn| handed_in.macvtap.as_deref()?.parse::<Mac>().ok();
+    record.handed_in.iter().filter_map(move |macvtap| Some((macvtap.ifname.as_str(), address(macvtap)?)))
+}
+
+/// Removes the taps made for a machine. A macvtap that somebody else has made is brought down if the machine has gone: unlike a tap it
+/// would go on taking what is for the machine's address, and keep everything on this host from it.
+async fn remove_taps(record: &Record, goes: bool) {
+    let is_made = |name: &str| record.made.taps.iter().any(|tap| tap == name);
+    let left: Vec<&str> =
+        macvtaps(record).map(|(name, _)| name).filter(|name| goes && !is_made(name)).collect();
+    tap::remove_all(&record.made.taps).await;
+    if left.is_empty() {
+        return;
+    }
+    let interfaces = match Interfaces::open() {
+        Ok(interfaces) => interfaces,
+        Err(e) => return tracing::error!(error = chain(&e), "macvtaps cannot be brought down"),
+    };
+    for macvtap in left {
+        match interfaces.bring_down(macvtap).await {
+            // Its maker has removed it.
+            Ok(()) | Err(TapError::Missing(_)) => {}
+            Err(e) => tracing::error!(error = chain(&e), "a macvtap cannot be brought down"),
+        }
     }
 }
 
@@ -571,7 +613,7 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
             _ => {}
         }
     }
-    tap::remove_all(&record.made.taps).await;
+    remove_taps(record, goes).await;
     tap::remove_all(&forwarded::interfaces(host, record)).await;
     if let Err(e) = host.journal.remove(&record.name) {
         tracing::error!(error = chain(&e), "a record cannot be removed");

@@ -7,8 +7,9 @@ use crate::disks::{self, Disk};
 use crate::failure::Finding;
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
-use crate::tap::Interfaces;
+use crate::tap::macvtap::Macvtap;
 use crate::tap::port::Port;
+use crate::tap::{Interfaces, Kind};
 use crate::vm::Vm;
 use crate::wire;
 
@@ -207,7 +208,7 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
     };
     let (mut taps, mut findings) = (Vec::new(), Vec::new());
     for nic in nics {
-        let NicKind::Tap { ifname: Some(ifname), .. } = &nic.kind else {
+        let Some(ifname) = vm.record.interface(&nic) else {
             findings.push(Finding::new(
                 "tap-name",
                 format!("network {} does not name its tap interface", nic.netdev),
@@ -215,14 +216,22 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
             ));
             continue;
         };
-        match interfaces.describe(ifname).await {
+        match interfaces.describe(&ifname).await {
             Ok(Some(tap)) => {
-                let forwarded = vm.record.made.forwarded.iter().find(|forwarded| forwarded.tap == *ifname);
+                let macvtap = match &tap.kind {
+                    Kind::Macvtap(macvtap) => macvtap.wire(),
+                    Kind::Tap | Kind::Other(_) => None,
+                };
+                if macvtap.is_none() && tap.kind != Kind::Tap {
+                    findings.push(not_carried(&nic.netdev, &ifname, &tap.kind));
+                    continue;
+                }
+                let forwarded = vm.record.made.forwarded.iter().find(|forwarded| forwarded.tap == ifname);
                 // In another host's network it is on a bridge that is for that only.
                 let (bridge, port) = match (forwarded, tap.bridge) {
                     (Some(forwarded), _) => (forwarded.home.clone(), Ok(forwarded.port.clone())),
                     (None, Some(bridge)) => {
-                        let port = interfaces.port(ifname, &bridge).await.map(Some);
+                        let port = interfaces.port(&ifname, &bridge).await.map(Some);
                         (bridge, port)
                     }
                     (None, None) if forward => {
@@ -252,6 +261,7 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
                     multi_queue: nic.queues > 1,
                     mac: nic.mac.unwrap_or_default(),
                     port: port.as_ref().map(Port::wire),
+                    macvtap,
                 });
             }
             Ok(None) => findings.push(Finding::new(
@@ -270,4 +280,30 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
         }
     }
     (taps, findings)
+}
+
+/// Why an interface cannot be carried over that is no tap, and no macvtap such as can be made elsewhere.
+fn not_carried(netdev: &str, ifname: &str, kind: &Kind) -> Finding {
+    match kind {
+        Kind::Macvtap(Macvtap { lower: None, .. }) => Finding::new(
+            "lower-missing",
+            format!(
+                "what macvtap {ifname} of network {netdev} is on is not in the agent's network namespace"
+            ),
+            "run the agent in the network namespace of that, and make the macvtap there",
+        ),
+        Kind::Macvtap(macvtap) => Finding::new(
+            "macvtap-mode",
+            format!(
+                "macvtap {ifname} of network {netdev} is in mode {}, which cannot be carried over",
+                macvtap.mode
+            ),
+            "use mode bridge, vepa, private or passthru",
+        ),
+        Kind::Tap | Kind::Other(_) => Finding::new(
+            "network-kind",
+            format!("interface {ifname} of network {netdev} is neither a tap nor a macvtap"),
+            "use a tap on a bridge, or a macvtap",
+        ),
+    }
 }

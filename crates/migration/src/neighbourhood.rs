@@ -6,10 +6,10 @@ use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mirror::network::mac::Mac;
-use mirror::network::snoop::Snoop;
-use qemu::{NicKind, Spec};
+use mirror::network::snoop::{Side, Snoop};
+use qemu::Spec;
 
-use crate::vm::VmName;
+use crate::vm::{Record, VmName};
 use crate::wire;
 
 /// The addresses of machines, by name.
@@ -33,17 +33,19 @@ impl std::fmt::Debug for Neighbourhood {
 
 impl Neighbourhood {
     /// Listens from now on, if it does not already. Without `CAP_NET_RAW` nothing is heard.
-    pub(crate) fn listen(&self, name: &VmName, spec: &Spec) {
+    pub(crate) fn listen(&self, record: &Record, spec: &Spec) {
+        let name = &record.name;
         let mut machines = self.lock();
         let heard = &mut machines.entry(name.clone()).or_default().heard;
         for nic in spec.nics() {
-            let NicKind::Tap { ifname: Some(tap), .. } = nic.kind else { continue };
+            let Some(tap) = record.interface(&nic) else { continue };
+            let side = if record.has_macvtap(&nic) { Side::Own } else { Side::Guest };
             // Of a card whose address is not on the command line nobody knows which frames are its own.
             let Some(mac) = nic.mac.and_then(|mac| mac.parse::<Mac>().ok()) else { continue };
             if heard.contains_key(&tap) {
                 continue;
             }
-            match Snoop::start(&tap, mac) {
+            match Snoop::start(&tap, mac, side) {
                 Ok(snoop) => drop(heard.insert(tap, snoop)),
                 Err(e) => {
                     tracing::debug!(vm = %name, tap, error = %e, "its guest's addresses are not learned")
@@ -63,11 +65,11 @@ impl Neighbourhood {
     }
 
     /// By what a machine is known, as far as was told or heard; at least its cards' own addresses, where the command line has them.
-    pub(crate) fn known(&self, name: &VmName, spec: &Spec) -> Vec<wire::Neighbour> {
+    pub(crate) fn known(&self, record: &Record, spec: &Spec) -> Vec<wire::Neighbour> {
         let machines = self.lock();
-        let machine = machines.get(name);
+        let machine = machines.get(&record.name);
         let neighbour = |nic: qemu::Nic| {
-            let NicKind::Tap { ifname: Some(tap), .. } = nic.kind else { return None };
+            let tap = record.interface(&nic)?;
             let told = machine.and_then(|it| it.told.iter().find(|told| told.netdev == nic.netdev));
             let heard = machine.and_then(|it| it.heard.get(&tap)).map(Snoop::addresses).unwrap_or_default();
             let mut addresses: BTreeSet<String> = heard.iter().map(IpAddr::to_string).collect();

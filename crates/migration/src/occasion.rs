@@ -42,7 +42,7 @@ async fn interfaces(record: &Record) -> Vec<HookInterface> {
     let Ok(kernel) = kernel else { return Vec::new() };
     let mut interfaces = Vec::new();
     for nic in nics {
-        let qemu::NicKind::Tap { ifname: Some(ifname), .. } = nic.kind else { continue };
+        let Some(ifname) = record.interface(&nic) else { continue };
         let Ok(Some(tap)) = kernel.describe(&ifname).await else { continue };
         interfaces.push(HookInterface {
             netdev: nic.netdev,

@@ -2,6 +2,7 @@
 
 pub(crate) mod disks;
 mod kernel_use;
+mod macvtaps;
 mod taps;
 
 use std::path::{Component, Path, PathBuf};
@@ -32,6 +33,7 @@ use crate::vm::{Made, Origin, Ownership, Record, VmName};
 use crate::wire;
 
 pub(crate) use disks::{Planned, SECTOR};
+use macvtaps::Descriptors;
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed.
 const CAPABILITIES: [(&str, bool); 2] = [("events", true), ("late-block-activate", true)];
@@ -155,7 +157,7 @@ impl Request {
             accept_disconnect: wire.accept_disconnect,
             boot_files: wire.boot_files,
             shipped: boot_files::Shipped::default(),
-            taps: wire.taps,
+            taps: wire.taps.into_iter().chain(wire.macvtaps).collect(),
             forward: forward.transpose()?,
             nft: wire.nft,
             post_copy: wire.post_copy,
@@ -186,7 +188,11 @@ impl Request {
         let huge_dirs = self.huge_directories(host, &mut findings);
         let Some(binary) = binary.filter(|_| findings.is_empty()) else { return Err(findings.into()) };
         let paths = Paths::of(host, &self.name);
-        let taps = self.taps.iter().map(|tap| (tap.netdev.clone(), tap.ifname.clone())).collect();
+        let descriptors = Descriptors::take(&self.taps, &self.spec).map_err(|e| {
+            vec![Finding::new("qemu-start", chain(&e), "see to the limit of open files of the agent there")]
+        })?;
+        let taps = self.taps.iter().filter(|tap| tap.macvtap.is_none());
+        let taps = taps.map(|tap| (tap.netdev.clone(), tap.ifname.clone())).collect();
         let spec = self.spec.for_destination(&Destination {
             name: self.name.to_string(),
             binary,
@@ -197,6 +203,7 @@ impl Request {
             qmp_socket: paths.qmp.clone(),
             pid_file: Some(paths.pid.clone()),
             taps,
+            macvtaps: descriptors.numbers(),
         });
         let spec = match spec {
             // A rehearsal ships nothing, and its QEMU boots nothing.
@@ -207,7 +214,7 @@ impl Request {
                 return Err(findings.into());
             }
         };
-        let (qmp_socket, log, device) = (paths.qmp.clone(), paths.log.clone(), paths.device.clone());
+        let qmp_socket = paths.qmp.clone();
         let mut files = paths.all();
         files.extend(own_ram_files(host, &spec));
         let record = Record {
@@ -227,6 +234,7 @@ impl Request {
             argv: spec.to_argv(),
             qmp_socket,
             memory: self.memory,
+            handed_in: descriptors.handed_in(),
             made: Made { files, ..Made::default() },
         };
         if let Err(e) = host.journal.claim(record.clone()) {
@@ -234,7 +242,7 @@ impl Request {
             return Err(vec![finding].into());
         }
         drop(promising);
-        match self.set_up(host, record, spec, planned, &log, &device).await {
+        match self.set_up(host, record, spec, planned, descriptors).await {
             Ok(reservation) => Ok(reservation),
             Err(refusal) => {
                 let ours = |record: &Record| record.arrived_by == Some(self.session);
@@ -439,9 +447,9 @@ impl Request {
         mut record: Record,
         spec: Spec,
         planned: Vec<Planned>,
-        log: &Path,
-        device: &Path,
+        descriptors: Descriptors,
     ) -> Result<Reservation, Refusal> {
+        let Paths { log, device, .. } = Paths::of(host, &self.name);
         let failed =
             |kind: &str, e: &dyn std::error::Error, hint: &str| vec![Finding::new(kind, chain(e), hint)];
         record.made.rehearsal = self.rehearsal;
@@ -467,7 +475,11 @@ impl Request {
         let images = Images::make(host, &mut record, planned, self.whole_room, self.rehearsal, spec.binary())
             .await
             .map_err(|finding| vec![finding])?;
-        let launched = qemu::launch(&spec, log, |process| {
+        let descriptors = descriptors
+            .open(host)
+            .await
+            .map_err(|e| failed("network", &e, "let the agent open the devices of macvtaps, or make them"))?;
+        let launched = qemu::launch(&spec, &log, descriptors, |process| {
             record.process = Some(process.clone());
             Ok(host.journal.update(&record)?)
         });
@@ -483,7 +495,7 @@ impl Request {
         }
         let [events, late] = CAPABILITIES;
         monitor.set_capabilities(&[events, late, (WITHOUT_RAM, !self.qemu_stream)]).await.map_err(qmp)?;
-        let mut device = DeviceDestination::new(device);
+        let mut device = DeviceDestination::new(&device);
         monitor.migrate_incoming(&device.uri()).await.map_err(qmp)?;
         let connected = device.connect().await;
         connected.map_err(|e| failed("qemu", &e, "see the log of the destination's agent"))?;

@@ -4,6 +4,7 @@
 //! until the machine is this host's: until then no frame of the guest's network reaches it.
 
 mod diversion;
+pub(crate) mod macvtap;
 pub(crate) mod port;
 pub(crate) mod tunnel;
 
@@ -11,6 +12,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 use futures::TryStreamExt;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
@@ -18,6 +20,7 @@ use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute};
 use rtnetlink::{Handle, LinkUnspec};
 
 use crate::failure::chain;
+use macvtap::Macvtap;
 
 /// Longest name of an interface that the kernel takes.
 pub(crate) const MAX_NAME: usize = 15;
@@ -30,6 +33,18 @@ pub(crate) struct Tap {
     /// Frames that may wait for the guest.
     pub(crate) queue_length: Option<u32>,
     pub(crate) up: bool,
+    pub(crate) kind: Kind,
+}
+
+/// What kind of interface it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A tap.
+    Tap,
+    /// A macvtap.
+    Macvtap(Macvtap),
+    /// Another, by the kernel's name; empty for a card.
+    Other(String),
 }
 
 /// Why an interface could not be looked at or made.
@@ -56,6 +71,15 @@ pub enum TapError {
     /// Its frames cannot be diverted.
     #[error("cannot divert what is sent to {name}")]
     Divert {
+        /// The interface.
+        name: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// No queue of it can be had.
+    #[error("cannot open a queue of {name}")]
+    Open {
         /// The interface.
         name: String,
         /// Why not.
@@ -101,7 +125,11 @@ impl Interfaces {
     pub(crate) async fn describe(&self, name: &str) -> Result<Option<Tap>, TapError> {
         let Some(link) = self.find(name).await? else { return Ok(None) };
         let up = link.header.flags.contains(LinkFlags::Up);
-        let mut tap = Tap { bridge: None, mtu: 1500, queue_length: None, up };
+        let kind = match self.macvtap(&link).await? {
+            Some(macvtap) => Kind::Macvtap(macvtap),
+            None => kind(&link),
+        };
+        let mut tap = Tap { bridge: None, mtu: 1500, queue_length: None, up, kind };
         for attribute in &link.attributes {
             match attribute {
                 LinkAttribute::Mtu(mtu) => tap.mtu = *mtu,
@@ -115,24 +143,18 @@ impl Interfaces {
 
     /// The name of what an interface is a port of. An Open vSwitch is none that a port could be given by name: a hook does that.
     async fn bridge(&self, index: u32) -> Result<Option<String>, TapError> {
+        let is_bridge = |link: &LinkMessage| kind(link) != Kind::Other("openvswitch".to_owned());
+        Ok(self.numbered(index).await?.filter(is_bridge).and_then(name))
+    }
+
+    /// The name of an interface by its number.
+    async fn name(&self, index: u32) -> Result<Option<String>, TapError> {
+        Ok(self.numbered(index).await?.and_then(name))
+    }
+
+    async fn numbered(&self, index: u32) -> Result<Option<LinkMessage>, TapError> {
         let found = self.handle.link().get().match_index(index).execute().try_next().await;
-        let failed = |source| TapError::Request { action: "find", name: format!("number {index}"), source };
-        let is_switch = |attribute: &LinkAttribute| match attribute {
-            LinkAttribute::LinkInfo(info) => info
-                .iter()
-                .any(|info| matches!(info, LinkInfo::Kind(kind) if kind.to_string() == "openvswitch")),
-            _ => false,
-        };
-        let name = |link: LinkMessage| {
-            if link.attributes.iter().any(is_switch) {
-                return None;
-            }
-            link.attributes.into_iter().find_map(|attribute| match attribute {
-                LinkAttribute::IfName(name) => Some(name),
-                _ => None,
-            })
-        };
-        Ok(found.map_err(failed)?.and_then(name))
+        found.map_err(|source| TapError::Request { action: "find", name: format!("number {index}"), source })
     }
 
     /// The addresses of a neighbour of this host, by its MAC address.
@@ -266,6 +288,27 @@ impl Drop for Interfaces {
     }
 }
 
+fn kind(link: &LinkMessage) -> Kind {
+    let kind = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(info) => info.iter().find_map(|info| match info {
+            LinkInfo::Kind(kind) => Some(kind.to_string()),
+            _ => None,
+        }),
+        _ => None,
+    });
+    match kind {
+        Some(tun) if tun == "tun" => Kind::Tap,
+        other => Kind::Other(other.unwrap_or_default()),
+    }
+}
+
+fn name(link: LinkMessage) -> Option<String> {
+    link.attributes.into_iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name),
+        _ => None,
+    })
+}
+
 /// Whether a tap that exists is free: no process has it open.
 pub(crate) fn is_free(name: &str, multi_queue: bool) -> io::Result<bool> {
     match ioctl::attach(name, multi_queue, false) {
@@ -275,9 +318,9 @@ pub(crate) fn is_free(name: &str, multi_queue: bool) -> io::Result<bool> {
     }
 }
 
-/// The requests of `/dev/net/tun` (linux/if_tun.h), which have no netlink form.
+/// The requests of `/dev/net/tun` and of macvtaps (linux/if_tun.h), which have no netlink form.
 mod ioctl {
-    use super::{AsRawFd, File, MAX_NAME, OpenOptions, io};
+    use super::{AsRawFd, File, MAX_NAME, OpenOptions, Path, io};
 
     /// `struct ifreq` as TUNSETIFF reads it: a name and flags, 40 bytes in all.
     #[repr(C)]
@@ -295,7 +338,17 @@ mod ioctl {
 
     /// Opens a queue of a tap; with `new`, of one that must not have been there.
     pub(super) fn attach(name: &str, multi_queue: bool, new: bool) -> io::Result<File> {
-        let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+        let file = open(Path::new("/dev/net/tun"))?;
+        set_up(&file, name, multi_queue, new)?;
+        Ok(file)
+    }
+
+    pub(super) fn open(device: &Path) -> io::Result<File> {
+        OpenOptions::new().read(true).write(true).open(device)
+    }
+
+    /// Says how frames are to come. Of `/dev/net/tun` also, of which interface it is a queue.
+    pub(super) fn set_up(file: &File, name: &str, multi_queue: bool, new: bool) -> io::Result<()> {
         let mut flags = TAP | NO_PACKET_INFORMATION | VIRTIO_HEADER;
         if multi_queue {
             flags |= MULTI_QUEUE;
@@ -309,8 +362,7 @@ mod ioctl {
         }
         request.name[..name.len()].copy_from_slice(name.as_bytes());
         // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, which the request is laid out as and outlives the call.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
-        Ok(file)
+        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
     }
 
     pub(super) fn make_persistent(name: &str, multi_queue: bool) -> io::Result<()> {

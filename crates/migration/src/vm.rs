@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use qemu::{Process, Qmp, Spec};
+use qemu::{Nic, NicKind, Process, Qmp, Spec};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::handed_in::HandedIn;
 use crate::tap::port::Port;
 
 /// The name of a virtual machine: 1 to 48 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
@@ -257,8 +258,28 @@ pub struct Record {
     pub qmp_socket: PathBuf,
     /// Its guest RAM, in bytes.
     pub memory: u64,
+    /// Interfaces that its QEMU was given by descriptor.
+    #[serde(default)]
+    pub handed_in: Vec<HandedIn>,
     /// What to remove when it leaves.
     pub made: Made,
+}
+
+impl Record {
+    /// The name of the tap interface of one of the machine's network back ends, if it is on one, and that has a name.
+    pub(crate) fn interface(&self, nic: &Nic) -> Option<String> {
+        let NicKind::Tap { ifname, .. } = &nic.kind else { return None };
+        ifname.clone().or_else(|| self.handed_in(nic).map(|handed_in| handed_in.ifname.clone()))
+    }
+
+    /// Whether that is a macvtap.
+    pub(crate) fn has_macvtap(&self, nic: &Nic) -> bool {
+        self.handed_in(nic).is_some_and(|handed_in| handed_in.macvtap.is_some())
+    }
+
+    fn handed_in(&self, nic: &Nic) -> Option<&HandedIn> {
+        self.handed_in.iter().find(|handed_in| handed_in.netdev == nic.netdev)
+    }
 }
 
 /// A machine that this host owns, with a live connection to its QEMU.

@@ -10,7 +10,7 @@ mod network;
 use mirror::memory::pages::PageSet;
 use prost::{Message, Oneof};
 
-pub use network::{Forward, Known, Neighbour, Port, Tap, Vlan};
+pub use network::{Forward, Known, Macvtap, Neighbour, Port, Tap, Vlan};
 
 /// The data stream with frames that were on their way to the guest.
 pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
@@ -237,6 +237,9 @@ pub struct Reserve {
     /// Tap interfaces.
     #[prost(message, repeated, tag = "10")]
     pub taps: Vec<Tap>,
+    /// Macvtaps. Not among the taps: who does not know them would make taps of them.
+    #[prost(message, repeated, tag = "31")]
+    pub macvtaps: Vec<Tap>,
     /// Number of data streams.
     #[prost(uint32, tag = "11")]
     pub streams: u32,

@@ -1,10 +1,11 @@
 //! A child that does not belong to its starter's terminal session, and does nothing before its starter has it on record.
 
 use std::io;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 
+use rustix::io::FdFlags;
 use rustix::process::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
@@ -12,21 +13,26 @@ use tokio::task::spawn_blocking;
 
 /// Starts a command in a session of its own, so that no signal of a terminal and no end of a session reaches it. Its process waits
 /// before it becomes the program: `known` is told its id, and if that fails, or its starter ends by whatever before it is done, the
-/// process ends too. Its parent is the process of the caller. What `known` says comes inside of what the system says.
+/// process ends too. Its parent is the process of the caller. The program has the descriptors, under the numbers that they have here.
+/// What `known` says comes inside of what the system says.
 pub(crate) async fn spawn<T, E>(
     mut command: std::process::Command,
+    descriptors: Vec<OwnedFd>,
     known: impl FnOnce(u32) -> Result<T, E>,
 ) -> io::Result<Result<(Child, T), E>> {
     let (ours, theirs) = UnixStream::pair()?;
     let in_child = ours.as_raw_fd();
     // SAFETY: the closure runs in the child between fork and exec, where only async-signal-safe calls are allowed. These are
     // plain system calls; nothing is allocated and no lock is taken. The descriptor that is closed is the child's copy of the
-    // starter's end, which nothing in the child uses.
+    // starter's end, which nothing in the child uses; those that are kept open belong to the closure.
     unsafe {
         command.pre_exec(move || {
             // With it open here, the starter's end would never be seen.
             rustix::io::close(in_child);
             rustix::process::setsid()?;
+            for descriptor in &descriptors {
+                rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+            }
             // Another child that waits like this one may have the starter's end open too.
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
             let pid = rustix::process::getpid().as_raw_nonzero().get();

@@ -7,6 +7,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Seek, SeekFrom},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::Duration,
@@ -92,7 +93,7 @@ pub enum LaunchError {
 pub type NotRecorded = Box<dyn std::error::Error + Send + Sync>;
 
 /// Starts QEMU detached, with its output (and a serial console on stdio) appended to `log`, and waits until its QMP
-/// answers. Must run inside a tokio runtime.
+/// answers. Must run inside a tokio runtime. QEMU has the descriptors, under the numbers that they have here.
 ///
 /// `record` puts the process on record before it has done anything: whoever comes after a starter that was killed
 /// finds it there.
@@ -102,11 +103,12 @@ pub type NotRecorded = Box<dyn std::error::Error + Send + Sync>;
 pub async fn launch(
     spec: &Spec,
     log: &Path,
+    descriptors: Vec<OwnedFd>,
     record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
 ) -> Result<Process, LaunchError> {
     let socket =
         spec.own_qmp_socket().or_else(|| spec.qmp_sockets().into_iter().next()).ok_or(LaunchError::NoQmp)?;
-    start(spec.binary(), &spec.to_argv()[1..], &socket, log, record).await
+    start(spec.binary(), &spec.to_argv()[1..], &socket, log, descriptors, record).await
 }
 
 /// Starts a program of QEMU's that has its QMP on `socket`, as [`launch`] does.
@@ -115,6 +117,7 @@ pub(crate) async fn start(
     arguments: &[String],
     socket: &Path,
     log: &Path,
+    descriptors: Vec<OwnedFd>,
     record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
 ) -> Result<Process, LaunchError> {
     let log_failed = |source| LaunchError::Log { log: log.to_owned(), source };
@@ -131,7 +134,7 @@ pub(crate) async fn start(
         record(&process).map_err(LaunchError::Unrecorded)?;
         Ok(KillOnDrop(Some(process)))
     };
-    let spawned = detach::spawn(command, known).await;
+    let spawned = detach::spawn(command, descriptors, known).await;
     let (mut child, mut unless_ready) =
         spawned.map_err(|source| LaunchError::Run { binary: binary.to_owned(), source })??;
     let pid = child.id().unwrap_or_default();

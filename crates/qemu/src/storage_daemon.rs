@@ -159,7 +159,7 @@ impl StorageDaemon {
             "chardev=monitor",
         ];
         let arguments = arguments.map(str::to_owned);
-        let process = start(&binary, &arguments, &socket, &directory.join("log"), record).await?;
+        let process = start(&binary, &arguments, &socket, &directory.join("log"), Vec::new(), record).await?;
         let mut unless_ready = KillOnDrop(Some(process.clone()));
         let daemon = StorageDaemon::attach(process).await?;
         daemon.qmp.start_nbd_server(&daemon.nbd_socket()).await?;

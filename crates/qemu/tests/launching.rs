@@ -6,6 +6,7 @@
 mod machine;
 
 use std::{
+    os::fd::AsRawFd,
     process::Command,
     time::{Duration, SystemTime},
 };
@@ -37,6 +38,23 @@ async fn a_launched_machine_is_found_again_and_its_end_is_noticed() {
     assert!(matches!(qemu::find(&process).await, Presence::Gone));
 }
 
+#[tokio::test]
+async fn a_machine_has_the_descriptors_that_it_is_given_and_no_others() {
+    let place = Place::new();
+    let mut spec = Place::spec(&["-M", "q35", "-m", "64", "-S"]);
+    spec.make_mirrorable(&place.mirrorable("a")).unwrap();
+    let open = |name: &str| std::fs::File::create(place.path(name)).unwrap();
+    let (given, kept) = (open("given"), open("kept"));
+    let numbers = [&given, &kept].map(AsRawFd::as_raw_fd);
+    let launched = qemu::launch(&spec, &place.path("log"), vec![given.into()], |_| Ok(())).await;
+    let process = launched.unwrap();
+    place.end_with_place(&process);
+    let [there, not_there] =
+        numbers.map(|number| std::fs::read_link(format!("/proc/{}/fd/{number}", process.pid)).ok());
+    assert_eq!(there, Some(place.path("given")));
+    assert_ne!(not_there, Some(place.path("kept")));
+}
+
 /// Not a test of its own: what the next test runs in a process that then dies.
 #[tokio::test]
 async fn launcher_that_is_killed() {
@@ -51,7 +69,7 @@ async fn launcher_that_is_killed() {
         pid_file: None,
     };
     spec.make_mirrorable(&how).unwrap();
-    let process = qemu::launch(&spec, &directory.join("log"), |_| Ok(())).await.unwrap();
+    let process = qemu::launch(&spec, &directory.join("log"), Vec::new(), |_| Ok(())).await.unwrap();
     std::fs::write(directory.join("process"), serde_json::to_string(&process).unwrap()).unwrap();
     rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
 }
@@ -80,16 +98,17 @@ async fn a_bad_option_is_reported_in_qemus_words() {
     let mut spec = Place::spec(&["-m", "64", "-device", "no-such-device"]);
     spec.make_mirrorable(&place.mirrorable("bad")).unwrap();
     std::fs::write(place.path("log"), "words of an earlier run\n").unwrap();
-    let error = qemu::launch(&spec, &place.path("log"), |_| Ok(())).await.unwrap_err();
+    let error = qemu::launch(&spec, &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err();
     let LaunchError::Ended { status, output } = &error else { panic!("{error}") };
     assert!(!status.success());
     assert!(output.contains("'no-such-device' is not a valid device model name"), "{output}");
     assert!(!output.contains("earlier run"), "{output}");
 
     let missing = Spec::parse(&["/nonexistent/qemu", "-qmp", "unix:/x"]).unwrap();
-    let error = qemu::launch(&missing, &place.path("log"), |_| Ok(())).await.unwrap_err();
+    let error = qemu::launch(&missing, &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err();
     assert!(matches!(error, LaunchError::Run { .. }), "{error}");
-    let error = qemu::launch(&Place::spec(&[]), &place.path("log"), |_| Ok(())).await.unwrap_err();
+    let error =
+        qemu::launch(&Place::spec(&[]), &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err();
     assert!(matches!(error, LaunchError::NoQmp), "{error}");
 }
 
@@ -114,7 +133,7 @@ async fn a_launch_that_is_given_up_leaves_no_process() {
         }
     };
     tokio::select! {
-        result = qemu::launch(&spec, &log, |_| Ok(())) => panic!("it cannot have started: {result:?}"),
+        result = qemu::launch(&spec, &log, Vec::new(), |_| Ok(())) => panic!("it cannot have started: {result:?}"),
         () = wait_for_pid => {}
     }
     let pid = std::fs::read_to_string(&pid_file).unwrap();

@@ -111,6 +111,7 @@ async fn arrive(place: &Place, source: &Side, hop: usize, binary: &str, versione
         qmp_socket: place.path(&format!("hop{hop}.qmp")),
         pid_file: Some(place.path(&format!("hop{hop}.pid"))),
         taps: Vec::new(),
+        macvtaps: Vec::new(),
     };
     let spec = source.spec.for_destination(&how).unwrap();
     let process = place.launch(&spec).await;

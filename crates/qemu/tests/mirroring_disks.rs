@@ -457,7 +457,8 @@ async fn an_image_is_never_open_for_two() {
     let mut spec =
         Place::spec(&["-M", "q35", "-m", "64", "-S", "-drive", &drive, "-device", "virtio-blk-pci,drive=d0"]);
     spec.make_mirrorable(&place.mirrorable("locked")).unwrap();
-    let refused = qemu::launch(&spec, &place.path("log"), |_| Ok(())).await.unwrap_err().to_string();
+    let refused =
+        qemu::launch(&spec, &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err().to_string();
     assert!(refused.contains("Failed to get \"write\" lock"), "{refused}");
     drop(lock);
 

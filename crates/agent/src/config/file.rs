@@ -37,7 +37,7 @@ const KEYS: [(&str, &[&str]); 5] = [
         ],
     ),
     ("tls", &["ca", "cert", "key"]),
-    ("allow", &["peers", "disk_dirs", "bridges", "max_memory", "qemu", "forward"]),
+    ("allow", &["peers", "disk_dirs", "bridges", "macvtap", "max_memory", "qemu", "forward"]),
     ("hooks", &["directory", "deadline"]),
     ("network", &["conntrack", "nft_table", "forward_port"]),
 ];
@@ -80,6 +80,8 @@ struct AllowTable {
     disk_dirs: Spanned<Vec<PathBuf>>,
     #[serde(default)]
     bridges: Vec<String>,
+    #[serde(default)]
+    macvtap: Vec<String>,
     #[serde(deserialize_with = "size")]
     max_memory: u64,
     qemu: Spanned<Vec<PathBuf>>,
@@ -278,6 +280,7 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
         peers: table.peers,
         disk_dirs: table.disk_dirs.into_inner(),
         bridges: table.bridges,
+        macvtap: table.macvtap,
         max_memory: table.max_memory,
         qemu: table.qemu.into_inner(),
         forward: table.forward,

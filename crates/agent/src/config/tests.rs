@@ -96,6 +96,13 @@ fn unknown_keys_are_refused_by_name_and_line() {
 }
 
 #[test]
+fn interfaces_for_macvtaps_are_none_unless_said() {
+    let allowed = |text: &str| Config::parse(Path::new("/a.toml"), text).unwrap().allow.macvtap;
+    assert_eq!(allowed(FULL), [""; 0]);
+    assert_eq!(allowed(&with("bridges", "macvtap = [\"eth0\"]")), ["eth0"]);
+}
+
+#[test]
 fn metrics_are_refused_in_words() {
     let message = refused(&format!("{FULL}[metrics]\nlisten = \"127.0.0.1:7601\"\n"));
     assert!(message.contains("agent.toml:24: [metrics] is not yet available in this version"), "{message}");

@@ -211,9 +211,8 @@ impl Source {
         }
         request.shipped.are_recorded();
         tracing::info!(vm = %request.name, session = %request.session, peer = %self.peer, "reserved");
-        let (spec, pid) =
-            (reservation.spec.clone(), reservation.record.process.as_ref().map(|process| process.pid));
-        self.interfaces = Some(tokio::spawn(async move { network::Interfaces::of(&spec, pid).await }));
+        let (record, spec) = (reservation.record.clone(), reservation.spec.clone());
+        self.interfaces = Some(tokio::spawn(async move { network::Interfaces::of(&record, &spec).await }));
         let copied = match request.qemu_stream {
             true => self.relay(reservation, arrivals).await,
             false => self.mirror(&request, reservation, arrivals).await,

@@ -11,7 +11,7 @@ use mirror::network::destination::{HeldBack, NetworkDestination, Played};
 use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
 use mirror::network::tap::{OwnTap, QemuQueue};
-use qemu::{NicKind, Qmp, Spec};
+use qemu::{Qmp, Spec};
 use tokio::task::JoinHandle;
 
 use super::{End, failed};
@@ -122,6 +122,8 @@ pub(super) struct Interfaces {
 struct Interface {
     netdev: String,
     ifname: String,
+    /// Nothing can be sent to the guest by it but from the network.
+    macvtap: bool,
     /// Towards the guest.
     socket: Option<PacketSocket>,
     /// What else is sent to it can be held back.
@@ -132,25 +134,28 @@ struct Interface {
 
 impl Interfaces {
     /// Gets hold of them: nothing has to be looked for once they are needed.
-    pub(super) async fn of(spec: &Spec, pid: Option<u32>) -> Interfaces {
+    pub(super) async fn of(record: &Record, spec: &Spec) -> Interfaces {
+        let pid = record.process.as_ref().map(|process| process.pid);
         let kernel = tap::Interfaces::open().ok();
         let mut each = Vec::new();
         for nic in spec.nics() {
-            let NicKind::Tap { ifname: Some(ifname), .. } = nic.kind else { continue };
-            let socket = towards_guest(&ifname);
+            let Some(ifname) = record.interface(&nic) else { continue };
+            let macvtap = record.has_macvtap(&nic);
+            let socket = (!macvtap).then(|| towards_guest(&ifname)).transpose();
             let socket = socket
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "what was on its way is lost"));
             let queues = pid.map_or(Ok(Vec::new()), |pid| QemuQueue::all(pid, &ifname));
             let queues = queues
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "its guest is not announced"));
             let own = match &kernel {
-                Some(kernel) => prepare(kernel, &ifname).await,
-                None => None,
+                Some(kernel) if !macvtap => prepare(kernel, &ifname).await,
+                _ => None,
             };
             each.push(Interface {
                 netdev: nic.netdev,
                 ifname,
-                socket: socket.ok(),
+                macvtap,
+                socket: socket.ok().flatten(),
                 own,
                 queues: queues.unwrap_or_default(),
             });
@@ -162,7 +167,11 @@ impl Interfaces {
     pub(super) fn hold_back(&mut self, frames: &Frames) {
         // They are known by their place: where one cannot be held back, none is.
         self.held_back = !frames.is_expected()
-            && self.each.iter().all(|interface| interface.socket.is_some() && interface.own.is_some());
+            && self
+                .each
+                .iter()
+                .filter(|interface| !interface.macvtap)
+                .all(|interface| interface.socket.is_some() && interface.own.is_some());
         for (_, diversion) in self.each.iter().filter(|_| self.held_back).filter_map(|each| each.own.as_ref())
         {
             if let Err(e) = diversion.begin() {
@@ -219,9 +228,8 @@ impl Interfaces {
 /// Tells the network of a machine that is in it here.
 pub(super) async fn announce(host: &Host, record: &Record) {
     let Ok(spec) = Spec::parse(&record.argv) else { return };
-    let neighbours = host.neighbourhood.known(&record.name, &spec);
-    let pid = record.process.as_ref().map(|process| process.pid);
-    Interfaces::of(&spec, pid).await.are_up(&Frames::default(), &neighbours);
+    let neighbours = host.neighbourhood.known(record, &spec);
+    Interfaces::of(record, &spec).await.are_up(&Frames::default(), &neighbours);
 }
 
 /// The same, and whatever else turns the network, of a machine that was resumed when nobody was there to see to that: after a crash, or by

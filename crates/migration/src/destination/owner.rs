@@ -139,7 +139,7 @@ impl Source {
         let process = record.process.clone();
         let has_network = !spec.nics().is_empty();
         let owned = record.clone();
-        host.neighbourhood.listen(&record.name, &spec);
+        host.neighbourhood.listen(&record, &spec);
         arrived(Vm { record, spec, qmp: qmp.clone() });
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
@@ -230,9 +230,8 @@ impl Source {
         match Qmp::connect(&record.qmp_socket).await {
             Ok(qmp) => {
                 tracing::info!(vm = %record.name, %session, "the source settles a hand-over: the VM is ours");
-                let pid = record.process.as_ref().map(|process| process.pid);
-                let neighbours = self.host.neighbourhood.known(&record.name, &spec);
-                let network = Some((Interfaces::of(&spec, pid).await, neighbours));
+                let neighbours = self.host.neighbourhood.known(&record, &spec);
+                let network = Some((Interfaces::of(&record, &spec).await, neighbours));
                 self.become_owner(&record, spec, qmp, network, arrived).await
             }
             // A ready copy whose QEMU is gone has never run.

@@ -1,6 +1,6 @@
 //! Taps of a machine that is to come: whether there is a place for them, and made.
 
-use super::Request;
+use super::{Request, macvtaps};
 use crate::destination::forwarded::Tunnels;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
@@ -33,6 +33,10 @@ impl Request {
             };
             if tap.ifname.is_empty() || tap.ifname.len() > tap::MAX_NAME {
                 refuse("protocol", format!("{:?} cannot name an interface", tap.ifname), "update the agents");
+                continue;
+            }
+            if let Some(macvtap) = &tap.macvtap {
+                findings.extend(macvtaps::examine(tap, macvtap, host, &interfaces).await);
                 continue;
             }
             // What is forwarded needs no bridge of this host's.
@@ -132,6 +136,11 @@ impl Request {
             let bridge = (!bridge.is_empty()).then_some(bridge.as_str());
             // Each takes 8 bytes, of every queue.
             let length = Some(tap.queue_length.min(MAX_QUEUE)).filter(|length| *length > 0);
+            if let Some(macvtap) = &tap.macvtap {
+                let made = macvtaps::make(tap, macvtap, length, &interfaces).await;
+                made.map_err(|e| failed(&e))?;
+                continue;
+            }
             let made = interfaces.make(&tap.ifname, bridge, tap.mtu, length, tap.multi_queue).await;
             made.map_err(|e| failed(&e))?;
             if let Some(port) = tap

@@ -80,7 +80,13 @@ impl Network {
     /// Prepares to divert what comes for the guest. Where that cannot be done, it is lost while the guest moves, and the migration goes
     /// on.
     pub(super) async fn prepare(&mut self, endpoint: &Endpoint, address: &str, session: Uuid, pid: u32) {
-        if self.taps.is_empty() {
+        for macvtap in self.taps.iter().filter(|tap| tap.macvtap.is_some()) {
+            tracing::warn!(
+                macvtap = macvtap.ifname,
+                "frames that come for the guest while it moves will be lost: they cannot be diverted from a macvtap"
+            );
+        }
+        if self.diverted().next().is_none() {
             return;
         }
         match self.carried(endpoint, address, session, pid).await {
@@ -92,6 +98,11 @@ impl Network {
         }
     }
 
+    /// The interfaces that frames can be diverted from.
+    fn diverted(&self) -> impl Iterator<Item = &wire::Tap> {
+        self.taps.iter().filter(|tap| tap.macvtap.is_none())
+    }
+
     async fn carried(
         &self,
         endpoint: &Endpoint,
@@ -101,7 +112,7 @@ impl Network {
     ) -> Result<Carried, NotDiverted> {
         let interfaces = Interfaces::open()?;
         let (mut own, mut diversions, mut queues) = (Vec::new(), Vec::new(), Vec::new());
-        for tap in &self.taps {
+        for tap in self.diverted() {
             let to = OwnTap::make().map_err(NotDiverted::OwnTap)?;
             diversions.push(interfaces.prepare_diversion(&tap.ifname, to.name()).await?);
             queues.push(QemuQueue::all(pid, &tap.ifname).map_err(NotDiverted::Queues)?);
@@ -149,10 +160,10 @@ impl Network {
     }
 
     /// The guest runs on here, and gets what came meanwhile.
-    pub(super) async fn has_stayed(self) {
-        let Some(carried) = self.carried else { return };
+    pub(super) async fn has_stayed(mut self) {
+        let Some(carried) = self.carried.take() else { return };
         if carried.diverted {
-            tokio::task::block_in_place(|| carried.frames.has_stayed(sockets(&self.taps)));
+            tokio::task::block_in_place(|| carried.frames.has_stayed(sockets(self.diverted())));
         }
         // What was diverted up to here is with us by now, and goes before what comes from here on.
         end(&carried.diversions);
@@ -281,7 +292,7 @@ fn end(diversions: &[Diversion]) {
 }
 
 /// Ways to the guest behind these taps that no diversion is in.
-fn sockets(taps: &[wire::Tap]) -> Vec<PacketSocket> {
+fn sockets<'a>(taps: impl Iterator<Item = &'a wire::Tap>) -> Vec<PacketSocket> {
     let open = |tap: &wire::Tap| {
         let socket = PacketSocket::open(&tap.ifname)?;
         socket.set_qdisc_bypass()?;

@@ -295,6 +295,7 @@ pub(super) fn reserve_request(
     secret: &[u8; mirror::hash::SECRET_LENGTH],
     rehearsal: bool,
 ) -> wire::Reserve {
+    let (macvtaps, taps) = machine.taps.iter().cloned().partition(|tap| tap.macvtap.is_some());
     wire::Reserve {
         session: session.as_bytes().to_vec(),
         name: vm.record.name.to_string(),
@@ -310,7 +311,8 @@ pub(super) fn reserve_request(
             .map_or_else(|_| Vec::new(), |secret| boot_files::of(&vm.spec, &secret)),
         whole_room: options.disk_room == DiskRoom::Whole,
         accept_disconnect: options.accept_disconnect,
-        taps: machine.taps.clone(),
+        taps,
+        macvtaps,
         streams: u32::from(streams),
         secret: secret.to_vec(),
         rehearsal,

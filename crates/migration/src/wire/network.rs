@@ -29,6 +29,23 @@ pub struct Tap {
     /// Frames that may wait for the guest; 0 where the source does not say.
     #[prost(uint32, tag = "8")]
     pub queue_length: u32,
+    /// It is a macvtap.
+    #[prost(message, optional, tag = "11")]
+    pub macvtap: Option<Macvtap>,
+}
+
+/// What is special about a macvtap.
+#[derive(Clone, PartialEq, Message)]
+pub struct Macvtap {
+    /// The interface that it is on.
+    #[prost(string, tag = "1")]
+    pub lower: String,
+    /// 1: private. 2: vepa. 4: bridge. 8: passthru.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    /// Its own MAC address.
+    #[prost(string, tag = "3")]
+    pub mac: String,
 }
 
 /// Tunnels between the two hosts, one for each tap that is a port of a bridge: VXLAN between the two ends of the connection that this

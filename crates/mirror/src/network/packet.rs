@@ -54,6 +54,14 @@ impl PacketSocket {
         Ok(rustix::net::bind(&self.socket, &LinkAddress::new(self.interface, ETH_P_ALL as u16))?)
     }
 
+    /// From now on receives every frame that passes the interface, in either direction.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn listen_to_both(&self) -> io::Result<()> {
+        Ok(rustix::net::bind(&self.socket, &LinkAddress::new(self.interface, ETH_P_ALL as u16))?)
+    }
+
     /// Sends a frame, which begins with its Ethernet header, whole.
     ///
     /// # Errors

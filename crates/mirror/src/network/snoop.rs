@@ -55,6 +55,15 @@ const fn jump(comparison: u32, operand: u32, if_true: u8, if_false: u8) -> sock_
     sock_filter { code: (BPF_JMP | comparison | BPF_K) as u16, jt: if_true, jf: if_false, k: operand }
 }
 
+/// Where what a guest sends is seen at its interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// It arrives there: the interface is a tap, and the guest is at its other end.
+    Guest,
+    /// It leaves there: the interface is a macvtap, and the guest has the place of this host's own network at it.
+    Own,
+}
+
 /// Listens until it is dropped.
 #[derive(Debug)]
 pub struct Snoop {
@@ -69,10 +78,13 @@ impl Snoop {
     ///
     /// # Errors
     /// ENODEV for an interface that is not there, EPERM without `CAP_NET_RAW`; or when there is no thread or descriptor to be had.
-    pub fn start(interface: &str, mac: Mac) -> io::Result<Snoop> {
+    pub fn start(interface: &str, mac: Mac, side: Side) -> io::Result<Snoop> {
         let socket = PacketSocket::open(interface)?;
         socket.set_filter(&FILTER)?;
-        socket.listen()?;
+        match side {
+            Side::Guest => socket.listen()?,
+            Side::Own => socket.listen_to_both()?,
+        }
         let learned = Arc::new(Mutex::new(Addresses::default()));
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let listener = Listener { socket, mac, learned: learned.clone(), stop: stop.clone() };

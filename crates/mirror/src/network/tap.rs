@@ -3,10 +3,10 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::major;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::frames::{HEADER, LONGEST};
@@ -74,17 +74,20 @@ impl QemuQueue {
     /// Where the process cannot be looked into.
     pub fn all(pid: u32, interface: &str) -> io::Result<Vec<QemuQueue>> {
         let mut queues = Vec::new();
+        let tap = std::fs::metadata(TUN).map(|tun| tun.rdev()).ok();
+        let macvtap = macvtap_major();
         for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-            let is_tun = std::fs::read_link(entry.path()).is_ok_and(|link| link == Path::new(TUN));
+            // The file itself, whatever its name was.
+            let Ok(file) = std::fs::metadata(entry.path()) else { continue };
+            let is_queue = file.file_type().is_char_device()
+                && (Some(file.rdev()) == tap || Some(major(file.rdev())) == macvtap);
             let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            let Some(number) = number.filter(|_| is_tun) else { continue };
-            let about = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
-            let named = about
-                .lines()
-                .filter_map(|line| line.strip_prefix("iff:"))
-                .any(|name| name.trim() == interface);
-            if named {
-                queues.push(QemuQueue::take(pid, number)?);
+            let Some(number) = number.filter(|_| is_queue) else { continue };
+            match interface_behind(pid, number) {
+                Ok(name) if name == interface => queues.push(QemuQueue::take(pid, number)?),
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(e),
+                // Another's, or not any interface's.
+                _ => {}
             }
         }
         Ok(queues)
@@ -115,10 +118,8 @@ impl QemuQueue {
     }
 
     fn take(pid: u32, number: i32) -> io::Result<QemuQueue> {
-        let process = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
-        let process = pidfd_open(process, PidfdFlags::empty())?;
-        let file = File::from(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?);
-        let header = if ioctl::has_header(&file)? { ioctl::header_length(&file)? } else { 0 };
+        let file = descriptor_of(pid, number)?;
+        let header = if ioctl::interface(&file)?.has_header() { ioctl::header_length(&file)? } else { 0 };
         Ok(QemuQueue { file, header })
     }
 
@@ -131,6 +132,26 @@ impl QemuQueue {
         let whole = [&vec![0; self.header][..], frame].concat();
         (&self.file).write(&whole).map(drop)
     }
+}
+
+/// The name of the interface that a descriptor of a process is a queue of.
+///
+/// # Errors
+/// EBADF where the process has no such descriptor, ENOTTY where it is of something else, EPERM where the process cannot be looked into.
+pub fn interface_behind(pid: u32, number: i32) -> io::Result<String> {
+    Ok(ioctl::interface(&descriptor_of(pid, number)?)?.name())
+}
+
+/// The major number of the queues of macvtaps, where the kernel has such.
+fn macvtap_major() -> Option<u32> {
+    let devices = std::fs::read_to_string("/proc/devices").ok()?;
+    devices.lines().find_map(|line| line.trim().strip_suffix(" macvtap")?.parse().ok())
+}
+
+fn descriptor_of(pid: u32, number: i32) -> io::Result<File> {
+    let process = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    Ok(File::from(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?))
 }
 
 /// The requests of `/dev/net/tun` (linux/if_tun.h), which have no netlink form.
@@ -157,6 +178,10 @@ mod ioctl {
             let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(self.name.len());
             String::from_utf8_lossy(&self.name[..end]).into_owned()
         }
+
+        pub(super) fn has_header(&self) -> bool {
+            self.flags & libc::IFF_VNET_HDR as u16 != 0
+        }
     }
 
     pub(super) fn set_interface(file: &File, request: &mut Request) -> io::Result<()> {
@@ -164,11 +189,11 @@ mod ioctl {
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, std::ptr::from_mut(request)) })
     }
 
-    pub(super) fn has_header(file: &File) -> io::Result<bool> {
+    pub(super) fn interface(file: &File) -> io::Result<Request> {
         let mut request = Request::new("", 0);
         // SAFETY: TUNGETIFF writes one `struct ifreq`, which the request is laid out as and outlives the call.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
-        Ok(request.flags & libc::IFF_VNET_HDR as u16 != 0)
+        Ok(request)
     }
 
     pub(super) fn header_length(file: &File) -> io::Result<usize> {
@@ -180,5 +205,25 @@ mod ioctl {
 
     fn check(result: libc::c_int) -> io::Result<()> {
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_is_found_behind_a_descriptor() {
+        let this = std::process::id();
+        let null = File::open("/dev/null").unwrap();
+        let of_something_else = interface_behind(this, null.as_raw_fd()).unwrap_err();
+        assert_eq!(of_something_else.raw_os_error(), Some(libc::ENOTTY));
+        assert_eq!(interface_behind(this, 9999).unwrap_err().raw_os_error(), Some(libc::EBADF));
+        let tap = match OwnTap::make() {
+            Ok(tap) => tap,
+            Err(e) => return eprintln!("SKIPPED in part: no tap can be made here: {e}"),
+        };
+        assert_eq!(interface_behind(this, tap.file.as_raw_fd()).unwrap(), tap.name());
+        assert_eq!(QemuQueue::all(this, tap.name()).unwrap().len(), 1);
     }
 }

@@ -16,7 +16,7 @@ use libc::sock_filter;
 use mirror::network::PacketSocket;
 use mirror::network::announce::frames;
 use mirror::network::mac::Mac;
-use mirror::network::snoop::Snoop;
+use mirror::network::snoop::{Side, Snoop};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -75,7 +75,7 @@ fn is_ready(socket: &PacketSocket, within: Duration) -> bool {
 #[test]
 fn what_a_guest_tells_is_learned() {
     between_two_interfaces(|| {
-        let snoop = Snoop::start("host", GUEST).unwrap();
+        let snoop = Snoop::start("host", GUEST, Side::Guest).unwrap();
         let guest = PacketSocket::open("guest").unwrap();
         let told = addresses(["10.0.0.5", "2001:db8::5", "fe80::5054:ff:fe12:3456"]);
         for frame in frames(GUEST, &told) {
@@ -83,6 +83,18 @@ fn what_a_guest_tells_is_learned() {
         }
         wait_until("all are learned", || snoop.addresses().len() == 3);
         assert_eq!(snoop.addresses(), [told[2], told[1], told[0]]);
+    });
+}
+
+#[test]
+fn what_a_guest_tells_by_a_macvtap_is_learned_as_it_leaves() {
+    between_two_interfaces(|| {
+        let snoop = Snoop::start("host", GUEST, Side::Own).unwrap();
+        let (guest, neighbour) = (PacketSocket::open("host").unwrap(), PacketSocket::open("guest").unwrap());
+        neighbour.send(&frame_of(OTHER, "10.0.0.6")).unwrap();
+        guest.send(&frame_of(GUEST, "10.0.0.5")).unwrap();
+        wait_until("it is learned", || !snoop.addresses().is_empty());
+        assert_eq!(snoop.addresses(), addresses(["10.0.0.5"]));
     });
 }
 
@@ -105,7 +117,7 @@ fn at_a_tap_the_guest_is_heard_and_what_is_sent_reaches_it() {
     between_two_interfaces(|| {
         let mut guest = open_tap(b"tap");
         ip("link set dev tap addrgenmode none up");
-        let snoop = Snoop::start("tap", GUEST).unwrap();
+        let snoop = Snoop::start("tap", GUEST, Side::Guest).unwrap();
         let host = PacketSocket::open("tap").unwrap();
 
         let to_guest = frame_of(GUEST, "10.0.0.9");
@@ -126,7 +138,7 @@ fn at_a_tap_the_guest_is_heard_and_what_is_sent_reaches_it() {
 #[test]
 fn what_is_not_told_by_the_guest_in_its_own_network_is_not_learned() {
     between_two_interfaces(|| {
-        let snoop = Snoop::start("host", GUEST).unwrap();
+        let snoop = Snoop::start("host", GUEST, Side::Guest).unwrap();
         let guest = PacketSocket::open("guest").unwrap();
         let host = PacketSocket::open("host").unwrap();
 
@@ -148,7 +160,7 @@ fn what_is_not_told_by_the_guest_in_its_own_network_is_not_learned() {
 #[test]
 fn a_router_that_says_so_is_not_announced_as_a_host() {
     between_two_interfaces(|| {
-        let snoop = Snoop::start("host", GUEST).unwrap();
+        let snoop = Snoop::start("host", GUEST, Side::Guest).unwrap();
         let guest = PacketSocket::open("guest").unwrap();
         guest.send(&frame_of(GUEST, "10.0.0.5")).unwrap();
         guest.send(&frame_of(GUEST, "fe80::1")).unwrap();
@@ -164,7 +176,7 @@ fn a_router_that_says_so_is_not_announced_as_a_host() {
 fn an_interface_that_was_down_is_listened_to_when_it_is_up() {
     between_two_interfaces(|| {
         ip("link set dev host down");
-        let snoop = Snoop::start("host", GUEST).unwrap();
+        let snoop = Snoop::start("host", GUEST, Side::Guest).unwrap();
         let guest = PacketSocket::open("guest").unwrap();
         for address in ["10.0.0.5", "10.0.0.6"] {
             ip("link set dev host up");
@@ -182,7 +194,7 @@ fn an_interface_that_was_down_is_listened_to_when_it_is_up() {
 #[test]
 fn a_removed_interface_is_survived() {
     between_two_interfaces(|| {
-        let snoop = Snoop::start("host", GUEST).unwrap();
+        let snoop = Snoop::start("host", GUEST, Side::Guest).unwrap();
         let guest = PacketSocket::open("guest").unwrap();
         guest.send(&frame_of(GUEST, "10.0.0.5")).unwrap();
         wait_until("it is learned", || snoop.addresses().len() == 1);
@@ -190,7 +202,7 @@ fn a_removed_interface_is_survived() {
         assert!(guest.send(&frame_of(GUEST, "10.0.0.6")).is_err());
         assert_eq!(snoop.addresses(), addresses(["10.0.0.5"]));
         drop(snoop);
-        let error = Snoop::start("host", GUEST).unwrap_err();
+        let error = Snoop::start("host", GUEST, Side::Guest).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::ENODEV));
     });
 }
@@ -202,7 +214,7 @@ fn an_interface_is_promiscuous_only_while_it_is_listened_to() {
         String::from_utf8(shown.stdout).unwrap().contains("promiscuity 1")
     };
     between_two_interfaces(move || {
-        let snoop = Snoop::start("host", GUEST).unwrap();
+        let snoop = Snoop::start("host", GUEST, Side::Guest).unwrap();
         assert!(is_promiscuous());
         drop(snoop);
         assert!(!is_promiscuous());

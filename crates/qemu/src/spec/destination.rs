@@ -29,6 +29,8 @@ pub struct Destination {
     pub pid_file: Option<PathBuf>,
     /// Tap interfaces that are made ready there, by the back end that uses each ([`super::Nic::netdev`]).
     pub taps: Vec<(String, String)>,
+    /// Macvtaps there, which QEMU can only be given: the numbers of its descriptors, one for each queue, by the back end.
+    pub macvtaps: Vec<(String, Vec<i32>)>,
 }
 
 impl Spec {
@@ -54,8 +56,12 @@ impl Spec {
             spec.set_pid_file(pid_file);
         }
         spec.connect_taps(&how.taps)?;
+        let macvtaps = spec.connect_macvtaps(&how.macvtaps)?;
         if let Some(option) = spec.uses_of_descriptors(true).into_iter().next() {
             return Err(NotMirrorable::Descriptor { option });
+        }
+        for (at, properties) in macvtaps {
+            spec.store(at, &properties);
         }
         spec.append_to_files();
         spec.arguments.push(Argument::with_value("-incoming", "defer"));
@@ -101,36 +107,51 @@ impl Spec {
     }
 
     fn connect_taps(&mut self, taps: &[(String, String)]) -> Result<(), NotMirrorable> {
-        let keys: Vec<(usize, String, Properties)> = self
-            .backends()
-            .into_iter()
-            .map(|(at, properties)| (at, self.backend_key(at, &properties), properties))
-            .collect();
         for (netdev, ifname) in taps {
-            let found = keys.iter().find(|(_, key, _)| key == netdev);
-            let Some((at, _, properties)) = found else {
-                return Err(NotMirrorable::Option {
-                    option: format!("tap {ifname} for {netdev}"),
-                    why: "the machine has no such network back end",
-                });
-            };
-            let mut properties = properties.clone();
-            let kind =
-                self.nics().into_iter().find(|nic| nic.netdev == *netdev).map(|nic| (nic.kind, nic.queues));
-            match kind {
-                Some((NicKind::Tap { .. } | NicKind::Bridge { .. }, queues)) => {
-                    connect_tap(&mut properties, ifname, queues);
-                }
-                _ => {
-                    return Err(NotMirrorable::Option {
-                        option: self.arguments[*at].to_string(),
-                        why: "only tap and bridge back ends can be given a tap",
-                    });
-                }
-            }
-            self.store(*at, &properties);
+            let (at, mut properties, queues) = self.tap_backend(netdev, ifname)?;
+            connect_tap(&mut properties, ifname, queues);
+            self.store(at, &properties);
         }
         Ok(())
+    }
+
+    /// Takes the source's descriptors off the command line. Returns what is to be there in their place.
+    fn connect_macvtaps(
+        &mut self,
+        macvtaps: &[(String, Vec<i32>)],
+    ) -> Result<Vec<(usize, Properties)>, NotMirrorable> {
+        let mut connected = Vec::new();
+        for (netdev, descriptors) in macvtaps {
+            let (at, mut properties, _) = self.tap_backend(netdev, "by descriptor")?;
+            disconnect(&mut properties);
+            self.store(at, &properties);
+            let key = if descriptors.len() > 1 { "fds" } else { "fd" };
+            let numbers: Vec<String> = descriptors.iter().map(i32::to_string).collect();
+            properties.set(key, &numbers.join(":"));
+            connected.push((at, properties));
+        }
+        Ok(connected)
+    }
+
+    /// A back end that can be given a tap: where it is, its properties, and how many queues it has.
+    fn tap_backend(&self, netdev: &str, tap: &str) -> Result<(usize, Properties, u32), NotMirrorable> {
+        let mut backends = self.backends().into_iter();
+        let found = backends.find(|(at, properties)| self.backend_key(*at, properties) == netdev);
+        let Some((at, properties)) = found else {
+            return Err(NotMirrorable::Option {
+                option: format!("tap {tap} for {netdev}"),
+                why: "the machine has no such network back end",
+            });
+        };
+        match self.nics().into_iter().find(|nic| nic.netdev == netdev) {
+            Some(nic) if matches!(nic.kind, NicKind::Tap { .. } | NicKind::Bridge { .. }) => {
+                Ok((at, properties, nic.queues))
+            }
+            _ => Err(NotMirrorable::Option {
+                option: self.arguments[at].to_string(),
+                why: "only tap and bridge back ends can be given a tap",
+            }),
+        }
     }
 
     /// Output files of the machine go on where the source stopped.
@@ -184,16 +205,21 @@ impl Spec {
 
 fn connect_tap(properties: &mut Properties, ifname: &str, queues: u32) {
     let handed_in = ["fds", "vhostfd", "vhostfds"].iter().any(|key| properties.get(key).is_some());
-    let vhost = ["vhostfd", "vhostfds"].iter().any(|key| properties.get(key).is_some());
-    properties.set("type", "tap");
-    for key in ["fd", "fds", "vhostfd", "vhostfds", "br", "helper"] {
-        properties.remove(key);
-    }
+    disconnect(properties);
     properties.set("ifname", ifname);
     properties.set("script", "no");
     properties.set("downscript", "no");
     if handed_in && queues > 1 {
         properties.set_number("queues", u64::from(queues));
+    }
+}
+
+/// Makes a back end one that is to be given a tap. QEMU opens vhost-net itself where it is not given that either.
+fn disconnect(properties: &mut Properties) {
+    let vhost = ["vhostfd", "vhostfds"].iter().any(|key| properties.get(key).is_some());
+    properties.set("type", "tap");
+    for key in ["fd", "fds", "vhostfd", "vhostfds", "br", "helper"] {
+        properties.remove(key);
     }
     if vhost {
         properties.set_bool("vhost", true);
@@ -216,6 +242,7 @@ mod tests {
             qmp_socket: "/run/d/web1.qmp".into(),
             pid_file: None,
             taps: taps.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
+            macvtaps: Vec::new(),
         }
     }
 
@@ -332,6 +359,27 @@ mod tests {
             serde_json::from_str(argv.iter().find(|word| word.starts_with('{')).unwrap()).unwrap();
         let expected = serde_json::json!({"type":"tap","vhost":true,"id":"n1","ifname":"t1","script":"no","downscript":"no","queues":2});
         assert_eq!(json, expected);
+    }
+
+    #[test]
+    fn macvtaps_of_the_destination() {
+        let given = |argv: &[&str], descriptors: &[i32]| {
+            let macvtaps = vec![("n0".to_owned(), descriptors.to_vec())];
+            let spec = Spec::parse(&[&RAM, argv].concat()).unwrap();
+            let moved = spec.for_destination(&Destination { macvtaps, ..how(&[]) })?;
+            Ok::<_, NotMirrorable>(moved.to_argv())
+        };
+        let one = given(&["-netdev", "tap,id=n0,fd=3,vhost=on,vhostfd=4"], &[31]).unwrap();
+        assert!(one.iter().any(|word| word == "tap,id=n0,vhost=on,fd=31"), "{one:?}");
+        let two = given(&["-netdev", "tap,id=n0,fds=3:4"], &[31, 35]).unwrap();
+        assert!(two.iter().any(|word| word == "tap,id=n0,fds=31:35"), "{two:?}");
+        let other = ["-netdev", "tap,id=n0,fd=3", "-netdev", "tap,id=n1,fd=5"];
+        let refused = given(&other, &[31]).unwrap_err();
+        assert_eq!(
+            refused,
+            NotMirrorable::Descriptor { option: "-netdev tap,id=n1,fd=5".to_owned() },
+            "of one that is given, and one that is not"
+        );
     }
 
     #[test]

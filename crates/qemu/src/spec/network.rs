@@ -30,8 +30,8 @@ pub enum NicKind {
         script: Option<String>,
         /// The bridge that QEMU's helper would join it to.
         bridge: Option<String>,
-        /// Descriptors handed in by the program that started QEMU (`fd=`, `fds=`).
-        descriptors: bool,
+        /// Descriptors that QEMU was given by the program that started it (`fd=`, `fds=`), by their numbers in QEMU, one for each queue.
+        descriptors: Vec<i32>,
     },
     /// A tap that QEMU's bridge helper makes and joins to this bridge.
     Bridge {
@@ -130,7 +130,7 @@ fn nic(netdev: String, mac: Option<String>, properties: &Properties) -> Nic {
             ifname: properties.get("ifname"),
             script: properties.get("script"),
             bridge: properties.get("br").or_else(|| properties.get("helper").map(|_| "br0".to_owned())),
-            descriptors: ["fd", "fds"].iter().any(|key| properties.get(key).is_some()),
+            descriptors: descriptors(properties),
         },
         "bridge" => NicKind::Bridge { bridge: properties.get("br").unwrap_or_else(|| "br0".to_owned()) },
         "user" => NicKind::User,
@@ -139,6 +139,12 @@ fn nic(netdev: String, mac: Option<String>, properties: &Properties) -> Nic {
         _ => NicKind::Other(kind),
     };
     Nic { netdev, kind, mac, queues, vhost }
+}
+
+/// The numbers in `fd=` or `fds=`. None where one of them is a name, which only QEMU knows.
+fn descriptors(properties: &Properties) -> Vec<i32> {
+    let list = properties.get("fd").or_else(|| properties.get("fds")).unwrap_or_default();
+    list.split(':').map(|number| number.parse().ok()).collect::<Option<_>>().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -161,7 +167,8 @@ mod tests {
         assert_eq!(found[0].mac.as_deref(), Some("52:54:00:00:00:01"));
         assert_eq!((found[0].queues, found[0].vhost), (4, true));
         let NicKind::Tap { ifname, script, descriptors, .. } = &found[0].kind else { panic!("{found:?}") };
-        assert_eq!((ifname.as_deref(), script.as_deref(), *descriptors), (Some("t0"), Some("no"), false));
+        assert_eq!((ifname.as_deref(), script.as_deref()), (Some("t0"), Some("no")));
+        assert!(descriptors.is_empty());
     }
 
     #[test]
@@ -189,7 +196,14 @@ mod tests {
             "-netdev",
             r#"{"type":"tap","fds":"30:31","vhost":true,"vhostfds":"32:33","id":"hostnet0"}"#,
         ]);
-        assert!(matches!(found[0].kind, NicKind::Tap { descriptors: true, .. }));
+        let NicKind::Tap { descriptors, .. } = &found[0].kind else { panic!("{found:?}") };
+        assert_eq!(descriptors.as_slice(), [30, 31]);
         assert_eq!((found[0].queues, found[0].vhost), (2, true));
+        let named = nics(&["-netdev", "tap,id=n0,fd=31", "-netdev", "tap,id=n1,fd=hostnet0"]);
+        let of = |nic: &Nic| match &nic.kind {
+            NicKind::Tap { descriptors, .. } => descriptors.clone(),
+            _ => panic!("{nic:?}"),
+        };
+        assert_eq!([of(&named[0]), of(&named[1])], [vec![31], vec![]]);
     }
 }

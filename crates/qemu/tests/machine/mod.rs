@@ -55,7 +55,7 @@ impl Place {
     }
 
     pub(crate) async fn launch(&self, spec: &Spec) -> Process {
-        let process = qemu::launch(spec, &self.path("log"), |_| Ok(())).await.unwrap();
+        let process = qemu::launch(spec, &self.path("log"), Vec::new(), |_| Ok(())).await.unwrap();
         self.launched.borrow_mut().push(process.clone());
         process
     }
