@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::CgroupParent;
 use crate::destination::PostCopies;
 use crate::hooks::Hooks;
 use crate::journal::Journal;
@@ -28,6 +29,8 @@ pub struct Allow {
     pub max_memory: u64,
     /// QEMU binaries that may be run.
     pub qemu: Vec<PathBuf>,
+    /// Where cgroups may be made for machines that have limits.
+    pub cgroup: Option<CgroupParent>,
 }
 
 /// What of the host's firewall moves with a machine: the `[network]` table of the agent's configuration.

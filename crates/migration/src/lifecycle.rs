@@ -7,6 +7,7 @@ use std::time::Duration;
 use qemu::spec::Mirrorable;
 use qemu::{Presence, Process, Qmp, QmpError, Spec};
 
+use crate::cgroup;
 use crate::disks;
 use crate::failure::chain;
 use crate::firewall;
@@ -510,6 +511,11 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
     if let Some(daemon) = &record.made.storage_daemon {
         daemon.kill();
         daemon.wait_for_end(KILL_GRACE).await;
+    }
+    for directory in &record.made.cgroups {
+        if let Err(error) = cgroup::make::remove(directory).await {
+            tracing::error!(vm = %record.name, cgroup = %directory.display(), %error, "cannot be removed");
+        }
     }
     let _ = std::fs::remove_dir_all(Paths::of(host, &record.name).storage);
     leave_images(host, record);

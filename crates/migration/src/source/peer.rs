@@ -301,6 +301,7 @@ pub(super) fn reserve_request(
             .map_or_else(|_| Vec::new(), |secret| boot_files::of(&vm.spec, &secret)),
         whole_room: options.disk_room == DiskRoom::Whole,
         accept_disconnect: options.accept_disconnect,
+        limits: machine.limits.wire(),
         taps: machine.taps.clone(),
         streams: u32::from(streams),
         secret: secret.to_vec(),
