@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::CgroupParent;
 use crate::destination::PostCopies;
 use crate::forward::Forwards;
 use crate::hooks::Hooks;
@@ -33,6 +34,8 @@ pub struct Allow {
     pub qemu: Vec<PathBuf>,
     /// Machines may come that stay in their source's network, through a tunnel to there.
     pub forward: bool,
+    /// Where cgroups may be made for machines that have limits.
+    pub cgroup: Option<CgroupParent>,
 }
 
 /// What of the host's firewall moves with a machine: the `[network]` table of the agent's configuration.

@@ -5,6 +5,7 @@
 //! * [`journal`] keeps, through any crash, which host owns a machine: at any moment at most one copy may run, and one
 //!   always can.
 //! * [`lifecycle`] starts, adopts, finds again and ends machines on one host.
+//! * `cgroup` carries the limits of CPU and memory of a machine's process.
 //! * [`hooks`] are programs of the operator's, run when a machine's network moves.
 //! * [`conntrack`] and [`nft`] are what a host's firewall knows of a machine.
 //! * [`report`], [`progress`], [`failure`] and [`options`] are what an operator gives and gets.
@@ -13,6 +14,7 @@
 //! crate [`qemu`].
 
 mod boot_files;
+mod cgroup;
 pub mod conntrack;
 pub mod destination;
 mod disks;
@@ -46,6 +48,7 @@ pub mod tap;
 pub mod vm;
 pub mod wire;
 
+pub use cgroup::{BadCgroup, CgroupParent};
 pub use destination::{DataConnections, PostCopies};
 pub use failure::{Failure, Finding, Stage};
 pub use forward::Forwards;

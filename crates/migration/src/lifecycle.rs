@@ -8,6 +8,7 @@ use mirror::network::mac::Mac;
 use qemu::spec::Mirrorable;
 use qemu::{Presence, Process, Qmp, QmpError, Spec};
 
+use crate::cgroup;
 use crate::destination::{forwarded, network};
 use crate::disks;
 use crate::failure::chain;
@@ -573,6 +574,11 @@ pub(crate) async fn forget_decided(host: &Host, record: &Record, qmp: Option<&Qm
     if let Some(daemon) = &record.made.storage_daemon {
         daemon.kill();
         daemon.wait_for_end(KILL_GRACE).await;
+    }
+    for directory in &record.made.cgroups {
+        if let Err(error) = cgroup::make::remove(directory).await {
+            tracing::error!(vm = %record.name, cgroup = %directory.display(), %error, "cannot be removed");
+        }
     }
     let _ = std::fs::remove_dir_all(Paths::of(host, &record.name).storage);
     leave_images(host, record);

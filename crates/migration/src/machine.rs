@@ -3,6 +3,7 @@
 use qemu::qmp::{CpuidWord, RunState, Version};
 use qemu::{NicKind, Qmp, RamBlock, Spec};
 
+use crate::cgroup;
 use crate::disks::{self, Disk};
 use crate::failure::Finding;
 use crate::options::{Engine, Options};
@@ -28,6 +29,8 @@ pub(crate) struct Machine {
     pub(crate) disks: Vec<Disk>,
     pub(crate) taps: Vec<wire::Tap>,
     pub(crate) plugged: Plugged,
+    /// Of its process.
+    pub(crate) limits: cgroup::Limits,
 }
 
 impl Machine {
@@ -88,6 +91,11 @@ impl Machine {
         findings.extend(more);
         let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
+        let limits = cgroup::read::limits(&vm.record).unwrap_or_else(|e| {
+            let message = format!("the VM's limits: {}", crate::failure::chain(&e));
+            findings.push(Finding::new("cgroup", message, e.hint()));
+            cgroup::Limits::default()
+        });
         let direct_disks = vm.spec.disks().iter().any(|disk| disk.cache_direct);
         let machine = Machine {
             machine,
@@ -100,6 +108,7 @@ impl Machine {
             disks,
             taps,
             plugged,
+            limits,
         };
         (Some(machine), findings)
     }

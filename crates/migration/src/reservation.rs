@@ -1,5 +1,6 @@
 //! Reservation: the destination proves that it can hold and run a machine, and sets the resources aside.
 
+mod cgroup;
 pub(crate) mod disks;
 mod kernel_use;
 mod macvtaps;
@@ -17,6 +18,7 @@ use qemu::{LaunchError, Process, Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
 use crate::boot_files;
+use crate::cgroup::{CgroupError, Limits, make};
 use crate::destination::forwarded::Tunnels;
 use crate::destination::images::Images;
 use crate::destination::post_copy;
@@ -69,6 +71,8 @@ pub(crate) struct Request {
     taps: Vec<wire::Tap>,
     /// They stay in the source's network.
     forward: Option<Tunnels>,
+    /// Of its process.
+    limits: Limits,
     /// Its own table in the firewall.
     nft: String,
     post_copy: bool,
@@ -133,6 +137,8 @@ impl Request {
         let blocks = wire.ram.iter().map(|block| (block.id.as_str(), block.size));
         let layout = Layout::new(blocks, streams).map_err(|e| violation(chain(&e)))?;
         let secret = Secret::try_from(&wire.secret[..]).map_err(|e| violation(chain(&e)))?;
+        let limits = wire.limits.as_ref().map_or(Some(Limits::default()), Limits::decode);
+        let limits = limits.ok_or_else(|| violation("limits that no process can have".to_owned()))?;
         let spec = Spec::parse(&wire.argv).map_err(|e| violation(chain(&e)))?;
         let forward = wire.forward.map(|forward| {
             Tunnels::decode(forward, peer)
@@ -159,6 +165,7 @@ impl Request {
             shipped: boot_files::Shipped::default(),
             taps: wire.taps.into_iter().chain(wire.macvtaps).collect(),
             forward: forward.transpose()?,
+            limits,
             nft: wire.nft,
             post_copy: wire.post_copy,
             qemu_stream: wire.qemu_stream,
@@ -309,6 +316,7 @@ impl Request {
         let planned = self.examine_disks(host, &mut findings);
         self.examine_taps(host, &mut findings).await;
         findings.extend(firewall::examine(host, &self.nft));
+        findings.extend(self.examine_limits(host));
         (binary, planned, findings)
     }
 
@@ -454,6 +462,7 @@ impl Request {
             |kind: &str, e: &dyn std::error::Error, hint: &str| vec![Finding::new(kind, chain(e), hint)];
         record.made.rehearsal = self.rehearsal;
         self.make_taps(host, &mut record).await?;
+        self.make_cgroups(host, &mut record).map_err(|finding| vec![finding])?;
         if !self.nft.is_empty() && !self.rehearsal {
             // On record first, so that it goes if the machine does not come.
             record.made.nft = true;
@@ -481,7 +490,9 @@ impl Request {
             .map_err(|e| failed("network", &e, "let the agent open the devices of macvtaps, or make them"))?;
         let launched = qemu::launch(&spec, &log, descriptors, |process| {
             record.process = Some(process.clone());
-            Ok(host.journal.update(&record)?)
+            host.journal.update(&record)?;
+            // Before it takes any memory: what a process has already taken is not counted again where it comes to.
+            Ok(make::enter(&record.made.cgroups, process.pid)?)
         });
         let process = launched.await.map_err(|e| vec![self.not_launched(host, &e)])?;
         let qmp = |e: qemu::QmpError| failed("qemu", &e, "see the log of the destination's agent");
@@ -504,7 +515,10 @@ impl Request {
 
     fn not_launched(&self, host: &Host, error: &LaunchError) -> Finding {
         let message = chain(error);
-        if let LaunchError::Unrecorded(_) = error {
+        if let LaunchError::Unrecorded(source) = error {
+            if let Some(e) = source.downcast_ref::<CgroupError>() {
+                return cgroup::failed(host, e);
+            }
             return Finding::new("journal", message, "see to the destination's state_dir");
         }
         if message.contains("unsupported machine type") {

@@ -127,6 +127,9 @@ pub struct Made {
     /// The process that serves some of the images meanwhile.
     #[serde(default)]
     pub storage_daemon: Option<Process>,
+    /// Cgroups, empty but for its QEMU.
+    #[serde(default)]
+    pub cgroups: Vec<PathBuf>,
     /// The machine's own table in the firewall has been made.
     #[serde(default)]
     pub nft: bool,

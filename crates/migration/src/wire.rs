@@ -5,11 +5,13 @@
 //! fields are optional, and a peer that does not know them ignores them. A message without a known kind is a
 //! violation. The link bounds a whole message to 1 MiB before any of it is decoded.
 
+mod limits;
 mod network;
 
 use mirror::memory::pages::PageSet;
 use prost::{Message, Oneof};
 
+pub use limits::CgroupLimits;
 pub use network::{Forward, Known, Macvtap, Neighbour, Port, Tap, Vlan};
 
 /// The data stream with frames that were on their way to the guest.
@@ -255,6 +257,9 @@ pub struct Reserve {
     /// Networks whose connections end with the move are no reason against it.
     #[prost(bool, tag = "25")]
     pub accept_disconnect: bool,
+    /// Limits of CPU and memory that its process has; none where it has none.
+    #[prost(message, optional, tag = "26")]
+    pub limits: Option<CgroupLimits>,
     /// Images that are made get all the room that they can need, at once.
     #[prost(bool, tag = "22")]
     pub whole_room: bool,

@@ -11,7 +11,7 @@ use humantime::{format_duration, parse_duration};
 use migration::hooks::{MAX_DEADLINE, MIN_DEADLINE};
 use migration::nft::NftPattern;
 use migration::options::MIN_BANDWIDTH;
-use migration::{Allow, Firewall, Hooks, rate};
+use migration::{Allow, CgroupParent, Firewall, Hooks, rate};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
@@ -37,7 +37,7 @@ const KEYS: [(&str, &[&str]); 5] = [
         ],
     ),
     ("tls", &["ca", "cert", "key"]),
-    ("allow", &["peers", "disk_dirs", "bridges", "macvtap", "max_memory", "qemu", "forward"]),
+    ("allow", &["peers", "disk_dirs", "bridges", "macvtap", "max_memory", "qemu", "cgroup", "forward"]),
     ("hooks", &["directory", "deadline"]),
     ("network", &["conntrack", "nft_table", "forward_port"]),
 ];
@@ -85,6 +85,7 @@ struct AllowTable {
     #[serde(deserialize_with = "size")]
     max_memory: u64,
     qemu: Spanned<Vec<PathBuf>>,
+    cgroup: Option<Spanned<String>>,
     #[serde(default)]
     forward: bool,
 }
@@ -276,6 +277,10 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
             return Err(source.value(paths.span().start, key, problem));
         }
     }
+    let cgroup = |text: Spanned<String>| {
+        let parsed = text.get_ref().parse::<CgroupParent>();
+        parsed.map_err(|error| source.value(text.span().start, "allow.cgroup", error.to_string()))
+    };
     Ok(Allow {
         peers: table.peers,
         disk_dirs: table.disk_dirs.into_inner(),
@@ -283,6 +288,7 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
         macvtap: table.macvtap,
         max_memory: table.max_memory,
         qemu: table.qemu.into_inner(),
+        cgroup: table.cgroup.map(cgroup).transpose()?,
         forward: table.forward,
     })
 }

@@ -50,6 +50,10 @@ fn the_example_of_the_contract_is_understood() {
     assert_eq!(config.bandwidth.unwrap().get(), 900 << 20);
     assert_eq!(config.allow.max_memory, 16 << 30);
     assert_eq!(config.allow.peers, ["host-b", "host-c"]);
+    assert_eq!(config.allow.cgroup, None);
+    let text = with("qemu", "qemu = []\ncgroup = \"vms.slice/vmirror\"");
+    let allow = Config::parse(Path::new("/etc/vmirror/agent.toml"), &text).unwrap().allow;
+    assert_eq!(allow.cgroup, Some("vms.slice/vmirror".parse().unwrap()));
     assert_eq!(
         config.hooks.directory.as_deref(),
         Some(Path::new("/etc/vmirror/hooks")),
@@ -145,6 +149,9 @@ fn bad_values_name_the_key_the_line_and_the_value() {
         ("max_memory", "max_memory = \"lots\"", "16: allow.max_memory: \"lots\" is not a size"),
         ("max_memory", "max_memory = 17", "16: allow.max_memory: invalid type: integer `17`"),
         ("qemu", "qemu = [\"qemu-system-x86_64\"]", "17: allow.qemu: qemu-system-x86_64 is not an abs"),
+        ("qemu", "qemu = []\ncgroup = 5", "18: allow.cgroup: invalid type: integer `5`"),
+        ("qemu", "qemu = []\ncgroup = \"/vms\"", "18: allow.cgroup: \"/vms\" is not the path of a cgroup"),
+        ("qemu", "qemu = []\ncgroup = \"../vms\"", "18: allow.cgroup: \"../vms\" is not the path of a"),
         ("directory", "directory = 3", "19: hooks.directory: invalid type: integer `3`"),
         ("deadline", "deadline = \"soon\"", "20: hooks.deadline: \"soon\" is not a time such as \"10s\""),
         ("deadline", "deadline = \"99ms\"", "20: hooks.deadline: \"99ms\" is not between 100ms and 10m"),

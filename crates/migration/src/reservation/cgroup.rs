@@ -1,0 +1,45 @@
+//! Limits of a machine that is to come: whether they can be kept here, and the cgroups that keep them.
+
+use super::Request;
+use crate::cgroup::CgroupError;
+use crate::cgroup::make::Plan;
+use crate::failure::{Finding, chain};
+use crate::host::Host;
+use crate::vm::Record;
+
+impl Request {
+    /// Why the machine's limits cannot be kept here, as far as that can be told without making anything.
+    pub(super) fn examine_limits(&self, host: &Host) -> Option<Finding> {
+        if self.limits.are_none() {
+            return None;
+        }
+        let Some(parent) = &host.allow.cgroup else {
+            return Some(Finding::new(
+                "cgroup-not-allowed",
+                format!("the VM has limits of CPU or memory, and {} allows no cgroup for such", host.name),
+                format!(
+                    "set [allow] cgroup in the configuration of {}, or take the limits off the VM",
+                    host.name
+                ),
+            ));
+        };
+        Plan::new(self.limits, parent, &self.name).err().map(|e| failed(host, &e))
+    }
+
+    /// Makes the cgroups that its limits need.
+    pub(super) fn make_cgroups(&self, host: &Host, record: &mut Record) -> Result<(), Finding> {
+        let Some(parent) = host.allow.cgroup.as_ref().filter(|_| !self.limits.are_none()) else {
+            return Ok(());
+        };
+        let plan = Plan::new(self.limits, parent, &self.name).map_err(|e| failed(host, &e))?;
+        // On record before they exist: a crash in between leaves nothing that nobody knows of.
+        record.made.cgroups = plan.directories();
+        let unrecorded = |e| Finding::new("journal", chain(&e), "see to the destination's state_dir");
+        host.journal.update(record).map_err(unrecorded)?;
+        plan.make().map_err(|e| failed(host, &e))
+    }
+}
+
+pub(super) fn failed(host: &Host, error: &CgroupError) -> Finding {
+    Finding::new("cgroup", format!("on {}: {}", host.name, chain(error)), error.hint())
+}
