@@ -141,7 +141,7 @@ impl Interfaces {
         for nic in spec.nics() {
             let Some(ifname) = record.interface(&nic) else { continue };
             let macvtap = record.has_macvtap(&nic);
-            let socket = (!macvtap).then(|| towards_guest(&ifname)).transpose();
+            let socket = (!macvtap).then(|| PacketSocket::to_guest(&ifname)).transpose();
             let socket = socket
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "what was on its way is lost"));
             let queues = pid.map_or(Ok(Vec::new()), |pid| QemuQueue::all(pid, &ifname));
@@ -261,13 +261,6 @@ pub(super) async fn is_home(host: &Host, record: &Record) {
     if record.made.forwarded.is_empty() {
         host.forwards.end(&record.name).await;
     }
-}
-
-fn towards_guest(tap: &str) -> std::io::Result<PacketSocket> {
-    let socket = PacketSocket::open(tap)?;
-    socket.set_qdisc_bypass()?;
-    socket.set_virtio_header()?;
-    Ok(socket)
 }
 
 /// Prepares to hold back what is sent to a tap.

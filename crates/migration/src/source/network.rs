@@ -9,6 +9,7 @@ use link::{Bandwidth, Endpoint};
 use mirror::network::PacketSocket;
 use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
+use mirror::network::mark;
 use mirror::network::source::NetworkSource;
 use mirror::network::tap::{OwnTap, QemuQueue};
 use uuid::Uuid;
@@ -35,6 +36,8 @@ enum NotDiverted {
     OwnTap(#[source] std::io::Error),
     #[error("no way into the queues of QEMU's taps")]
     Queues(#[source] std::io::Error),
+    #[error("no way to the guest past QEMU's taps")]
+    Way(#[source] std::io::Error),
     #[error("the destination takes no frames")]
     Stream(#[source] link::ConnectError),
     #[error("no frames can be carried")]
@@ -43,10 +46,11 @@ enum NotDiverted {
 
 /// What takes no longer is done while the guest is paused.
 const QUICK: Duration = Duration::from_millis(3);
-/// A guest is given so long to take what came for it before: what its QEMU has read and could not give it when it stops is lost.
-const TAKE: Duration = Duration::from_millis(100);
+/// A guest is given so long to take what came for it before. It runs, and takes that at once unless it gets no CPU time: under load half
+/// a second was seen. What it does not take goes with it, but for one frame that its QEMU has read by then.
+const TAKE: Duration = Duration::from_secs(1);
 /// Not one that takes nothing for so long while it runs: nobody listens to that interface.
-const UNREAD: Duration = Duration::from_millis(10);
+const UNREAD: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_micros(100);
 
 /// The network of a machine that is being mirrored.
@@ -66,6 +70,8 @@ struct Carried {
     /// QEMU's queues, of each interface, and which interfaces the guest reads.
     queues: Vec<Vec<QemuQueue>>,
     read: Vec<bool>,
+    /// Ways to the guest that no diversion is in.
+    sockets: Vec<PacketSocket>,
     frames: NetworkSource,
     diverted: bool,
 }
@@ -111,11 +117,13 @@ impl Network {
         pid: u32,
     ) -> Result<Carried, NotDiverted> {
         let interfaces = Interfaces::open()?;
-        let (mut own, mut diversions, mut queues) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut own, mut diversions, mut queues, mut sockets) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for tap in self.diverted() {
             let to = OwnTap::make().map_err(NotDiverted::OwnTap)?;
             diversions.push(interfaces.prepare_diversion(&tap.ifname, to.name()).await?);
             queues.push(QemuQueue::all(pid, &tap.ifname).map_err(NotDiverted::Queues)?);
+            sockets.push(PacketSocket::to_guest(&tap.ifname).map_err(NotDiverted::Way)?);
             own.push((to, tap.mac.parse().ok()));
         }
         let (endpoint, address) = (endpoint.clone(), address.to_owned());
@@ -126,7 +134,7 @@ impl Network {
         let stream = opened.await.map_err(|e| NotDiverted::Thread(e.into()))?.map_err(NotDiverted::Stream)?;
         let abort = stream.abort_handle().map_err(NotDiverted::Thread)?;
         let frames = NetworkSource::start(own, stream, move || abort.abort()).map_err(NotDiverted::Thread)?;
-        Ok(Carried { diversions, queues, read: Vec::new(), frames, diverted: false })
+        Ok(Carried { diversions, queues, read: Vec::new(), sockets, frames, diverted: false })
     }
 
     /// From the next frame on what comes is diverted: the guest is about to be paused.
@@ -140,8 +148,19 @@ impl Network {
             }
         }
         let until = Instant::now() + TAKE;
-        for (queues, _) in carried.queues.iter().zip(&carried.read).filter(|(_, read)| **read) {
-            are_empty(queues, until).await;
+        let read = |(_, read): &(usize, bool)| *read;
+        let mut taken = true;
+        for (interface, _) in carried.read.iter().copied().enumerate().filter(read) {
+            if let Some(Err(e)) = carried.sockets.get(interface).map(mark::send) {
+                tracing::debug!(error = %e, "it is not certain that the guest takes all that came before");
+            }
+        }
+        for (interface, _) in carried.read.iter().copied().enumerate().filter(read) {
+            taken &= are_empty(&carried.queues[interface], until).await;
+        }
+        if !taken {
+            tracing::debug!("the guest has not taken all that came before its pause");
+            carried.frames.take_over(&carried.queues);
         }
     }
 
@@ -163,7 +182,7 @@ impl Network {
     pub(super) async fn has_stayed(mut self) {
         let Some(carried) = self.carried.take() else { return };
         if carried.diverted {
-            tokio::task::block_in_place(|| carried.frames.has_stayed(sockets(self.diverted())));
+            tokio::task::block_in_place(|| carried.frames.has_stayed(carried.sockets));
         }
         // What was diverted up to here is with us by now, and goes before what comes from here on.
         end(&carried.diversions);
@@ -289,25 +308,4 @@ fn end(diversions: &[Diversion]) {
             tracing::error!(error = %e, "a tap's frames are still diverted");
         }
     }
-}
-
-/// Ways to the guest behind these taps that no diversion is in.
-fn sockets<'a>(taps: impl Iterator<Item = &'a wire::Tap>) -> Vec<PacketSocket> {
-    let open = |tap: &wire::Tap| {
-        let socket = PacketSocket::open(&tap.ifname)?;
-        socket.set_qdisc_bypass()?;
-        socket.set_virtio_header()?;
-        Ok::<_, std::io::Error>(socket)
-    };
-    let mut sockets = Vec::new();
-    for tap in taps {
-        match open(tap) {
-            Ok(socket) => sockets.push(socket),
-            Err(e) => {
-                tracing::error!(tap = tap.ifname, error = %e, "its guest does not get what came meanwhile");
-                break;
-            }
-        }
-    }
-    sockets
 }

@@ -66,7 +66,7 @@ pub(super) async fn prepare(
     let mut events = qmp.events();
     // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
     let _ = std::fs::remove_file(socket);
-    let mut device = DeviceSource::listen(socket)
+    let device = DeviceSource::listen(socket)
         .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
     let uri = device.uri();
     let on: Vec<_> = CAPABILITIES.into_iter().map(|name| (name, true)).collect();
@@ -82,20 +82,11 @@ pub(super) async fn prepare(
             rounds.withhold(destination).await?;
         }
     }
-    let asked = Instant::now();
-    qmp.migrate(&uri).await.map_err(Stop::qemu)?;
     if let Some(network) = &mut *network {
-        // QEMU pauses the guest once it is rid of what it sends first, which is more than the socket takes: not before that is read.
-        let mut events = qmp.events();
-        let begun = async {
-            tokio::select! {
-                begun = device.begun() => begun.map_err(|e| Stop::because("device-state", &e, "see the VM's log on the source")),
-                paused = paused(&mut events, asked) => paused.map(drop),
-            }
-        };
-        timeout(UNTIL_PAUSED, begun).await.map_err(|_| never_paused())??;
         network.divert().await;
     }
+    let asked = Instant::now();
+    qmp.migrate(&uri).await.map_err(Stop::qemu)?;
     let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination.sender())));
     let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| never_paused())??;
     paused_for_good();

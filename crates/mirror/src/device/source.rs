@@ -33,19 +33,6 @@ impl DeviceSource {
         format!("unix:{}", self.path.display())
     }
 
-    /// Waits until QEMU has begun to send. Of what it sends it cannot go on with more than the socket takes, 200 KiB, before somebody
-    /// reads that. Nothing is lost when this is cancelled.
-    ///
-    /// # Errors
-    /// Those of the socket.
-    pub async fn begun(&mut self) -> io::Result<()> {
-        let stream = match &self.stream {
-            Some(stream) => stream,
-            None => self.stream.insert(self.listener.accept().await?.0),
-        };
-        stream.readable().await
-    }
-
     /// Waits for QEMU and gives back the connection itself, to be read by whoever carries it. Nothing is lost when this is
     /// cancelled.
     ///

@@ -16,6 +16,7 @@ pub mod diversion;
 mod frame;
 pub mod frames;
 pub mod mac;
+pub mod mark;
 mod packet;
 pub mod snoop;
 pub mod source;

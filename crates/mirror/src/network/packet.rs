@@ -34,6 +34,18 @@ impl PacketSocket {
         Ok(PacketSocket { socket, interface })
     }
 
+    /// Opens one that leads to the guest behind a tap, past whatever diverts or shapes what is sent there. Frames are sent with virtio
+    /// headers.
+    ///
+    /// # Errors
+    /// As [`PacketSocket::open`].
+    pub fn to_guest(tap: &str) -> io::Result<PacketSocket> {
+        let socket = PacketSocket::open(tap)?;
+        socket.set_qdisc_bypass()?;
+        socket.set_virtio_header()?;
+        Ok(socket)
+    }
+
     /// From now on receives every frame that arrives at the interface, whoever it is for: at a tap, what the guest sends. What
     /// is sent out of the interface, at a tap to the guest, is not received.
     ///

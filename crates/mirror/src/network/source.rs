@@ -16,6 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use super::PacketSocket;
 use super::frames::{Backlog, Frame, LONGEST};
 use super::mac::Mac;
+use super::mark::is_mark;
 use super::tap::{OwnTap, QemuQueue};
 use super::ways::Ways;
 
@@ -106,14 +107,20 @@ impl NetworkSource {
         self.shared.lock().to = To::Either;
     }
 
-    /// The guest is paused for good. What its QEMU has left in its queues, of each interface, goes first.
-    pub fn is_paused(&self, queues: &[Vec<QemuQueue>]) {
+    /// What is left in QEMU's queues, of each interface, is taken from it: its guest does not take it, or will not any more.
+    pub fn take_over(&self, queues: &[Vec<QemuQueue>]) {
         let left = (0..).zip(queues).flat_map(|(interface, queues)| {
-            queues.iter().flat_map(QemuQueue::drain).map(move |content| Frame { interface, content })
+            let left = queues.iter().flat_map(QemuQueue::drain).filter(|content| !is_mark(content));
+            left.map(move |content| Frame { interface, content })
         });
         let left: Vec<Frame> = left.collect();
+        self.shared.lock().kept.precede(left);
+    }
+
+    /// The guest is paused for good. What its QEMU has left in its queues, of each interface, goes first.
+    pub fn is_paused(&self, queues: &[Vec<QemuQueue>]) {
+        self.take_over(queues);
         let mut state = self.shared.lock();
-        state.kept.precede(left);
         state.paused = true;
         state.outgoing = state.kept.iter().cloned().collect();
         drop(state);

@@ -10,8 +10,9 @@ use mirror::network::announce;
 use mirror::network::destination::NetworkDestination;
 use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
+use mirror::network::mark;
 use mirror::network::source::NetworkSource;
-use mirror::network::tap::OwnTap;
+use mirror::network::tap::{OwnTap, QemuQueue};
 
 use super::{GUEST, OTHER, between_two_interfaces, ip, wait_until};
 
@@ -33,14 +34,6 @@ fn tap() -> OwnTap {
 fn index(tap: &OwnTap) -> u32 {
     let socket = PacketSocket::open(tap.name()).unwrap();
     rustix::net::netdevice::name_to_index(&socket, tap.name()).unwrap()
-}
-
-/// What reaches a guest whatever is diverted.
-fn way_to(tap: &OwnTap) -> PacketSocket {
-    let socket = PacketSocket::open(tap.name()).unwrap();
-    socket.set_qdisc_bypass().unwrap();
-    socket.set_virtio_header().unwrap();
-    socket
 }
 
 /// A frame with a number in it.
@@ -106,7 +99,7 @@ fn a_diversion_takes_effect_between_two_frames_and_ends_with_who_made_it() {
         send(2);
         let mut given = vec![0; HEADER];
         given.extend(frame(GUEST, 3));
-        way_to(&guest).send(&given).unwrap();
+        PacketSocket::to_guest(guest.name()).unwrap().send(&given).unwrap();
         diversion.end().unwrap();
         send(4);
         diversion.begin().unwrap();
@@ -145,6 +138,33 @@ fn what_comes_from_the_pause_on_is_carried_in_order_and_then_only_what_is_for_th
 }
 
 #[test]
+fn what_a_guest_does_not_take_goes_with_it_and_the_mark_behind_it_does_not() {
+    between_two_interfaces(|| {
+        let (guest, diverted) = (tap(), tap());
+        let network = PacketSocket::open(guest.name()).unwrap();
+        let send = |number| network.send(&frame(GUEST, number)).unwrap();
+        let diversion = Diversion::prepare(index(&guest), index(&diverted)).unwrap();
+        let queues = [QemuQueue::all(std::process::id(), guest.name()).unwrap()];
+        assert_eq!(queues[0].len(), 1);
+        let (to, mut from) = stream();
+        let source = source(diverted, to);
+        (0..3).for_each(send);
+        source.begin();
+        diversion.begin().unwrap();
+        mark::send(&PacketSocket::to_guest(guest.name()).unwrap()).unwrap();
+        send(3);
+        // It takes one, and then no more.
+        assert_eq!(next(&guest), Some(0));
+        assert!(!queues[0][0].is_empty());
+        source.take_over(&queues);
+        assert!(queues[0][0].is_empty());
+        source.is_paused(&queues);
+        send(4);
+        assert_eq!([0; 4].map(|_| carried(&mut from)), [Some(1), Some(2), Some(3), Some(4)]);
+    });
+}
+
+#[test]
 fn a_guest_that_stays_gets_what_was_kept_from_it_though_nobody_reads_what_was_carried() {
     between_two_interfaces(|| {
         let (guest, diverted) = (tap(), tap());
@@ -159,7 +179,7 @@ fn a_guest_that_stays_gets_what_was_kept_from_it_though_nobody_reads_what_was_ca
         for _ in 0..400 {
             network.send(&large).unwrap();
         }
-        source.has_stayed(vec![way_to(&guest)]);
+        source.has_stayed(vec![PacketSocket::to_guest(guest.name()).unwrap()]);
         network.send(&frame(GUEST, 8)).unwrap();
         let got = numbers(&guest, 401);
         assert!(got[..400].iter().all(|number| *number == 7) && got[400..] == [8], "{got:?}");
@@ -184,7 +204,7 @@ fn what_the_network_sends_to_the_new_place_comes_after_what_it_had_sent_to_the_o
         carry(1);
         PacketSocket::open(guest.name()).unwrap().send(&frame(GUEST, 9)).unwrap();
         assert_eq!(next(&guest), None);
-        let held_back = destination.play(vec![way_to(&guest)], vec![own]);
+        let held_back = destination.play(vec![PacketSocket::to_guest(guest.name()).unwrap()], vec![own]);
         carry(2);
         drop(to);
         let played = destination.finish();
