@@ -50,7 +50,7 @@ fn added_downtime(cells: &[CellRecord]) -> Goal {
         let downtime = |record| median(record, Contender::VMIRROR, |sample| Some(sample.downtime_ms));
         let (with, without) = (downtime(record)?, downtime(cell(cells, "idle-zero-no-frames")?)?);
         let added = with - without;
-        Some((format!("{} with, {} without: {added:.1} ms more", ms(with), ms(without)), added <= LIMIT_MS))
+        Some((format!("{} with, {} without: {added:+.1} ms", ms(with), ms(without)), added <= LIMIT_MS))
     })
 }
 

@@ -114,7 +114,7 @@ pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Res
         recorded.map_err(|e| Finding::new("journal", chain(&e), "see to the disk of state_dir"))?;
     }
     tracing::info!(vm = %record.name, "it is in the network of this host now");
-    network::announce(host, &record).await;
+    network::announce(host, &record);
     network::is_home(host, &record).await;
     Ok(record)
 }

@@ -135,32 +135,39 @@ struct Interface {
 impl Interfaces {
     /// Gets hold of them: nothing has to be looked for once they are needed.
     pub(super) async fn of(record: &Record, spec: &Spec) -> Interfaces {
-        let pid = record.process.as_ref().map(|process| process.pid);
+        let mut interfaces = Interfaces::to_announce(record, spec);
         let kernel = tap::Interfaces::open().ok();
-        let mut each = Vec::new();
-        for nic in spec.nics() {
-            let Some(ifname) = record.interface(&nic) else { continue };
-            let macvtap = record.has_macvtap(&nic);
-            let socket = (!macvtap).then(|| PacketSocket::to_guest(&ifname)).transpose();
-            let socket = socket
-                .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "what was on its way is lost"));
+        for interface in interfaces.each.iter_mut().filter(|interface| !interface.macvtap) {
+            let Interface { ifname, socket, own, .. } = interface;
+            match PacketSocket::to_guest(ifname) {
+                Ok(way) => *socket = Some(way),
+                Err(e) => tracing::warn!(tap = ifname, error = %e, "what was on its way is lost"),
+            }
+            if let Some(kernel) = &kernel {
+                *own = prepare(kernel, ifname).await;
+            }
+        }
+        interfaces
+    }
+
+    /// Of a machine for which nothing is on its way.
+    pub(super) fn to_announce(record: &Record, spec: &Spec) -> Interfaces {
+        let pid = record.process.as_ref().map(|process| process.pid);
+        let interface = |nic: qemu::Nic| {
+            let ifname = record.interface(&nic)?;
             let queues = pid.map_or(Ok(Vec::new()), |pid| QemuQueue::all(pid, &ifname));
             let queues = queues
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "its guest is not announced"));
-            let own = match &kernel {
-                Some(kernel) if !macvtap => prepare(kernel, &ifname).await,
-                _ => None,
-            };
-            each.push(Interface {
+            Some(Interface {
+                macvtap: record.has_macvtap(&nic),
                 netdev: nic.netdev,
                 ifname,
-                macvtap,
-                socket: socket.ok().flatten(),
-                own,
+                socket: None,
+                own: None,
                 queues: queues.unwrap_or_default(),
-            });
-        }
-        Interfaces { each, held_back: false }
+            })
+        };
+        Interfaces { each: spec.nics().into_iter().filter_map(interface).collect(), held_back: false }
     }
 
     /// From here on what else is sent to them is held back, if there is anything for it to wait for. They are about to be brought up.
@@ -206,14 +213,15 @@ impl Interfaces {
         }
         let held_back = frames.0.as_ref().map(|(frames, _)| {
             let taps = if self.held_back { std::mem::take(&mut taps) } else { Vec::new() };
+            let sockets = std::mem::take(&mut sockets);
             tokio::task::block_in_place(|| frames.play(sockets, taps))
         });
         say(&told);
         tokio::spawn(async move {
-            // Interfaces take a while to go, and nobody waits for that.
+            // Interfaces take a while to go, and packet sockets too (an RCU grace period), and nobody waits for that.
             let let_go = move || {
                 let_go(held_back, diversions);
-                drop(taps);
+                drop((taps, sockets));
             };
             let _ = tokio::task::spawn_blocking(let_go).await;
             let begin = tokio::time::Instant::now();
@@ -226,10 +234,10 @@ impl Interfaces {
 }
 
 /// Tells the network of a machine that is in it here.
-pub(super) async fn announce(host: &Host, record: &Record) {
+pub(super) fn announce(host: &Host, record: &Record) {
     let Ok(spec) = Spec::parse(&record.argv) else { return };
     let neighbours = host.neighbourhood.known(record, &spec);
-    Interfaces::of(record, &spec).await.are_up(&Frames::default(), &neighbours);
+    Interfaces::to_announce(record, &spec).are_up(&Frames::default(), &neighbours);
 }
 
 /// The same, and whatever else turns the network, of a machine that was resumed when nobody was there to see to that: after a crash, or by
@@ -237,7 +245,7 @@ pub(super) async fn announce(host: &Host, record: &Record) {
 pub(crate) fn turn(host: &Host, record: &Record, qmp: &Qmp) {
     let (host, record, qmp) = (host.clone(), record.clone(), qmp.clone());
     tokio::spawn(async move {
-        announce(&host, &record).await;
+        announce(&host, &record);
         if let Err(e) = qmp.announce_self().await {
             tracing::debug!(vm = %record.name, error = chain(&e), "QEMU did not announce its place");
         }

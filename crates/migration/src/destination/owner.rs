@@ -231,7 +231,7 @@ impl Source {
             Ok(qmp) => {
                 tracing::info!(vm = %record.name, %session, "the source settles a hand-over: the VM is ours");
                 let neighbours = self.host.neighbourhood.known(&record, &spec);
-                let network = Some((Interfaces::of(&record, &spec).await, neighbours));
+                let network = Some((Interfaces::to_announce(&record, &spec), neighbours));
                 self.become_owner(&record, spec, qmp, network, arrived).await
             }
             // A ready copy whose QEMU is gone has never run.
