@@ -138,6 +138,12 @@ fn a_guest_that_moves_on_takes_its_network_along() {
     goes_on();
     assert_eq!((tunnels(a).len(), tunnels(b).len()), (3, 3));
     assert_eq!((state(a, "vm"), state(b, "vm")), ("running".to_owned(), "forwarded".to_owned()));
+    for host in [a, b] {
+        host.kill_agent().unwrap();
+        host.start_agent().unwrap();
+    }
+    goes_on();
+    assert_eq!((tunnels(a).len(), tunnels(b).len()), (3, 3), "an agent that starts leaves them");
     let _ = vmirror(a, &["release", "vm"]).done();
     goes_on();
     assert_eq!((tunnels(a), state(b, "vm")), (vec![], "forwarded".to_owned()));
@@ -170,6 +176,8 @@ fn a_guest_that_is_released_is_in_the_network_of_its_new_host() {
     let _ = vmirror(a, &["release", "vm"]).done();
     assert_eq!((tunnels(a), tunnels(b)), (vec![], vec![]));
     assert_eq!(b.inventory().unwrap().links[TAP], "tun in br0, up");
+    let shown = vmirror(b, &["show", "vm", "--json"]).done();
+    assert_eq!(shown.json()["network_of"], serde_json::Value::Null);
     pair.refused(a, &["show", "vm"]).is("unknown-vm", &["vm"]);
     // It is found there now.
     assert!(

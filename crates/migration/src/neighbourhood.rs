@@ -72,8 +72,11 @@ impl Neighbourhood {
             let tap = record.interface(&nic)?;
             let told = machine.and_then(|it| it.told.iter().find(|told| told.netdev == nic.netdev));
             let heard = machine.and_then(|it| it.heard.get(&tap)).map(Snoop::addresses).unwrap_or_default();
+            // What it has said itself since is what counts: it may have given up others.
             let mut addresses: BTreeSet<String> = heard.iter().map(IpAddr::to_string).collect();
-            addresses.extend(told.iter().flat_map(|told| told.addresses.iter().cloned()));
+            if addresses.is_empty() {
+                addresses.extend(told.iter().flat_map(|told| told.addresses.iter().cloned()));
+            }
             let mac = nic.mac.or_else(|| told.map(|told| told.mac.clone()))?;
             Some(wire::Neighbour { netdev: nic.netdev, mac, addresses: addresses.into_iter().collect() })
         };

@@ -7,10 +7,19 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// What is on record. What cannot be understood is as if there were nothing.
+/// What is on record. What cannot be understood is as if there were nothing, and is put aside.
 pub(crate) fn read<T: DeserializeOwned + Default>(file: &Path) -> T {
-    let read = std::fs::read(file).ok().and_then(|text| serde_json::from_slice(&text).ok());
-    read.unwrap_or_default()
+    let read = std::fs::read(file).and_then(|text| Ok(serde_json::from_slice(&text)?));
+    match read {
+        Ok(content) => content,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => T::default(),
+        Err(e) => {
+            let aside = file.with_extension("bad");
+            tracing::error!(file = %file.display(), error = %e, aside = %aside.display(), "cannot be understood");
+            let _ = std::fs::rename(file, aside);
+            T::default()
+        }
+    }
 }
 
 /// Puts it on record: after a crash there is this, or what was there before.

@@ -530,6 +530,9 @@ pub struct Health {
     /// What went wrong with its network.
     #[prost(message, repeated, tag = "5")]
     pub problems: Vec<Finding>,
+    /// Frames that were on their way to it, and that it did not get: there was no room for them.
+    #[prost(uint64, tag = "6")]
+    pub frames_dropped: u64,
 }
 
 impl From<Request> for ToDestination {

@@ -70,6 +70,8 @@ impl Tunnels {
         journal.update(record)?;
         interfaces.make_bridge(&bridge, tap.mtu).await?;
         interfaces.make_tunnel(&tunnel).await?;
+        // The tap is not, before the machine is this host's.
+        interfaces.raise(&tunnel.name()).await?;
         Ok(bridge)
     }
 }
@@ -88,6 +90,10 @@ pub(crate) enum MakeError {
 /// Puts a machine into the network here, which is announced there, and removes its tunnels. With `force`, the tunnels are removed even
 /// if it can be in no network here.
 pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Result<Record, Finding> {
+    let Some(_held) = host.forwards.hold(&record.name) else {
+        let message = format!("VM {} is being migrated, or released already", record.name);
+        return Err(Finding::new("busy", message, "try again when that has ended"));
+    };
     let failed =
         |e: &TapError| Finding::new("network", chain(e), "let the agent make interfaces (CAP_NET_ADMIN)");
     let interfaces = Interfaces::open().map_err(|e| failed(&e))?;
@@ -100,19 +106,20 @@ pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Res
             Ok(()) => {}
         }
     }
-    for forwarded in record.made.forwarded.clone() {
-        let Forwarded { tap: name, home, port, bridge, tunnel } = &forwarded;
-        if place(host, &interfaces, &forwarded).await.is_ok() {
-            interfaces.join(name, home).await.map_err(|e| failed(&e))?;
-            if let Some(port) = port {
-                interfaces.set_port(name, port).await.map_err(|e| failed(&e))?;
+    for forwarded in &record.made.forwarded {
+        if place(host, &interfaces, forwarded).await.is_ok() {
+            interfaces.join(&forwarded.tap, &forwarded.home).await.map_err(|e| failed(&e))?;
+            if let Some(port) = &forwarded.port {
+                interfaces.set_port(&forwarded.tap, port).await.map_err(|e| failed(&e))?;
             }
         }
-        tap::remove_all(&[tunnel.clone(), bridge.clone()]).await;
-        record.made.forwarded.retain(|other| *other != forwarded);
-        let recorded = host.journal.update(&record);
-        recorded.map_err(|e| Finding::new("journal", chain(&e), "see to the disk of state_dir"))?;
     }
+    // All of them are in the network here, so nothing of the tunnels is needed any more.
+    let left = interfaces_of(&record);
+    record.made.forwarded.clear();
+    let recorded = host.journal.update(&record);
+    tap::remove_all(&left).await;
+    recorded.map_err(|e| Finding::new("journal", chain(&e), "see to the disk of state_dir"))?;
     tracing::info!(vm = %record.name, "it is in the network of this host now");
     network::announce(host, &record);
     network::is_home(host, &record).await;
@@ -142,17 +149,23 @@ async fn place(host: &Host, interfaces: &Interfaces, tap: &Forwarded) -> Result<
 impl Source {
     /// The host that a machine came from sends on nothing more.
     pub(super) async fn end_forwarding(&mut self, commit: &wire::Commit) -> Result<(), End> {
-        let here = |(record, _): &(Record, Uuid)| {
-            record.ownership == Ownership::Owner && !record.made.forwarded.is_empty()
+        let refused = |kind: &str, message: String, hint: &str| {
+            Err(End::Failed(vec![Finding::new(kind, message, hint)]))
         };
+        let (name, host) = (&commit.name, &self.host.name);
+        let here = |(record, _): &(Record, Uuid)| !record.made.forwarded.is_empty();
         let Some((record, _)) = self.meant(commit).filter(here) else {
-            let message = format!("{} has no VM {} in another host's network", self.host.name, commit.name);
-            return Err(End::Failed(vec![Finding::new(
-                kind::NOT_FORWARDED,
-                message,
-                "there is nothing to end",
-            )]));
+            if let Some(onward) = name.parse().ok().and_then(|name| self.host.forwards.of(&name)) {
+                let message = format!("VM {name} has moved on from {host} to {} with its network", onward.to);
+                return refused("forwarded-on", message, "release it on the host that it left last first");
+            }
+            let message = format!("{host} has no VM {name} in another host's network");
+            return refused(kind::NOT_FORWARDED, message, "there is nothing to end");
         };
+        if record.ownership != Ownership::Owner {
+            let message = format!("it is not certain on which host VM {name} is");
+            return refused("uncertain", message, "settle that first, with `vmirror resolve`");
+        }
         let released = release(&self.host, record, false).await;
         released.map_err(|finding| End::Failed(vec![finding]))?;
         self.reply(Reply::ForwardingEnded(wire::Nothing {})).await
@@ -166,5 +179,9 @@ pub(crate) fn interfaces(host: &Host, record: &Record) -> Vec<String> {
     if leads_on {
         return Vec::new();
     }
+    interfaces_of(record)
+}
+
+fn interfaces_of(record: &Record) -> Vec<String> {
     record.made.forwarded.iter().flat_map(|tap| [tap.tunnel.clone(), tap.bridge.clone()]).collect()
 }

@@ -24,6 +24,8 @@ use crate::{occasion, tap, wire};
 
 /// A source that still has something after that long has it for ever.
 const STRAGGLERS: Duration = Duration::from_secs(15);
+/// Interfaces of one machine that are known by anything.
+const INTERFACES: usize = 256;
 /// Addresses of one interface that are announced: more are a mistake, or a flood.
 const ADDRESSES: usize = 64;
 
@@ -76,7 +78,8 @@ pub(super) struct Known {
 impl Known {
     /// Takes in a part of it. With the last one this host's firewall is told of the guest's connections.
     pub(super) async fn take(&mut self, part: wire::Known, host: &Host, vm: &VmName) {
-        self.neighbours.extend(part.neighbours);
+        let room = INTERFACES.saturating_sub(self.neighbours.len());
+        self.neighbours.extend(part.neighbours.into_iter().take(room));
         // Should the link break, it is announced by them all the same.
         host.neighbourhood.tell(vm, &self.neighbours);
         let Some(flows) = part.flows else { return };
@@ -185,6 +188,9 @@ impl Interfaces {
                 tracing::warn!(error = %e, "frames may overtake those that were on their way");
             }
         }
+        if !self.held_back {
+            return;
+        }
         // Of an interface that was there before: what came to it then was not for a guest here.
         for interface in &self.each {
             let stale = interface.queues.iter().map(|queue| queue.drain().len()).sum::<usize>();
@@ -198,6 +204,7 @@ impl Interfaces {
     pub(super) fn are_up(self, frames: &Frames, neighbours: &[wire::Neighbour]) {
         let (mut sockets, mut taps, mut diversions, mut told) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let whole = self.each.iter().all(|interface| interface.macvtap || interface.socket.is_some());
         for interface in self.each {
             sockets.extend(interface.socket);
             if let Some((tap, diversion)) = interface.own {
@@ -213,18 +220,18 @@ impl Interfaces {
         }
         let held_back = frames.0.as_ref().map(|(frames, _)| {
             let taps = if self.held_back { std::mem::take(&mut taps) } else { Vec::new() };
-            let sockets = std::mem::take(&mut sockets);
+            // Frames know their interface by its place: where one has no way, all are dropped rather than given to another.
+            let sockets = if whole { std::mem::take(&mut sockets) } else { Vec::new() };
             tokio::task::block_in_place(|| frames.play(sockets, taps))
         });
         say(&told);
+        // Interfaces take a while to go, and packet sockets too (an RCU grace period), and nobody waits for that.
+        tokio::task::spawn_blocking(move || {
+            let_go(held_back, diversions);
+            drop((taps, sockets));
+        });
+        let begin = tokio::time::Instant::now();
         tokio::spawn(async move {
-            // Interfaces take a while to go, and packet sockets too (an RCU grace period), and nobody waits for that.
-            let let_go = move || {
-                let_go(held_back, diversions);
-                drop((taps, sockets));
-            };
-            let _ = tokio::task::spawn_blocking(let_go).await;
-            let begin = tokio::time::Instant::now();
             for after in announce::REPEATED {
                 tokio::time::sleep_until(begin + after).await;
                 say(&told);

@@ -154,18 +154,20 @@ impl Source {
             }
             Ok::<_, End>(health::watch(&qmp, process.as_ref()).await)
         };
-        let told = match watch.await {
+        let watched = watch.await;
+        let played = std::mem::take(&mut self.frames).finish().await;
+        tracing::info!(vm = %ready.name, played.delivered, played.dropped, "what was on its way to the VM has reached it");
+        let told = match watched {
             Ok(health) => {
                 let redirected = timeout(REDIRECT, redirect).await;
                 let problem =
                     redirected.map_or_else(|_| Some(still_redirecting(&host)), |ended| ended.ok()?.err());
                 let problems = problem.into_iter().map(Into::into).collect();
-                self.reply(Reply::Health(wire::Health { problems, ..health })).await
+                let frames_dropped = played.dropped;
+                self.reply(Reply::Health(wire::Health { problems, frames_dropped, ..health })).await
             }
             Err(end) => Err(end),
         };
-        let played = std::mem::take(&mut self.frames).finish().await;
-        tracing::info!(vm = %ready.name, played.delivered, played.dropped, "what was on its way to the VM has reached it");
         network::is_home(&host, &owned).await;
         told?;
         // The source closes when it has given everything back.

@@ -174,6 +174,8 @@ impl Controller {
     /// The whole migration, and its report.
     async fn run(mut self) -> Report {
         tracing::info!(vm = %self.vm.record.name, to = self.to, session = %self.id, "migration begins");
+        // Where it is in another host's network it stays so: what is on record of that is ours now.
+        let _held = self.host.forwards.hold(&self.vm.record.name);
         let cancel = self.orders.cancel.clone();
         let until_handed_over = tokio::select! {
             biased;
@@ -387,6 +389,7 @@ impl Controller {
             true => Some(self.prepare_post_copy().await?),
             false => None,
         };
+        self.raise_tunnels().await?;
         self.held.qemu = true;
         let firewall = self.host.firewall.clone();
         if let Some(network) = &mut self.held.network {
@@ -422,6 +425,11 @@ impl Controller {
             }
             Err(stop) => Err(stop),
         }
+    }
+
+    /// The machine is about to leave, and to stay in the network here.
+    pub(super) async fn raise_tunnels(&self) -> Result<(), Stop> {
+        self.host.forwards.raise(self.id).await.map_err(Stop::Failed)
     }
 
     pub(super) async fn end_preparing(&mut self) {

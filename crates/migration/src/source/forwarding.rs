@@ -46,6 +46,7 @@ pub(super) async fn begin(
         address: destination.address().to_owned(),
         since: SystemTime::now(),
         memory: vm.record.memory,
+        generation: vm.record.generation,
         macs: taps.iter().map(|tap| tap.mac.clone()).collect(),
         tunnels,
         ports: taps.iter().map(|tap| tap.port.as_ref().and_then(Port::decode)).collect(),
@@ -97,6 +98,10 @@ pub(crate) async fn unforward(host: &Host, forward: &Forward) -> Result<(), Find
         wire::Commit { session: forward.session.as_bytes().to_vec(), name: vm.to_string(), generation: 0 };
     let asked = async {
         let mut destination = Destination::connect(host, address).await.map_err(Stop::Failed)?;
+        if destination.name() != to {
+            let message = format!("{} answers at {address}, not {to}", destination.name());
+            return Err(Stop::Failed(Finding::new("other-agent", message, "see to the address")));
+        }
         destination.send(Request::EndForwarding(commit)).await?;
         match destination.receive().await? {
             Reply::ForwardingEnded(_) => Ok(()),

@@ -304,6 +304,7 @@ impl Controller {
                 return Ok(());
             }
         };
+        self.report.network.frames_dropped += health.frames_dropped;
         self.report.network.problems.extend(health.problems.iter().cloned().map(Into::into));
         self.report.health = Some(Health {
             watched_ms: health.watched_ms,

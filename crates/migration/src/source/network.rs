@@ -49,7 +49,8 @@ const QUICK: Duration = Duration::from_millis(3);
 /// A guest is given so long to take what came for it before. It runs, and takes that at once unless it gets no CPU time: under load half
 /// a second was seen. What it does not take goes with it, but for one frame that its QEMU has read by then.
 const TAKE: Duration = Duration::from_secs(1);
-/// Not one that takes nothing for so long while it runs: nobody listens to that interface.
+/// Not one that was never seen to have taken everything, neither when its mirror began nor for so long: nobody listens to that
+/// interface.
 const UNREAD: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_micros(100);
 
@@ -67,7 +68,7 @@ pub(super) struct Network {
 /// Frames that are, or can be, diverted.
 struct Carried {
     diversions: Vec<Diversion>,
-    /// QEMU's queues, of each interface, and which interfaces the guest reads.
+    /// QEMU's queues, of each interface, and whether they were once seen with nothing in them, as those of one that the guest reads are.
     queues: Vec<Vec<QemuQueue>>,
     read: Vec<bool>,
     /// Ways to the guest that no diversion is in.
@@ -134,7 +135,8 @@ impl Network {
         let stream = opened.await.map_err(|e| NotDiverted::Thread(e.into()))?.map_err(NotDiverted::Stream)?;
         let abort = stream.abort_handle().map_err(NotDiverted::Thread)?;
         let frames = NetworkSource::start(own, stream, move || abort.abort()).map_err(NotDiverted::Thread)?;
-        Ok(Carried { diversions, queues, read: Vec::new(), sockets, frames, diverted: false })
+        let read = queues.iter().map(|queues| queues.iter().all(QemuQueue::is_empty)).collect();
+        Ok(Carried { diversions, queues, read, sockets, frames, diverted: false })
     }
 
     /// From the next frame on what comes is diverted: the guest is about to be paused.
@@ -258,9 +260,8 @@ impl Network {
             }
         }
         if let Some(carried) = &mut self.carried {
-            carried.read.clear();
-            for queues in &carried.queues {
-                carried.read.push(are_empty(queues, Instant::now() + UNREAD).await);
+            for (queues, read) in carried.queues.iter().zip(&mut carried.read) {
+                *read = *read || are_empty(queues, Instant::now() + UNREAD).await;
             }
         }
         if host.firewall.conntrack && !self.taps.is_empty() {

@@ -140,6 +140,7 @@ impl Controller {
     /// Every phase from the preparation on by QEMU's own stream.
     pub(super) async fn by_qemu(&mut self) -> Result<Prepared, Stop> {
         self.enter(Phase::Prepare);
+        self.raise_tunnels().await?;
         let mut events = self.vm.qmp.events();
         let asked = Instant::now();
         self.begin_relay().await?;

@@ -59,7 +59,7 @@ impl Interfaces {
         self.raise(name).await
     }
 
-    /// Makes an end of a tunnel, in its bridge and up.
+    /// Makes an end of a tunnel, in its bridge and down; or nothing.
     pub(crate) async fn make_tunnel(&self, tunnel: &Tunnel) -> Result<(), TapError> {
         let name = tunnel.name();
         let link = LinkVxlan::new(&name, tunnel.identifier).port(tunnel.port).learning(false);
@@ -71,11 +71,18 @@ impl Interfaces {
         };
         self.add(&name, link.build()).await?;
         silence(&name);
-        let change = LinkUnspec::new_with_index(self.index(&name).await?)
-            .mtu(tunnel.mtu)
-            .controller(self.index(&tunnel.bridge).await?)
-            .up();
-        self.change("set up", &name, change.build()).await
+        let set_up = async {
+            let change = LinkUnspec::new_with_index(self.index(&name).await?)
+                .mtu(tunnel.mtu)
+                .controller(self.index(&tunnel.bridge).await?);
+            self.change("set up", &name, change.build()).await
+        };
+        let set_up = set_up.await;
+        if set_up.is_err() {
+            // Why it is not whole is the error that counts.
+            let _ = self.remove(&name).await;
+        }
+        set_up
     }
 }
 
