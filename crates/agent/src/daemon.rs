@@ -156,6 +156,7 @@ impl Daemon {
         vms.recover().await;
         vms.host().remnants.expire(&vms.host().journal);
         vms.host().forwards.restore(&vms.host().journal).await;
+        vms.keep_forwarding();
 
         let data = DataConnections::new();
         let expected = data.clone();

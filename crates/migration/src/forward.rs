@@ -236,6 +236,22 @@ impl Forwards {
         }
     }
 
+    /// Puts right what has been changed since: a bridge that was not there, or was made anew.
+    pub async fn repair(&self, journal: &Journal) {
+        let left = |forward: &Forward| {
+            journal.get(&forward.vm).is_none_or(|record| record.ownership != Ownership::Owner)
+        };
+        for forward in self.all().into_iter().filter(left) {
+            let made = async {
+                forward.make().await?;
+                forward.raise().await
+            };
+            if let Err(e) = made.await {
+                tracing::warn!(vm = %forward.vm, error = chain(&e), "what comes for it is not forwarded");
+            }
+        }
+    }
+
     /// They go from the record when nothing is left of them.
     fn forget(&self, which: impl Fn(&Forward) -> bool) {
         let mut known = self.known();
@@ -257,6 +273,15 @@ impl Forwards {
     }
 }
 
+/// What the end of a forwarding came to.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Released {
+    /// The machine is in the network of its new host, and nothing comes for it here any more.
+    Whole,
+    /// This host has done its part only: the other, of that name, has not been told.
+    Here(String),
+}
+
 /// Ends the forwarding of a machine. At the host that it has left: the one that has it is told, and takes it into its own network; what
 /// comes for it here gets there no more. At the host that has it: the same, and the one that it has left is not told.
 ///
@@ -264,17 +289,19 @@ impl Forwards {
 ///
 /// # Errors
 /// Why not.
-pub async fn release(host: &Host, vm: &VmName, force: bool) -> Result<Option<Record>, Finding> {
+pub async fn release(host: &Host, vm: &VmName, force: bool) -> Result<Released, Finding> {
     match host.journal.get(vm) {
         Some(record) if !record.made.forwarded.is_empty() && record.ownership == Ownership::Owner => {
-            forwarded::release(host, record, force).await.map(Some)
+            let former = record.arrived_from.clone().unwrap_or_default();
+            forwarded::release(host, record, force).await?;
+            Ok(Released::Here(former))
         }
         Some(Record { ownership: Ownership::HandedOver { to, .. }, .. }) => Err(Finding::new(
             "uncertain",
             format!("nobody knows yet whether {vm} runs on {to}"),
             "wait until that is settled, or settle it with `vmirror resolve`",
         )),
-        None if host.forwards.of(vm).is_some() => release_there(host, vm, force).await.map(|()| None),
+        None if host.forwards.of(vm).is_some() => release_there(host, vm, force).await,
         _ => Err(Finding::new(
             kind::NOT_FORWARDED,
             format!("nothing that comes for {vm} is forwarded from here or to here"),
@@ -283,18 +310,20 @@ pub async fn release(host: &Host, vm: &VmName, force: bool) -> Result<Option<Rec
     }
 }
 
-async fn release_there(host: &Host, vm: &VmName, force: bool) -> Result<(), Finding> {
+async fn release_there(host: &Host, vm: &VmName, force: bool) -> Result<Released, Finding> {
+    let mut released = Released::Whole;
     for forward in host.forwards.all().into_iter().filter(|forward| forward.vm == *vm) {
         match unforward(host, &forward).await {
             Ok(()) => {}
             Err(finding) if force => {
                 tracing::warn!(vm = %vm, to = forward.to, why = finding.message, "released here only");
+                released = Released::Here(forward.to);
             }
             Err(finding) => return Err(finding),
         }
     }
     host.forwards.end(vm).await;
-    Ok(())
+    Ok(released)
 }
 
 #[cfg(test)]

@@ -89,6 +89,13 @@ impl Machine {
         let qemu_version = qemu_version.to_string();
         let (taps, more) = taps(vm, options.forward).await;
         findings.extend(more);
+        if options.forward && taps.is_empty() {
+            findings.push(Finding::new(
+                "forward",
+                format!("VM {} has no tap whose network could be forwarded", vm.record.name),
+                "migrate it without --forward",
+            ));
+        }
         let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
         let limits = cgroup::read::limits(&vm.record).unwrap_or_else(|e| {
@@ -242,6 +249,14 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
                     (None, Some(bridge)) => {
                         let port = interfaces.port(&ifname, &bridge).await.map(Some);
                         (bridge, port)
+                    }
+                    (None, None) if forward && macvtap.is_some() => {
+                        findings.push(Finding::new(
+                            "forward",
+                            format!("interface {ifname} is a macvtap, which cannot be forwarded to"),
+                            "give the VM a tap on a bridge, or migrate without --forward",
+                        ));
+                        (String::new(), Ok(None))
                     }
                     (None, None) if forward => {
                         findings.push(Finding::new(

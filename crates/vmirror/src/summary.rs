@@ -131,6 +131,9 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         ));
     }
     let network = &report.network;
+    for problem in &network.problems {
+        facts.push(("problem", format!("{}; {}", problem.message, problem.hint)));
+    }
     if let Some(forwarding) = &network.forwarding {
         let to = forwarding.to.map(|to| format!(" to {to}")).unwrap_or_default();
         let interfaces = forwarding.interfaces.join(", ");

@@ -171,6 +171,15 @@ pub struct ReleaseRequest {
     pub force: bool,
 }
 
+/// Its answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseReply {
+    /// The machine.
+    pub vm: String,
+    /// Name of the other agent, where that has not been told.
+    pub untold: Option<String>,
+}
+
 /// `POST /v1/vms`: start a machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -5,10 +5,13 @@ use std::future::Future;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use migration::forward::Released;
 
 use super::Api;
 use super::refusal::{Body, InPath, Refusal, vm_name};
-use super::types::{AdoptRequest, ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmView};
+use super::types::{
+    AdoptRequest, ReleaseReply, ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmView,
+};
 use crate::error::AgentError;
 
 pub(super) async fn list(State(api): State<Api>) -> Json<Vec<VmView>> {
@@ -62,10 +65,15 @@ pub(super) async fn release(
     State(api): State<Api>,
     InPath(name): InPath<String>,
     Body(request): Body<ReleaseRequest>,
-) -> Result<StatusCode, Refusal> {
+) -> Result<Json<ReleaseReply>, Refusal> {
     let name = vm_name(&name)?;
-    to_the_end(async move { api.vms.release(&name, request.force).await }).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let vm = name.to_string();
+    let released = to_the_end(async move { api.vms.release(&name, request.force).await }).await?;
+    let untold = match released {
+        Released::Whole => None,
+        Released::Here(other) => Some(other),
+    };
+    Ok(Json(ReleaseReply { vm, untold }))
 }
 
 pub(super) async fn resolve(

@@ -1,13 +1,31 @@
 //! Machines that stay in the network of a host that they have left.
 
-use migration::forward::{self, Forward};
+use std::time::Duration;
+
+use migration::forward::{self, Forward, Released};
 use migration::{Origin, VmName};
 
 use super::{Entry, Vms};
 use crate::api::types::{ForwardView, VmState, VmView};
 use crate::error::AgentError;
 
+/// How often it is looked whether tunnels are as they should be.
+const LOOK: Duration = Duration::from_secs(10);
+
 impl Vms {
+    /// Keeps the tunnels of machines that have left as they should be, until the agent goes down.
+    pub fn keep_forwarding(&self) {
+        let vms = self.clone();
+        self.inner.tasks.spawn(async move {
+            loop {
+                tokio::select! {
+                    () = vms.inner.closing.cancelled() => return,
+                    () = tokio::time::sleep(LOOK) => vms.host().forwards.repair(&vms.host().journal).await,
+                }
+            }
+        });
+    }
+
     /// Those that have left and are in the network here, as they are listed.
     pub(super) fn forwarded(&self) -> Vec<VmView> {
         let entries = self.entries();
@@ -19,7 +37,7 @@ impl Vms {
     ///
     /// # Errors
     /// Why it stays as it is.
-    pub async fn release(&self, name: &VmName, force: bool) -> Result<(), AgentError> {
+    pub async fn release(&self, name: &VmName, force: bool) -> Result<Released, AgentError> {
         let here = self.entries().contains_key(name);
         if here {
             self.with_idle(name, |here| here.held = Some("put into the network of this host"))?;
@@ -27,11 +45,11 @@ impl Vms {
         let released = forward::release(self.host(), name, force).await;
         if here && let Some(Entry::Here(here)) = self.entries().get_mut(name) {
             here.held = None;
-            if let Ok(Some(record)) = &released {
-                here.vm.record = record.clone();
+            if let Some(record) = self.host().journal.get(name) {
+                here.vm.record = record;
             }
         }
-        released.map(|_| ()).map_err(AgentError::Refused)
+        released.map_err(AgentError::Refused)
     }
 }
 

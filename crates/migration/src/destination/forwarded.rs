@@ -153,6 +153,14 @@ impl Source {
             Err(End::Failed(vec![Finding::new(kind, message, hint)]))
         };
         let (name, host) = (&commit.name, &self.host.name);
+        if !self.host.allow.peers.contains(&self.peer.name) {
+            let message = format!("{host} takes nothing from {} any more", self.peer.name);
+            return refused(
+                "peer-not-allowed",
+                message,
+                "add it to [allow] peers there, or release the VM there",
+            );
+        }
         let here = |(record, _): &(Record, Uuid)| !record.made.forwarded.is_empty();
         let Some((record, _)) = self.meant(commit).filter(here) else {
             if let Some(onward) = name.parse().ok().and_then(|name| self.host.forwards.of(&name)) {

@@ -391,7 +391,6 @@ impl Controller {
         };
         self.raise_tunnels().await?;
         self.held.qemu = true;
-        let firewall = self.host.firewall.clone();
         if let Some(network) = &mut self.held.network {
             network.look(&self.host, &self.vm.record.name).await;
         }
@@ -411,7 +410,6 @@ impl Controller {
             &self.options,
             streams,
             paused,
-            &firewall,
         )
         .await;
         match prepared {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::conntrack::{self, Flow};
 use crate::failure::chain;
-use crate::host::{Firewall, Host};
+use crate::host::Host;
 use crate::report;
 use crate::tap::{Interfaces, TapError};
 use crate::vm::VmName;
@@ -59,9 +59,9 @@ pub(super) struct Network {
     taps: Vec<wire::Tap>,
     /// By what addresses each interface's guest is known here.
     known: Vec<BTreeSet<IpAddr>>,
-    /// What this host's firewall knows, and how long it took to find that out.
+    /// What this host's firewall knows, and how long it took to find that out, where it was asked.
     flows: Vec<Flow>,
-    took: Duration,
+    took: Option<Duration>,
     carried: Option<Carried>,
 }
 
@@ -81,7 +81,7 @@ impl Network {
     /// Nothing is known yet.
     pub(super) fn of(taps: Vec<wire::Tap>) -> Network {
         let known = taps.iter().map(|_| BTreeSet::new()).collect();
-        Network { taps, known, flows: Vec::new(), took: Duration::ZERO, carried: None }
+        Network { taps, known, flows: Vec::new(), took: None, carried: None }
     }
 
     /// Prepares to divert what comes for the guest. Where that cannot be done, it is lost while the guest moves, and the migration goes
@@ -267,13 +267,13 @@ impl Network {
         if host.firewall.conntrack && !self.taps.is_empty() {
             let begin = Instant::now();
             self.dump().await;
-            self.took = begin.elapsed();
+            self.took = Some(begin.elapsed());
         }
     }
 
     /// The same once more of a guest that is paused, if that takes no time.
-    pub(super) async fn look_again(&mut self, firewall: &Firewall) {
-        if firewall.conntrack && !self.taps.is_empty() && self.took <= QUICK {
+    pub(super) async fn look_again(&mut self) {
+        if self.took.is_some_and(|took| took <= QUICK) {
             self.dump().await;
         }
     }

@@ -20,7 +20,6 @@ use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
 use crate::failure::{Finding, kind};
-use crate::host::Firewall;
 use crate::options::{Options, Verify};
 use crate::report::Pause;
 use crate::wire::{Nothing, Reply, Request};
@@ -61,7 +60,6 @@ pub(super) async fn prepare(
     options: &Options,
     streams: Option<Streams>,
     paused_for_good: impl FnOnce(),
-    firewall: &Firewall,
 ) -> Result<Prepared, Stop> {
     let mut events = qmp.events();
     // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
@@ -98,7 +96,7 @@ pub(super) async fn prepare(
     let work = timeout(limit, pausing.finish(rounds, destination, &mut pump, streams));
     let look = async {
         if let Some(network) = network {
-            network.look_again(firewall).await;
+            network.look_again().await;
         }
     };
     let (worked, ()) = tokio::join!(work, look);

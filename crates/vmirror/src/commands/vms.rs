@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use agent::api::types::{
-    AdoptRequest, Decision, Doubt, ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmView,
+    AdoptRequest, Decision, Doubt, ReleaseReply, ReleaseRequest, ResolveRequest, RunRequest, StopRequest,
+    VmView,
 };
 use migration::{Origin, VmName};
 use serde::Serialize;
@@ -99,7 +100,10 @@ fn movement(vm: &VmView) -> String {
         match &vm.doubt {
             Some(Doubt::HandedOver { to, address, .. }) => format!("handed over → {to} ({address})"),
             Some(Doubt::Received { from, .. }) => format!("waits for word from {from}"),
-            None => "-".to_owned(),
+            None => match &vm.network_of {
+                Some(host) => format!("in the network of {host}"),
+                None => "-".to_owned(),
+            },
         }
     }
 }
@@ -162,9 +166,15 @@ pub(super) async fn release(
     force: bool,
     output: &Output,
 ) -> Result<Exit, Failure> {
-    client.tell(&format!("/v1/vms/{name}/release"), &ReleaseRequest { force }).await?;
-    let done = Done { vm: name.as_ref(), done: "released" };
-    output.done(&done, |done| format!("{} is in the network of the host that it runs on", done.vm));
+    let reply: ReleaseReply =
+        client.post(&format!("/v1/vms/{name}/release"), &ReleaseRequest { force }).await?;
+    output.done(&reply, |reply| match &reply.untold {
+        None => format!("nothing that comes for {} here is forwarded any more", reply.vm),
+        Some(other) => format!(
+            "{} is released on this host; {other} has not been told: give `vmirror release {}` there too",
+            reply.vm, reply.vm
+        ),
+    });
     Ok(Exit::Done)
 }
 
