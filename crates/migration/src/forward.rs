@@ -107,6 +107,8 @@ impl Forward {
 pub struct Forwards {
     file: PathBuf,
     known: Mutex<Vec<Forward>>,
+    /// Held by who removes tunnels, and by who puts them right.
+    changing: tokio::sync::Mutex<()>,
     /// Machines whose network is not to be changed now.
     busy: Arc<Mutex<BTreeSet<VmName>>>,
 }
@@ -130,7 +132,7 @@ impl Forwards {
     pub fn open(state_dir: &Path) -> Forwards {
         let file = state_dir.join(FILE);
         let known = Mutex::new(state_file::read(&file));
-        Forwards { file, known, busy: Arc::default() }
+        Forwards { file, known, changing: tokio::sync::Mutex::default(), busy: Arc::default() }
     }
 
     /// All of them.
@@ -197,6 +199,7 @@ impl Forwards {
 
     /// The machine has not left after all.
     pub(crate) async fn undo(&self, session: Uuid) {
+        let _changing = self.changing.lock().await;
         let its = |forward: &Forward| forward.session == session;
         for forward in self.all().iter().filter(|forward| its(forward)) {
             tap::remove_all(&forward.interfaces()).await;
@@ -206,6 +209,7 @@ impl Forwards {
 
     /// A machine is in the network here by itself: nothing is sent on to where it was.
     pub(crate) async fn end(&self, vm: &VmName) {
+        let _changing = self.changing.lock().await;
         let its = |forward: &Forward| forward.vm == *vm;
         for forward in self.all().iter().filter(|forward| its(forward)) {
             tracing::info!(vm = %vm, to = forward.to, "what comes for it is not forwarded any more");
@@ -241,7 +245,11 @@ impl Forwards {
         let left = |forward: &Forward| {
             journal.get(&forward.vm).is_none_or(|record| record.ownership != Ownership::Owner)
         };
-        for forward in self.all().into_iter().filter(left) {
+        for forward in self.all() {
+            let _changing = self.changing.lock().await;
+            if !left(&forward) || !self.has(forward.session) {
+                continue;
+            }
             let made = async {
                 forward.make().await?;
                 forward.raise().await
