@@ -101,6 +101,7 @@ fn no_frame_is_lost_or_repeated_when_the_guest_moves() {
         eprintln!("hop {hop}: downtime {:.2} ms; {:?}", report.downtime_ms, report.network);
         assert!(report.network.frames_forwarded > 0, "{:?}", report.network);
         assert_eq!(report.network.frames_dropped, 0, "{:?}", report.network);
+        assert!(report.network.turned, "{:?}", report.network);
         goes_on();
         hosts.reverse();
     }

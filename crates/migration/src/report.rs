@@ -211,6 +211,9 @@ pub struct Network {
     /// Connections that the source's firewall knew and the destination's was told of.
     #[serde(default)]
     pub flows_carried: u64,
+    /// The source has seen the machine's announcement come from the network: it is known where the machine is now.
+    #[serde(default)]
+    pub turned: bool,
     /// The machine stays in the source's network, through tunnels from there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forwarding: Option<Forwarding>,

@@ -226,6 +226,7 @@ impl Network {
             frames_forwarded: diverted.forwarded,
             frames_dropped: diverted.dropped,
             flows_carried,
+            turned: diverted.turned,
             ..report::Network::default()
         }
     }

@@ -4,7 +4,7 @@
 //! then, the guest still takes, if it is given a moment; what it leaves is read from there. To do only that would lose one frame of each
 //! queue: a QEMU that has just stopped its guest takes one more, cannot deliver it, and throws it away.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +30,8 @@ pub struct Diverted {
     pub forwarded: u64,
     /// There was no room for them, or nobody took them any more.
     pub dropped: u64,
+    /// The guest has been seen to speak from its new place, at every interface whose address is known.
+    pub turned: bool,
 }
 
 /// Who the frames go to.
@@ -57,6 +59,8 @@ struct State {
     /// When the last frame came that was for this guest alone.
     last: Instant,
     ended: bool,
+    /// Interfaces whose guest has spoken from its new place.
+    turned: BTreeSet<u8>,
 }
 
 struct Shared {
@@ -94,6 +98,7 @@ impl NetworkSource {
             stranded: 0,
             last: Instant::now(),
             ended: false,
+            turned: BTreeSet::new(),
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let shared = Arc::new(Shared { state: Mutex::new(state), taps, wake });
@@ -159,7 +164,10 @@ impl NetworkSource {
     pub fn finish(mut self) -> Diverted {
         self.end();
         let state = self.shared.lock();
-        Diverted { forwarded: state.forwarded, dropped: state.dropped + state.kept.dropped() }
+        let known = (0..).zip(&self.shared.taps).filter(|(_, (_, mac))| mac.is_some());
+        let turned = known.map(|(interface, _)| interface).all(|interface| state.turned.contains(&interface));
+        let dropped = state.dropped + state.kept.dropped();
+        Diverted { forwarded: state.forwarded, dropped, turned }
     }
 
     fn end(&mut self) {
@@ -230,7 +238,9 @@ impl Shared {
                 if mac.is_some_and(|mac| frame.is_from(mac)) {
                     // It speaks from its new place: whoever passes this on knows that place, and has passed on before what was for
                     // the old one.
-                    self.lock().outgoing.push_back(Frame::turned(interface));
+                    let mut state = self.lock();
+                    state.turned.insert(interface);
+                    state.outgoing.push_back(Frame::turned(interface));
                 }
                 self.take(frame, *mac);
             }
