@@ -17,12 +17,13 @@ use clap::Parser;
 
 /// All of it takes hours; what follows has every goal and every cell.
 const SITTINGS: &str = "\
-All cells with all contenders, five times, take hours. Every cell and every goal's figures take about 80 minutes in five
+All cells with all contenders, five times, take hours. Every cell and every goal's figures take about 80 minutes in six
 sittings, which may be days apart: each cell in the document says when it was measured.
 
   bench --out DIR --cell idle
-  bench --out DIR --runs 3 --cell idle-512m --cell idle-4g --cell idle-text --cell idle-zero --cell idle-1gbit \\
+  bench --out DIR --runs 3 --cell idle-512m --cell idle-4g --cell idle-text --cell idle-1gbit \\
         --cell idle-10gbit --cell idle-debian --cell idle-debian-unshaped $FOUR
+  bench --out DIR --cell idle-zero --cell idle-zero-no-frames --contender vmirror --contender qemu-default
   bench --out DIR --runs 3 --patience 60 --cell random-25 --cell random-75 --cell random-75-512m --cell streaming-75 \\
         --cell counters-75 --cell counters-25-4g --cell steady-100m --cell random-150 --cell random-400 \\
         --cell random-150-throttle $FOUR
