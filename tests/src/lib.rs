@@ -15,6 +15,7 @@ mod pair;
 mod qmp;
 mod refusal;
 mod said;
+mod traffic;
 mod under_way;
 mod writes;
 
@@ -25,6 +26,7 @@ pub use pair::{Pair, until, vmirror};
 pub use qmp::Qmp;
 pub use refusal::Refusal;
 pub use said::Said;
+pub use traffic::{all_came_once, unbroken};
 pub use under_way::UnderWay;
 pub use writes::Writes;
 

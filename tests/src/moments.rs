@@ -19,8 +19,12 @@ impl Pair {
     #[must_use]
     #[track_caller]
     pub fn switching_over(&self, vm: &str) -> (UnderWay<'_>, Paused) {
+        self.switching_over_with(vm, &[])
+    }
+
+    fn switching_over_with(&self, vm: &str, options: &[&str]) -> (UnderWay<'_>, Paused) {
         let before = said(self.b(), LOADS);
-        let migration = self.begin(vm, self.a(), self.b(), PATIENTLY);
+        let migration = self.begin(vm, self.a(), self.b(), &[PATIENTLY, options].concat());
         migration.reaches("synchronize");
         let stopped = fault::pause(self.qemu(self.b()).unwrap());
         migration.reaches("switch-over");
@@ -39,7 +43,11 @@ impl Pair {
     #[must_use]
     #[track_caller]
     pub fn ready(&self, vm: &str) -> (UnderWay<'_>, Paused) {
-        let (migration, stopped) = self.switching_over(vm);
+        self.ready_with(vm, &[])
+    }
+
+    fn ready_with(&self, vm: &str, options: &[&str]) -> (UnderWay<'_>, Paused) {
+        let (migration, stopped) = self.switching_over_with(vm, options);
         let source = fault::pause(self.a().agent_pid().unwrap());
         drop(stopped);
         until("the copy is ready", || journal(self.b(), vm).contains("\"ready\":true"));
@@ -54,8 +62,18 @@ impl Pair {
     #[must_use]
     #[track_caller]
     pub fn handed_over(&self, vm: &str) -> (UnderWay<'_>, Paused) {
+        self.handed_over_with(vm, &[])
+    }
+
+    /// The same with options of the migration's.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    #[must_use]
+    #[track_caller]
+    pub fn handed_over_with(&self, vm: &str, options: &[&str]) -> (UnderWay<'_>, Paused) {
         let before = said(self.b(), READY);
-        let (migration, source) = self.ready(vm);
+        let (migration, source) = self.ready_with(vm, options);
         until("the destination has said so", || said(self.b(), READY) > before);
         let destination = fault::pause(self.b().agent_pid().unwrap());
         drop(source);

@@ -1,12 +1,13 @@
 //! Two hosts whose agents run.
 
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use migration::Report;
 use serde_json::Value;
-use testbed::guest_spec::GuestSpec;
-use testbed::{AgentOptions, Client, Host, Inventory, Programs, Testbed};
+use testbed::guest_spec::{GuestSpec, Nic, Ram};
+use testbed::{AgentOptions, Client, Host, Inventory, Programs, RunningGuest, Testbed};
 
 use crate::{Guest, PATIENCE, Said};
 
@@ -99,6 +100,30 @@ impl Pair {
             fill_mib: memory_mib * 3 / 8,
             ..GuestSpec::new(self.a().serial(name)).unwrap()
         }
+    }
+
+    /// Starts a guest on host A by hand, whose QEMU is given the queues of its card by descriptor, and has the agent adopt it.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    #[track_caller]
+    pub fn adopt_with(&self, name: &str, nic: &Nic, queues: Vec<OwnedFd>) -> (RunningGuest, Guest) {
+        let a = self.a();
+        let descriptors = queues.iter().map(|queue| queue.as_raw_fd()).collect();
+        let qmp = a.directory().join("own.qmp");
+        let spec = GuestSpec {
+            nic: Some(Nic { descriptors, ..nic.clone() }),
+            ram: Ram::File(a.ram_dir().join("own")),
+            qmp: Some(qmp.clone()),
+            fill_mib: 16,
+            rate: 100,
+            ..self.spec(name, 128)
+        };
+        let mut started = a.boot_with(&spec, queues).unwrap();
+        started.wait_ready(PATIENCE).unwrap();
+        let guest = Guest::ready(name, &spec);
+        let _ = vmirror(a, &["adopt", name, "--qmp", qmp.to_str().unwrap()]).done();
+        (started, guest)
     }
 
     /// Runs a guest under the agent of a host, and waits until it is ready.

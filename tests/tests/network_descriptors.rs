@@ -1,10 +1,10 @@
 //! A guest whose QEMU was given its tap by descriptor, as libvirt does, must not need a restart to move.
 
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::AsFd as _;
 
-use end_to_end::{Guest, PATIENCE, Pair, accounted, until, vmirror};
+use end_to_end::{Pair, accounted, all_came_once, unbroken, until};
 use mirror::network::tap::OwnTap;
-use testbed::guest_spec::{GuestSpec, Nic, Ram};
+use testbed::guest_spec::Nic;
 use testbed::root_or_skip;
 
 const TAP: &str = "tap0";
@@ -24,21 +24,9 @@ fn a_tap_that_was_handed_in_is_found_and_follows_the_guest() {
         assert!(done.success());
     }
     drop(tap);
-    let nic = Nic { descriptors: vec![queue.as_raw_fd()], ..Nic::new(TAP, 10) };
-    let qmp = a.directory().join("own.qmp");
-    let spec = GuestSpec {
-        nic: Some(nic.clone()),
-        ram: Ram::File(a.ram_dir().join("own")),
-        qmp: Some(qmp.clone()),
-        fill_mib: 16,
-        rate: 100,
-        ..pair.spec("vm", 128)
-    };
-    let mut started = a.boot_with(&spec, vec![queue]).unwrap();
-    started.wait_ready(PATIENCE).unwrap();
-    let guest = Guest::ready("vm", &spec);
+    let nic = Nic::new(TAP, 10);
+    let (mut started, guest) = pair.adopt_with("vm", &nic, vec![queue]);
     let before = guest.status();
-    let _ = vmirror(a, &["adopt", "vm", "--qmp", qmp.to_str().unwrap()]).done();
 
     // What it is must survive the agent too.
     a.kill_agent().unwrap();
@@ -64,7 +52,7 @@ fn a_tap_that_was_handed_in_is_found_and_follows_the_guest() {
     until("frames come back", || heartbeats.report().received > received + 500);
     until("connections go on", || echo.report().bytes > echoed + 50_000);
     let (frames, echo) = (heartbeats.stop(), echo.stop());
-    assert_eq!((frames.lost, frames.repeated), (0, 0), "{frames:?}");
-    assert_eq!((echo.mismatches, echo.broken.as_slice()), (0, &[][..]), "{echo:?}");
+    all_came_once(&frames);
+    unbroken(&echo);
     guest.sound_since(&before);
 }

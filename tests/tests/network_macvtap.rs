@@ -3,11 +3,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::fs::File;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
-use end_to_end::{Guest, PATIENCE, Pair, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, accounted, unbroken, until, vmirror};
 use serde_json::Value;
-use testbed::guest_spec::{GuestSpec, Nic, Ram};
+use testbed::guest_spec::Nic;
 use testbed::{Host, Inventory, RunningGuest, root_or_skip};
 
 const MACVTAP: &str = "macvtap0";
@@ -79,22 +79,7 @@ impl Scene {
         let nic = Nic::new(MACVTAP, 10);
         ip(a, &format!("link add link {LOWER} name {MACVTAP} type macvtap mode {mode}"));
         ip(a, &format!("link set {MACVTAP} address {} mtu 1400 up", nic.mac));
-        let queues = open(a, queues);
-        let descriptors = queues.iter().map(|queue| queue.as_raw_fd()).collect();
-        let nic = Nic { descriptors, ..nic };
-        let qmp = a.directory().join("own.qmp");
-        let spec = GuestSpec {
-            nic: Some(nic.clone()),
-            ram: Ram::File(a.ram_dir().join("own")),
-            qmp: Some(qmp.clone()),
-            fill_mib: 16,
-            rate: 100,
-            ..pair.spec("vm", 128)
-        };
-        let mut started = a.boot_with(&spec, queues).unwrap();
-        started.wait_ready(PATIENCE).unwrap();
-        let guest = Guest::ready("vm", &spec);
-        let _ = vmirror(a, &["adopt", "vm", "--qmp", qmp.to_str().unwrap()]).done();
+        let (started, guest) = pair.adopt_with("vm", &nic, open(a, queues));
         Some(Scene { pair, nic, guest, started })
     }
 
@@ -174,8 +159,7 @@ fn a_macvtap_is_made_alike_at_the_new_place_and_left_down_at_the_old() {
     pair.holds(b, &empty);
     let bytes = echo.report().bytes;
     until("connections go on", || echo.report().bytes > bytes + 50_000);
-    let echo = echo.stop();
-    assert_eq!((echo.mismatches, echo.broken.as_slice()), (0, &[][..]), "{echo:?}");
+    unbroken(&echo.stop());
     scene.guest.sound_since(&before);
 }
 

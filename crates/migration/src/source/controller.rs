@@ -175,13 +175,16 @@ impl Controller {
     async fn run(mut self) -> Report {
         tracing::info!(vm = %self.vm.record.name, to = self.to, session = %self.id, "migration begins");
         // Where it is in another host's network it stays so: what is on record of that is ours now.
-        let _held = self.host.forwards.hold(&self.vm.record.name);
+        let held = self.host.forwards.hold(&self.vm.record.name);
+        if let Some(record) = self.host.journal.get(&self.vm.record.name) {
+            self.vm.record = record;
+        }
         let cancel = self.orders.cancel.clone();
         let until_handed_over = tokio::select! {
             biased;
             () = cancel.cancelled() => Err(Stop::Cancelled),
             // A defect must not leave the guest paused: the way back is the same as from any failure.
-            reached = AssertUnwindSafe(self.until_ready()).catch_unwind() => reached.unwrap_or_else(|_| Err(defect())),
+            reached = AssertUnwindSafe(self.until_ready(held.is_some())).catch_unwind() => reached.unwrap_or_else(|_| Err(defect())),
         };
         let ended = match until_handed_over {
             Ok(_) if cancel.is_cancelled() => Err(Stop::Cancelled),
@@ -201,8 +204,12 @@ impl Controller {
     }
 
     /// Every phase in which the machine can still stay.
-    async fn until_ready(&mut self) -> Result<Prepared, Stop> {
+    async fn until_ready(&mut self, held: bool) -> Result<Prepared, Stop> {
         self.enter(Phase::Initialize);
+        if !held {
+            let message = format!("VM {} is being released from another host's network", self.vm.record.name);
+            return Err(Stop::Refused(vec![Finding::new("busy", message, "try again when that has ended")]));
+        }
         let machine = self.initialize().await?;
         self.enter(Phase::Reserve);
         let (layout, secret, reserved) = self.reserve(&machine).await?;
