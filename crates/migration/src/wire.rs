@@ -7,12 +7,14 @@
 
 mod limits;
 mod network;
+mod reserve;
 
 use mirror::memory::pages::PageSet;
 use prost::{Message, Oneof};
 
 pub use limits::CgroupLimits;
 pub use network::{Forward, Known, Macvtap, Neighbour, Port, Tap, Vlan};
+pub use reserve::{CpuidWord, Disk, RamBlock, Reserve};
 
 /// The data stream with frames that were on their way to the guest.
 pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
@@ -204,162 +206,6 @@ pub struct WrongBlocks {
     /// They are not what a check expected, which a guest that runs explains.
     #[prost(bool, tag = "2")]
     pub checked: bool,
-}
-
-/// A machine, and what it needs.
-#[derive(Clone, PartialEq, Message)]
-pub struct Reserve {
-    /// The migration's identity, 16 bytes.
-    #[prost(bytes = "vec", tag = "1")]
-    pub session: Vec<u8>,
-    /// Name of the machine.
-    #[prost(string, tag = "2")]
-    pub name: String,
-    /// How often it has changed owner.
-    #[prost(uint64, tag = "3")]
-    pub generation: u64,
-    /// QEMU's command line, paths absolute.
-    #[prost(string, repeated, tag = "4")]
-    pub argv: Vec<String>,
-    /// Versioned machine type.
-    #[prost(string, tag = "5")]
-    pub machine: String,
-    /// The source's QEMU.
-    #[prost(string, tag = "6")]
-    pub qemu_version: String,
-    /// Features that the guest's CPUs have, by name; only where they have no CPUID.
-    #[prost(string, repeated, tag = "7")]
-    pub cpu_features: Vec<String>,
-    /// RAM blocks in the layout's order.
-    #[prost(message, repeated, tag = "8")]
-    pub ram: Vec<RamBlock>,
-    /// Disks.
-    #[prost(message, repeated, tag = "9")]
-    pub disks: Vec<Disk>,
-    /// Tap interfaces.
-    #[prost(message, repeated, tag = "10")]
-    pub taps: Vec<Tap>,
-    /// Macvtaps. Not among the taps: who does not know them would make taps of them.
-    #[prost(message, repeated, tag = "31")]
-    pub macvtaps: Vec<Tap>,
-    /// Number of data streams.
-    #[prost(uint32, tag = "11")]
-    pub streams: u32,
-    /// Key material of the content hashes.
-    #[prost(bytes = "vec", tag = "12")]
-    pub secret: Vec<u8>,
-    /// Files that the machine boots from directly.
-    #[prost(message, repeated, tag = "23")]
-    pub boot_files: Vec<BootFile>,
-    /// The machine's own table in the source's firewall, as `nft --json` lists it; empty for none.
-    #[prost(string, tag = "24")]
-    pub nft: String,
-    /// Networks whose connections end with the move are no reason against it.
-    #[prost(bool, tag = "25")]
-    pub accept_disconnect: bool,
-    /// Limits of CPU and memory that its process has; none where it has none.
-    #[prost(message, optional, tag = "26")]
-    pub limits: Option<CgroupLimits>,
-    /// Images that are made get all the room that they can need, at once.
-    #[prost(bool, tag = "22")]
-    pub whole_room: bool,
-    /// Its taps stay in the source's network.
-    #[prost(message, optional, tag = "30")]
-    pub forward: Option<Forward>,
-    /// Only find out, and give everything back at once.
-    #[prost(bool, tag = "13")]
-    pub rehearsal: bool,
-    /// CPUID feature words of the guest's CPUs.
-    #[prost(message, repeated, tag = "14")]
-    pub cpuid: Vec<CpuidWord>,
-    /// The machine may be handed over before its memory is complete.
-    #[prost(bool, tag = "21")]
-    pub post_copy: bool,
-    /// The first data stream carries QEMU's own stream, with guest RAM and all, and nothing else.
-    #[prost(bool, tag = "20")]
-    pub qemu_stream: bool,
-}
-
-/// A word of CPUID.
-#[derive(Clone, PartialEq, Message)]
-pub struct CpuidWord {
-    /// EAX when the instruction is executed.
-    #[prost(uint32, tag = "1")]
-    pub leaf: u32,
-    /// ECX, where the leaf has sub-leaves.
-    #[prost(uint32, optional, tag = "2")]
-    pub subleaf: Option<u32>,
-    /// Name of the register with the answer.
-    #[prost(string, tag = "3")]
-    pub register: String,
-    /// A bit for each feature.
-    #[prost(fixed32, tag = "4")]
-    pub features: u32,
-}
-
-/// A RAM block.
-#[derive(Clone, PartialEq, Message)]
-pub struct RamBlock {
-    /// Its backend's id.
-    #[prost(string, tag = "1")]
-    pub id: String,
-    /// Bytes.
-    #[prost(uint64, tag = "2")]
-    pub size: u64,
-    /// Bytes in a page of the file that backs it, where that is on hugetlbfs; 0 elsewhere.
-    #[prost(uint64, tag = "3")]
-    pub huge_page: u64,
-}
-
-/// A disk.
-#[derive(Clone, PartialEq, Message)]
-pub struct Disk {
-    /// Path of the image or device.
-    #[prost(string, tag = "1")]
-    pub path: String,
-    /// A file beside it that the source has just made; the destination sees it where the storage is shared.
-    #[prost(string, tag = "2")]
-    pub probe: String,
-    /// The probe's content.
-    #[prost(bytes = "vec", tag = "3")]
-    pub nonce: Vec<u8>,
-    /// What is to become of it: 0, found out by the probe; 1, it is mirrored; 2, it is shared.
-    #[prost(uint32, tag = "4")]
-    pub mode: u32,
-    /// Bytes, as the guest sees them; 0 where the source cannot mirror it.
-    #[prost(uint64, tag = "5")]
-    pub size: u64,
-    /// The image's format: `raw`, `qcow2`.
-    #[prost(string, tag = "6")]
-    pub format: String,
-    /// Bytes in a cluster, of formats that have such.
-    #[prost(uint64, tag = "7")]
-    pub cluster_size: u64,
-    /// Bytes that it takes at the source.
-    #[prost(uint64, tag = "8")]
-    pub allocated: u64,
-    /// It is a block device.
-    #[prost(bool, tag = "9")]
-    pub is_device: bool,
-    /// Which block device it is, where that can be told, so that two hosts see whether it is the same. Of a file that no probe can be
-    /// put beside, which file: that says something only on hosts of one kernel.
-    #[prost(string, tag = "10")]
-    pub device: String,
-    /// Where the source cannot mirror it, why.
-    #[prost(string, tag = "11")]
-    pub not_mirrorable: String,
-    /// The image that it is based on; empty for none.
-    #[prost(string, tag = "12")]
-    pub backing: String,
-    /// The format of that.
-    #[prost(string, tag = "13")]
-    pub backing_format: String,
-    /// A probe beside that image.
-    #[prost(string, tag = "14")]
-    pub backing_probe: String,
-    /// Where `path` leads to at the source, with every link in it followed.
-    #[prost(string, tag = "15")]
-    pub real: String,
 }
 
 /// Ledger sums of all streams at a barrier.
