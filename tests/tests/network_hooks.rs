@@ -89,6 +89,12 @@ fn hooks_run_in_their_order_and_stop_what_they_are_to_stop() {
     hook(b, "network-prepare", 0);
     let _ = told(b);
 
+    // Nor does anything begin where a later one could not be started.
+    let up = b.directory().join("hooks/network-up");
+    fs::set_permissions(&up, fs::Permissions::from_mode(0o644)).unwrap();
+    pair.migration_refused("vm", &[]).is("hook-failed", &["network-up", "not executable"]);
+    assert!(told(b).is_empty());
+
     // One that fails within the pause leaves the guest where it was.
     hook(b, "network-up", 4);
     let said = pair.try_migrate("vm", a, b, &[]);

@@ -295,6 +295,13 @@ impl Hooks {
         result
     }
 
+    /// Why one of them could not even be started; none where all could that there are.
+    pub(crate) fn examine(&self) -> Option<HookError> {
+        [Hook::Prepare, Hook::Up, Hook::Redirect, Hook::Down]
+            .into_iter()
+            .find_map(|hook| self.find(hook).err())
+    }
+
     /// The program of a hook, if there is one.
     fn find(&self, hook: Hook) -> Result<Option<PathBuf>, HookError> {
         let Some(directory) = &self.directory else { return Ok(None) };

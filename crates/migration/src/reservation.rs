@@ -316,6 +316,7 @@ impl Request {
         let planned = self.examine_disks(host, &mut findings);
         self.examine_taps(host, &mut findings).await;
         findings.extend(firewall::examine(host, &self.nft));
+        findings.extend(host.hooks.examine().map(|error| error.finding(&host.name)));
         findings.extend(self.examine_limits(host));
         (binary, planned, findings)
     }

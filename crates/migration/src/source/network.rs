@@ -68,6 +68,8 @@ pub(super) struct Network {
 /// Frames that are, or can be, diverted.
 struct Carried {
     diversions: Vec<Diversion>,
+    /// The names of the interfaces that are diverted to.
+    own: Vec<String>,
     /// QEMU's queues, of each interface, and whether they were once seen with nothing in them, as those of one that the guest reads are.
     queues: Vec<Vec<QemuQueue>>,
     read: Vec<bool>,
@@ -118,13 +120,14 @@ impl Network {
         pid: u32,
     ) -> Result<Carried, NotDiverted> {
         let interfaces = Interfaces::open()?;
-        let (mut own, mut diversions, mut queues, mut sockets) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut names, mut own, mut diversions, mut queues, mut sockets) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for tap in self.diverted() {
             let to = OwnTap::make().map_err(NotDiverted::OwnTap)?;
             diversions.push(interfaces.prepare_diversion(&tap.ifname, to.name()).await?);
             queues.push(QemuQueue::all(pid, &tap.ifname).map_err(NotDiverted::Queues)?);
             sockets.push(PacketSocket::to_guest(&tap.ifname).map_err(NotDiverted::Way)?);
+            names.push(to.name().to_owned());
             own.push((to, tap.mac.parse().ok()));
         }
         let (endpoint, address) = (endpoint.clone(), address.to_owned());
@@ -136,7 +139,7 @@ impl Network {
         let abort = stream.abort_handle().map_err(NotDiverted::Thread)?;
         let frames = NetworkSource::start(own, stream, move || abort.abort()).map_err(NotDiverted::Thread)?;
         let read = queues.iter().map(|queues| queues.iter().all(QemuQueue::is_empty)).collect();
-        Ok(Carried { diversions, queues, read, sockets, frames, diverted: false })
+        Ok(Carried { diversions, own: names, queues, read, sockets, frames, diverted: false })
     }
 
     /// From the next frame on what comes is diverted: the guest is about to be paused.
@@ -218,13 +221,14 @@ impl Network {
             tokio::time::sleep(QUIET.saturating_sub(carried.frames.quiet_for())).await;
         }
         end(&carried.diversions);
+        let overflow = overflow(&carried.own).await;
         let diverted = tokio::task::block_in_place(|| {
             drop(carried.diversions);
             carried.frames.finish()
         });
         report::Network {
             frames_forwarded: diverted.forwarded,
-            frames_dropped: diverted.dropped,
+            frames_dropped: diverted.dropped + overflow,
             flows_carried,
             turned: diverted.turned,
             ..report::Network::default()
@@ -289,6 +293,19 @@ impl Network {
             Err(e) => tracing::warn!(error = chain(&e), "connections are not carried over"),
         }
     }
+}
+
+/// Frames that came faster than they were read.
+async fn overflow(own: &[String]) -> u64 {
+    let mut dropped = 0;
+    let Ok(interfaces) = Interfaces::open() else { return dropped };
+    for name in own {
+        match interfaces.dropped(name).await {
+            Ok(more) => dropped += more,
+            Err(e) => tracing::warn!(error = chain(&e), "it is not known whether all that came was read"),
+        }
+    }
+    dropped
 }
 
 /// Waits until QEMU has taken all that is in its queues. Whether it has in time.
