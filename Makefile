@@ -2,7 +2,10 @@
 #
 #   make demo       boot a guest, migrate it live, print what happened
 #   make test       the fast tests            make test-full  all of them
+#   make matrix     every fault at every point of a migration; more than an hour, goes on where it was interrupted
+#   make soak       twenty VMs moved and disturbed for two hours; SOAK=10m for ten minutes
 #   make lint       format, lints, documentation, licences
+#   make fuzz       every fuzz target for ten minutes         make fuzz-smoke  for ten seconds
 #   make bench      vmirror and QEMU's own migration side by side; hours     make bench-quick  in under ten minutes
 #   make bench-micro  the memory engine, stage by stage, beside memory copy and iperf3; figures under target/criterion
 #   make setup      only the set-up           make clean      remove everything that was made
@@ -10,12 +13,15 @@
 # QEMU=/path/to/qemu-system-x86_64 chooses another QEMU.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint bench bench-quick bench-micro setup setup-rust setup-guest setup-userland setup-postgresql build clean
+.PHONY: help demo test test-full matrix soak lint fuzz fuzz-smoke bench bench-quick bench-micro setup setup-rust setup-guest setup-userland setup-postgresql build build-tests clean
 .NOTPARALLEL:
 
 ifdef QEMU
 export QEMU
 endif
+
+# How long each test had its testbed.
+TIMES := $(CURDIR)/target/test-times
 
 # Tests, demo and bench need root for network namespaces. Cargo starts what it has built through this.
 ifneq ($(shell id -u),0)
@@ -30,18 +36,36 @@ help:
 demo: setup build
 	$(as_root) cargo run --release --quiet --package bench --bin demo
 
-test: setup build
-	$(as_root) cargo test --release --workspace
+# T=network_frames runs one file of the end-to-end tests, or those tests that have this in their name.
+test: setup build-tests
+	@rm -f $(TIMES)
+	TEST_TIMES=$(TIMES) $(as_root) cargo test --release --workspace $(if $(T),--test it $(T))
+	@setup/slowest $(TIMES)
 
 # Among them a guest of 16 GiB, and a database at work that is moved.
-test-full: setup setup-postgresql build
-	$(as_root) cargo test --release --workspace -- --include-ignored
+test-full: setup setup-postgresql build-tests
+	TABLE="$$PWD/docs/reliability.md" $(as_root) cargo test --release --workspace -- --include-ignored
+
+# What is found is kept under target/matrix, with the logs of what is not as promised, and not tried again once it was. CELL=diskless/clock-jumps tries
+# only what begins so, SEED=7 with another seed, LANES=1 one at a time.
+matrix: setup build-tests
+	TABLE="$$PWD/docs/reliability.md" $(as_root) cargo test --release --workspace --test it matrix:: -- --ignored --nocapture
+
+soak: setup build-tests
+	$(as_root) cargo test --release --workspace --test it soak:: -- --ignored --nocapture --test-threads 1
 
 lint: setup-rust
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
 	setup/licences/check
+
+# What parsers do with bytes that nobody should send. TARGETS="nbd_server qmp" runs only these.
+fuzz-smoke: setup-rust
+	fuzz/run 10 $(TARGETS)
+
+fuzz: setup-rust
+	fuzz/run 600 $(TARGETS)
 
 # With the QEMU of setup/qemu-10 where there is one: guests do not survive the migration of QEMU 7.2's emulation under load.
 # CELL="idle random-75" tries only these; BENCH="--runs 3 --out docs" gives it these options. Cells that were measured earlier stay in
@@ -85,6 +109,11 @@ setup-postgresql: setup-rust
 # Tests start the program itself, so it is built first and with the same profile.
 build: setup-rust
 	cargo build --release --workspace
+
+# With tests among what is built, Cargo gives dependencies the features that tests want. The programs are built in the same go, or everything
+# would be compiled twice.
+build-tests: setup-rust
+	cargo build --release --workspace --bins --tests
 
 clean:
 	cargo clean

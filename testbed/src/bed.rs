@@ -14,7 +14,8 @@ use crate::namespace::Namespace;
 use crate::places::Places;
 use crate::programs::Programs;
 use crate::sweep::sweep;
-use crate::wire::{self, Wire};
+use crate::times::Timed;
+use crate::wire::{self, Disturbance, Wire};
 
 /// The client's address in the guests' network.
 pub const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
@@ -29,6 +30,8 @@ pub struct Testbed {
     hosts: [Host; 2],
     network: Option<Network>,
     directory: PathBuf,
+    // Last, so that what is taken away is in it.
+    _timed: Timed,
 }
 
 #[derive(Debug)]
@@ -135,7 +138,7 @@ impl Testbed {
         directory: Directory,
         programs: &Programs,
     ) -> Result<Self, TestbedError> {
-        let testbed = Self { hosts, network, directory: directory.keep() };
+        let testbed = Self { hosts, network, directory: directory.keep(), _timed: Timed::begin() };
         testbed.certify(programs)?;
         Ok(testbed)
     }
@@ -217,6 +220,22 @@ impl Testbed {
     /// As [`Testbed::cut`].
     pub fn mend(&self, host: &Host, wire: Wire) -> Result<(), TestbedError> {
         wire::set_connected(self.ends(host)?.0, host.letter(), wire, true)
+    }
+
+    /// Disturbs what comes to a host by a cable, and not what it sends.
+    ///
+    /// # Errors
+    /// [`TestbedError::NotRoot`] in a rootless testbed, or what `nft` says.
+    pub fn disturb(&self, host: &Host, wire: Wire, disturbance: Disturbance) -> Result<(), TestbedError> {
+        wire::disturb(self.ends(host)?.0, host.letter(), wire, disturbance)
+    }
+
+    /// Nothing disturbs that cable any more.
+    ///
+    /// # Errors
+    /// As [`Testbed::disturb`].
+    pub fn undisturb(&self, host: &Host, wire: Wire) -> Result<(), TestbedError> {
+        wire::undisturb(self.ends(host)?.0, host.letter(), wire)
     }
 
     /// The host behind whose port of the switch a station is, by its MAC address: as far as the switch has learned; none where it has

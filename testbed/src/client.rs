@@ -36,6 +36,9 @@ const LONG_ATTEMPTS: usize = 120;
 /// How long a connection may take to be made.
 const CONNECT: Duration = Duration::from_secs(10);
 
+/// Frames that wait for a guest in its tap: the kernel's `txqueuelen` of a tap.
+const TAP_QUEUE: u64 = 1000;
+
 /// The client host.
 #[derive(Debug)]
 pub struct Client {
@@ -59,8 +62,21 @@ impl Client {
     /// # Errors
     /// Where there is no socket to be had.
     pub fn heartbeats(&self, guest: Ipv4Addr, per_second: u32) -> Result<Heartbeats, TestbedError> {
+        self.paced(guest, per_second, u64::MAX)
+    }
+
+    /// As [`Client::heartbeats`], but never more at once than a tap has room for: a guest that gets no CPU time for a while, or a client that makes
+    /// up for having had none, loses none by that.
+    ///
+    /// # Errors
+    /// Where there is no socket to be had.
+    pub fn heartbeats_as_taken(&self, guest: Ipv4Addr, per_second: u32) -> Result<Heartbeats, TestbedError> {
+        self.paced(guest, per_second, TAP_QUEUE / 2)
+    }
+
+    fn paced(&self, guest: Ipv4Addr, per_second: u32, at_once: u64) -> Result<Heartbeats, TestbedError> {
         let socket = self.socket(guest, HEARTBEAT_PORT)?;
-        Heartbeats::start(socket, per_second).map_err(TestbedError::Network)
+        Heartbeats::start(socket, per_second, at_once).map_err(TestbedError::Network)
     }
 
     /// Opens that many TCP connections to a guest, each sending a pattern and comparing what comes back.

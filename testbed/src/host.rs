@@ -1,35 +1,32 @@
 //! A host: its directories, its agent, its guests.
 
+mod agent;
+mod limits;
+
 use std::ffi::OsStr;
 use std::fs;
-use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::FdFlags;
-use rustix::process::Signal;
 
 use crate::fault;
-use crate::inventory::{self, Difference, Inventory};
+use crate::inventory::{self, Difference, Inventory, files_below};
 use crate::name::MARK;
 use crate::namespace::Namespace;
 use crate::programs::Programs;
 use crate::running::{POLL, RunningGuest};
 use crate::sweep;
-use crate::tool::{run, tail};
+use crate::tool::run;
 use crate::wire::BRIDGE;
-use crate::{GuestSpec, TestbedError, old_kernel};
+use crate::{GuestSpec, TestbedError};
 
-/// How long an agent may take to answer after it was started, and to end after it was told to.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long killed processes may take to be gone.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Guest RAM a host has room for, where not limited further, in bytes.
@@ -63,7 +60,7 @@ pub(crate) enum Place {
 /// How an agent is started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AgentOptions {
-    /// As if the kernel had neither PAGEMAP_SCAN nor userfaultfd: see [`old_kernel`].
+    /// As if the kernel had neither PAGEMAP_SCAN nor userfaultfd: see [`crate::old_kernel`].
     pub old_kernel: bool,
     /// As without `CAP_BPF`: nothing diverts frames that come for a guest while it moves.
     pub without_bpf: bool,
@@ -181,6 +178,11 @@ impl Host {
         &self.ram_dir
     }
 
+    /// The files below that, guest RAM all of them.
+    pub fn ram_files(&self) -> Vec<PathBuf> {
+        files_below(&self.ram_dir)
+    }
+
     /// The agent's API socket.
     pub fn api(&self) -> PathBuf {
         self.run_dir().join("api.sock")
@@ -214,12 +216,23 @@ impl Host {
             .collect();
         // What a guest here is made of: disks, and what both hosts see; kernel and initramfs; a Debian userland.
         let [images, userland] = ["guest", "userland"].map(|name| crate::programs::target().join(name));
-        let disk_dirs = [self.disk_dir(), self.shared_dir(), self.local_dir(), images, userland];
+        // Beside a QEMU that was unpacked is its firmware.
+        let firmware = [&unpacked, &programs.qemu].map(|qemu| qemu.with_file_name("root"));
+        let mut disk_dirs = vec![self.disk_dir(), self.shared_dir(), self.local_dir(), images, userland];
+        disk_dirs.extend(firmware.into_iter().filter(|directory| directory.is_dir()));
+        // Consoles, which both hosts append to.
+        let outputs = [self.consoles.clone(), self.directory.clone(), self.local_dir(), self.shared_dir()];
+        // Sockets of the users of both hosts.
+        let sockets = ["a", "b"].map(|host| self.directory.with_file_name(host));
         let bridges = if self.namespace().is_some() { vec![BRIDGE.into()] } else { Vec::new() };
         let allow = toml::Table::from_iter([
             ("peers".to_owned(), toml::Value::Array(vec!["host-a".into(), "host-b".into()])),
-            ("disk_dirs".to_owned(), texts(&disk_dirs.each_ref().map(PathBuf::as_path))),
+            ("disk_dirs".to_owned(), texts(&disk_dirs.iter().map(PathBuf::as_path).collect::<Vec<_>>())),
             ("bridges".to_owned(), toml::Value::Array(bridges)),
+            ("output_dirs".to_owned(), texts(&outputs.each_ref().map(PathBuf::as_path))),
+            ("socket_dirs".to_owned(), texts(&sockets.each_ref().map(PathBuf::as_path))),
+            ("disk_drivers".to_owned(), toml::Value::Array(vec!["qed".into()])),
+            ("arguments".to_owned(), toml::Value::Array(vec!["-netdev user".into()])),
             ("max_memory".to_owned(), "16GiB".into()),
             ("qemu".to_owned(), texts(&qemu)),
         ]);
@@ -252,57 +265,6 @@ impl Host {
     fn write_config(&self, table: &toml::Table) -> Result<(), TestbedError> {
         let path = self.config_path();
         fs::write(&path, table.to_string()).map_err(TestbedError::file(&path))
-    }
-
-    /// Limits (or widens) the room for guest RAM, in bytes: for "no room" tests.
-    ///
-    /// # Errors
-    /// [`TestbedError::NotRoot`] in a rootless testbed, or where more than that is in use.
-    pub fn limit_ram(&self, bytes: u64) -> Result<(), TestbedError> {
-        self.namespace().ok_or(TestbedError::NotRoot)?;
-        let ram = self.ram_dir.to_string_lossy();
-        run("mount", &["-o", &format!("remount,size={bytes}"), &ram])?;
-        Ok(())
-    }
-
-    /// Gives the host's own disks a file system of that many bytes, which is empty at first. Again: makes it smaller or larger. An
-    /// agent that runs already does not see the first time.
-    ///
-    /// # Errors
-    /// Where it cannot be mounted, or more than that is in use.
-    pub fn limit_disks(&self, bytes: u64) -> Result<(), TestbedError> {
-        let (disks, size) = (self.disk_dir(), format!("size={bytes}"));
-        let device =
-            |path: &Path| fs::metadata(path).map(|file| file.dev()).map_err(TestbedError::file(path));
-        let disks = disks.to_string_lossy();
-        if device(&self.directory)? == device(&self.disk_dir())? {
-            run("mount", &["-t", "tmpfs", "-o", &size, &self.mark, &disks])?;
-        } else {
-            run("mount", &["-o", &format!("remount,{size}"), &disks])?;
-        }
-        Ok(())
-    }
-
-    /// Makes the host's own disks read-only, for an agent that is started after this.
-    ///
-    /// # Errors
-    /// Where they cannot be mounted so.
-    pub fn freeze_disks(&self) -> Result<(), TestbedError> {
-        let disks = self.disk_dir();
-        let disks = disks.to_string_lossy();
-        run("mount", &["--bind", &disks, &disks])?;
-        run("mount", &["-o", "remount,bind,ro", &disks])?;
-        Ok(())
-    }
-
-    /// Lets an agent that is started after this see another host's own disks in the place of its own.
-    ///
-    /// # Errors
-    /// Where they cannot be mounted there.
-    pub fn share_disks_of(&self, other: &Host) -> Result<(), TestbedError> {
-        let [theirs, own] = [other, self].map(Host::disk_dir);
-        run("mount", &["--bind", &theirs.to_string_lossy(), &own.to_string_lossy()])?;
-        Ok(())
     }
 
     /// A command that will run on this host, with `VMIRROR_AGENT` set.
@@ -339,122 +301,6 @@ impl Host {
     fn vmirror_program(&self) -> Result<&Path, TestbedError> {
         let missing = || TestbedError::NotSetUp { path: crate::programs::target().join("release/vmirror") };
         self.vmirror.as_deref().ok_or_else(missing)
-    }
-
-    /// Starts the agent and waits until it answers.
-    ///
-    /// # Errors
-    /// Where it cannot be started, ends at once (with the end of its log), or does not answer.
-    pub fn start_agent(&self) -> Result<(), TestbedError> {
-        self.start_agent_with(&AgentOptions::default())
-    }
-
-    /// As [`Host::start_agent`], with options.
-    ///
-    /// # Errors
-    /// As [`Host::start_agent`].
-    pub fn start_agent_with(&self, options: &AgentOptions) -> Result<(), TestbedError> {
-        let program = self.vmirror_program()?;
-        let path = self.agent_log();
-        let log =
-            fs::File::options().create(true).append(true).open(&path).map_err(TestbedError::file(&path))?;
-        let also = log.try_clone().map_err(TestbedError::file(&path))?;
-        let mut command = if options.hidden.is_empty() && !options.local {
-            self.command(program)
-        } else {
-            let mut command = self.command("unshare");
-            command.args(["--mount", "--propagation", "private", "--", "sh", "-c", HIDE, "sh"]);
-            if options.local {
-                command.arg(self.disk_dir()).arg("at").arg(self.local_dir());
-            }
-            command.args(&options.hidden).arg("--").arg(program);
-            command
-        };
-        command.args(["agent", "--config"]).arg(self.config_path()).stdout(log).stderr(also);
-        command.envs(options.environment.iter().map(|(name, value)| (name, value)));
-        if options.old_kernel {
-            old_kernel::apply(&mut command)?;
-        }
-        if options.without_bpf {
-            old_kernel::without_bpf(&mut command)?;
-        }
-        let failed = |source| TestbedError::Start { program: program.display().to_string(), source };
-        let child = command.spawn().map_err(failed)?;
-        *self.agent() = Some(child);
-        self.wait_for_agent()
-    }
-
-    fn wait_for_agent(&self) -> Result<(), TestbedError> {
-        let start = Instant::now();
-        while !answers(&self.api()) {
-            let ended = self.agent().as_mut().and_then(|child| child.try_wait().ok().flatten());
-            if let Some(status) = ended {
-                *self.agent() = None;
-                return Err(self.ended(status));
-            }
-            if start.elapsed() > AGENT_TIMEOUT {
-                let what = format!("the agent of {} to answer", self.name);
-                return Err(TestbedError::Timeout {
-                    what,
-                    waited: start.elapsed(),
-                    last: tail(&self.agent_log()),
-                });
-            }
-            thread::sleep(POLL);
-        }
-        Ok(())
-    }
-
-    fn ended(&self, status: ExitStatus) -> TestbedError {
-        let what = format!("the agent of {}", self.name);
-        TestbedError::Ended { what, status: status.to_string(), last: tail(&self.agent_log()) }
-    }
-
-    /// The running agent's process.
-    pub fn agent_pid(&self) -> Option<i32> {
-        self.agent().as_ref().map(|child| child.id().cast_signed())
-    }
-
-    /// Ends the agent as its service manager would, with SIGTERM. Guests live on.
-    ///
-    /// # Errors
-    /// [`TestbedError::Timeout`] where it does not end.
-    pub fn stop_agent(&self) -> Result<Option<ExitStatus>, TestbedError> {
-        self.end_agent(Signal::TERM)
-    }
-
-    /// Kills the agent, as a crash would. Guests live on.
-    ///
-    /// # Errors
-    /// [`TestbedError::Timeout`] where even that does not end it.
-    pub fn kill_agent(&self) -> Result<Option<ExitStatus>, TestbedError> {
-        self.end_agent(Signal::KILL)
-    }
-
-    fn end_agent(&self, signal: Signal) -> Result<Option<ExitStatus>, TestbedError> {
-        let Some(mut child) = self.agent().take() else { return Ok(None) };
-        fault::signal(child.id().cast_signed(), signal);
-        let start = Instant::now();
-        loop {
-            match child.try_wait() {
-                Ok(None) if start.elapsed() < AGENT_TIMEOUT => thread::sleep(POLL),
-                Ok(None) => {
-                    let what = format!("the agent of {} to end", self.name);
-                    *self.agent() = Some(child);
-                    return Err(TestbedError::Timeout {
-                        what,
-                        waited: start.elapsed(),
-                        last: tail(&self.agent_log()),
-                    });
-                }
-                Ok(status) => return Ok(status),
-                Err(source) => return Err(TestbedError::file("agent")(source)),
-            }
-        }
-    }
-
-    fn agent(&self) -> MutexGuard<'_, Option<Child>> {
-        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes a tap device on this host, in its bridge and up.
@@ -531,6 +377,22 @@ impl Host {
         processes
     }
 
+    /// Those of its processes whose program has this in its name. Quicker than to look at all of them.
+    pub fn processes_of(&self, program: &str) -> Vec<i32> {
+        let runs = |pid: &i32| {
+            let path = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            path.file_name().is_some_and(|name| name.to_string_lossy().contains(program))
+        };
+        let mut found: Vec<i32> = inventory::pids().filter(runs).filter(|pid| self.has(*pid)).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// Whether that process is one of this host's.
+    fn has(&self, pid: i32) -> bool {
+        !fault::is_zombie(pid) && inventory::mark(pid).is_some_and(|mark| mark == self.mark)
+    }
+
     /// What the host holds right now.
     ///
     /// # Errors
@@ -582,6 +444,7 @@ impl Host {
         }
         sweep::remove(&self.ram_dir);
         sweep::unmount(&self.disk_dir());
+        sweep::unmount(&self.state_dir());
     }
 }
 
@@ -589,17 +452,4 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.clear();
     }
-}
-
-/// Whether something speaks HTTP on that socket.
-fn answers(api: &Path) -> bool {
-    let ask = || -> std::io::Result<bool> {
-        let mut stream = UnixStream::connect(api)?;
-        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
-        let mut start = [0; 5];
-        stream.read_exact(&mut start)?;
-        Ok(&start == b"HTTP/")
-    };
-    ask().unwrap_or(false)
 }

@@ -51,6 +51,9 @@ impl Inventory {
         let sockets = processes.first().map(|pid| tcp_sockets(*pid)).unwrap_or_default();
         for pid in processes {
             let Some(program) = program(*pid) else { continue };
+            if holds_locks(*pid) {
+                continue;
+            }
             *inventory.processes.entry(program).or_default() += 1;
             for target in descriptors(*pid) {
                 if let Some(socket) = socket_inode(&target).and_then(|inode| sockets.get(&inode)) {
@@ -117,13 +120,15 @@ pub(crate) fn pids() -> impl Iterator<Item = i32> {
 
 /// The processes that a testbed started, directly or not, with the name of the host they are on.
 pub(crate) fn marked() -> impl Iterator<Item = (i32, String)> {
+    pids().filter(|pid| pid.cast_unsigned() != std::process::id()).filter_map(|pid| Some((pid, mark(pid)?)))
+}
+
+/// The host that a process was started on, directly or not; none where it is no testbed's.
+pub(crate) fn mark(pid: i32) -> Option<String> {
     let prefix = format!("{MARK}={}", name::PREFIX);
-    pids().filter(|pid| pid.cast_unsigned() != std::process::id()).filter_map(move |pid| {
-        let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
-        let entry =
-            environment.split(|byte| *byte == 0).find(|entry| entry.starts_with(prefix.as_bytes()))?;
-        Some((pid, String::from_utf8_lossy(&entry[MARK.len() + 1..]).into_owned()))
-    })
+    let environment = fs::read(format!("/proc/{pid}/environ")).ok()?;
+    let entry = environment.split(|byte| *byte == 0).find(|entry| entry.starts_with(prefix.as_bytes()))?;
+    Some(String::from_utf8_lossy(&entry[MARK.len() + 1..]).into_owned())
 }
 
 /// Names, kinds, bridges and states from `ip -j -d link`.
@@ -142,6 +147,12 @@ pub(crate) fn links(json: &str) -> BTreeMap<String, String> {
 fn program(pid: i32) -> Option<String> {
     let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
     Some(program.file_name()?.to_string_lossy().into_owned())
+}
+
+/// Whether it is what keeps the images of a guest that has left locked: that is there to stay.
+fn holds_locks(pid: i32) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).nth(1) == Some(b"hold-locks")
 }
 
 fn descriptors(pid: i32) -> Vec<String> {
@@ -199,6 +210,18 @@ fn ram_bytes(directory: &Path) -> u64 {
         bytes += fs::symlink_metadata(path).map(|metadata| metadata.blocks() * 512).unwrap_or(0);
     });
     bytes
+}
+
+/// Everything below a directory that is not a directory itself, in order of the names.
+pub fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    walk(directory, &mut |path| {
+        if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_dir()) {
+            files.push(path);
+        }
+    });
+    files.sort();
+    files
 }
 
 fn walk(directory: &Path, visit: &mut impl FnMut(PathBuf)) {

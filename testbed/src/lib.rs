@@ -36,7 +36,9 @@ mod places;
 pub mod programs;
 pub mod ram;
 mod running;
+pub mod shim;
 pub mod sweep;
+mod times;
 mod tool;
 mod wire;
 
@@ -46,12 +48,13 @@ pub use error::TestbedError;
 pub use guest_spec::{GuestSpec, TestDisk};
 pub use host::{AgentOptions, Host};
 pub use huge_pages::HugePages;
-pub use inventory::Inventory;
+pub use inventory::{Difference, Inventory, files_below};
 pub use monitor::Monitor;
 pub use places::Places;
 pub use programs::Programs;
 pub use running::{Console, RunningGuest};
-pub use wire::Wire;
+pub use shim::{BadDisk, Shim};
+pub use wire::{Disturbance, Wire};
 
 /// What the test guest found in a full check of its disks.
 pub use guest::disk::Verdict;

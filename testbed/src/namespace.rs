@@ -51,6 +51,11 @@ impl Namespace {
         run("tc", &[&["-n", &self.name], arguments].concat())
     }
 
+    /// Has `nft` follow those rules inside.
+    pub(crate) fn nft(&self, rules: &str) -> Result<(), TestbedError> {
+        run("ip", &["netns", "exec", &self.name, "nft", rules]).map(drop)
+    }
+
     /// A command that will run inside, with its own view of /sys. The program replaces `ip`, so its pid is the child's.
     pub(crate) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("ip");

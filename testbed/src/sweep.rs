@@ -31,9 +31,11 @@ pub fn sweep() {
     for directory in [PathBuf::from(RAM), std::env::temp_dir()] {
         for name in names(&directory).filter(|name| dead(name)) {
             let directory = directory.join(name);
-            // A host's disks may be a file system of their own.
+            // A host's disks, and the state of its agent, may be file systems of their own.
             for host in names(&directory) {
-                unmount(&directory.join(host).join("disks"));
+                for mounted in ["disks", "state"] {
+                    unmount(&directory.join(&host).join(mounted));
+                }
             }
             remove(&directory);
         }

@@ -13,6 +13,15 @@ pub enum Wire {
     Link,
 }
 
+/// What is wrong with what comes out of a cable at a host's end, the other direction being sound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Disturbance {
+    /// Nothing comes.
+    Silence,
+    /// Of every so many TCP segments with data one comes with another byte in it, whose checksum is right all the same.
+    Corruption(u32),
+}
+
 /// Host and client end of the guests' cable.
 pub(crate) const UPLINK: &str = "uplink";
 /// Host end of the agents' cable.
@@ -166,4 +175,36 @@ pub(crate) fn set_connected(
     let state = if connected { "3" } else { "0" };
     run("bridge", &["-n", switch.name(), "link", "set", "dev", &wire.port(name), "state", state])?;
     Ok(())
+}
+
+/// Disturbs what comes out of a cable at the station's end, in the switch.
+pub(crate) fn disturb(
+    switch: &Namespace,
+    name: &str,
+    wire: Wire,
+    disturbance: Disturbance,
+) -> Result<(), TestbedError> {
+    let port = wire.port(name);
+    // Behind all headers of a segment, within the first record of TLS in it. A frame of a veth has no checksum that would tell.
+    let what = match disturbance {
+        Disturbance::Silence => "drop".to_owned(),
+        Disturbance::Corruption(of) => format!("ip protocol tcp numgen inc mod {of} 0 @th,384,8 set 0x5a"),
+    };
+    let chain = "type filter hook forward priority 0; policy accept;";
+    let table = disturbing(name, wire);
+    // On lines of their own: nft 1.0.6 takes no closing brace behind another on one line.
+    let rules =
+        format!("table bridge {table} {{\nchain disturbed {{ {chain} oifname \"{port}\" {what}\n}}\n}}");
+    switch.nft(&rules)
+}
+
+/// Nothing disturbs it any more. One that nothing disturbs is left as it is.
+pub(crate) fn undisturb(switch: &Namespace, name: &str, wire: Wire) -> Result<(), TestbedError> {
+    let table = disturbing(name, wire);
+    // Made first, so that it is there to be deleted.
+    switch.nft(&format!("table bridge {table} {{ }}\ndelete table bridge {table}"))
+}
+
+fn disturbing(name: &str, wire: Wire) -> String {
+    wire.port(name).replace('-', "_")
 }

@@ -16,6 +16,7 @@ pub struct Guest {
     /// What it was started with.
     pub spec: GuestSpec,
     console: Console,
+    boot_id: String,
 }
 
 impl Guest {
@@ -27,14 +28,11 @@ impl Guest {
     #[track_caller]
     pub fn ready(name: &str, spec: &GuestSpec) -> Guest {
         let console = Console::new(&spec.serial);
-        let guest = Guest { name: name.to_owned(), spec: spec.clone(), console };
         // A userland is booted before.
         let boot = spec.userland.as_ref().map_or(Duration::ZERO, |_| userland::BOOT);
-        guest
-            .console
-            .wait_for("the guest to be ready", PATIENCE + boot, |_| guest.console.is_ready())
-            .unwrap();
-        guest
+        let first =
+            console.wait_for("the guest to be ready", PATIENCE + boot, |_| console.is_ready()).unwrap();
+        Guest { name: name.to_owned(), spec: spec.clone(), console, boot_id: first.boot_id }
     }
 
     /// What the guest says on its serial line.
@@ -50,6 +48,12 @@ impl Guest {
     #[must_use]
     pub fn status(&self) -> Status {
         self.console.status().unwrap()
+    }
+
+    /// Which boot of it this is, as it said when it was ready.
+    #[must_use]
+    pub fn boot_id(&self) -> &str {
+        &self.boot_id
     }
 
     /// Pages of guest RAM.

@@ -60,6 +60,15 @@ impl Pair {
         for host in testbed.hosts() {
             host.start_agent_with(options).unwrap();
         }
+        Pair::with_running_agents(testbed)
+    }
+
+    /// Takes over a testbed whose agents run, and hold nothing.
+    ///
+    /// # Panics
+    /// If it cannot be told what they hold.
+    #[must_use]
+    pub fn with_running_agents(testbed: Testbed) -> Pair {
         let empty = testbed.hosts().each_ref().map(|host| host.inventory().unwrap());
         Pair { testbed, empty }
     }
@@ -180,12 +189,25 @@ impl Pair {
         self.show(name, host).is_some_and(|vm| vm["state"] == "running")
     }
 
-    /// The machine as a host lists it; none where it does not.
+    /// The machine as a host lists it; none where it does not, or has nothing of it but images.
     ///
     /// # Panics
     /// If the list cannot be had.
     #[must_use]
     pub fn show(&self, name: &str, host: &Host) -> Option<Value> {
+        self.listed(name, host).filter(|vm| vm["state"] != "left")
+    }
+
+    /// The same, of a machine that has left and whose images are kept on the host; none where none are.
+    ///
+    /// # Panics
+    /// If the list cannot be had.
+    #[must_use]
+    pub fn left(&self, name: &str, host: &Host) -> Option<Value> {
+        self.listed(name, host).filter(|vm| vm["state"] == "left")
+    }
+
+    fn listed(&self, name: &str, host: &Host) -> Option<Value> {
         let list = vmirror(host, &["list", "--json"]).done().json();
         list.as_array().unwrap().iter().find(|vm| vm["name"] == name).cloned()
     }
@@ -196,8 +218,13 @@ impl Pair {
     /// If it still does after a while.
     #[track_caller]
     pub fn holds_nothing(&self, host: &Host) {
-        let empty = &self.empty[usize::from(host.name() == self.b().name())];
-        self.holds(host, empty);
+        self.holds(host, self.empty(host));
+    }
+
+    /// What a host held when it held nothing but its agent.
+    #[must_use]
+    pub fn empty(&self, host: &Host) -> &Inventory {
+        &self.empty[usize::from(host.name() == self.b().name())]
     }
 
     /// Asserts that a host holds exactly that, at the latest after a while.

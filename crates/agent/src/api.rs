@@ -42,6 +42,8 @@ pub(crate) fn router(api: Api) -> Router {
         .route("/v1/vms/{name}/stop", post(vms::stop))
         .route("/v1/vms/{name}/release", post(vms::release))
         .route("/v1/vms/{name}/resolve", post(vms::resolve))
+        .route("/v1/vms/{name}/forget", post(vms::forget))
+        .route("/v1/vms/{name}/forget-images", post(vms::forget_images))
         .route("/v1/vms/{name}/check", post(sessions::check))
         .route("/v1/vms/{name}/migrate", post(sessions::migrate))
         .route("/v1/vms/{name}/mirror", post(sessions::mirror))
@@ -68,9 +70,11 @@ async fn agent(axum::extract::State(api): axum::extract::State<Api>) -> axum::Js
         link: api.link.to_string(),
         started_unix_ms: api.started_unix_ms,
         vms: api.vms.count(),
+        recovering: api.vms.recovering(),
         sessions: api.vms.sessions().len(),
+        problems: api.vms.problems(),
     })
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

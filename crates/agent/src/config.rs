@@ -10,10 +10,8 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
+use migration::fence::Keeper;
 use migration::{Allow, Firewall, Hooks};
-
-/// Longest path of a unix socket, in bytes: `sun_path` of `sockaddr_un` holds 108 with its final zero.
-const LONGEST_SOCKET_PATH: usize = 107;
 
 /// What an agent is told when it starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,12 +24,18 @@ pub struct Config {
     pub api: PathBuf,
     /// Journal and history: what must survive a reboot.
     pub state_dir: PathBuf,
-    /// Sockets and QEMU's output: what need not.
+    /// Sockets and process ids: what need not.
     pub run_dir: PathBuf,
+    /// What QEMUs write, and guests on their consoles: on a disk.
+    pub log_dir: PathBuf,
+    /// How long the log of one VM may become, in bytes.
+    pub log_max: u64,
     /// A tmpfs or hugetlbfs for guest RAM.
     pub ram_dir: PathBuf,
     /// What all mirrors that leave this host may send together, in bytes per second; `None` is unlimited.
     pub bandwidth: Option<NonZeroU64>,
+    /// Seccomp filters of QEMUs let pass what is done to track them.
+    pub trust_seccomp: bool,
     /// Who this agent is, and whom it believes.
     pub tls: Tls,
     /// What peers may ask this host to run. By default nobody may ask for anything.
@@ -42,6 +46,8 @@ pub struct Config {
     pub firewall: Firewall,
     /// UDP port of the tunnels for VMs that stay in another host's network.
     pub forward_port: u16,
+    /// What keeps images of VMs that have left locked while no agent runs. Not in the file: the program that is the agent names itself.
+    pub keeper: Option<Keeper>,
 }
 
 /// The `[tls]` table.

@@ -1,32 +1,40 @@
 //! The agent itself: what it opens, in which order, and how it ends.
 
-mod socket;
+pub(crate) mod socket;
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use link::{Deadlines, Endpoint, Identity, Incoming, Listener, ListenerLimits, Peer, Purpose};
 use migration::destination::{self, DataConnections};
-use migration::{Host, Journal, lifecycle};
+use migration::{Finding, Host, Journal, VmName, lifecycle};
 use tokio::net::UnixListener;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{self, Api};
 use crate::config::Config;
 use crate::events::{Events, unix_ms};
-use crate::history::{History, HistoryError};
+use crate::history::History;
 use crate::lock::{self, Lock, LockError};
 use crate::vms::Vms;
 
 /// How long outgoing migrations may take to end when the agent goes down, before it goes without them.
 const ENDING: Duration = Duration::from_secs(30);
 
-/// An agent that is ready: it listens on its link and its API, and has found its machines again.
+/// How long migrations to here may take to be dropped.
+const DROPPED: Duration = Duration::from_secs(5);
+
+/// An agent that listens on its link and its API, and finds its machines again; [`Vms::found`] says when it has.
 #[derive(Debug)]
 pub struct Daemon {
     config: Config,
@@ -52,9 +60,20 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// Only root can start a QEMU as another user.
+    #[error(
+        "[allow] user is {user:?}, and only an agent that runs as root can start QEMU as another user than its own"
+    )]
+    User {
+        /// The user.
+        user: String,
+    },
     /// The directory for guest RAM is not there.
     #[error("ram_dir {} is not a directory", .0.display())]
     RamDir(PathBuf),
+    /// The directory for its RAM files is not its own.
+    #[error(transparent)]
+    RamFiles(#[from] qemu::RamFileError),
     /// Another agent runs on the same directories.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -101,13 +120,10 @@ pub enum StartError {
         #[source]
         source: migration::JournalError,
     },
-    /// The history cannot be opened.
-    #[error(transparent)]
-    History(#[from] HistoryError),
 }
 
 impl Daemon {
-    /// Opens everything, finds the machines again, and listens.
+    /// Opens everything, listens, and begins to find the machines again.
     ///
     /// # Errors
     /// [`StartError`]; nothing is left behind but empty directories and lock files.
@@ -116,6 +132,18 @@ impl Daemon {
         for directory in [Some(&*config.state_dir), Some(&*config.run_dir), config.api.parent()] {
             make_private(directory.unwrap_or(Path::new("/")))?;
         }
+        // What is only to be read later keeps no agent from its machines.
+        if let Err(error) = make_private(&config.log_dir) {
+            tracing::error!(error = %migration::failure::chain(&error), "no VM can be started or received without log_dir");
+        }
+        if let Some(user) = config.allow.other_user() {
+            if !rustix::process::geteuid().is_root() {
+                return Err(StartError::User { user: user.to_string() });
+            }
+            // QEMUs of other users go through to what is theirs.
+            let opened = std::fs::set_permissions(&config.run_dir, PermissionsExt::from_mode(0o711));
+            opened.map_err(|source| StartError::Directory { path: config.run_dir.clone(), source })?;
+        }
         if !config.ram_dir.is_dir() {
             return Err(StartError::RamDir(config.ram_dir));
         }
@@ -123,6 +151,11 @@ impl Daemon {
             lock::take(&config.state_dir.join("agent.lock"))?,
             lock::take(&socket::beside(&config.api, "lock"))?,
         ];
+        migration::guest_ram::directory(&config.ram_dir, &config.name)?;
+        let most = lifecycle::longest_name(&config.run_dir);
+        if most < VmName::LONGEST {
+            tracing::warn!(run_dir = %config.run_dir.display(), "names of VMs may have at most {most} letters here");
+        }
         if !is_tmpfs(&config.ram_dir) && qemu::huge_page_size(&config.ram_dir).is_none() {
             let ram_dir = config.ram_dir.display();
             tracing::warn!(%ram_dir, "ram_dir is on neither tmpfs nor hugetlbfs: guest RAM will be written to a disk");
@@ -131,33 +164,37 @@ impl Daemon {
         let endpoint = Endpoint::new(&identity, Deadlines::default()).map_err(StartError::Endpoint)?;
         let journal = Journal::open(&config.state_dir)
             .map_err(|source| StartError::Journal { path: config.state_dir.clone(), source })?;
-        let history = History::open(&config.state_dir.join("history.db"))?;
-        let remnants = migration::Remnants::open(&config.state_dir);
+        // Before anything else: who starts a machine that has left once more is to find its images locked.
+        let left = Arc::new(migration::LeftImages::open(&config.state_dir));
+        let fence = migration::Fence::new(Arc::clone(&left), &journal.all(), config.keeper.clone());
+        let history = History::open_or_off(&config.state_dir.join("history.db"));
         let host = Host {
             name: config.name.clone(),
             endpoint: endpoint.clone(),
             journal: Arc::new(journal),
             run_dir: config.run_dir.clone(),
+            logs: migration::Logs::new(&config.log_dir, config.log_max),
             ram_dir: config.ram_dir.clone(),
             allow: config.allow.clone(),
             hooks: config.hooks.clone(),
             firewall: config.firewall.clone(),
+            trust_seccomp: config.trust_seccomp,
             bandwidth: link::Bandwidth::new(config.bandwidth),
             switch_cost: Arc::default(),
             neighbourhood: Arc::default(),
             post_copies: migration::PostCopies::default(),
-            remnants: Arc::new(remnants),
+            lingering: lifecycle::Lingering::default(),
+            recovering: migration::Recovering::default(),
+            ram_files: Arc::default(),
+            left,
+            fence: Arc::new(fence),
             forwards: Arc::new(migration::Forwards::open(&config.state_dir)),
             forward_port: config.forward_port,
+            link_port: Arc::default(),
         };
 
         let closing = CancellationToken::new();
         let vms = Vms::new(Arc::new(host), history, Events::default(), closing.clone());
-        vms.recover().await;
-        vms.host().remnants.expire(&vms.host().journal);
-        vms.host().forwards.restore(&vms.host().journal).await;
-        vms.keep_forwarding();
-
         let data = DataConnections::new();
         let expected = data.clone();
         // Control is for every agent of our authority: what it may ask is decided, and told, where it asks. Data is
@@ -173,8 +210,11 @@ impl Daemon {
         let listener = Listener::bind_with(&endpoint, &address, ListenerLimits::default(), admission)
             .await
             .map_err(|source| StartError::Listen { address: config.listen, source })?;
+        let _ = vms.host().link_port.set(listener.local_addr().port());
         let api = socket::listen(&config.api)
             .map_err(|source| StartError::Api { path: config.api.clone(), source })?;
+        // Nothing that may take long comes before this: who asks is answered from the first moment on.
+        vms.recover();
         Ok(Daemon { config, vms, listener, data, api, closing, _locks: locks })
     }
 
@@ -188,6 +228,12 @@ impl Daemon {
     #[must_use]
     pub fn vms(&self) -> &Vms {
         &self.vms
+    }
+
+    /// What it does without.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Finding> {
+        self.vms.problems()
     }
 
     /// The API's socket.
@@ -216,12 +262,18 @@ impl Daemon {
             }
         });
 
+        let mut incoming = JoinSet::new();
         tokio::select! {
             () = end => {}
-            () = accept(listener, data, vms.clone()) => {}
+            () = accept(&listener, &data, &vms, &mut incoming) => {}
         }
 
         tracing::info!("going down; VMs keep running");
+        drop(listener);
+        // One that has just put it on record that its copy is complete goes no further, and what it says there is true from here on.
+        if tokio::time::timeout(DROPPED, incoming.shutdown()).await.is_err() {
+            tracing::warn!("a migration to here does not end in time");
+        }
         lifecycle::forget_incomplete(vms.host()).await;
         vms.cancel_all().await;
         let sessions = vms.sessions();
@@ -260,19 +312,28 @@ fn make_private(path: &Path) -> Result<(), StartError> {
     made.map_err(|source| StartError::Directory { path: path.to_owned(), source })
 }
 
-/// Accepts peers for ever; when dropped, so is every migration to here.
-async fn accept(listener: Listener, data: DataConnections, vms: Vms) {
-    let mut incoming = tokio::task::JoinSet::new();
+/// Accepts peers for ever. Every migration to here is among `incoming`.
+async fn accept(listener: &Listener, data: &DataConnections, vms: &Vms, incoming: &mut JoinSet<()>) {
+    let peers = PerPeer::default();
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok(Incoming::Control(control, peer)) => {
+                    let Some(counted) = peers.count(&peer.name) else {
+                        tracing::warn!(%peer, limit = PerPeer::MOST, "has too many connections, and is turned away");
+                        // The half that receives is held until the reason has been told.
+                        let (sender, receiver) = control.split();
+                        incoming.spawn(async move {
+                            let _ = sender.close("too many connections").await;
+                            drop(receiver);
+                        });
+                        continue;
+                    };
                     let (host, vms, data) = (Arc::clone(vms.host()), vms.clone(), data.clone());
+                    let (name, keep) = (peer.name.clone(), vms.clone());
                     incoming.spawn(async move {
-                        let name = peer.name.clone();
-                        let keep = vms.clone();
-                        destination::serve(host, control, peer, data, move |vm| keep.arrived(vm)).await;
-                        vms.doubt_copies_from(&name);
+                        served(&vms, &name, destination::serve(host, control, peer, data, move |vm| keep.arrived(vm))).await;
+                        drop(counted);
                     });
                 }
                 Ok(Incoming::Data(receiver, _, hello)) => data.deliver(&hello, receiver),
@@ -288,9 +349,63 @@ async fn accept(listener: Listener, data: DataConnections, vms: Vms) {
     }
 }
 
+/// Serves a peer, and looks after what it leaves, however that ends.
+async fn served(vms: &Vms, peer: &str, serving: impl Future<Output = ()>) {
+    // What it has left half done is on record, and nothing in memory that others use is changed in more than one step.
+    if AssertUnwindSafe(serving).catch_unwind().await.is_err() {
+        tracing::error!(peer, "the handling of a peer failed by a defect");
+    }
+    vms.doubt_copies_from(peer);
+}
+
+/// How many connections there are of each peer.
+#[derive(Debug, Clone, Default)]
+struct PerPeer(Arc<Mutex<HashMap<String, usize>>>);
+
+/// One of them; not any more when dropped.
+struct Counted {
+    peers: PerPeer,
+    name: String,
+}
+
+impl PerPeer {
+    /// Control connections of one peer at once. A migration needs one, and so does each question about a hand-over; what is turned
+    /// away comes again.
+    const MOST: usize = 256;
+
+    fn count(&self, name: &str) -> Option<Counted> {
+        let mut peers = self.lock();
+        let count = peers.entry(name.to_owned()).or_default();
+        if *count >= PerPeer::MOST {
+            return None;
+        }
+        *count += 1;
+        Some(Counted { peers: self.clone(), name: name.to_owned() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut peers = self.peers.lock();
+        if let Some(count) = peers.get_mut(&self.name) {
+            *count -= 1;
+            if *count == 0 {
+                peers.remove(&self.name);
+            }
+        }
+    }
+}
+
 /// Whether a directory is on a tmpfs.
 fn is_tmpfs(directory: &Path) -> bool {
     /// `TMPFS_MAGIC` of linux/magic.h.
     const MAGIC: u64 = 0x0102_1994;
     rustix::fs::statfs(directory).is_ok_and(|found| found.f_type as u64 == MAGIC)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! Why the agent does not do what it was asked.
 
 pub use migration::failure::chain;
+use migration::lifecycle::for_where;
 use migration::{BadName, Failure, Finding, JournalError, OptionError};
 use uuid::Uuid;
 
@@ -26,6 +27,14 @@ pub enum AgentError {
         vm: String,
         /// Name of the agent that has it.
         to: String,
+    },
+    /// It has left, and only its images are here.
+    #[error("{vm} has left{}: only its images are here, and kept locked", for_where(to.as_deref()))]
+    HasLeft {
+        /// The machine.
+        vm: String,
+        /// Name of the agent that it was handed over to, if that is known.
+        to: Option<String>,
     },
     /// The name cannot be a machine's.
     #[error(transparent)]
@@ -71,6 +80,12 @@ pub enum AgentError {
         /// Why.
         doubt: Doubt,
     },
+    /// Its hand-over is under way, and nobody is to decide anything about it yet.
+    #[error(
+        "the hand-over of {0} is under way: it is decided, or listed as uncertain, within {limit} s",
+        limit = migration::DECIDED.as_secs()
+    )]
+    HandingOver(String),
     /// There is nothing to decide.
     #[error("it is certain that {0} runs here: there is nothing to resolve")]
     NotUncertain(String),

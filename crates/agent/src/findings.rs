@@ -1,7 +1,7 @@
 //! Why a machine could not be started, taken in, stopped or resumed, with what to do about it.
 
 use migration::lifecycle::RunError;
-use migration::{Finding, JournalError};
+use migration::{Finding, JournalError, VmName, guest_ram};
 use qemu::{AdoptError, LaunchError, QmpError};
 
 use crate::error::chain;
@@ -17,15 +17,49 @@ pub(crate) fn of_run(error: &RunError) -> Finding {
         }
         RunError::Parse(_) => ("command-line", "correct the QEMU command line"),
         RunError::NotMirrorable(_) => ("not-mirrorable", "start the VM without that"),
+        RunError::NameTooLong(_) => ("name-too-long", "choose a shorter name, or a shorter run_dir"),
         RunError::Size(_) => ("memory-size", "correct -m"),
+        RunError::RamFile(error) => ("ram-file", guest_ram::hint(error)),
         RunError::Launch(error) => return of_launch(error),
         RunError::Adopt(error) => return of_adopt(error),
         RunError::AlreadyHere { .. } => ("already-here", "use the name that it has here"),
         RunError::Qmp(error) => return of_qmp(error),
         RunError::NoRoom(short) => ("no-room", short.hint()),
+        RunError::Lingers(why) => return why.clone(),
         RunError::Forwarded { .. } => {
             ("name-forwarded", "choose another name, or end that with `vmirror release`")
         }
+        RunError::Settled(_) => ("settled", "see `vmirror list` for what it is now"),
+        RunError::RunsThere { .. } => ("runs-there", "nothing is to be done: it runs there"),
+        RunError::UnknownThere { .. } => {
+            ("unknown-there", "look for its QEMU there; once you are certain, say the same with --force")
+        }
+        RunError::Unheard { .. } => (
+            "unheard",
+            "bring it back so that it can be asked; only if that host is lost for good, or you are certain of what the VM does there, \
+             say the same with --force",
+        ),
+        RunError::OwnedThere { .. } => (
+            "owned-there",
+            "say --give-up here; only if that agent is wrong, and the VM runs nowhere, --run-here --force",
+        ),
+        RunError::CopyLost { .. } => ("copy-lost", "nothing is to be done: see `vmirror list`"),
+        RunError::RunsHere(_) => ("runs-here", "nothing is to be given up; `vmirror stop` ends it"),
+        RunError::MayRunHere { .. } => (
+            "may-run-here",
+            "see what its QEMU does, and end it if it does not answer; only if it is certain never to have run here, say --force",
+        ),
+        RunError::Unsettled { .. } => ("journal-unusable", "see to the disk of state_dir, and say it again"),
+        RunError::Supplies(name) => return supplies(name),
+        RunError::MigratedByOthers(_) => (
+            "migrated-by-others",
+            "see where it runs; what is here of it is ended with `vmirror stop --force`",
+        ),
+        RunError::Kept { .. } => (
+            "disk-kept",
+            "run the VM where it moved to. Only if it runs nowhere and never will, or this is to be another VM, say --stale-disks, or free \
+             the image with `vmirror forget-images`",
+        ),
         RunError::Stale { .. } => (
             "disk-stale",
             "run the VM where it moved to; to go on from this image all the same, say --stale-disks",
@@ -33,6 +67,16 @@ pub(crate) fn of_run(error: &RunError) -> Finding {
         _ => ("run-failed", "see the agent's log"),
     };
     Finding::new(kind, chain(error), hint)
+}
+
+/// A machine whose journal cannot be written.
+pub(crate) fn unsettled(name: &VmName, error: Option<&JournalError>) -> Finding {
+    let why = error.map(|error| format!(": {}", chain(error))).unwrap_or_default();
+    Finding::new(
+        "journal-unusable",
+        format!("whose VM {name} is cannot be put on record{why}"),
+        "see to the disk of state_dir: the VM runs on as soon as that can be written",
+    )
 }
 
 fn of_launch(error: &LaunchError) -> Finding {
@@ -95,6 +139,33 @@ pub(crate) fn silent(name: &migration::VmName, why: &str) -> Finding {
         "qemu-silent",
         format!("the QEMU of {name} does not answer: {why}"),
         format!("it is asked again from time to time; `vmirror stop {name} --force` ends it"),
+    )
+}
+
+/// A machine whose record cannot be read.
+pub(crate) fn unreadable(name: &migration::VmName, error: &JournalError) -> Finding {
+    Finding::new(
+        "record-unreadable",
+        format!("the record of {name} cannot be read: {}", chain(error)),
+        format!(
+            "nothing is done to the VM or its files. Find out where it runs: ask the agents that it may have moved to or come from, and \
+             look for its QEMU here. If the agent that wrote the record was a later version, start that. Otherwise end the QEMU here if \
+             it runs elsewhere, move {name}.journal out of state_dir/vms, restart the agent, and `vmirror adopt` the VM if it runs here"
+        ),
+    )
+}
+
+/// What stands against an act that only a person can answer for.
+pub(crate) fn unless_forced(why: &Finding) -> Finding {
+    Finding { hint: format!("{}; or say --force, if you know all that", why.hint), ..why.clone() }
+}
+
+/// Something may start a machine from the images that it has left.
+pub(crate) fn started_by(name: &migration::VmName, found: &Finding) -> Finding {
+    Finding::new(
+        &found.kind,
+        format!("{}: a second copy of {name} would run from the images that are locked here", found.message),
+        format!("{}. When nothing starts it here any more, say --force", found.hint),
     )
 }
 

@@ -13,16 +13,20 @@
 pub mod api;
 pub mod config;
 pub mod daemon;
+mod descriptors;
 pub mod error;
 pub mod events;
 mod findings;
 pub mod history;
 mod lock;
+mod logs;
 mod monitor;
 pub mod sessions;
 pub mod vms;
 
 pub use config::{Config, ConfigError};
 pub use daemon::{Daemon, StartError};
+pub use descriptors::raise_descriptor_limit;
 pub use error::AgentError;
 pub use lock::LockError;
+pub use migration::fence::Keeper;

@@ -1,7 +1,8 @@
 //! One agent per state directory and per API socket: a lock that ends with the process, however it ends.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -42,8 +43,10 @@ pub enum LockError {
 /// [`LockError::Held`] when another process has it.
 pub(crate) fn take(path: &Path) -> Result<Lock, LockError> {
     let failed = |source| LockError::Io { path: path.to_owned(), source };
-    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
     let mut file = open.map_err(failed)?;
+    // Who can open it can hold the lock, and keep an agent from starting; earlier versions let others.
+    file.set_permissions(Permissions::from_mode(0o600)).map_err(failed)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -53,8 +56,10 @@ pub(crate) fn take(path: &Path) -> Result<Lock, LockError> {
         }
         Err(errno) => return Err(failed(errno.into())),
     }
-    // Whose lock it is, for the message to the one who comes second; the lock itself does not depend on it.
-    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed)?;
+    // Whose lock it is, for the message to the one who comes second; the lock itself does not depend on it, and the disk may be full.
+    if let Err(error) = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())) {
+        tracing::warn!(%error, file = %path.display(), "cannot be told whose lock this is");
+    }
     Ok(Lock { _file: file })
 }
 

@@ -3,8 +3,10 @@
 //! The journal decides who owns what and survives the agent; this is the live side of it. Every change of a
 //! machine goes through here, so that no two things are done to one machine at a time.
 
+mod again;
 mod forwards;
 mod here;
+mod left;
 mod sessions;
 mod silent;
 mod uncertain;
@@ -14,17 +16,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::future::join_all;
-use migration::{Host, Origin, Ownership, Record, Vm, VmName};
+use migration::{Finding, Host, Origin, Ownership, Record, Vm, VmName, guest_ram};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::types::{Doubt, EventKind, RemovalReason, VmState, VmView};
 use crate::error::AgentError;
 use crate::events::Events;
-use crate::findings;
 use crate::history::History;
 use crate::monitor;
 use crate::sessions::Active;
+use again::StartedAgain;
 
 /// The machines of this host. Clones are handles to the same.
 #[derive(Debug, Clone)]
@@ -38,6 +40,8 @@ struct Inner {
     history: History,
     events: Events,
     entries: Mutex<BTreeMap<VmName, Entry>>,
+    /// What has left, and may run here all the same.
+    again: StartedAgain,
     /// Cancelled when the agent goes down: nothing new begins, background work ends.
     closing: CancellationToken,
     /// Everything that must have ended before the agent may.
@@ -49,6 +53,10 @@ struct Inner {
 enum Entry {
     /// Being started or taken in.
     Starting(Origin),
+    /// On record, and still looked for since the agent has started.
+    Recovering(Box<Record>),
+    /// Its record cannot be read: nobody knows whose it is, and the name is nobody else's.
+    Unreadable(Finding),
     /// A machine that is this host's.
     Here(Box<Here>),
     /// In the middle of a hand-over whose end is not known. The token ends the attempts to find out.
@@ -57,11 +65,11 @@ enum Entry {
     Silent(Box<Silent>, CancellationToken),
 }
 
-/// A machine whose QEMU does not answer.
+/// A machine whose QEMU does not answer, or is not what the record says.
 #[derive(Debug)]
 struct Silent {
     record: Record,
-    why: String,
+    problem: Finding,
 }
 
 /// A machine that is this host's.
@@ -80,9 +88,9 @@ impl Vms {
     /// No machines yet: [`Vms::recover`] finds those of the journal.
     #[must_use]
     pub fn new(host: Arc<Host>, history: History, events: Events, closing: CancellationToken) -> Vms {
-        let entries = Mutex::default();
+        let (entries, again) = (Mutex::default(), StartedAgain::default());
         let tasks = TaskTracker::new();
-        Vms { inner: Arc::new(Inner { host, history, events, entries, closing, tasks }) }
+        Vms { inner: Arc::new(Inner { host, history, events, entries, again, closing, tasks }) }
     }
 
     /// The host they are on.
@@ -103,6 +111,27 @@ impl Vms {
         &self.inner.history
     }
 
+    /// What this agent does without.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Finding> {
+        let logs = self.host().logs.directory();
+        let no_logs = (!logs.is_dir()).then(|| {
+            let message = format!("{} is no directory: no VM can be started or received", logs.display());
+            Finding::new(
+                "logs-off",
+                message,
+                "see to log_dir and restart the agent; VMs that run are not concerned",
+            )
+        });
+        self.history().problem().into_iter().chain(no_logs).collect()
+    }
+
+    /// How many of them are still looked for since the agent has started.
+    #[must_use]
+    pub fn recovering(&self) -> usize {
+        self.entries().values().filter(|entry| matches!(entry, Entry::Recovering(_))).count()
+    }
+
     /// How many there are.
     #[must_use]
     pub fn count(&self) -> usize {
@@ -119,6 +148,7 @@ impl Vms {
         let views = join_all(shots.into_iter().map(Shot::view)).await;
         let mut views: Vec<VmView> = views.into_iter().map(|view| self.placed(view)).collect();
         views.extend(self.forwarded());
+        let mut views = self.with_kept(views);
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views
     }
@@ -130,19 +160,66 @@ impl Vms {
     pub async fn view(&self, name: &VmName) -> Result<VmView, AgentError> {
         let shot =
             self.entries().get(name).filter(|entry| self.stands(entry)).map(|entry| Shot::of(name, entry));
-        match shot {
-            Some(shot) => Ok(self.placed(shot.view().await)),
-            None => {
-                let forwarded = self.forwarded().into_iter().find(|view| view.name == name.as_ref());
-                forwarded.ok_or_else(|| self.unknown(name))
+        let view = match shot {
+            Some(shot) => {
+                Some(VmView { warnings: self.warnings(name).await, ..self.placed(shot.view().await) })
             }
+            None => self.forwarded().into_iter().find(|view| view.name == name.as_ref()),
+        };
+        match (view, self.left(name)) {
+            (Some(view), Some(left)) => {
+                Ok(VmView { kept: left.kept, problem: left.problem.or(view.problem.clone()), ..view })
+            }
+            (Some(view), None) => Ok(view),
+            (None, Some(left)) => Ok(left),
+            (None, None) => Err(self.unknown(name)),
         }
     }
 
-    /// With the network that it is in, which the journal knows: it may have been released by its former host.
+    /// What is not as it should be with a machine that is here, and what would keep it from leaving.
+    async fn warnings(&self, name: &VmName) -> Vec<Finding> {
+        let (vms, of) = (self.clone(), name.clone());
+        let mut warnings = tokio::task::spawn_blocking(move || vms.exposed(&of)).await.unwrap_or_default();
+        let idle = match self.entries().get(name) {
+            Some(Entry::Here(here)) if here.session.is_none() => Some(here.vm.clone()),
+            _ => None,
+        };
+        if let Some(vm) = idle {
+            warnings.extend(migration::tied(self.host(), &vm).await);
+        }
+        warnings
+    }
+
+    /// What of a machine that is here others can read, and who may start it again. A service manager is asked, and waited for.
+    fn exposed(&self, name: &VmName) -> Vec<Finding> {
+        let vm = match self.entries().get(name) {
+            Some(Entry::Here(here)) => here.vm.clone(),
+            _ => return Vec::new(),
+        };
+        let supervised = migration::supervised::warning(&vm.record, &vm.spec);
+        guest_ram::exposed(&vm.record, &vm.spec).into_iter().chain(supervised).collect()
+    }
+
+    /// The same, in the log.
+    fn warn(&self, name: &VmName) {
+        let (vms, name) = (self.clone(), name.clone());
+        tokio::task::spawn_blocking(move || {
+            for Finding { kind, message, hint } in vms.exposed(&name) {
+                tracing::warn!(vm = %name, kind, "{message}; {hint}");
+            }
+        });
+    }
+
+    /// With where its log is, and the network that it is in, which the journal knows: it may have been released by its former host.
     fn placed(&self, view: VmView) -> VmView {
-        let record = view.name.parse().ok().and_then(|name| self.host().journal.get(&name));
-        VmView { network_of: record.as_ref().and_then(network_of), ..view }
+        let name = view.name.parse::<VmName>().ok();
+        let record = name.as_ref().and_then(|name| self.host().journal.get(name));
+        let log = name.filter(|_| view.origin != Origin::Adopted).map(|name| self.host().logs.of(&name));
+        VmView {
+            network_of: record.as_ref().and_then(network_of),
+            log: log.filter(|log| log.exists()),
+            ..view
+        }
     }
 
     /// Whether what is in doubt still is: the journal knows sooner than who looks after the entry.
@@ -175,6 +252,9 @@ impl Vms {
     fn unknown(&self, name: &VmName) -> AgentError {
         if let Some(forward) = self.host().forwards.of(name) {
             return AgentError::Forwarded { vm: name.to_string(), to: forward.to };
+        }
+        if let Some(left) = self.host().fence.left().into_iter().find(|left| left.vm == *name) {
+            return AgentError::HasLeft { vm: name.to_string(), to: left.to };
         }
         let known = self.entries().keys().map(ToString::to_string).collect();
         AgentError::UnknownVm { name: name.to_string(), known }
@@ -233,12 +313,11 @@ fn not_here(name: &VmName, entry: &Entry) -> AgentError {
     match entry {
         Entry::Starting(Origin::Adopted) => AgentError::Held { vm, doing: "taken in" },
         Entry::Starting(_) => AgentError::Held { vm, doing: "started" },
+        Entry::Recovering(_) => AgentError::Held { vm, doing: "looked for, as the agent has just started" },
+        Entry::Unreadable(why) => AgentError::Refused(why.clone()),
         Entry::Here(_) => AgentError::NotUncertain(vm),
-        Entry::Silent(silent, _) => AgentError::Refused(findings::silent(name, &silent.why)),
-        Entry::Uncertain(record, _) => match doubt(record) {
-            Some(doubt) => AgentError::Uncertain { vm, doubt },
-            None => AgentError::Held { vm, doing: "resolved" },
-        },
+        Entry::Silent(silent, _) => AgentError::Refused(silent.problem.clone()),
+        Entry::Uncertain(record, _) => AgentError::Uncertain { vm, doubt: doubt(record) },
     }
 }
 
@@ -248,14 +327,15 @@ fn network_of(record: &Record) -> Option<String> {
 }
 
 /// What is in doubt about a machine, going by its record.
-fn doubt(record: &Record) -> Option<Doubt> {
+fn doubt(record: &Record) -> Doubt {
     match &record.ownership {
-        Ownership::Owner => None,
-        Ownership::HandedOver { session, to, address } => {
-            Some(Doubt::HandedOver { session: *session, to: to.clone(), address: address.clone() })
+        // One that is this host's is in doubt only while its journal is.
+        Ownership::Owner => Doubt::Journal,
+        Ownership::HandedOver { session, to, address, .. } => {
+            Doubt::HandedOver { session: *session, to: to.clone(), address: address.clone() }
         }
         Ownership::Incoming { session, from, .. } => {
-            Some(Doubt::Received { session: *session, from: from.clone() })
+            Doubt::Received { session: *session, from: from.clone() }
         }
     }
 }
@@ -264,7 +344,7 @@ impl Entry {
     /// What ends the tasks that look after it.
     fn token(&self) -> Option<&CancellationToken> {
         match self {
-            Entry::Starting(_) => None,
+            Entry::Starting(_) | Entry::Recovering(_) | Entry::Unreadable(_) => None,
             Entry::Here(here) => Some(&here.monitor),
             Entry::Uncertain(_, token) | Entry::Silent(_, token) => Some(token),
         }
@@ -277,6 +357,7 @@ struct Shot {
     record: Option<Record>,
     origin: Origin,
     state: VmState,
+    problem: Option<Finding>,
     live: Option<qemu::Qmp>,
     session: Option<Arc<Active>>,
 }
@@ -288,15 +369,21 @@ impl Shot {
             record: record.cloned(),
             origin,
             state,
+            problem: None,
             live: None,
             session: None,
         };
         match entry {
             Entry::Starting(origin) => shot(None, *origin, VmState::Starting),
-            Entry::Uncertain(record, _) => shot(Some(record), record.origin, VmState::Uncertain),
-            Entry::Silent(silent, _) => {
-                shot(Some(&silent.record), silent.record.origin, VmState::Unreachable)
+            Entry::Recovering(record) => shot(Some(record), record.origin, VmState::Recovering),
+            Entry::Unreadable(why) => {
+                Shot { problem: Some(why.clone()), ..shot(None, Origin::Run, VmState::Unreadable) }
             }
+            Entry::Uncertain(record, _) => shot(Some(record), record.origin, VmState::Uncertain),
+            Entry::Silent(silent, _) => Shot {
+                problem: Some(silent.problem.clone()),
+                ..shot(Some(&silent.record), silent.record.origin, VmState::Unreachable)
+            },
             Entry::Here(here) => Shot {
                 live: Some(here.vm.qmp.clone()),
                 session: here.session.clone(),
@@ -322,11 +409,15 @@ impl Shot {
             qmp_socket: record.map_or_else(PathBuf::new, |record| record.qmp_socket.clone()),
             argv: record.map_or_else(Vec::new, |record| record.argv.clone()),
             files: record.map_or_else(Vec::new, |record| record.made.files.clone()),
+            log: None,
             taps: record.map_or_else(Vec::new, |record| record.made.taps.clone()),
             session: self.session.map(|active| active.session.progress().borrow().clone()),
-            doubt: record.and_then(doubt),
+            doubt: self.record.as_ref().filter(|_| self.state == VmState::Uncertain).map(doubt),
+            problem: self.problem,
+            warnings: Vec::new(),
             forward: None,
             network_of: None,
+            kept: None,
         }
     }
 }

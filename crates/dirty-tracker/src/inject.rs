@@ -3,12 +3,18 @@
 //! The descriptor must be made *inside* the process, since it governs the address space of its maker.
 //! [`sequence`] says how that is done without a trace; here it is prepared, started and answered for.
 
+mod error;
+mod filters;
 pub(crate) mod ptrace;
 mod registers;
 mod sequence;
+mod thread_state;
 
 use crate::maps::{MapsError, mappings};
 use crate::userfaultfd;
+pub use error::InjectError;
+use error::{explain, refusal, tracer};
+pub use filters::{KnownFilters, seccomp_filters};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
@@ -16,14 +22,20 @@ use rustix::net::{
     socketpair,
 };
 use rustix::process::{WaitId, WaitIdOptions, waitid};
-use sequence::{Plan, Report, Step, Then};
+use sequence::{Call, Plan, Report, Step, Then};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+pub use thread_state::ThreadState;
 
+/// How long is gone on trying to make the main thread of a process stop: 10 s. Nothing is changed before it has, and a
+/// thread that waits for swap or a busy disk stops when it has what it waits for.
+pub const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the thread is left alone between two attempts.
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(20);
 /// How long the whole injection may take before the caller is told that it hangs: five times what it waits for
 /// the thread to stop. It is never broken off.
 const REPORT_TIMEOUT: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
@@ -36,10 +48,6 @@ const WAIT_ALL: WaitIdOptions = WaitIdOptions::from_bits_retain(libc::__WALL.cas
 pub enum DescriptorSource {
     /// The process is made to call `userfaultfd(UFFD_USER_MODE_ONLY)`, which needs no privileges
     /// inside it. Right for tracking.
-    ///
-    /// A process confined by a seccomp filter that *kills* on this call is only safe if we hold
-    /// `CAP_SYS_ADMIN`, with which the filter is put aside for the moment. (QEMU's `-sandbox on` does
-    /// not mind the call.)
     Injected,
     /// The process holds a descriptor of `/dev/userfaultfd`, handed to it beforehand (QMP `add-fd`), and is
     /// made to ask that for a full userfaultfd, one that also catches faults of the kernel.
@@ -49,126 +57,24 @@ pub enum DescriptorSource {
     },
 }
 
-/// Why a process could not be made to make a userfaultfd. It goes on as if nothing had happened.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum InjectError {
-    /// It ended before or meanwhile.
-    #[error("process {pid} has ended")]
-    Gone {
-        /// The process.
-        pid: u32,
-    },
-    /// A process can have one tracer only.
-    #[error("process {pid} is already traced by process {tracer}; end that debugger or tracer first")]
-    AlreadyTraced {
-        /// The process.
-        pid: u32,
-        /// Who traces it.
-        tracer: u32,
-    },
-    /// The Yama security module is in the way.
-    #[error(
-        "kernel.yama.ptrace_scope={scope} forbids holding process {pid}: give this program CAP_SYS_PTRACE{}",
-        if *.scope < 3 { " or set kernel.yama.ptrace_scope=0" } else { ", after a reboot without scope 3" }
-    )]
-    Yama {
-        /// The process.
-        pid: u32,
-        /// The setting found.
-        scope: u8,
-    },
-    /// The kernel's own rules are in the way.
-    #[error(
-        "not permitted to hold process {pid}: run this program as the same user and group as the process, which \
-         must not be marked undumpable, or give it CAP_SYS_PTRACE"
-    )]
-    NotPermitted {
-        /// The process.
-        pid: u32,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// Its mappings could not be read.
-    #[error("cannot look for code to use in process {pid}")]
-    Maps {
-        /// The process.
-        pid: u32,
-        /// Why not.
-        #[source]
-        source: MapsError,
-    },
-    /// Its memory could not be read.
-    #[error("cannot read the memory of process {pid}")]
-    Memory {
-        /// The process.
-        pid: u32,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// Nothing in it makes 64-bit system calls.
-    #[error("process {pid} does not run 64-bit code that makes system calls, or replaced itself just now")]
-    NoSystemCalls {
-        /// The process.
-        pid: u32,
-    },
-    /// Its main thread did not stop.
-    #[error("the main thread of process {pid} did not stop within 1 s (is it waiting for dead storage?)")]
-    DidNotStop {
-        /// The process.
-        pid: u32,
-    },
-    /// The call was made, and refused.
-    #[error("process {pid} was refused a userfaultfd; a seccomp filter of its own would be a reason")]
-    Refused {
-        /// The process.
-        pid: u32,
-        /// What the kernel answered to it.
-        #[source]
-        source: io::Error,
-    },
-    /// The descriptor given is not one of the device.
-    #[error("descriptor {descriptor} of process {pid} is not an open /dev/userfaultfd")]
-    NotTheDevice {
-        /// The process.
-        pid: u32,
-        /// The descriptor's number inside it.
-        descriptor: i32,
-        /// What the kernel answered.
-        #[source]
-        source: io::Error,
-    },
-    /// The descriptor could not be brought over.
-    #[error("cannot fetch the userfaultfd from process {pid}")]
-    Fetch {
-        /// The process.
-        pid: u32,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// Something that should not be able to fail did.
-    #[error("holding process {pid} failed at step {step}")]
-    Step {
-        /// The process.
-        pid: u32,
-        /// Which one.
-        step: String,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// No child process or socket could be made for it.
-    #[error("cannot start the process that injects")]
-    Start(#[source] io::Error),
-    /// The child process was killed, or the process it works on is frozen.
-    #[error("the process that injects did not report; is process {pid} frozen?")]
-    NoReport {
-        /// The process.
-        pid: u32,
-    },
+/// How a process may be made to make a userfaultfd.
+///
+/// A seccomp filter of the process judges the calls that it is made to make as its own, and one that kills on them would
+/// end it. With `CAP_SYS_ADMIN` (and where we are under no filter ourselves) filters are put aside for the moment; else
+/// a process that is under more filters than are `known` to let the calls pass is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Injection {
+    /// Where the userfaultfd comes from.
+    pub source: DescriptorSource,
+    /// Which of its filters are known.
+    pub known: KnownFilters,
+}
+
+impl From<DescriptorSource> for Injection {
+    /// Of a process that may be under no filter of which nothing is known.
+    fn from(source: DescriptorSource) -> Self {
+        Self { source, known: KnownFilters::Are(0) }
+    }
 }
 
 /// Whose a descriptor is that was made inside another process.
@@ -196,9 +102,10 @@ pub(crate) struct Obtained {
 pub(crate) fn descriptor(
     pid: u32,
     pidfd: BorrowedFd<'_>,
-    source: DescriptorSource,
+    injection: Injection,
     keep: Keep,
 ) -> Result<Obtained, InjectError> {
+    let source = injection.source;
     let flags = (libc::O_CLOEXEC | libc::O_NONBLOCK).cast_unsigned();
     let (call, arguments) = match (source, keep) {
         (DescriptorSource::Injected, Keep::Ours) => {
@@ -213,7 +120,7 @@ pub(crate) fn descriptor(
         }
     };
     let then = if keep == Keep::Both { Then::Share } else { Then::Take };
-    match inject(pid, pidfd, Call { call, arguments, then }, source)? {
+    match inject(pid, pidfd, Some(Call { call, arguments, then }), injection)? {
         (report, Some(descriptor)) => {
             Ok(Obtained { descriptor, number: report.number, hold: Duration::from_nanos(report.held) })
         }
@@ -225,53 +132,67 @@ pub(crate) fn descriptor(
 pub(crate) fn close(pid: u32, pidfd: BorrowedFd<'_>, number: i32) -> Result<(), InjectError> {
     let arguments = [u64::from(number.cast_unsigned()), 0, 0];
     let call = Call { call: libc::SYS_close, arguments, then: Then::Nothing };
-    inject(pid, pidfd, call, DescriptorSource::Injected).map(drop)
+    // It is made by the process when it had been made to open it: its filters have let that pass.
+    let injection = Injection { source: DescriptorSource::Injected, known: KnownFilters::All };
+    inject(pid, pidfd, Some(call), injection).map(drop)
 }
 
-/// A call to be made inside a process.
-#[derive(Clone, Copy)]
-struct Call {
-    call: i64,
-    arguments: [u64; 3],
-    then: Then,
+/// Whether process `pid`, which `pidfd` stands for, could be held and made to make calls, as far as that can be told
+/// without holding it: its thread does not even stop.
+pub(crate) fn try_out(pid: u32, pidfd: BorrowedFd<'_>, known: KnownFilters) -> Result<(), InjectError> {
+    let injection = Injection { source: DescriptorSource::Injected, known };
+    inject(pid, pidfd, None, injection).map(drop)
 }
 
-/// Has process `pid`, which `pidfd` stands for, make a call.
+/// Has process `pid`, which `pidfd` stands for, make a call; without one, only finds out whether it may be made to.
 fn inject(
     pid: u32,
     pidfd: BorrowedFd<'_>,
-    call: Call,
-    source: DescriptorSource,
+    call: Option<Call>,
+    injection: Injection,
 ) -> Result<(Report, Option<OwnedFd>), InjectError> {
     let number = i32::try_from(pid).map_err(|_| InjectError::Gone { pid })?;
     if let Some(tracer) = tracer(pid) {
         return Err(InjectError::AlreadyTraced { pid, tracer });
     }
-    let instruction = find_instruction(pid)?;
-    let mut attempts = 0;
+    let target = Target { pid, number, pidfd, instruction: find_instruction(pid)?, injection };
+    let begin = Instant::now();
+    let mut tracers_met = 0;
     loop {
-        let outcome = attempt(pid, number, pidfd, instruction, call, source);
-        // Whether we may trace it at all is settled by now: its memory was open to us, by the same rule. So it
-        // had a tracer a moment ago, and none now to name.
-        let tracer_left =
-            matches!(&outcome, Err(InjectError::NotPermitted { .. } | InjectError::Yama { .. }));
-        if !tracer_left || attempts >= 2 {
-            return outcome;
+        match attempt(target, call) {
+            // Whether we may trace it at all is settled by now: its memory was open to us, by the same rule. So it
+            // had a tracer a moment ago, and none now to name.
+            Err(InjectError::NotPermitted { .. } | InjectError::Yama { .. }) if tracers_met < 2 => {
+                tracers_met += 1;
+            }
+            // Nothing of it has been touched.
+            Err(InjectError::DidNotStop { .. }) if begin.elapsed() < ATTACH_PATIENCE => {
+                std::thread::sleep(BETWEEN_ATTEMPTS);
+            }
+            Err(InjectError::DidNotStop { pid, thread, .. }) => {
+                return Err(InjectError::DidNotStop { pid, waited: begin.elapsed(), thread });
+            }
+            outcome => return outcome,
         }
-        attempts += 1;
     }
 }
 
-/// One run of the sequence.
-fn attempt(
+/// The process that is to make a call.
+#[derive(Clone, Copy)]
+struct Target<'a> {
     pid: u32,
+    /// The same as the kernel takes it.
     number: i32,
-    pidfd: BorrowedFd<'_>,
+    pidfd: BorrowedFd<'a>,
+    /// Where it has a `syscall` instruction.
     instruction: u64,
-    call: Call,
-    source: DescriptorSource,
-) -> Result<(Report, Option<OwnedFd>), InjectError> {
-    let Call { call, arguments, then } = call;
+    injection: Injection,
+}
+
+/// One run of the sequence.
+fn attempt(target: Target<'_>, call: Option<Call>) -> Result<(Report, Option<OwnedFd>), InjectError> {
+    let Target { pid, number, pidfd, instruction, injection } = target;
+    let filters = seccomp_filters(pid).map_err(|source| refusal(pid, source))?;
     let start = |error: Errno| InjectError::Start(error.into());
     let (ours, childs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(start)?;
@@ -280,10 +201,10 @@ fn attempt(
         pidfd: pidfd.as_raw_fd(),
         report_to: childs.as_raw_fd(),
         instruction,
+        spare_filters: injection.known.covers(filters),
         call,
-        arguments,
-        then,
     };
+    let begin = Instant::now();
     let child = fork(&plan).map_err(InjectError::Start)?;
     drop(childs);
     let received = receive(ours.as_fd()).map_err(start)?;
@@ -291,15 +212,12 @@ fn attempt(
     let (report, descriptor) = received.ok_or(InjectError::NoReport { pid })?;
     match report.step {
         Step::Done => Ok((report, descriptor)),
-        _ => Err(explain(pid, source, report)),
+        Step::Filters => Err(InjectError::Confined { pid, filters, known: injection.known }),
+        Step::Stop if matches!(report.errno, libc::ETIMEDOUT | libc::EAGAIN) => {
+            Err(InjectError::DidNotStop { pid, waited: begin.elapsed(), thread: ThreadState::of(pid, pid) })
+        }
+        _ => Err(explain(pid, injection.source, report)),
     }
-}
-
-/// The tracer of a process, if it has one.
-fn tracer(pid: u32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("TracerPid:"))?;
-    line.trim().parse().ok().filter(|&tracer| tracer != 0)
 }
 
 /// Finds a `syscall` instruction: in the vdso, which the kernel gives to every process, or else (`vdso=0`) in
@@ -404,53 +322,4 @@ fn reap(child: OwnedFd, reported: bool) {
     } else {
         std::thread::spawn(wait);
     }
-}
-
-/// Puts a failed report into words.
-fn explain(pid: u32, source: DescriptorSource, report: Report) -> InjectError {
-    let error = io::Error::from_raw_os_error(report.errno);
-    match (report.step, report.errno) {
-        (Step::Seize, libc::EPERM | libc::EACCES) => refusal(pid, error),
-        (Step::Call, libc::ENOTTY | libc::EBADF | libc::EINVAL) => match source {
-            DescriptorSource::Device { fd_in_process } => {
-                InjectError::NotTheDevice { pid, descriptor: fd_in_process, source: error }
-            }
-            DescriptorSource::Injected => InjectError::Refused { pid, source: error },
-        },
-        (Step::Call, _) => InjectError::Refused { pid, source: error },
-        (_, libc::ESRCH) => InjectError::Gone { pid },
-        (Step::Check, libc::ENOEXEC | libc::EIO | libc::EFAULT) => InjectError::NoSystemCalls { pid },
-        (Step::Stop, libc::ETIMEDOUT | libc::EAGAIN) => InjectError::DidNotStop { pid },
-        (Step::Fetch, _) => InjectError::Fetch { pid, source: error },
-        (step, _) => InjectError::Step { pid, step: format!("{step:?}").to_lowercase(), source: error },
-    }
-}
-
-/// Why the kernel would not let us hold or read the process, and what to allow.
-fn refusal(pid: u32, source: io::Error) -> InjectError {
-    match source.raw_os_error() {
-        Some(libc::ENOENT | libc::ESRCH) => return InjectError::Gone { pid },
-        Some(libc::EPERM | libc::EACCES) => {}
-        _ => return InjectError::Memory { pid, source },
-    }
-    if let Some(tracer) = tracer(pid) {
-        return InjectError::AlreadyTraced { pid, tracer };
-    }
-    if has_ended(pid) {
-        return InjectError::Gone { pid };
-    }
-    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
-        .ok()
-        .and_then(|scope| scope.trim().parse().ok());
-    match scope {
-        Some(scope @ 1..) => InjectError::Yama { pid, scope },
-        _ => InjectError::NotPermitted { pid, source },
-    }
-}
-
-/// Whether the process (its main thread, that is) is a zombie, which may be neither traced nor read.
-fn has_ended(pid: u32) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
-    // The state follows the name, which may itself contain anything, in parentheses.
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
 }

@@ -48,6 +48,7 @@
 //!   death of the tracking program at any instant: registers, memory, descriptors, signal state, and the system
 //!   call its main thread waits in. What any stop and continue does, this does too: `epoll_wait` and
 //!   the few others listed in signal(7) return `EINTR`.
+//! - A process that a seccomp filter might kill for what it is made to call is left alone ([`Injection`]).
 //! - It is not followed through `fork` or `execve`.
 //!
 //! # The other way round
@@ -59,6 +60,7 @@
 //! # What it needs
 //! Linux 6.7 on `x86_64`; [`kernel_support`] finds out, and names what is missing.
 
+mod attach;
 mod inject;
 mod maps;
 mod missing;
@@ -70,10 +72,13 @@ mod throttle;
 mod tracker;
 mod userfaultfd;
 
-pub use inject::{DescriptorSource, InjectError};
+pub use attach::{AttachError, may_attach};
+pub use inject::{
+    ATTACH_PATIENCE, DescriptorSource, InjectError, Injection, KnownFilters, ThreadState, seccomp_filters,
+};
 pub use maps::{Mapping, MapsError, mappings};
 pub use missing::{Fault, MissingPages, SupplyError};
 pub use region::Region;
 pub use support::{Unsupported, kernel_support};
 pub use throttle::{LONGEST_STOP, Slowed, Throttle, ThrottleError};
-pub use tracker::{AttachError, DetachError, Scan, ScanError, ScanStats, Tracker};
+pub use tracker::{DetachError, Scan, ScanError, ScanStats, Tracker};

@@ -1,12 +1,12 @@
 //! Pages that a process lacks, given to it when it asks.
 
-use crate::inject::{self, DescriptorSource, InjectError, Keep};
+use crate::attach::{AttachError, Tracked, check_ranges, explain_register, inject_failed, open};
+use crate::inject::{self, Injection, Keep};
 use crate::page_size;
-use crate::tracker::{AttachError, Tracked, check_ranges, explain_register};
 use crate::userfaultfd::{self, Filled};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -66,13 +66,17 @@ impl MissingPages {
     /// From now on the process waits for what is missing in these ranges, addresses in its own address space, mapped
     /// from a file on tmpfs. Holes of the file are what is missing.
     ///
-    /// Accesses by the kernel have to wait too, which takes privileges: with [`DescriptorSource::Injected`] those of the
-    /// process itself (`CAP_SYS_PTRACE`, or `vm.unprivileged_userfaultfd=1`); with [`DescriptorSource::Device`] those of
+    /// Accesses by the kernel have to wait too, which takes privileges: with [`Injected`](crate::DescriptorSource::Injected) those of the
+    /// process itself (`CAP_SYS_PTRACE`, or `vm.unprivileged_userfaultfd=1`); with [`Device`](crate::DescriptorSource::Device) those of
     /// whoever could open `/dev/userfaultfd`.
     ///
     /// # Errors
     /// Each with what is in the way; the process is left as it was.
-    pub fn attach(pid: u32, ranges: &[Range<u64>], source: DescriptorSource) -> Result<Self, AttachError> {
+    pub fn attach(
+        pid: u32,
+        ranges: &[Range<u64>],
+        injection: impl Into<Injection>,
+    ) -> Result<Self, AttachError> {
         let pidfd = open(pid)?;
         let tracked = check_ranges(pid, ranges)?;
         if let Some(Tracked { range, page_size }) =
@@ -80,11 +84,8 @@ impl MissingPages {
         {
             return Err(AttachError::HugePages { range: range.clone(), page_size: *page_size });
         }
-        let obtained =
-            inject::descriptor(pid, pidfd.as_fd(), source, Keep::Both).map_err(|source| match source {
-                InjectError::Gone { pid } => AttachError::Gone { pid },
-                source => AttachError::Inject { pid, source },
-            })?;
+        let obtained = inject::descriptor(pid, pidfd.as_fd(), injection.into(), Keep::Both)
+            .map_err(|source| inject_failed(pid, source))?;
         let missing = Self {
             pid,
             pidfd,
@@ -256,12 +257,4 @@ impl MissingPages {
 fn is_userfaultfd(descriptor: &OwnedFd) -> bool {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", descriptor.as_raw_fd()));
     link.is_ok_and(|link| link.as_os_str().as_encoded_bytes() == b"anon_inode:[userfaultfd]")
-}
-
-fn open(pid: u32) -> Result<OwnedFd, AttachError> {
-    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(AttachError::Gone { pid })?;
-    pidfd_open(number, PidfdFlags::empty()).map_err(|error| match error {
-        Errno::SRCH => AttachError::Gone { pid },
-        error => AttachError::Open { pid, source: error.into() },
-    })
 }

@@ -17,6 +17,8 @@ const WP_MATCHING: u64 = 1;
 const CHECK_WPASYNC: u64 = 2;
 /// `PAGE_IS_WRITTEN`: not protected, be there a page, one swapped out, or none.
 const WRITTEN: u64 = 2;
+/// `PAGE_IS_PRESENT`: mapped now.
+const PRESENT: u64 = 8;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
 
@@ -55,6 +57,15 @@ pub(crate) enum Protection {
     Renew,
 }
 
+/// What is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sought {
+    /// What was written.
+    Written(Protection),
+    /// What is not mapped now.
+    Unmapped,
+}
+
 /// The pagemap of one process, and the buffer its answers are put in.
 pub(crate) struct Pagemap {
     file: File,
@@ -83,13 +94,26 @@ impl Pagemap {
         &mut self,
         range: &Range<u64>,
         protection: Protection,
+        found: impl FnMut(Range<u64>),
+    ) -> io::Result<u32> {
+        self.walk(range, Sought::Written(protection), found)
+    }
+
+    /// Calls `found` with every run of addresses in `range` at which no page is mapped now, in order.
+    pub(crate) fn unmapped(&mut self, range: &Range<u64>, found: impl FnMut(Range<u64>)) -> io::Result<u32> {
+        self.walk(range, Sought::Unmapped, found)
+    }
+
+    fn walk(
+        &mut self,
+        range: &Range<u64>,
+        sought: Sought,
         mut found: impl FnMut(Range<u64>),
     ) -> io::Result<u32> {
         let mut position = range.start;
         let mut calls = 0;
         while position < range.end {
-            let (count, walk_end) =
-                scan(self.file.as_fd(), position..range.end, protection, &mut self.buffer)?;
+            let (count, walk_end) = scan(self.file.as_fd(), position..range.end, sought, &mut self.buffer)?;
             calls += 1;
             for region in self.buffer.iter().take(count) {
                 found(region.start..region.end);
@@ -106,19 +130,20 @@ impl Pagemap {
 /// Whether this kernel knows PAGEMAP_SCAN, tried on our own process, over no memory at all.
 pub(crate) fn probe() -> io::Result<()> {
     let file = File::open("/proc/self/pagemap")?;
-    scan(file.as_fd(), 0..0, Protection::Leave, &mut []).map(|_| ())
+    scan(file.as_fd(), 0..0, Sought::Written(Protection::Leave), &mut []).map(|_| ())
 }
 
 /// One call: how many regions it returned, and up to where it looked.
 fn scan(
     pagemap: BorrowedFd<'_>,
     range: Range<u64>,
-    protection: Protection,
+    sought: Sought,
     buffer: &mut [PageRegion],
 ) -> io::Result<(usize, u64)> {
-    let flags = match protection {
-        Protection::Leave => CHECK_WPASYNC,
-        Protection::Renew => CHECK_WPASYNC | WP_MATCHING,
+    let (flags, inverted, category) = match sought {
+        Sought::Written(Protection::Leave) => (CHECK_WPASYNC, 0, WRITTEN),
+        Sought::Written(Protection::Renew) => (CHECK_WPASYNC | WP_MATCHING, 0, WRITTEN),
+        Sought::Unmapped => (CHECK_WPASYNC, PRESENT, PRESENT),
     };
     let mut argument = ScanArgument {
         size: size_of::<ScanArgument>() as u64,
@@ -129,10 +154,10 @@ fn scan(
         regions: if buffer.is_empty() { 0 } else { buffer.as_mut_ptr().expose_provenance() as u64 },
         regions_length: buffer.len() as u64,
         max_pages: 0,
-        category_inverted: 0,
-        category_mask: WRITTEN,
+        category_inverted: inverted,
+        category_mask: category,
         category_anyof_mask: 0,
-        return_mask: WRITTEN,
+        return_mask: category,
     };
     // SAFETY: the argument is the structure this request reads and writes; the regions it points to
     // are `regions_length` of them, plain integers, and ours alone for the length of the call.

@@ -14,6 +14,8 @@ const PLANNED_STOP: Duration = Duration::from_millis(5);
 const LEAST_RUN: Duration = Duration::from_micros(50);
 /// How long to wait between looks whether a thread has stopped.
 const LOOK: Duration = Duration::from_micros(50);
+/// The same for a thread that did not stop in time, and that nobody waits for.
+const GLANCE: Duration = Duration::from_millis(1);
 
 /// Why threads cannot be slowed.
 #[derive(Debug, thiserror::Error)]
@@ -160,11 +162,13 @@ fn plan(share: f64) -> (Duration, Duration) {
 /// Stops and lets go, again and again. The outcome of the first stop is told.
 fn work(shared: &Shared, mut threads: Vec<u32>, tell: impl FnOnce(Result<(), ThrottleError>)) {
     let mut tell = Some(tell);
+    let mut asleep = Vec::new();
     loop {
-        let (stop, run) = plan(shared.lock().share);
+        let share = shared.lock().share;
+        let (stop, run) = plan(share);
         if !stop.is_zero() {
             let begin = Instant::now();
-            let held = hold(&mut threads, shared);
+            let held = hold(&mut threads, &mut asleep, begin + stop, shared);
             let held = match (held, tell.take()) {
                 (Ok(held), tell) => {
                     if let Some(tell) = tell {
@@ -177,10 +181,7 @@ fn work(shared: &Shared, mut threads: Vec<u32>, tell: impl FnOnce(Result<(), Thr
                 (Err(_), None) => Vec::new(),
             };
             let goes_on = shared.pause(stop.saturating_sub(begin.elapsed()));
-            for (thread, signal) in held {
-                // Fails only for a thread that has ended.
-                let _ = thread.detach_with(signal);
-            }
+            let_go(held);
             let took = begin.elapsed();
             let mut state = shared.lock();
             state.slowed.stops += 1;
@@ -192,47 +193,89 @@ fn work(shared: &Shared, mut threads: Vec<u32>, tell: impl FnOnce(Result<(), Thr
         } else if let Some(tell) = tell.take() {
             tell(Ok(()));
         }
-        if threads.is_empty() || !shared.pause(run) {
+        if threads.is_empty() || !let_run(shared, share, run, &mut asleep) {
             return;
         }
     }
 }
 
-/// Stops all threads. Those that have ended are forgotten. Returns those that stand still, each with the signal that it
-/// was about to receive.
-fn hold(threads: &mut Vec<u32>, shared: &Shared) -> Result<Vec<(Thread, i32)>, ThrottleError> {
-    let mut asked = Vec::with_capacity(threads.len());
+/// Lets the threads run for so long, or until something is changed; those that stop late are let go at once. Returns whether it goes on.
+fn let_run(shared: &Shared, share: f64, run: Duration, asleep: &mut Vec<Thread>) -> bool {
+    let end = Instant::now() + run;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let step = if asleep.is_empty() { left } else { left.min(GLANCE) };
+        if !shared.pause(step) {
+            return false;
+        }
+        let_go(stopped(asleep));
+        let is_over = asleep.is_empty() || left.is_zero();
+        if is_over || (shared.lock().share - share).abs() > f64::EPSILON {
+            return true;
+        }
+    }
+}
+
+/// Stops all threads, but for those that do not stop in time: these are `asleep`. In a sleep that nothing interrupts, as for storage, a
+/// thread stands still by itself, and stops when that ends; the others do not wait for it. Those that have ended are forgotten. Returns
+/// those that stand still, each with the signal that it was about to receive.
+///
+/// Should this thread end before one that is asleep has stopped, the kernel takes the wish back.
+fn hold(
+    threads: &mut Vec<u32>,
+    asleep: &mut Vec<Thread>,
+    until: Instant,
+    shared: &Shared,
+) -> Result<Vec<(Thread, i32)>, ThrottleError> {
     let mut refused = None;
     threads.retain(|&number| {
         let thread = Thread(number.cast_signed());
+        if asleep.iter().any(|asked| asked.0 == thread.0) {
+            return true;
+        }
         match thread.seize_only().and_then(|()| thread.interrupt()) {
-            Ok(()) => asked.push(thread),
+            Ok(()) => asleep.push(thread),
             Err(libc::ESRCH) => return false,
             Err(errno) => refused = Some((number, errno)),
         }
         true
     });
-    let mut held = Vec::with_capacity(asked.len());
-    for thread in asked {
-        loop {
-            match thread.stopped() {
-                Ok(Some(Stop::Signal(signal))) => break held.push((thread, signal)),
-                Ok(Some(_)) => break held.push((thread, 0)),
-                // In a sleep that nothing interrupts it stands still by itself, and stops when that ends. Should this thread
-                // end before, the kernel takes the wish back.
-                Ok(None) if !shared.lock().ended => std::thread::sleep(LOOK),
-                Ok(None) | Err(_) => break,
-            }
-        }
+    let mut held = stopped(asleep);
+    while !asleep.is_empty() && Instant::now() < until && !shared.lock().ended {
+        std::thread::sleep(LOOK);
+        held.extend(stopped(asleep));
     }
     match refused {
         None => Ok(held),
         Some((thread, errno)) => {
-            for (thread, signal) in held {
-                let _ = thread.detach_with(signal);
-            }
+            let_go(held);
             Err(ThrottleError::NotPermitted { thread, source: io::Error::from_raw_os_error(errno) })
         }
+    }
+}
+
+/// Takes out those that have stopped by now, and those that have ended.
+fn stopped(asleep: &mut Vec<Thread>) -> Vec<(Thread, i32)> {
+    let mut held = Vec::new();
+    asleep.retain(|thread| match thread.stopped() {
+        Ok(Some(Stop::Signal(signal))) => {
+            held.push((*thread, signal));
+            false
+        }
+        Ok(Some(_)) => {
+            held.push((*thread, 0));
+            false
+        }
+        Ok(None) => true,
+        Err(_) => false,
+    });
+    held
+}
+
+fn let_go(held: Vec<(Thread, i32)>) {
+    for (thread, signal) in held {
+        // Fails only for a thread that has ended.
+        let _ = thread.detach_with(signal);
     }
 }
 

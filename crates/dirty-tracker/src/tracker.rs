@@ -1,13 +1,12 @@
 //! The tracker of one process: attach, scan, detach.
 
-use crate::inject::{self, DescriptorSource, InjectError, Keep};
-use crate::maps::{Mapping, MapsError, mappings};
+use crate::attach::{AttachError, Tracked, check_ranges, explain_register, inject_failed, open};
+use crate::inject::{self, Injection, Keep};
 use crate::pagemap::{Pagemap, Protection};
 use crate::region::{Region, push_joined};
 use crate::support::{Unsupported, kernel_support};
 use crate::{page_size, userfaultfd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
@@ -43,129 +42,6 @@ pub struct ScanStats {
     pub calls: u32,
     /// How long it took.
     pub elapsed: Duration,
-}
-
-/// Why tracking could not begin. The process is as it was before.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum AttachError {
-    /// This kernel cannot do it.
-    #[error("dirty pages cannot be tracked on this host")]
-    Unsupported(#[from] Unsupported),
-    /// There is no such process (any more).
-    #[error("process {pid} does not exist")]
-    Gone {
-        /// The process.
-        pid: u32,
-    },
-    /// The process cannot be watched for its end.
-    #[error("cannot open process {pid}")]
-    Open {
-        /// The process.
-        pid: u32,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// It has no userfaultfd of that number: it does not wait for pages (any more).
-    #[error("process {pid} does not wait for pages by its descriptor {number}")]
-    NotWaiting {
-        /// The process.
-        pid: u32,
-        /// The descriptor.
-        number: i32,
-    },
-    /// Its mappings could not be read.
-    #[error("cannot find out what process {pid} has mapped")]
-    Maps {
-        /// The process.
-        pid: u32,
-        /// Why not.
-        #[source]
-        source: MapsError,
-    },
-    /// There was nothing to track.
-    #[error("no ranges to track were given")]
-    NoRanges,
-    /// A range that does not begin and end at page boundaries, or is empty.
-    #[error("range {:#x}-{:#x} is empty or not made of whole pages of {page_size} bytes", .range.start, .range.end)]
-    Misaligned {
-        /// The range.
-        range: Range<u64>,
-        /// The size of pages in it.
-        page_size: u64,
-    },
-    /// Two of the ranges share memory, whose writes would then be seen by either one scan or the other.
-    #[error("ranges {:#x}-{:#x} and {:#x}-{:#x} overlap", .first.start, .first.end, .second.start, .second.end)]
-    Overlap {
-        /// One range.
-        first: Range<u64>,
-        /// The other.
-        second: Range<u64>,
-    },
-    /// The process has not mapped all of a range.
-    #[error("process {pid} has nothing mapped at {address:#x}, in range {:#x}-{:#x}", .range.start, .range.end)]
-    NotMapped {
-        /// The process.
-        pid: u32,
-        /// The range.
-        range: Range<u64>,
-        /// The first address in it without memory.
-        address: u64,
-    },
-    /// Pages larger than 4 KiB, where only those will do.
-    #[error("range {:#x}-{:#x} has pages of {page_size} bytes, which cannot be supplied one by one", .range.start, .range.end)]
-    HugePages {
-        /// The range.
-        range: Range<u64>,
-        /// The size of its pages.
-        page_size: u64,
-    },
-    /// No userfaultfd could be had from the process.
-    #[error("cannot get a userfaultfd from process {pid}")]
-    Inject {
-        /// The process.
-        pid: u32,
-        /// Why not.
-        #[source]
-        source: InjectError,
-    },
-    /// Another userfaultfd governs memory in a range: another tracker, a post-copy migration, or the process's own.
-    #[error("range {:#x}-{:#x} of process {pid} is already under another userfaultfd: is another tracker attached?", .range.start, .range.end)]
-    Busy {
-        /// The process.
-        pid: u32,
-        /// The range.
-        range: Range<u64>,
-    },
-    /// Memory the kernel cannot write-protect: for one, that which the process has no right to write anyway.
-    #[error("range {:#x}-{:#x} of process {pid} cannot be write-protected: is it mapped for reading only?", .range.start, .range.end)]
-    NotTrackable {
-        /// The process.
-        pid: u32,
-        /// The range.
-        range: Range<u64>,
-    },
-    /// The kernel refused the range for another reason.
-    #[error("cannot track range {:#x}-{:#x} of process {pid}", .range.start, .range.end)]
-    Register {
-        /// The process.
-        pid: u32,
-        /// The range.
-        range: Range<u64>,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
-    /// The pagemap could not be opened.
-    #[error("cannot open the pagemap of process {pid}")]
-    Pagemap {
-        /// The process.
-        pid: u32,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
 }
 
 /// Why a scan failed. Regions it has appended by then were found written all the same.
@@ -216,13 +92,6 @@ pub enum DetachError {
     },
 }
 
-/// One tracked range.
-#[derive(Debug)]
-pub(crate) struct Tracked {
-    pub(crate) range: Range<u64>,
-    pub(crate) page_size: u64,
-}
-
 /// Tracks what one process writes to some of its memory, from outside it.
 ///
 /// See the [crate documentation](crate) for what it promises. Dropping it detaches.
@@ -255,21 +124,18 @@ impl Tracker {
     ///
     /// # Errors
     /// Each with what is in the way; the process is left as it was.
-    pub fn attach(pid: u32, ranges: &[Range<u64>], source: DescriptorSource) -> Result<Self, AttachError> {
+    pub fn attach(
+        pid: u32,
+        ranges: &[Range<u64>],
+        injection: impl Into<Injection>,
+    ) -> Result<Self, AttachError> {
         kernel_support()?;
         // Opened before anything is looked up by number, and asked at the end whether the process still
         // lives: so all of it has been about this process, not a later one with the same number.
-        let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(AttachError::Gone { pid })?;
-        let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|error| match error {
-            rustix::io::Errno::SRCH => AttachError::Gone { pid },
-            error => AttachError::Open { pid, source: error.into() },
-        })?;
+        let pidfd = open(pid)?;
         let tracked = check_ranges(pid, ranges)?;
-        let obtained =
-            inject::descriptor(pid, pidfd.as_fd(), source, Keep::Ours).map_err(|source| match source {
-                InjectError::Gone { pid } => AttachError::Gone { pid },
-                source => AttachError::Inject { pid, source },
-            })?;
+        let obtained = inject::descriptor(pid, pidfd.as_fd(), injection.into(), Keep::Ours)
+            .map_err(|source| inject_failed(pid, source))?;
         let features = userfaultfd::WP_HUGETLBFS_SHMEM | userfaultfd::WP_UNPOPULATED | userfaultfd::WP_ASYNC;
         userfaultfd::negotiate(obtained.descriptor.as_fd(), features)
             .map_err(|source| Unsupported::Userfaultfd { source })?;
@@ -325,8 +191,9 @@ impl Tracker {
     /// write that comes after will be reported by a later scan.
     ///
     /// What changes content without writing to it is not seen: a hole punched in the file behind pages that were
-    /// protected (a balloon, free page reports) leaves them protected, and reading zeros; nor is a part of a range that
-    /// the process unmaps. A copy that must be equal has to be compared where such things go on.
+    /// protected (a balloon, free page reports, virtio-mem) leaves them protected, and reading zeros; nor is a part of a
+    /// range that the process unmaps. A copy that must be equal has to be compared where such things go on; what to
+    /// look at for holes [`unmapped`](Self::unmapped) says.
     ///
     /// # Errors
     /// Regions appended before an error were found written, and may not be reported again: they stay the
@@ -378,6 +245,26 @@ impl Tracker {
             calls,
             elapsed: begin.elapsed(),
         })
+    }
+
+    /// Appends to `regions` what the process has not mapped now: pages that it has never touched, that are swapped out, or
+    /// behind which a hole was punched. Where a page is mapped there is no hole.
+    ///
+    /// # Errors
+    /// [`ScanError`], as of a scan.
+    pub fn unmapped(&mut self, regions: &mut Vec<Region>) -> Result<(), ScanError> {
+        let first = regions.len();
+        for (number, range) in self.ranges.iter().enumerate() {
+            let found = |addresses: Range<u64>| {
+                let (start, end) =
+                    (addresses.start.saturating_sub(range.start), addresses.end.saturating_sub(range.start));
+                push_joined(regions, first, Region { range: number, start, end });
+            };
+            if let Err(source) = self.pagemap.unmapped(range, found) {
+                return Err(self.explain_scan(range, source));
+            }
+        }
+        if self.is_alive() { Ok(()) } else { Err(ScanError::Gone { pid: self.pid }) }
     }
 
     /// Stops tracking: takes every protection away and closes the descriptor, which is the only one there is.
@@ -460,60 +347,10 @@ fn merge(neighbourhoods: &mut Vec<Range<u64>>, written: Range<u64>) {
     }
 }
 
-/// Checks the ranges against what the process has mapped, and finds their page sizes.
-pub(crate) fn check_ranges(pid: u32, ranges: &[Range<u64>]) -> Result<Vec<Tracked>, AttachError> {
-    if ranges.is_empty() {
-        return Err(AttachError::NoRanges);
-    }
-    let mapped = mappings(pid).map_err(|source| match source {
-        MapsError::Gone { pid } => AttachError::Gone { pid },
-        source => AttachError::Maps { pid, source },
-    })?;
-    for (number, first) in ranges.iter().enumerate() {
-        let overlaps = |second: &&Range<u64>| first.start < second.end && second.start < first.end;
-        if let Some(second) = ranges.iter().skip(number + 1).find(overlaps) {
-            return Err(AttachError::Overlap { first: first.clone(), second: second.clone() });
-        }
-    }
-    ranges.iter().map(|range| check_range(pid, range, &mapped)).collect()
-}
-
-fn check_range(pid: u32, range: &Range<u64>, mapped: &[Mapping]) -> Result<Tracked, AttachError> {
-    let misaligned = |page_size| AttachError::Misaligned { range: range.clone(), page_size };
-    if range.is_empty() {
-        return Err(misaligned(page_size::BASE));
-    }
-    let mut covered = range.start;
-    let mut largest = page_size::BASE;
-    for mapping in mapped.iter().filter(|mapping| mapping.range.end > range.start) {
-        if covered >= range.end || mapping.range.start > covered {
-            break;
-        }
-        covered = mapping.range.end;
-        largest = largest.max(page_size::of_mapping(pid, mapping));
-    }
-    if covered < range.end {
-        return Err(AttachError::NotMapped { pid, range: range.clone(), address: covered });
-    }
-    if !range.start.is_multiple_of(largest) || !range.end.is_multiple_of(largest) {
-        return Err(misaligned(largest));
-    }
-    Ok(Tracked { range: range.clone(), page_size: largest })
-}
-
-pub(crate) fn explain_register(pid: u32, range: &Range<u64>, source: io::Error) -> AttachError {
-    let range = range.clone();
-    match source.raw_os_error() {
-        Some(libc::EBUSY) => AttachError::Busy { pid, range },
-        Some(libc::EINVAL | libc::EPERM) => AttachError::NotTrackable { pid, range },
-        Some(libc::ESRCH | libc::ENOMEM) => AttachError::Gone { pid },
-        _ => AttachError::Register { pid, range, source },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{DescriptorSource, mappings};
 
     #[test]
     fn neighbours_less_than_64_pages_apart_are_one() {

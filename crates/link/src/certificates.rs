@@ -235,8 +235,11 @@ fn subject_alternative(address: &str) -> Result<SanType, CertificatesError> {
     match address.parse::<IpAddr>() {
         Ok(ip) => Ok(SanType::IpAddress(ip)),
         Err(_) => {
-            check_name(address)
-                .map_err(|reason| CertificatesError::Address { address: address.into(), reason })?;
+            // No top-level domain is a number (RFC 1123, section 2.1): it would be an address with a part missing.
+            let last = address.rsplit('.').next().unwrap_or_default();
+            let number = !last.is_empty() && last.bytes().all(|byte| byte.is_ascii_digit());
+            let named = if number { Err("its last part is a number") } else { check_name(address) };
+            named.map_err(|reason| CertificatesError::Address { address: address.into(), reason })?;
             dns(address)
         }
     }
@@ -379,7 +382,7 @@ mod tests {
             let refused = issue(dir.path(), name, &[]);
             assert!(matches!(refused, Err(CertificatesError::Name { .. })), "{name:?}: {refused:?}");
         }
-        for address in ["", "10.0.0.1:7600", "a b", "*"] {
+        for address in ["", "10.0.0.1:7600", "10.9.0", "a b", "*"] {
             let refused = issue(dir.path(), "host-a", &[address.into()]);
             assert!(matches!(refused, Err(CertificatesError::Address { .. })), "{address:?}: {refused:?}");
         }

@@ -172,8 +172,8 @@ pub enum AcceptError {
         /// The deadline.
         after: Duration,
     },
-    /// One address has too many handshakes under way; this one was dropped.
-    #[error("{address} has {limit} handshakes under way already")]
+    /// Too many handshakes were under way, of one address or in all; this one had taken longest and made room for another.
+    #[error("the handshake with {address} was the slowest of {limit} and has made room for another")]
     TooManyHandshakes {
         /// Who came.
         address: SocketAddr,
@@ -412,6 +412,12 @@ pub enum LinkError {
         length: usize,
         /// The length allowed.
         limit: usize,
+    },
+    /// The message is made of more parts than any that makes sense, and was not decoded. The connection goes on.
+    #[error("the peer's message of {length} bytes is made of too many parts")]
+    Crammed {
+        /// The message's length.
+        length: usize,
     },
     /// The message to send is longer than a frame may be; nothing was sent.
     #[error("the message has {length} bytes; at most {limit} are allowed")]

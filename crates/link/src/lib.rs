@@ -27,6 +27,8 @@ pub mod data;
 pub mod endpoint;
 pub mod error;
 mod fair_queue;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod hello;
 pub mod identity;
 pub mod listener;

@@ -1,18 +1,20 @@
 //! Being connected to.
 //!
 //! Every connection is greeted in a task of its own, under a deadline, so that a peer that is slow, silent or hostile
-//! holds up nobody. How many are being greeted at once is bounded, in all and per address.
+//! holds up nobody. How many are being greeted at once is bounded, in all and per address: where one more comes, the one that has
+//! taken longest makes room. An agent is done in milliseconds, so however many come that are not, agents get in.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -32,9 +34,9 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// How much a listener takes on at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ListenerLimits {
-    /// Connections being greeted, in all. Further ones wait in the kernel's queue.
+    /// Connections being greeted, in all. For one more the one that has taken longest is dropped.
     pub handshakes: usize,
-    /// Connections being greeted from one IP address. Further ones are dropped, so that one address cannot use up all.
+    /// Connections being greeted from one IP address. For one more that of the same address which has taken longest is dropped.
     pub handshakes_per_address: usize,
 }
 
@@ -130,21 +132,38 @@ struct Host {
     endpoint: Endpoint,
     admission: Arc<dyn Admission>,
     limits: ListenerLimits,
-    under_way: UnderWay,
+    under_way: Arc<Mutex<UnderWay>>,
     results: mpsc::Sender<Result<Incoming, AcceptError>>,
 }
 
-/// How many are being greeted, by IP address.
-type UnderWay = Arc<Mutex<HashMap<IpAddr, usize>>>;
+/// Those being greeted, in the order in which they came.
+#[derive(Default)]
+struct UnderWay {
+    came: u64,
+    each: BTreeMap<u64, (SocketAddr, AbortHandle)>,
+}
+
+impl UnderWay {
+    /// Ends the one that has taken longest, of those that come from there, if any does. Returns where it came from.
+    fn end_oldest(&mut self, of: Option<IpAddr>) -> Option<SocketAddr> {
+        let is_one = |address: &SocketAddr| of.is_none_or(|ip| address.ip() == ip);
+        let (&number, _) = self.each.iter().find(|(_, (address, _))| is_one(address))?;
+        let (address, task) = self.each.remove(&number)?;
+        task.abort();
+        Some(address)
+    }
+
+    fn of(&self, ip: IpAddr) -> usize {
+        self.each.values().filter(|(address, _)| address.ip() == ip).count()
+    }
+}
 
 impl Host {
     async fn run(self, socket: TcpListener) {
         let room = Arc::new(Semaphore::new(self.limits.handshakes));
         // Dropped with this task, and with it everything that is under way.
-        let mut tasks = tokio::task::JoinSet::new();
+        let mut tasks = JoinSet::new();
         loop {
-            // Never closed.
-            let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
             let (stream, address) = match socket.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
@@ -155,25 +174,42 @@ impl Host {
                 }
             };
             while tasks.try_join_next().is_some() {}
-            let Some(counted) =
-                Counted::add(&self.under_way, address.ip(), self.limits.handshakes_per_address)
-            else {
-                let limit = self.limits.handshakes_per_address;
-                self.report(AcceptError::TooManyHandshakes { address, limit });
-                continue;
-            };
+            self.make_room(address.ip(), room.available_permits() == 0);
+            // Where all have been greeted and nobody takes them, further ones wait in the kernel's queue. Never closed.
+            let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+            // Held until it is known by its handle, so that it cannot end before.
+            let mut under_way = lock(&self.under_way);
+            let number = under_way.came;
+            under_way.came += 1;
+            let being = Being { number, under_way: Arc::clone(&self.under_way) };
             let (endpoint, admission) = (self.endpoint.clone(), Arc::clone(&self.admission));
             let results = self.results.clone();
-            tasks.spawn(async move {
+            let task = tasks.spawn(async move {
                 let after = endpoint.deadlines.handshake;
                 let greeted = timeout(after, greet(&endpoint, &*admission, stream, address)).await;
+                drop(being);
                 match greeted.unwrap_or(Err(AcceptError::Timeout { address, after })) {
                     // The place is kept until the caller has taken it: what nobody takes is bounded too.
                     Ok(incoming) => drop(results.send(Ok(incoming)).await),
                     Err(error) => report(&results, error),
                 }
-                drop((place, counted));
+                drop(place);
             });
+            under_way.each.insert(number, (address, task));
+        }
+    }
+
+    /// Ends what takes too long already, where one more would be too many.
+    fn make_room(&self, ip: IpAddr, is_full: bool) {
+        let limit = self.limits.handshakes_per_address;
+        let (of_one, all) = {
+            let mut under_way = lock(&self.under_way);
+            let of_one = (under_way.of(ip) >= limit).then(|| under_way.end_oldest(Some(ip))).flatten();
+            let all = (is_full && of_one.is_none()).then(|| under_way.end_oldest(None)).flatten();
+            (of_one.map(|address| (address, limit)), all.map(|address| (address, self.limits.handshakes)))
+        };
+        for (address, limit) in of_one.into_iter().chain(all) {
+            self.report(AcceptError::TooManyHandshakes { address, limit });
         }
     }
 
@@ -192,33 +228,19 @@ fn report(results: &mpsc::Sender<Result<Incoming, AcceptError>>, error: AcceptEr
     }
 }
 
+fn lock(under_way: &Mutex<UnderWay>) -> MutexGuard<'_, UnderWay> {
+    under_way.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// One of those being greeted; not any more when dropped.
-struct Counted {
-    under_way: UnderWay,
-    address: IpAddr,
+struct Being {
+    number: u64,
+    under_way: Arc<Mutex<UnderWay>>,
 }
 
-impl Counted {
-    fn add(under_way: &UnderWay, address: IpAddr, limit: usize) -> Option<Self> {
-        let mut counts = under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(address).or_default();
-        if *count >= limit {
-            return None;
-        }
-        *count += 1;
-        Some(Self { under_way: Arc::clone(under_way), address })
-    }
-}
-
-impl Drop for Counted {
+impl Drop for Being {
     fn drop(&mut self) {
-        let mut counts = self.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.address);
-            }
-        }
+        lock(&self.under_way).each.remove(&self.number);
     }
 }
 

@@ -268,8 +268,15 @@ async fn a_peer_that_stalls_in_the_handshake_is_dropped_at_the_deadline() {
     assert_eq!(socket.read(&mut [0]).await.expect("closed"), 0);
 }
 
+/// Connects from that address, and says nothing.
+async fn stall(from: &str, to: std::net::SocketAddr) -> tokio::net::TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.bind(from.parse().expect("an address")).expect("a port");
+    socket.connect(to).await.expect("connected")
+}
+
 #[tokio::test]
-async fn one_address_cannot_use_up_all_handshakes() {
+async fn those_who_take_their_time_over_a_handshake_keep_no_agent_out() {
     let authority = Authority::new();
     let limits = ListenerLimits { handshakes: 8, handshakes_per_address: 2 };
     let destination = authority.endpoint("host-b");
@@ -277,17 +284,35 @@ async fn one_address_cannot_use_up_all_handshakes() {
     let listener = Listener::bind_with(&destination, "127.0.0.1:0", limits, welcome).await.expect("a port");
     let address = listener.local_addr();
     let mut stalled = Vec::new();
+    // One address beyond its own limit: its own slowest makes room.
     for _ in 0..3 {
-        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
-        socket.bind("127.0.0.2:0".parse().expect("an address")).expect("a port");
-        stalled.push(socket.connect(address).await.expect("connected"));
+        stalled.push(stall("127.0.0.2:0", address).await);
     }
     let error = listener.accept().await.expect_err("one too many");
     assert!(matches!(error, AcceptError::TooManyHandshakes { limit: 2, .. }), "{error:?}");
-    let (near, far) = (authority.endpoint("host-a"), address.to_string());
-    let (near, far) = tokio::join!(near.connect(&far), listener.accept());
+    assert!(error.to_string().contains("127.0.0.2"), "{error}");
+    // Many addresses, together beyond all limits: the slowest of all does, also for one that is not slow.
+    for number in 3..20 {
+        stalled.push(stall(&format!("127.0.0.{number}:0"), address).await);
+    }
+    stalled.push(stall("127.0.0.1:0", address).await);
+    stalled.push(stall("127.0.0.1:0", address).await);
+    let begin = std::time::Instant::now();
+    let near = authority.endpoint("host-a");
+    let far = address.to_string();
+    let accepted = async {
+        loop {
+            match listener.accept().await {
+                Ok(incoming) => return incoming,
+                Err(AcceptError::TooManyHandshakes { .. }) => {}
+                Err(error) => panic!("{error:?}"),
+            }
+        }
+    };
+    let (near, _far) = tokio::join!(near.connect(&far), accepted);
     near.expect("connected");
-    far.expect("accepted");
+    // Not because the others have run into their deadline.
+    assert!(begin.elapsed() < Deadlines::default().handshake, "{:?}", begin.elapsed());
     drop(stalled);
 }
 

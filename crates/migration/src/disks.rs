@@ -1,6 +1,6 @@
 //! The disks of a machine, as its source describes them.
 
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -95,13 +95,21 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
             return (Vec::new(), vec![finding]);
         }
     };
+    let direct_files: Vec<PathBuf> = match drives::direct_files(vm).await {
+        Ok(files) => files,
+        Err(e) => {
+            let finding =
+                Finding::new("qemu-gone", chain(&e), "see what became of the VM with `vmirror show`");
+            return (Vec::new(), vec![finding]);
+        }
+    };
     let mut disks = Vec::new();
     let mut findings = drives::differ_from(&vm.spec, &drives);
     if let Some(process) = &vm.record.process {
         findings.extend(drives::replaced(process.pid, &drives));
     }
-    let paths: Vec<PathBuf> = images.iter().filter(|image| !image.2).map(|image| image.0.clone()).collect();
-    for (image, direct, base) in images {
+    let paths: Vec<PathBuf> = images.iter().filter(|image| !image.1).map(|image| image.0.clone()).collect();
+    for (image, base) in images {
         let metadata = std::fs::metadata(&image);
         if let Err(e) = &metadata {
             findings.push(Finding::new(
@@ -124,7 +132,7 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
                 .map_or(metadata.as_ref().map_or(0, |file| file.len()), |drive| drive.virtual_size),
             drive: drive.filter(|_| not_mirrorable.is_empty()),
             not_mirrorable,
-            direct,
+            direct: direct_files.iter().any(|file| drives::same_file(file, &image)),
             allocated: metadata.as_ref().map_or(0, |file| file.blocks() * 512),
             is_device,
             device: if is_device { identity::of(&image).unwrap_or_default() } else { String::new() },
@@ -151,17 +159,28 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
     (disks, findings)
 }
 
-/// The images that a machine uses: of its disks, and of firmware in flash. Whether each is read around the page cache, and whether
-/// it is the base of another.
-pub(crate) fn images(spec: &Spec) -> Vec<(PathBuf, bool, bool)> {
+/// The images that a machine uses: of its disks, and of firmware in flash. Whether each is the base of another.
+pub(crate) fn images(spec: &Spec) -> Vec<(PathBuf, bool)> {
     // Other protocols reach storage that is no file of this host: both hosts reach the same.
     let disks = spec.disks().into_iter().filter_map(|disk| {
         let path = disk.host_path().map(Path::to_owned)?;
-        Some((path, disk.cache_direct, disk.is_backing))
+        Some((path, disk.is_backing))
     });
     // What cannot be written is firmware of the host, which its packages bring.
     let flash = spec.files().into_iter().filter(|file| file.purpose == FilePurpose::Flash && file.writable);
-    disks.chain(flash.map(|file| (file.path, false, false))).collect()
+    disks.chain(flash.map(|file| (file.path, false))).collect()
+}
+
+/// Those of them that are the machine's to write: nobody else's any more. One that is only read, or the base of another, may be others' as
+/// well.
+pub(crate) fn written(spec: &Spec) -> Vec<PathBuf> {
+    let shared: Vec<PathBuf> = spec
+        .disks()
+        .into_iter()
+        .filter(|disk| disk.read_only || disk.is_backing)
+        .filter_map(|disk| disk.host_path().map(Path::to_owned))
+        .collect();
+    images(spec).into_iter().map(|(path, _)| path).filter(|path| !shared.contains(path)).collect()
 }
 
 /// Why the mirror cannot take a disk.
@@ -237,6 +256,8 @@ impl Probe {
         let file = directory.join(format!("{PROBE}{}", Uuid::new_v4()));
         let mut open = std::fs::OpenOptions::new();
         let mut opened = open.write(true).create_new(true).open(&file)?;
+        // The other host's agent may be another user there, and what is in it is a number that says nothing.
+        opened.set_permissions(PermissionsExt::from_mode(0o644))?;
         self.file = Some(file);
         std::io::Write::write_all(&mut opened, self.nonce.as_bytes())?;
         opened.sync_all()

@@ -38,16 +38,27 @@ pub(crate) fn same_file(a: &Path, b: &Path) -> bool {
 pub(crate) async fn of(vm: &Vm) -> Result<Vec<Drive>, QmpError> {
     let mut drives = vm.qmp.drives().await?;
     // QEMU tells names as it was given them.
-    let directory = vm.record.process.as_ref();
-    let directory =
-        directory.and_then(|process| std::fs::read_link(format!("/proc/{}/cwd", process.pid)).ok());
-    if let Some(directory) = directory {
+    if let Some(directory) = directory(vm) {
         for drive in drives.iter_mut().filter(|drive| drive.protocol == Protocol::File) {
             drive.path = directory.join(&drive.path);
             drive.backing = drive.backing.take().map(|backing| directory.join(backing));
         }
     }
     Ok(drives)
+}
+
+/// The files and block devices that a machine has open around the page cache. Their paths are absolute.
+pub(crate) async fn direct_files(vm: &Vm) -> Result<Vec<PathBuf>, QmpError> {
+    let direct = vm.qmp.block_nodes().await?.into_iter().filter(|node| node.direct);
+    let directory = directory(vm);
+    let absolute = |path: PathBuf| directory.as_ref().map_or(path.clone(), |directory| directory.join(path));
+    Ok(direct.filter_map(|node| node.path).map(absolute).collect())
+}
+
+/// The working directory of a machine's QEMU, to which the names that it tells are relative.
+fn directory(vm: &Vm) -> Option<PathBuf> {
+    let process = vm.record.process.as_ref()?;
+    std::fs::read_link(format!("/proc/{}/cwd", process.pid)).ok()
 }
 
 /// Where the drives of a machine have other images than its command line says.

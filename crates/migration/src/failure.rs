@@ -18,6 +18,8 @@ pub enum Stage {
 
 /// Kinds of findings on which something depends; the others are for people and scripts alone.
 pub(crate) mod kind {
+    /// Tracking of memory cannot begin.
+    pub(crate) const TRACKING: &str = "tracking";
     /// The copy is not equal to the original.
     pub(crate) const GATE: &str = "gate";
     /// Memory that was missing at the hand-over does not come.
@@ -26,6 +28,14 @@ pub(crate) mod kind {
     pub(crate) const ENDED_THERE: &str = "ended-there";
     /// The destination has no complete copy, and will never run one.
     pub(crate) const NO_COPY: &str = "no-copy";
+    /// Nothing can be said of the machine now: ask again.
+    pub(crate) const BUSY: &str = "busy";
+    /// What is on record of the machine cannot be read: nobody can say anything of it.
+    pub(crate) const RECORD_UNREADABLE: &str = "record-unreadable";
+    /// The destination knows nothing of the copy: it may have run, or may not.
+    pub(crate) const UNKNOWN_COPY: &str = "unknown-copy";
+    /// The peer does not keep to the protocol.
+    pub(crate) const PROTOCOL: &str = "protocol";
     /// The machine is in no other host's network.
     pub(crate) const NOT_FORWARDED: &str = "not-forwarded";
 }

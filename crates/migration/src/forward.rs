@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -16,7 +16,7 @@ use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::journal::Journal;
 use crate::source::unforward;
-use crate::state_file;
+use crate::state_file::StateFile;
 use crate::tap::port::Port;
 use crate::tap::tunnel::Tunnel;
 use crate::tap::{self, Interfaces, TapError};
@@ -105,7 +105,7 @@ impl Forward {
 /// The machines that have left this host and stay in its network.
 #[derive(Debug)]
 pub struct Forwards {
-    file: PathBuf,
+    file: StateFile,
     known: Mutex<Vec<Forward>>,
     /// Held by who removes tunnels, and by who puts them right.
     changing: tokio::sync::Mutex<()>,
@@ -130,8 +130,8 @@ impl Forwards {
     /// Reads what is on record below the agent's state directory.
     #[must_use]
     pub fn open(state_dir: &Path) -> Forwards {
-        let file = state_dir.join(FILE);
-        let known = Mutex::new(state_file::read(&file));
+        let (file, known) = StateFile::open(state_dir.join(FILE));
+        let known = Mutex::new(known);
         Forwards { file, known, changing: tokio::sync::Mutex::default(), busy: Arc::default() }
     }
 
@@ -268,12 +268,12 @@ impl Forwards {
         if known.len() != before
             && let Err(e) = self.write(&known)
         {
-            tracing::error!(file = %self.file.display(), error = %e, "what is forwarded cannot be put on record");
+            tracing::error!(file = %self.file.path().display(), error = %e, "what is forwarded cannot be put on record");
         }
     }
 
     fn write(&self, known: &Vec<Forward>) -> std::io::Result<()> {
-        state_file::write(&self.file, known)
+        self.file.write(known)
     }
 
     fn known(&self) -> MutexGuard<'_, Vec<Forward>> {

@@ -4,12 +4,11 @@ use std::time::{Duration, Instant};
 
 use qemu::{Process, Qmp};
 
+use crate::deadlines::WATCH_STILL;
 use crate::wire;
 
 /// How long a machine is watched: several timer ticks even of a guest that ticks ten times a second.
 const WATCH: Duration = Duration::from_millis(200);
-/// How long one is watched of which no vCPU has used any CPU time: an idle guest may sleep that long, not longer.
-const WATCH_STILL: Duration = Duration::from_secs(3);
 
 /// Watches a machine for a while: whether it runs and keeps running, and how many of its vCPUs use CPU time.
 pub(crate) async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health {

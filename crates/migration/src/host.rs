@@ -1,20 +1,28 @@
 //! The host a controller runs on: what it may use, and what it allows its peers.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use qemu::User;
+use qemu::spec::render::{Allowed, Permissions};
 use serde::{Deserialize, Serialize};
 
 use crate::cgroup::CgroupParent;
 use crate::destination::PostCopies;
+use crate::fence::Fence;
 use crate::forward::Forwards;
 use crate::hooks::Hooks;
 use crate::journal::Journal;
+use crate::left_images::LeftImages;
+use crate::lifecycle::Lingering;
+use crate::logs::Logs;
 use crate::neighbourhood::Neighbourhood;
 use crate::nft::NftPattern;
-use crate::remnants::Remnants;
+use crate::recovering::Recovering;
+use crate::room::RamFiles;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
@@ -36,6 +44,42 @@ pub struct Allow {
     pub forward: bool,
     /// Where cgroups may be made for machines that have limits.
     pub cgroup: Option<CgroupParent>,
+    /// Arguments of QEMU's that are passed on as they are.
+    pub arguments: Vec<Allowed>,
+    /// Directories with files that a machine's QEMU may write: consoles, logs.
+    pub output_dirs: Vec<PathBuf>,
+    /// Directories where a machine's sockets get the names by which its users know them, and with sockets that it may connect to.
+    pub socket_dirs: Vec<PathBuf>,
+    /// Block drivers beyond those that only read and write the file that they are given.
+    pub disk_drivers: Vec<String>,
+    /// Addresses on which a machine's displays and consoles may listen.
+    pub listen: Vec<IpAddr>,
+    /// As whom the QEMUs of machines that come here run, where the agent is root.
+    pub user: Option<User>,
+    /// A QEMU that was under no seccomp filter where it comes from is under none here.
+    pub unsandboxed: bool,
+}
+
+impl Allow {
+    /// As whom the QEMUs of machines that come here run, if not as the agent's own user.
+    #[must_use]
+    pub fn other_user(&self) -> Option<&User> {
+        self.user.as_ref().filter(|user| !user.is_ours())
+    }
+
+    /// What of it is about command lines.
+    #[must_use]
+    pub fn permissions(&self) -> Permissions {
+        Permissions {
+            arguments: self.arguments.clone(),
+            file_dirs: self.disk_dirs.clone(),
+            output_dirs: self.output_dirs.clone(),
+            socket_dirs: self.socket_dirs.clone(),
+            disk_drivers: self.disk_drivers.clone(),
+            listen: self.listen.clone(),
+            unsandboxed: self.unsandboxed,
+        }
+    }
 }
 
 /// What of the host's firewall moves with a machine: the `[network]` table of the agent's configuration.
@@ -62,8 +106,10 @@ pub struct Host {
     pub endpoint: link::Endpoint,
     /// Who owns what.
     pub journal: Arc<Journal>,
-    /// Sockets, pid files, QEMU's output.
+    /// Sockets, pid files.
     pub run_dir: PathBuf,
+    /// QEMU's output.
+    pub logs: Logs,
     /// A tmpfs or hugetlbfs for guest RAM.
     pub ram_dir: PathBuf,
     /// What peers may ask for.
@@ -72,6 +118,8 @@ pub struct Host {
     pub hooks: Hooks,
     /// What of its firewall moves with a machine.
     pub firewall: Firewall,
+    /// Seccomp filters of QEMUs let pass what is done to track them: the operator's word, where the agent may not put them aside.
+    pub trust_seccomp: bool,
     /// What all mirrors that leave this host may send together; they share it equally.
     pub bandwidth: Arc<link::Bandwidth>,
     /// What a switch-over away from here costs.
@@ -80,12 +128,22 @@ pub struct Host {
     pub neighbourhood: Arc<Neighbourhood>,
     /// Machines here whose memory is not complete.
     pub post_copies: PostCopies,
-    /// Images that migrations have left here.
-    pub remnants: Arc<Remnants>,
+    /// Machines that were to be forgotten, and of which a process may run on.
+    pub lingering: Lingering,
+    /// Machines that are still looked for since the agent started.
+    pub recovering: Recovering,
+    /// The RAM files of its machines.
+    pub ram_files: Arc<RamFiles>,
+    /// Images that machines have left here.
+    pub left: Arc<LeftImages>,
+    /// Images here of machines that are not, locked so that nothing opens them.
+    pub fence: Arc<Fence>,
     /// Machines that have left, and that stay in the network here.
     pub forwards: Arc<Forwards>,
     /// UDP port of the tunnels for that.
     pub forward_port: u16,
+    /// TCP port of its end of the link, by which peers can ask it; none until it listens.
+    pub link_port: Arc<OnceLock<u16>>,
 }
 
 /// What a switch-over of the mirror costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is

@@ -4,44 +4,68 @@
 //! durable with one `fdatasync`; a slot that was being written when the power went fails its checksum, and the other
 //! one holds. The files never grow, so nothing but their data has to reach the disk: the two writes that lie within the
 //! downtime cost what one sector costs.
+//!
+//! A record is changed in its place, under a lock of its own that nobody else's machine waits for: whose the machine is by
+//! `Journal::on` and nothing else, what else is on record by `Journal::amend`.
+
+#[cfg(fuzzing)]
+pub(crate) mod fuzzing;
+mod identity;
+mod marks;
+mod slots;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
+use tokio::runtime::{Handle, RuntimeFlavor};
 use uuid::Uuid;
 
-use crate::vm::{Departed, Ownership, Record, VmName};
-
-/// Bytes of a slot: enough for a command line of a hundred devices.
-const SLOT: u64 = 256 * 1024;
-/// magic 8 · sequence 8 · length 8 · checksum 16
-const HEADER: usize = 40;
-/// How long a hand-over to this host is remembered after its machine has gone.
-const REMEMBERED: Duration = Duration::from_secs(90 * 24 * 3600);
-const MAGIC: [u8; 8] = *b"vmirror1";
+use crate::ownership::{self, Effect, Event, Mark, Standing};
+use crate::vm::{Departed, Record, VmName};
+use marks::Marks;
+use slots::Slots;
 
 /// The records of all machines of one agent.
 #[derive(Debug)]
 pub struct Journal {
     directory: PathBuf,
-    /// One empty file for each hand-over to this host whose machine is not here any more.
-    departed: PathBuf,
+    identity: Uuid,
+    marks: Marks,
     entries: Mutex<HashMap<VmName, Entry>>,
+    /// Names whose records cannot be read, and why.
+    unreadable: Vec<(VmName, JournalError)>,
     /// One for each name that somebody has decided about since the start.
     deciding: Mutex<HashMap<VmName, Arc<tokio::sync::Mutex<()>>>>,
     promising: tokio::sync::Mutex<()>,
 }
 
+/// A name that is taken.
+#[derive(Debug, Clone)]
+enum Entry {
+    /// Its file is being made.
+    Claimed,
+    Here(Arc<Kept>),
+}
+
 #[derive(Debug)]
-struct Entry {
-    record: Record,
-    file: File,
-    sequence: u64,
+struct Kept {
+    /// What is certain. Never held while something is written.
+    record: Mutex<Record>,
+    /// Held by who changes it.
+    file: Mutex<Paper>,
+}
+
+#[derive(Debug)]
+struct Paper {
+    slots: Slots,
+    /// The last write has failed: a later start may find either record.
+    unsettled: bool,
+    removed: bool,
 }
 
 /// Why the journal could not be read or written.
@@ -54,17 +78,32 @@ pub enum JournalError {
     /// No machine has the name.
     #[error("no VM named {0} is here")]
     Unknown(VmName),
+    /// The machine is not any more what it is taken for.
+    #[error("VM {0} is not what it was: its hand-over was settled, or it was forgotten, in the meantime")]
+    Changed(VmName),
+    /// There is a record of that name that nothing is known of.
+    #[error("what is on record of VM {0} cannot be read")]
+    Unreadable(VmName),
     /// A record that does not fit a slot.
-    #[error("the record of VM {name} has {length} bytes, more than the {SLOT} that a journal holds")]
+    #[error("the record of VM {name} has {length} bytes, more than the {} that a journal holds", slots::SLOT)]
     TooLarge {
         /// The machine.
         name: VmName,
         /// Bytes of its record.
         length: usize,
     },
-    /// Neither slot holds a record.
+    /// No slot holds a record.
     #[error("{} holds no readable record", .0.display())]
     Corrupt(PathBuf),
+    /// The newest record is whole, and of a later version.
+    #[error("{} was written by a later version", path.display())]
+    NotUnderstood {
+        /// The file.
+        path: PathBuf,
+        /// What is not understood; nothing where not even the format is.
+        #[source]
+        source: Option<serde_json::Error>,
+    },
     /// The system refused.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -78,12 +117,35 @@ pub enum JournalError {
     },
 }
 
+/// Which machine, on which side of which hand-over: what somebody who acts on a record takes it for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claim {
+    name: VmName,
+    arrived_by: Option<Uuid>,
+    generation: u64,
+    side: std::mem::Discriminant<crate::vm::Ownership>,
+}
+
+impl Record {
+    /// What it is taken for.
+    #[must_use]
+    pub fn claim(&self) -> Claim {
+        Claim {
+            name: self.name.clone(),
+            arrived_by: self.arrived_by,
+            generation: self.generation,
+            side: std::mem::discriminant(&self.ownership),
+        }
+    }
+}
+
 impl Journal {
-    /// Opens the journal below a state directory, and reads all records.
+    /// Opens the journal below a state directory, and reads all records. One that cannot be read keeps its name from everybody, as it
+    /// may say that the machine was given away, and nobody else's.
     ///
     /// # Errors
-    /// [`JournalError`]; a record that cannot be read is an error and not passed over, because it may say that a
-    /// machine was given away.
+    /// [`JournalError`]. A record that cannot be read keeps no other from being read; it is not passed over, because it may say that
+    /// a machine was given away: its name stays taken, see [`Journal::unreadable`].
     pub fn open(state_dir: &Path) -> Result<Journal, JournalError> {
         let directory = state_dir.join("vms");
         let failed = |action, path: &Path| {
@@ -91,15 +153,22 @@ impl Journal {
             move |source| JournalError::Io { action, path, source }
         };
         std::fs::create_dir_all(&directory).map_err(failed("create", &directory))?;
-        let departed = state_dir.join("departed");
-        std::fs::create_dir_all(&departed).map_err(failed("create", &departed))?;
-        forget_old(&departed);
-        let mut entries = HashMap::new();
+        let marks = Marks::open(state_dir);
+        let identity = identity::of(state_dir);
+        let (mut entries, mut unreadable) = (HashMap::new(), Vec::new());
         for found in std::fs::read_dir(&directory).map_err(failed("list", &directory))? {
             let path = found.map_err(failed("list", &directory))?.path();
             if path.extension().is_some_and(|extension| extension == "journal") {
-                let entry = Entry::load(&path)?;
-                entries.insert(entry.record.name.clone(), entry);
+                let name = path.file_stem().and_then(|stem| stem.to_str()?.parse::<VmName>().ok());
+                match (Slots::load(&path), name) {
+                    (Ok((slots, record)), Some(name)) if record.name == name => {
+                        entries.insert(name, Entry::Here(Arc::new(Kept::new(record, slots))));
+                    }
+                    (Ok(_), Some(name)) => unreadable.push((name, JournalError::Corrupt(path))),
+                    (Err(error), Some(name)) => unreadable.push((name, error)),
+                    // No machine's: nothing of that name is ever made here.
+                    (_, None) => tracing::error!(file = %path.display(), "is no machine's, and passed over"),
+                }
             } else if path.extension().is_some_and(|extension| extension == "new") {
                 // A crash while a record was first written: the name was never claimed.
                 std::fs::remove_file(&path).map_err(failed("remove", &path))?;
@@ -107,20 +176,40 @@ impl Journal {
         }
         Ok(Journal {
             directory,
-            departed,
+            identity,
+            marks,
             entries: Mutex::new(entries),
+            unreadable,
             deciding: Mutex::default(),
             promising: tokio::sync::Mutex::default(),
         })
+    }
+
+    /// Which state directory this is: random, made once.
+    #[must_use]
+    pub fn identity(&self) -> Uuid {
+        self.identity
+    }
+
+    /// Names whose records cannot be read, and why. They stay taken, and their files as they are, for as long as this is open.
+    #[must_use]
+    pub fn unreadable(&self) -> &[(VmName, JournalError)] {
+        &self.unreadable
     }
 
     fn entries(&self) -> MutexGuard<'_, HashMap<VmName, Entry>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps everybody else from deciding about a machine, as long as the answer is held. Who becomes its owner, and who
-    /// throws it away, hold it while they look at the record and act on what it says; so of two that would do both, the
-    /// second sees what the first has done.
+    fn kept(&self, name: &VmName) -> Option<Arc<Kept>> {
+        match self.entries().get(name)? {
+            Entry::Claimed => None,
+            Entry::Here(kept) => Some(Arc::clone(kept)),
+        }
+    }
+
+    /// Keeps everybody else from deciding what becomes of a machine, as long as the answer is held. Whoever acts on what
+    /// the record says holds it from the look to the end of the act.
     pub(crate) async fn decide(&self, name: &VmName) -> tokio::sync::OwnedMutexGuard<()> {
         let lock = {
             let mut deciding = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
@@ -144,310 +233,242 @@ impl Journal {
     /// Takes a name for a new machine.
     ///
     /// # Errors
-    /// [`JournalError::NameTaken`], or what the system said.
+    /// [`JournalError::NameTaken`], [`JournalError::Unreadable`], or what the system said.
     pub fn claim(&self, record: Record) -> Result<(), JournalError> {
-        let mut entries = self.entries();
-        if entries.contains_key(&record.name) {
-            return Err(JournalError::NameTaken(record.name));
-        }
         let name = record.name.clone();
-        let path = self.path(&name);
-        let entry = Entry::create(&path, record)?;
-        let durable = File::open(&self.directory).and_then(|directory| directory.sync_all());
-        if let Err(source) = durable {
-            // Not claimed, so no later start may find it.
-            let _ = std::fs::remove_file(&path);
-            return Err(JournalError::Io { action: "make durable", path, source });
+        if self.unreadable.iter().any(|(unreadable, _)| *unreadable == name) {
+            return Err(JournalError::Unreadable(name));
         }
-        entries.insert(name, entry);
+        {
+            let mut entries = self.entries();
+            if entries.contains_key(&name) {
+                return Err(JournalError::NameTaken(name));
+            }
+            entries.insert(name.clone(), Entry::Claimed);
+        }
+        let path = self.path(&name);
+        let created = blocking(|| {
+            let slots = Slots::create(&path, &record)?;
+            let durable = File::open(&self.directory).and_then(|directory| directory.sync_all());
+            durable.map_err(|source| {
+                // Not claimed, so no later start may find it.
+                let _ = std::fs::remove_file(&path);
+                JournalError::Io { action: "make durable", path: path.clone(), source }
+            })?;
+            Ok(slots)
+        });
+        let mut entries = self.entries();
+        match created {
+            Ok(slots) => drop(entries.insert(name, Entry::Here(Arc::new(Kept::new(record, slots))))),
+            Err(error) => {
+                entries.remove(&name);
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
-    /// Replaces a machine's record. It is durable when this returns.
+    /// Something has happened to a machine: its record becomes what [`ownership::on`] says, and is durable when this returns. What else
+    /// is to be on record with it is changed by `also`. `record` becomes what is on record now.
     ///
     /// # Errors
-    /// [`JournalError`]; which of the two records a later start will find is then not known.
-    pub fn update(&self, record: &Record) -> Result<(), JournalError> {
-        let mut entries = self.entries();
-        let entry =
-            entries.get_mut(&record.name).ok_or_else(|| JournalError::Unknown(record.name.clone()))?;
-        entry.write(record, &self.path(&record.name))
+    /// [`JournalError::Changed`] when the machine is not what the caller takes it for; nothing was done then. After
+    /// [`JournalError::Io`] a later start may find either of the two records: see [`Journal::settle`].
+    pub(crate) fn on(
+        &self,
+        record: &mut Record,
+        event: Event,
+        also: impl FnOnce(&mut Record),
+    ) -> Result<Vec<Effect>, JournalError> {
+        let (now, effects) = self.change(&record.claim(), |now| {
+            let step = ownership::on(Some(&Standing::from(&*now)), event);
+            if let Some(standing) = step.standing {
+                now.stand(standing);
+            }
+            also(now);
+            step.effects
+        })?;
+        *record = now;
+        Ok(effects)
+    }
+
+    /// Changes what is on record beside the machine's standing. It is durable when this returns, and `record` is what is on record now.
+    ///
+    /// # Errors
+    /// As [`Journal::on`].
+    pub(crate) fn amend(
+        &self,
+        record: &mut Record,
+        amend: impl FnOnce(&mut Record),
+    ) -> Result<(), JournalError> {
+        let (now, ()) = self.change(&record.claim(), |now| {
+            let standing = Standing::from(&*now);
+            amend(now);
+            debug_assert_eq!(standing, Standing::from(&*now), "whose a machine is changes by events only");
+            now.stand(standing);
+        })?;
+        *record = now;
+        Ok(())
+    }
+
+    fn change<T>(
+        &self,
+        claim: &Claim,
+        change: impl FnOnce(&mut Record) -> T,
+    ) -> Result<(Record, T), JournalError> {
+        let name = &claim.name;
+        let kept = self.kept(name).ok_or_else(|| JournalError::Unknown(name.clone()))?;
+        blocking(|| {
+            let mut paper = kept.paper();
+            if paper.removed {
+                return Err(JournalError::Unknown(name.clone()));
+            }
+            let before = kept.record();
+            if before.claim() != *claim {
+                return Err(JournalError::Changed(name.clone()));
+            }
+            let mut after = before.clone();
+            let answer = change(&mut after);
+            if after != before || paper.unsettled {
+                self.write(&kept, &mut paper, &after)?;
+            }
+            Ok((after, answer))
+        })
+    }
+
+    fn write(&self, kept: &Kept, paper: &mut Paper, record: &Record) -> Result<(), JournalError> {
+        paper.unsettled = true;
+        paper.slots.write(record, &self.path(&record.name))?;
+        paper.unsettled = false;
+        *kept.record.lock().unwrap_or_else(PoisonError::into_inner) = record.clone();
+        Ok(())
+    }
+
+    /// Writes a record once more: after a write that has failed, only then is it certain which record a later start finds. Until then
+    /// nobody may act on what it says.
+    ///
+    /// # Errors
+    /// [`JournalError`], and it is still not certain.
+    pub fn settle(&self, name: &VmName) -> Result<(), JournalError> {
+        let kept = self.kept(name).ok_or_else(|| JournalError::Unknown(name.clone()))?;
+        blocking(|| {
+            let mut paper = kept.paper();
+            if paper.removed {
+                return Err(JournalError::Unknown(name.clone()));
+            }
+            let record = kept.record();
+            self.write(&kept, &mut paper, &record)
+        })
+    }
+
+    /// Whether a later start may find something else of a machine than what is certain here.
+    #[must_use]
+    pub fn is_unsettled(&self, name: &VmName) -> bool {
+        self.kept(name).is_some_and(|kept| kept.paper().unsettled)
     }
 
     /// Forgets a machine. Nothing happens when there is none of the name.
     ///
-    /// What is not forgotten, for ninety days, is the hand-over by which it had become this host's: its source may
-    /// not have heard of it yet, and must never be told that the machine is nowhere and may run there.
+    /// What is not forgotten, until its source has let go of it, is what `mark` says of the hand-over by which it came here.
     ///
     /// # Errors
     /// What the system said. The record then still stands.
-    pub fn remove(&self, name: &VmName) -> Result<(), JournalError> {
-        let mut entries = self.entries();
-        let Some(entry) = entries.get(name) else { return Ok(()) };
-        // One that was never seen to run is not remembered either: when a person throws it away, its source may run it.
-        let was_ours =
-            !matches!(entry.record.ownership, Ownership::Incoming { .. }) && !entry.record.resuming;
-        if let Some(session) = entry.record.arrived_by.filter(|_| was_ours) {
-            let path = self.departed.join(session.to_string());
-            let Record { post_copy, supplied, .. } = &entry.record;
-            let departed = Departed { lacked: post_copy.is_some(), supplied: *supplied };
-            write_durably(&path, &serde_json::to_vec(&departed).unwrap_or_default())
-                .and_then(|()| File::open(&self.departed)?.sync_all())
-                .map_err(|source| JournalError::Io { action: "create", path, source })?;
-        }
-        if entries.remove(name).is_some() {
+    pub(crate) fn remove(&self, name: &VmName, mark: Option<Mark>) -> Result<(), JournalError> {
+        let Some(kept) = self.kept(name) else { return Ok(()) };
+        blocking(|| {
+            let mut paper = kept.paper();
+            if paper.removed {
+                return Ok(());
+            }
+            let record = kept.record();
+            if let Some((session, mark)) = record.arrived_by.zip(mark).filter(|_| !record.released) {
+                let Record { post_copy, supplied, .. } = &record;
+                let departed = Departed { lacked: post_copy.is_some(), supplied: *supplied };
+                self.marks.make(session, mark, departed)?;
+            }
             let path = self.path(name);
-            std::fs::remove_file(&path)
-                .and_then(|()| File::open(&self.directory)?.sync_all())
+            match std::fs::remove_file(&path) {
+                Ok(()) => {}
+                // Removed by an attempt whose directory could not be made durable.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(JournalError::Io { action: "remove", path, source }),
+            }
+            File::open(&self.directory)
+                .and_then(|directory| directory.sync_all())
                 .map_err(|source| JournalError::Io { action: "remove", path, source })?;
+            paper.removed = true;
+            self.entries().remove(name);
+            Ok(())
+        })
+    }
+
+    /// What is remembered of a hand-over to this host whose machine is not here any more.
+    ///
+    /// # Errors
+    /// [`JournalError`] when that cannot be seen: it is then not known.
+    pub fn mark(&self, session: Uuid) -> Result<Option<Mark>, JournalError> {
+        self.marks.of(session)
+    }
+
+    /// What is remembered of a machine that ran here by this hand-over, and is not here any more.
+    ///
+    /// # Errors
+    /// As [`Journal::mark`].
+    pub fn departed(&self, session: Uuid) -> Result<Option<Departed>, JournalError> {
+        self.marks.departed(session)
+    }
+
+    /// The source of this hand-over keeps nothing of the machine, and will not ask about it again.
+    pub(crate) fn released(&self, session: Uuid) {
+        let here = self.all().into_iter().find(|record| record.arrived_by == Some(session));
+        if let Some(mut record) = here
+            && let Err(error) = self.on(&mut record, Event::Released { session }, |_| {})
+        {
+            // It is remembered for longer than need be.
+            tracing::warn!(vm = %record.name, error = crate::failure::chain(&error), "the journal cannot be written");
         }
-        Ok(())
-    }
-
-    /// Whether a machine became this host's by this hand-over, and has left or ended since.
-    #[must_use]
-    pub fn has_departed(&self, session: Uuid) -> bool {
-        self.departed.join(session.to_string()).exists()
-    }
-
-    /// What is remembered of a machine that became this host's by this hand-over, and has left or ended since. A mark
-    /// without content, as of a crash or of an earlier version, says no more than that it has.
-    #[must_use]
-    pub fn departed(&self, session: Uuid) -> Option<Departed> {
-        let mark = File::open(self.departed.join(session.to_string())).ok()?;
-        let mut content = Vec::new();
-        let read = mark.take(LONGEST_MARK).read_to_end(&mut content);
-        Some(read.ok().and_then(|_| serde_json::from_slice(&content).ok()).unwrap_or_default())
+        self.marks.forget(session);
     }
 
     /// A machine's record.
     #[must_use]
     pub fn get(&self, name: &VmName) -> Option<Record> {
-        self.entries().get(name).map(|entry| entry.record.clone())
+        Some(self.kept(name)?.record())
     }
 
     /// All records, by name.
     #[must_use]
     pub fn all(&self) -> Vec<Record> {
-        let mut records: Vec<Record> = self.entries().values().map(|entry| entry.record.clone()).collect();
+        let kept: Vec<Entry> = self.entries().values().cloned().collect();
+        let record = |entry| match entry {
+            Entry::Claimed => None,
+            Entry::Here(kept) => Some(kept.record()),
+        };
+        let mut records: Vec<Record> = kept.into_iter().filter_map(record).collect();
         records.sort_by(|a, b| a.name.cmp(&b.name));
         records
     }
 }
 
-/// Bytes that a mark of a hand-over is read to.
-const LONGEST_MARK: u64 = 4096;
+impl Kept {
+    fn new(record: Record, slots: Slots) -> Kept {
+        let paper = Paper { slots, unsettled: false, removed: false };
+        Kept { record: Mutex::new(record), file: Mutex::new(paper) }
+    }
 
-fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(content)?;
-    file.sync_all()
-}
+    fn record(&self) -> Record {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 
-/// Removes the marks of hand-overs that nobody asks about any more. One that stays does no harm.
-fn forget_old(departed: &Path) {
-    let Ok(marks) = std::fs::read_dir(departed) else { return };
-    for mark in marks.flatten() {
-        let age = mark.metadata().and_then(|mark| mark.modified()).map(|at| at.elapsed().unwrap_or_default());
-        if age.is_ok_and(|age| age > REMEMBERED) {
-            let _ = std::fs::remove_file(mark.path());
-        }
+    fn paper(&self) -> MutexGuard<'_, Paper> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Entry {
-    fn create(path: &Path, record: Record) -> Result<Entry, JournalError> {
-        let new = path.with_extension("new");
-        let failed = |action| {
-            let path = path.to_owned();
-            move |source| JournalError::Io { action, path, source }
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&new)
-            .map_err(failed("create"))?;
-        // Written, not merely sized: later writes then change no block map.
-        file.write_all_at(&vec![0; 2 * SLOT as usize], 0).map_err(failed("write"))?;
-        let mut entry = Entry { record: record.clone(), file, sequence: 0 };
-        entry.write(&record, path)?;
-        entry.file.sync_all().map_err(failed("make durable"))?;
-        std::fs::rename(&new, path).map_err(failed("create"))?;
-        Ok(entry)
-    }
-
-    fn write(&mut self, record: &Record, path: &Path) -> Result<(), JournalError> {
-        let json = serde_json::to_vec(record).map_err(|e| JournalError::Io {
-            action: "encode",
-            path: path.to_owned(),
-            source: e.into(),
-        })?;
-        if json.len() + HEADER > SLOT as usize {
-            return Err(JournalError::TooLarge { name: record.name.clone(), length: json.len() });
-        }
-        let sequence = self.sequence + 1;
-        let mut slot = Vec::with_capacity(HEADER + json.len());
-        slot.extend_from_slice(&MAGIC);
-        slot.extend_from_slice(&sequence.to_le_bytes());
-        slot.extend_from_slice(&(json.len() as u64).to_le_bytes());
-        slot.extend_from_slice(&checksum(sequence, &json).to_le_bytes());
-        slot.extend_from_slice(&json);
-        self.file
-            .write_all_at(&slot, sequence % 2 * SLOT)
-            .and_then(|()| self.file.sync_data())
-            .map_err(|source| JournalError::Io { action: "write", path: path.to_owned(), source })?;
-        self.sequence = sequence;
-        self.record = record.clone();
-        Ok(())
-    }
-
-    fn load(path: &Path) -> Result<Entry, JournalError> {
-        let failed = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
-        let slots = [0, 1].map(|slot| read_slot(&file, slot));
-        let newest = slots.into_iter().flatten().max_by_key(|(sequence, _)| *sequence);
-        let (sequence, record) = newest.ok_or_else(|| JournalError::Corrupt(path.to_owned()))?;
-        Ok(Entry { record, file, sequence })
-    }
-}
-
-/// A slot's sequence number and record, if it holds a whole one.
-fn read_slot(file: &File, slot: u64) -> Option<(u64, Record)> {
-    let mut header = [0; HEADER];
-    file.read_exact_at(&mut header, slot * SLOT).ok()?;
-    let field = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
-    let (sequence, length) = (field(8), field(16));
-    if header[..8] != MAGIC || length > SLOT - HEADER as u64 {
-        return None;
-    }
-    let mut json = vec![0; usize::try_from(length).ok()?];
-    file.read_exact_at(&mut json, slot * SLOT + HEADER as u64).ok()?;
-    let sum = u128::from_le_bytes(std::array::from_fn(|i| header[24 + i]));
-    if sum != checksum(sequence, &json) {
-        return None;
-    }
-    Some((sequence, serde_json::from_slice(&json).ok()?))
-}
-
-fn checksum(sequence: u64, json: &[u8]) -> u128 {
-    // The sequence number is the seed, so a slot's header cannot be taken for that of another writing.
-    twox_hash::XxHash3_128::oneshot_with_seed(sequence, json)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::vm::{Made, Origin, Ownership};
-
-    fn record(name: &str, generation: u64) -> Record {
-        Record {
-            name: name.parse().unwrap(),
-            generation,
-            ownership: Ownership::Owner,
-            origin: Origin::Run,
-            arrived_by: None,
-            arrived_from: None,
-            outgoing: None,
-            post_copy: None,
-            supplied: None,
-            supplies: false,
-            pauses: false,
-            resuming: false,
-            process: None,
-            argv: vec!["qemu".into(), "x".repeat(generation as usize * 10)],
-            qmp_socket: "/run/x".into(),
-            memory: 5,
-            handed_in: Vec::new(),
-            made: Made::default(),
-        }
-    }
-
-    #[test]
-    fn what_was_written_is_there_after_a_restart() {
-        let directory = tempfile::tempdir().unwrap();
-        let journal = Journal::open(directory.path()).unwrap();
-        journal.claim(record("a", 1)).unwrap();
-        journal.claim(record("b", 1)).unwrap();
-        for generation in 2..9 {
-            journal.update(&record("a", generation)).unwrap();
-        }
-        journal.remove(&"b".parse().unwrap()).unwrap();
-        drop(journal);
-        let journal = Journal::open(directory.path()).unwrap();
-        assert_eq!(journal.all(), [record("a", 8)]);
-        assert!(matches!(journal.claim(record("a", 1)), Err(JournalError::NameTaken(_))));
-        assert!(matches!(journal.update(&record("b", 1)), Err(JournalError::Unknown(_))));
-    }
-
-    #[test]
-    fn a_hand_over_is_not_forgotten_with_its_machine() {
-        let directory = tempfile::tempdir().unwrap();
-        let (owned, copied) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let journal = Journal::open(directory.path()).unwrap();
-        journal.claim(Record { arrived_by: Some(owned), ..record("a", 1) }).unwrap();
-        let ownership = Ownership::Incoming { session: copied, from: "host".into(), ready: true };
-        journal.claim(Record { arrived_by: Some(copied), ownership, ..record("b", 1) }).unwrap();
-        assert!(!journal.has_departed(owned), "it is still here");
-        journal.remove(&"a".parse().unwrap()).unwrap();
-        journal.remove(&"b".parse().unwrap()).unwrap();
-        let journal = Journal::open(directory.path()).unwrap();
-        assert!(journal.has_departed(owned));
-        assert!(!journal.has_departed(copied), "it never was this host's");
-    }
-
-    #[test]
-    fn a_machine_that_ended_while_it_lacked_memory_is_not_remembered_as_one_that_had_all() {
-        let directory = tempfile::tempdir().unwrap();
-        let journal = Journal::open(directory.path()).unwrap();
-        let post_copy = crate::vm::PostCopy { descriptor: 7, missing: "/run/a.missing".into(), given: None };
-        let supplied = crate::vm::Supplied { faults: 3, longest_us: 5, total_us: 9, taken_over: false };
-        let [lacking, whole, neither] = [1, 2, 3].map(Uuid::from_u128);
-        let arrived = |name, session| Record { arrived_by: Some(session), ..record(name, 1) };
-        journal.claim(Record { post_copy: Some(post_copy), ..arrived("a", lacking) }).unwrap();
-        journal.claim(Record { supplied: Some(supplied), ..arrived("b", whole) }).unwrap();
-        journal.claim(arrived("c", neither)).unwrap();
-        for name in ["a", "b", "c"] {
-            assert_eq!(journal.departed(lacking).is_some(), name != "a");
-            journal.remove(&name.parse().unwrap()).unwrap();
-        }
-        let journal = Journal::open(directory.path()).unwrap();
-        assert_eq!(journal.departed(lacking), Some(Departed { lacked: true, supplied: None }));
-        assert_eq!(journal.departed(whole), Some(Departed { lacked: false, supplied: Some(supplied) }));
-        assert_eq!(journal.departed(neither), Some(Departed::default()));
-        // A mark as earlier versions made it.
-        std::fs::write(directory.path().join("departed").join(whole.to_string()), "").unwrap();
-        assert_eq!(journal.departed(whole), Some(Departed::default()));
-    }
-
-    #[test]
-    fn a_torn_write_leaves_the_record_before_it() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("vms/a.journal");
-        for torn_at in [0, 8, 20, 30, HEADER as u64, HEADER as u64 + 50] {
-            let journal = Journal::open(directory.path()).unwrap();
-            let name: VmName = "a".parse().unwrap();
-            journal.remove(&name).unwrap();
-            journal.claim(record("a", 1)).unwrap();
-            journal.update(&record("a", 2)).unwrap();
-            journal.update(&record("a", 3)).unwrap();
-            drop(journal);
-            // The third writing, sequence 3, is in slot 1.
-            let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, SLOT + torn_at).unwrap();
-            file.write_all_at(&[!byte[0]], SLOT + torn_at).unwrap();
-            assert_eq!(Journal::open(directory.path()).unwrap().all(), [record("a", 2)], "torn at {torn_at}");
-        }
-    }
-
-    #[test]
-    fn a_journal_without_any_whole_record_is_not_passed_over() {
-        let directory = tempfile::tempdir().unwrap();
-        drop(Journal::open(directory.path()).unwrap());
-        std::fs::write(directory.path().join("vms/a.journal"), vec![7; 2 * SLOT as usize]).unwrap();
-        assert!(matches!(Journal::open(directory.path()), Err(JournalError::Corrupt(_))));
+/// Waits for the disk, and lets others have the runtime's thread where there are more.
+pub(crate) fn blocking<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
     }
 }

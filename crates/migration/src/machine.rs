@@ -3,11 +3,15 @@
 use qemu::qmp::{CpuidWord, RunState, Version};
 use qemu::{NicKind, Qmp, RamBlock, Spec};
 
+use crate::blockers;
 use crate::cgroup;
+use crate::confinement;
 use crate::disks::{self, Disk};
 use crate::failure::Finding;
+use crate::host::Host;
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
+use crate::supervised;
 use crate::tap::macvtap::Macvtap;
 use crate::tap::port::Port;
 use crate::tap::{Interfaces, Kind};
@@ -35,8 +39,11 @@ pub(crate) struct Machine {
 
 impl Machine {
     /// Describes a machine of this host, and finds every reason for which it cannot leave it.
-    pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
+    pub(crate) async fn describe(host: &Host, vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
         let mut findings = unmovable(&vm.spec, options.accept_disconnect);
+        let supervision = supervised::of(&vm.record, &vm.spec, options);
+        host.left.may_start(&vm.record.name, supervision.as_ref().map(|found| &found.finding));
+        findings.extend(supervision.filter(|found| found.refused).map(|found| found.finding));
         if vm.record.post_copy.is_some() {
             findings.push(Finding::new(
                 "still-arriving",
@@ -56,27 +63,29 @@ impl Machine {
             }
             None => Vec::new(),
         };
-        if options.engine == Engine::Mirror
-            && let Err(e) = dirty_tracker::kernel_support()
-        {
-            findings.push(Finding::new(
-                "kernel-too-old",
-                crate::failure::chain(&e),
-                "boot this host with Linux 6.7 or newer, or migrate with --engine qemu",
-            ));
+        if options.engine == Engine::Mirror {
+            match dirty_tracker::kernel_support() {
+                Err(e) => findings.push(Finding::new(
+                    "kernel-too-old",
+                    crate::failure::chain(&e),
+                    "boot this host with Linux 6.7 or newer, or migrate with --engine qemu",
+                )),
+                Ok(()) => findings.extend(confinement::check(host, &vm.record, &vm.spec).await),
+            }
         }
         let facts = facts(vm).await;
-        let Facts { machine, qemu_version, cpuid, cpu_features, kvm, running, plugged } = match facts {
-            Ok(facts) => facts,
-            Err(e) => {
-                findings.push(Finding::new(
-                    "qemu-gone",
-                    crate::failure::chain(&e),
-                    "see what became of the VM with `vmirror show`",
-                ));
-                return (None, findings);
-            }
-        };
+        let Facts { machine, qemu_version, cpuid, cpu_features, kvm, running, plugged, blockers } =
+            match facts {
+                Ok(facts) => facts,
+                Err(e) => {
+                    findings.push(Finding::new(
+                        "qemu-gone",
+                        crate::failure::chain(&e),
+                        "see what became of the VM with `vmirror show`",
+                    ));
+                    return (None, findings);
+                }
+            };
         if !running.running {
             findings.push(Finding::new(
                 "not-running",
@@ -84,6 +93,7 @@ impl Machine {
                 "resume it first",
             ));
         }
+        findings.extend(blockers);
         findings.extend(plugged.differs_from(&vm.spec));
         findings.extend(too_old("the source", &qemu_version));
         let qemu_version = qemu_version.to_string();
@@ -103,7 +113,7 @@ impl Machine {
             findings.push(Finding::new("cgroup", message, e.hint()));
             cgroup::Limits::default()
         });
-        let direct_disks = vm.spec.disks().iter().any(|disk| disk.cache_direct);
+        let direct_disks = plugged.has_direct();
         let machine = Machine {
             machine,
             qemu_version,
@@ -129,6 +139,7 @@ struct Facts {
     kvm: bool,
     running: RunState,
     plugged: Plugged,
+    blockers: Vec<Finding>,
 }
 
 async fn facts(vm: &Vm) -> Result<Facts, qemu::QmpError> {
@@ -142,7 +153,18 @@ async fn facts(vm: &Vm) -> Result<Facts, qemu::QmpError> {
         kvm: vm.qmp.kvm_enabled().await?,
         running: vm.qmp.status().await?,
         plugged: Plugged::into(&vm.qmp).await?,
+        blockers: blockers::told_by(&vm.qmp, &vm.spec).await?,
     })
+}
+
+/// What would keep a machine of this host from leaving it, as far as that can be told without a destination and is not refused when it is
+/// taken in: devices that QEMU cannot migrate, disks that are reached in a way that is not known to work, memory that cannot be tracked.
+pub async fn tied(host: &Host, vm: &Vm) -> Vec<Finding> {
+    let mut findings = blockers::on_command_line(&vm.spec);
+    // A QEMU that does not answer is told of elsewhere.
+    findings.extend(blockers::told_by(&vm.qmp, &vm.spec).await.unwrap_or_default());
+    findings.extend(confinement::check(host, &vm.record, &vm.spec).await);
+    findings
 }
 
 /// The names of the features that a machine's CPUs have.
@@ -194,13 +216,7 @@ pub(crate) fn unmovable(spec: &Spec, accept_disconnect: bool) -> Vec<Finding> {
         _ => None,
     };
     let mut findings: Vec<Finding> = spec.host_devices().into_iter().map(device).collect();
-    if spec.reports_free_pages() {
-        findings.push(Finding::new(
-            "free-page-reporting",
-            "the guest's balloon reports free pages, which then change behind the tracking",
-            "start the VM with free-page-reporting=off",
-        ));
-    }
+    findings.extend(blockers::on_command_line(spec));
     findings.extend(spec.nics().into_iter().filter_map(nic));
     findings
 }

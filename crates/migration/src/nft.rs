@@ -240,7 +240,7 @@ fn parse(document: &str, table: &NftTable) -> Result<Listed, NftError> {
 }
 
 /// The commands that make the table that is described, when that is all that they do.
-fn commands(document: &str, table: &NftTable) -> Result<Vec<Value>, NftError> {
+pub(crate) fn commands(document: &str, table: &NftTable) -> Result<Vec<Value>, NftError> {
     let Listed(objects) = parse(document, table)?;
     let mut commands = Vec::with_capacity(objects.len());
     for object in objects {
@@ -271,7 +271,7 @@ fn commands(document: &str, table: &NftTable) -> Result<Vec<Value>, NftError> {
 }
 
 /// The names of objects that were to be and are not.
-fn altered(mut described: Vec<Value>, mut now: Vec<Value>) -> Vec<String> {
+pub(crate) fn altered(mut described: Vec<Value>, mut now: Vec<Value>) -> Vec<String> {
     described.iter_mut().chain(&mut now).for_each(keep_what_lasts);
     let rest = described.into_iter().filter(|object| match now.iter().position(|found| found == object) {
         Some(at) => {

@@ -136,6 +136,8 @@ pub struct Options {
     pub engine: Engine,
     /// Networks whose connections end with the move, user-mode ones and sockets, are no reason against it.
     pub accept_disconnect: bool,
+    /// What would start a machine again that nothing keeps from running twice is no reason against it.
+    pub accept_supervisor: bool,
     /// The machine stays in the source's network, through a tunnel, until [released](crate::forward::release).
     pub forward: bool,
 }
@@ -155,6 +157,7 @@ impl Default for Options {
             on_diverge: OnDiverge::default(),
             engine: Engine::default(),
             accept_disconnect: false,
+            accept_supervisor: false,
             forward: false,
         }
     }

@@ -19,6 +19,8 @@ pub(crate) struct Plugged {
     anonymous: BTreeSet<String>,
     /// Drives by the device that has them, what is in each, and how many bytes the guest sees of it.
     drives: BTreeSet<(String, String, u64)>,
+    /// Nodes of the block graph that bypass the page cache, as QEMU has them open now: reads through them are DMA to guest memory.
+    direct: BTreeSet<String>,
 }
 
 impl Plugged {
@@ -36,7 +38,14 @@ impl Plugged {
             (drive.qdev.unwrap_or(drive.device), drive.path.display().to_string(), drive.virtual_size)
         });
         let drives = drives.collect();
-        Ok(Plugged { named, anonymous, drives })
+        let nodes = qmp.block_nodes().await?;
+        let direct = nodes.into_iter().filter(|node| node.direct).map(|node| node.name).collect();
+        Ok(Plugged { named, anonymous, drives, direct })
+    }
+
+    /// Whether reads of some disk reach guest memory by DMA.
+    pub(crate) fn has_direct(&self) -> bool {
+        !self.direct.is_empty()
     }
 
     /// Devices that came or went since the machine was started, by their ids: the destination would have others.
@@ -66,8 +75,12 @@ impl Plugged {
         let went = before.difference(&after).map(|device| format!("device {device} was unplugged"));
         let new = now.drives.difference(&self.drives).map(|new| format!("{} is new", drive(new)));
         let gone = self.drives.difference(&now.drives).map(|gone| format!("{} is gone", drive(gone)));
-        let what = came.chain(went).chain(new).chain(gone).next()?;
-        let kind = if self.drives == now.drives { "devices-changed" } else { "disk-changed" };
+        // Scans that did not stop the guest have not seen what its reads bring. Where they did from the beginning, nothing was missed.
+        let direct = now.direct.iter().filter(|_| !self.has_direct());
+        let direct = direct.map(|node| format!("block node {node} bypasses the page cache now"));
+        let what = came.chain(went).chain(new).chain(gone).chain(direct).next()?;
+        let disks_are_the_same = self.drives == now.drives && (self.has_direct() || !now.has_direct());
+        let kind = if disks_are_the_same { "devices-changed" } else { "disk-changed" };
         Some(Finding::new(
             kind,
             format!("the VM changed while it was mirrored: {what}"),
@@ -88,7 +101,22 @@ mod tests {
                 .iter()
                 .map(|&(device, path, size)| (device.to_owned(), path.to_owned(), size))
                 .collect(),
+            direct: BTreeSet::new(),
         }
+    }
+
+    #[test]
+    fn a_disk_that_was_reopened_without_a_cache_is_not_mirrored_on_as_if_nothing_were() {
+        let cached = plugged(&["vd0"], &[("vd0", "/a", 512)]);
+        let direct = Plugged { direct: BTreeSet::from(["e0".to_owned()]), ..cached.clone() };
+        let finding = cached.changed_to(&direct).unwrap();
+        assert_eq!(finding.kind, "disk-changed");
+        assert!(finding.message.ends_with("block node e0 bypasses the page cache now"), "{finding:?}");
+        // The guest was stopped for each scan anyway, and may be so for nothing.
+        let more = Plugged { direct: BTreeSet::from(["e0".to_owned(), "e1".to_owned()]), ..cached.clone() };
+        assert_eq!(direct.changed_to(&more), None);
+        assert_eq!(direct.changed_to(&cached), None);
+        assert!(direct.has_direct() && !cached.has_direct());
     }
 
     #[test]

@@ -186,7 +186,7 @@ impl Interfaces {
         Ok(self.find(name).await?.is_some())
     }
 
-    /// Makes a tap, joins it to its bridge, and leaves it down.
+    /// Makes a tap, which the user `owner` may use beside root, joins it to its bridge, and leaves it down.
     pub(crate) async fn make(
         &self,
         name: &str,
@@ -194,9 +194,10 @@ impl Interfaces {
         mtu: u32,
         queue_length: Option<u32>,
         multi_queue: bool,
+        owner: Option<u32>,
     ) -> Result<(), TapError> {
         let failed = |source| TapError::Make { name: name.to_owned(), source };
-        ioctl::make_persistent(name, multi_queue).map_err(failed)?;
+        ioctl::make_persistent(name, multi_queue, owner).map_err(failed)?;
         let prepared = self.prepare(name, bridge, mtu, queue_length).await;
         if prepared.is_err() {
             // Nothing half-made is left; why it was not whole is the error that counts.
@@ -365,8 +366,12 @@ mod ioctl {
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
     }
 
-    pub(super) fn make_persistent(name: &str, multi_queue: bool) -> io::Result<()> {
+    pub(super) fn make_persistent(name: &str, multi_queue: bool, owner: Option<u32>) -> io::Result<()> {
         let file = attach(name, multi_queue, true)?;
+        if let Some(owner) = owner {
+            // SAFETY: TUNSETOWNER takes its argument by value.
+            check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOWNER, libc::c_ulong::from(owner)) })?;
+        }
         // SAFETY: TUNSETPERSIST takes its argument by value.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST, 1) })
     }

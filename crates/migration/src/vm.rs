@@ -3,14 +3,17 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
 
+use qemu::spec::render::Place;
 use qemu::{Nic, NicKind, Process, Qmp, Spec};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::handed_in::HandedIn;
+use crate::ownership::Standing;
+use crate::settings::Settings;
 use crate::tap::port::Port;
+use crate::which_file::WhichFile;
 
 /// The name of a virtual machine: 1 to 48 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
 /// It becomes part of file names, so nothing else is let in.
@@ -25,12 +28,17 @@ pub struct VmName(String);
 )]
 pub struct BadName(pub String);
 
+impl VmName {
+    /// Most letters of one.
+    pub const LONGEST: usize = 48;
+}
+
 impl TryFrom<String> for VmName {
     type Error = BadName;
     fn try_from(name: String) -> Result<VmName, BadName> {
         let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         let begins = name.starts_with(|c: char| c.is_ascii_alphanumeric());
-        if begins && name.len() <= 48 && name.chars().all(fits) {
+        if begins && name.len() <= VmName::LONGEST && name.chars().all(fits) {
             Ok(VmName(name))
         } else {
             Err(BadName(name))
@@ -64,7 +72,7 @@ impl AsRef<str> for VmName {
 }
 
 /// Which side of a hand-over this host is on. The number beside it in [`Record`] makes a stale side powerless.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ownership {
     /// The machine is this host's.
@@ -86,6 +94,10 @@ pub enum Ownership {
         to: String,
         /// Its address.
         address: String,
+        /// Identity of the state directory of the agent there, whose word on the copy counts; not on record of earlier versions, and
+        /// not told by them.
+        #[serde(default)]
+        keeper: Option<Uuid>,
     },
 }
 
@@ -124,6 +136,9 @@ pub struct Made {
     /// with nothing in them.
     #[serde(default)]
     pub by_qemu: Vec<PathBuf>,
+    /// Sockets that its QEMU has at a place of its own, and where their users look for them.
+    #[serde(default)]
+    pub places: Vec<Place>,
     /// The process that serves some of the images meanwhile.
     #[serde(default)]
     pub storage_daemon: Option<Process>,
@@ -161,17 +176,63 @@ pub struct Forwarded {
 pub struct MadeImage {
     /// Where.
     pub path: PathBuf,
-    /// It was made for the mirror, and not there before.
+    /// It is made for the mirror, and was not there before.
     pub fresh: bool,
+    /// What it is called until it is complete: nobody else's file is ever called so.
+    #[serde(default)]
+    pub made_as: Option<PathBuf>,
+    /// Which file was made, once it was; what is found at the path is ours only if it is this one. Not on record of earlier versions.
+    #[serde(default)]
+    pub file: Option<WhichFile>,
 }
 
 /// A switch-over under way.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Outgoing {
     /// The migration.
     pub session: Uuid,
+    /// Name of the destination's agent; not on record of earlier versions.
+    #[serde(default)]
+    pub to: Option<String>,
     /// Address of the destination's agent.
     pub address: String,
+}
+
+impl Outgoing {
+    /// The agent there: by its name, or where it is.
+    pub(crate) fn whose(&self) -> &str {
+        self.to.as_ref().unwrap_or(&self.address)
+    }
+}
+
+/// On record none, and one alone, are as earlier versions have them, which knew no more than one.
+mod outgoing {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Outgoing;
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum OnRecord {
+        One(Outgoing),
+        Several(Vec<Outgoing>),
+    }
+
+    pub(super) fn serialize<S: Serializer>(outgoing: &[Outgoing], serializer: S) -> Result<S::Ok, S::Error> {
+        match outgoing {
+            [] => serializer.serialize_none(),
+            [one] => one.serialize(serializer),
+            several => several.serialize(serializer),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Outgoing>, D::Error> {
+        Ok(match Option::deserialize(deserializer)? {
+            None => Vec::new(),
+            Some(OnRecord::One(one)) => vec![one],
+            Some(OnRecord::Several(several)) => several,
+        })
+    }
 }
 
 /// A machine that runs, or may be run, before its memory is complete.
@@ -235,9 +296,22 @@ pub struct Record {
     /// Name of the agent that it came from.
     #[serde(default)]
     pub arrived_from: Option<String>,
-    /// The switch-over that this host is the source of: where a copy may wait that is worthless if it is not handed over.
+    /// Address of that agent's link, where it told one: it can be asked.
     #[serde(default)]
-    pub outgoing: Option<Outgoing>,
+    pub arrived_from_address: Option<String>,
+    /// That agent has said that it keeps nothing of the machine.
+    #[serde(default)]
+    pub released: bool,
+    /// The switch-over that this host is the source of, and earlier ones: where copies may wait that are worthless if it is not handed over
+    /// by these.
+    #[serde(default, with = "outgoing")]
+    pub outgoing: Vec<Outgoing>,
+    /// A switch-over of ours has begun, and its guest was not seen to run since: found paused by one, it was paused by us.
+    #[serde(default)]
+    pub switching: bool,
+    /// What its QEMU's migration was set to before ours, to be given back if it stays.
+    #[serde(default)]
+    pub settings: Option<Settings>,
     /// Its memory is not complete here: the rest is still at the host it came from.
     #[serde(default)]
     pub post_copy: Option<PostCopy>,
@@ -253,6 +327,9 @@ pub struct Record {
     pub supplies: bool,
     /// This host owns it but may not have resumed it yet: a crash fell between the two.
     pub resuming: bool,
+    /// Its guest has run here since it came.
+    #[serde(default)]
+    pub has_run: bool,
     /// The QEMU process; none until it has been launched.
     pub process: Option<Process>,
     /// Its command line.
@@ -266,9 +343,44 @@ pub struct Record {
     pub handed_in: Vec<HandedIn>,
     /// What to remove when it leaves.
     pub made: Made,
+    /// Images of its that were mirrored to where it was handed over: what stays of them here is older than the machine's disks.
+    #[serde(default)]
+    pub left_behind: Vec<PathBuf>,
 }
 
 impl Record {
+    /// Of a machine of this name, of which nothing is known yet.
+    pub(crate) fn new(name: VmName, standing: Standing, origin: Origin) -> Record {
+        let mut record = Record {
+            name,
+            generation: 0,
+            ownership: Ownership::Owner,
+            origin,
+            arrived_by: None,
+            arrived_from: None,
+            arrived_from_address: None,
+            released: false,
+            outgoing: Vec::new(),
+            switching: false,
+            settings: None,
+            post_copy: None,
+            supplied: None,
+            pauses: false,
+            supplies: false,
+            resuming: false,
+            has_run: false,
+            process: None,
+            argv: Vec::new(),
+            qmp_socket: PathBuf::new(),
+            memory: 0,
+            handed_in: Vec::new(),
+            made: Made::default(),
+            left_behind: Vec::new(),
+        };
+        record.stand(standing);
+        record
+    }
+
     /// The name of the tap interface of one of the machine's network back ends, if it is on one, and that has a name.
     pub(crate) fn interface(&self, nic: &Nic) -> Option<String> {
         let NicKind::Tap { ifname, .. } = &nic.kind else { return None };
@@ -295,9 +407,6 @@ pub struct Vm {
     /// The connection.
     pub qmp: Qmp,
 }
-
-/// How long QEMU may take to go away after `quit` before it is killed.
-pub(crate) const QUIT_GRACE: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,9 @@
 //! fields are optional, and a peer that does not know them ignores them. A message without a known kind is a
 //! violation. The link bounds a whole message to 1 MiB before any of it is decoded.
 
+pub(crate) mod bounds;
 mod limits;
+mod names;
 mod network;
 mod reserve;
 
@@ -23,7 +25,7 @@ pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDestination {
     /// One of them.
-    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(oneof = "Request", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
     pub request: Option<Request>,
 }
 
@@ -71,13 +73,20 @@ pub enum Request {
     /// of a connection.
     #[prost(message, tag = "13")]
     EndForwarding(Commit),
+    /// From the destination: whose is the machine? Only message of a connection, to the source.
+    #[prost(message, tag = "14")]
+    Whose(Commit),
+    /// Nothing of the machine is kept any more by who has handed it over, and nobody will ask what became of it. First message of a
+    /// connection.
+    #[prost(message, tag = "15")]
+    Released(Commit),
 }
 
 /// From destination to source.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToSource {
     /// One of them.
-    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18")]
+    #[prost(oneof = "Reply", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20")]
     pub reply: Option<Reply>,
 }
 
@@ -138,6 +147,12 @@ pub enum Reply {
     /// The machine is in the network that is here.
     #[prost(message, tag = "18")]
     ForwardingEnded(Nothing),
+    /// The reservation is still worked on. Only to a source that has said that it is patient.
+    #[prost(message, tag = "19")]
+    Working(Nothing),
+    /// Whose the machine is, as the source knows it.
+    #[prost(message, tag = "20")]
+    Belongs(Belongs),
 }
 
 /// No content.
@@ -178,6 +193,9 @@ pub struct Reserved {
     /// Which of these have images that were there before, in the same way.
     #[prost(uint32, repeated, tag = "3")]
     pub existing: Vec<u32>,
+    /// Identity of this agent's state directory, 16 bytes.
+    #[prost(bytes = "vec", tag = "4")]
+    pub keeper: Vec<u8>,
 }
 
 /// What a part of an image holds.
@@ -267,6 +285,26 @@ pub struct Commit {
     pub generation: u64,
 }
 
+/// Whose a machine is, as its source knows it.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct Belongs {
+    /// Whose.
+    #[prost(enumeration = "Owner", tag = "1")]
+    pub owner: i32,
+}
+
+/// Whose a machine may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum Owner {
+    /// The source knows nothing of it.
+    Unknown = 0,
+    /// The source's own.
+    Mine = 1,
+    /// Who asks has it, by the migration that it asks about.
+    Yours = 2,
+}
+
 /// A post-copy that goes on.
 #[derive(Clone, PartialEq, Message)]
 pub struct Resume {
@@ -342,6 +380,9 @@ pub struct Findings {
     /// For a rehearsal that found none, what would be set aside.
     #[prost(message, optional, tag = "3")]
     pub reserved: Option<Reserved>,
+    /// Identity of the state directory of the agent that says so, 16 bytes.
+    #[prost(bytes = "vec", tag = "4")]
+    pub keeper: Vec<u8>,
 }
 
 /// A reason.
@@ -381,6 +422,20 @@ pub struct Health {
     pub frames_dropped: u64,
 }
 
+impl Request {
+    /// The machine that it is about, where it may be the first message of a connection; else empty.
+    pub(crate) fn vm(&self) -> &str {
+        match self {
+            Request::Reserve(reserve) => &reserve.name,
+            Request::Commit(commit) | Request::Cancel(commit) | Request::EndForwarding(commit) => {
+                &commit.name
+            }
+            Request::Resume(resume) => resume.commit.as_ref().map_or("", |commit| &commit.name),
+            _ => "",
+        }
+    }
+}
+
 impl From<Request> for ToDestination {
     fn from(request: Request) -> ToDestination {
         ToDestination { request: Some(request) }
@@ -412,7 +467,7 @@ impl From<Vec<crate::Finding>> for Findings {
 }
 
 /// Bytes of bits in one [`Missing`]: 2 GiB worth of pages in 64 KiB.
-const MISSING_BYTES: usize = 64 << 10;
+pub(crate) const MISSING_BYTES: usize = 64 << 10;
 
 impl Missing {
     /// A set of pages, in as many messages as it takes.

@@ -21,6 +21,7 @@ pub mod device;
 pub mod hash;
 pub mod layout;
 pub mod ledger;
+mod meeting;
 pub mod memory;
 pub mod network;
 pub mod storage;

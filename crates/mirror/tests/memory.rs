@@ -132,7 +132,7 @@ impl Rig {
         let range = self.address..self.address + SIZE;
         let tracker = Tracker::attach(self.child.id(), &[range], DescriptorSource::Injected).unwrap();
         let ranges = vec![TrackedRange { block: 0, offset: 0 }];
-        let how = How { scanning: Scanning::Quickest, compression };
+        let how = How { scanning: Scanning::Quickest, compression, gives_back: true };
         let ram = ram(&self.source);
         let source = MemorySource::start(ram, secret, tracker, ranges, how, sinks, Vec::new()).unwrap();
         Mirror { source, destination, events, mismatches: Vec::new() }
@@ -251,6 +251,68 @@ fn a_page_zeroed_after_it_was_sent_is_zero_at_the_destination() {
     assert_eq!((sent.scanned, sent.counts.zero), (0, 20));
     assert!(!mirror.source.in_doubt() && !mirror.source.has_suspects());
     assert_eq!(mirror.source.missed(), 20, "writes that tracking missed are counted");
+    assert_equal(&rig);
+    mirror.finish();
+}
+
+/// Gives pages of a RAM file back to the host, as QEMU does for a balloon, a report of free pages or virtio-mem.
+fn punch(file: &File, pages: std::ops::Range<u64>) {
+    let (offset, len) = (pages.start * PAGE_SIZE as u64, (pages.end - pages.start) * PAGE_SIZE as u64);
+    let flags = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: takes a descriptor that is open, and numbers.
+    let punched = unsafe { libc::fallocate(file.as_raw_fd(), flags, offset as i64, len as i64) };
+    assert_eq!(punched, 0, "{}", std::io::Error::last_os_error());
+}
+
+#[test]
+fn what_a_guest_gave_back_between_the_last_scan_and_the_pause_is_zero_at_the_destination() {
+    let rig = Rig::new();
+    let file = OpenOptions::new().read(true).write(true).open(&rig.source).unwrap();
+    let mut mirror = rig.mirror(3);
+    mirror.round(Guest::Running);
+    // Of one half all pages are mapped, by the process that writes them; of the other none.
+    while mirror.round(Guest::Running).0.scanned < PAGES / 4 {}
+    rig.signal(libc::SIGSTOP);
+    file.write_all_at(&[5; 600 * PAGE_SIZE], SIZE / 2).unwrap();
+    let holds: Vec<PageIndex> = (PAGES / 2..PAGES / 2 + 600).map(PageIndex).collect();
+    mirror.source.repair(&holds);
+    mirror.round(Guest::Running);
+    assert_equal(&rig);
+
+    punch(&file, 10..100);
+    punch(&file, PAGES / 2 + 7..PAGES / 2 + 8);
+    punch(&file, PAGES / 2 + 100..PAGES / 2 + 590);
+    let (sent, sums) = mirror.round(Guest::Paused);
+    assert!(sent.counts.zero >= 400, "{:?}", sent.counts);
+    assert_eq!(sent.sums, sums, "the gate");
+    assert_eq!(mirror.source.prove().unwrap().mismatches, 0, "the proof raises no alarm");
+    assert_equal(&rig);
+    assert_eq!(mirror.source.missed(), 0, "no write was missed");
+    // What is zero there is not sent again.
+    let (sent, _) = mirror.round(Guest::Paused);
+    assert_eq!(sent.counts.zero, 0, "{:?}", sent.counts);
+    mirror.finish();
+}
+
+#[test]
+fn what_a_running_guest_gives_back_is_found_before_the_audit_takes_it_for_a_missed_write() {
+    let rig = Rig::new();
+    rig.signal(libc::SIGSTOP);
+    let file = OpenOptions::new().read(true).write(true).open(&rig.source).unwrap();
+    file.write_all_at(&[5; 40 * PAGE_SIZE], SIZE / 2).unwrap();
+    let mut mirror = rig.mirror(1);
+    mirror.round(Guest::Running);
+    punch(&file, PAGES / 2..PAGES / 2 + 20);
+    // While it runs not every round has the time to look.
+    let mut zero = 0;
+    for _ in 0..10_000 {
+        zero += mirror.round(Guest::Running).0.counts.zero;
+        if zero > 0 {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!((zero, mirror.source.missed()), (20, 0));
     assert_equal(&rig);
     mirror.finish();
 }

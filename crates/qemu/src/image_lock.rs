@@ -21,6 +21,8 @@ const WRITE: i64 = 1;
 const RESIZE: i64 = 3;
 /// What a writer locks: it reads and writes, and lets nobody write or resize.
 const OURS: [i64; 4] = [DOES + READ, DOES + WRITE, FORBIDS + WRITE, FORBIDS + RESIZE];
+/// What who keeps others out locks: it lets nobody write or resize. Who reads finds no hindrance.
+const KEEPS_OUT: [i64; 2] = [FORBIDS + WRITE, FORBIDS + RESIZE];
 /// What contradicts it.
 const AGAINST_US: [i64; 4] = [FORBIDS + READ, FORBIDS + WRITE, DOES + WRITE, DOES + RESIZE];
 
@@ -77,6 +79,61 @@ impl ImageLock {
 impl Drop for ImageLock {
     fn drop(&mut self) {
         // Closing would do, but for a child that is just being started and has not closed its copy yet.
+        if let Err(error) = set(&self.file, DOES, FORBIDS, libc::F_UNLCK) {
+            tracing::warn!(%error, "an image's locks stay until its file is closed everywhere");
+        }
+    }
+}
+
+/// Keeps every QEMU from opening an image for writing, unless it was told to ignore locks. Taken beside the locks of one that has
+/// it open already, which notices nothing of it. Released on drop, for every process that has this very file open.
+#[derive(Debug)]
+pub struct KeepOut {
+    file: File,
+    /// Others that have the file open keep the locks.
+    passed_on: bool,
+}
+
+impl KeepOut {
+    /// Takes the locks, whoever else has some. The image is not written, and opened for reading only.
+    ///
+    /// # Errors
+    /// [`ImageLockError::System`] if the file cannot be opened for reading, or its file system has no such locks.
+    pub fn take(path: &Path) -> Result<KeepOut, ImageLockError> {
+        let failed = |source| ImageLockError::System { path: path.to_owned(), source };
+        let lock = KeepOut { file: File::open(path).map_err(failed)?, passed_on: false };
+        for byte in KEEPS_OUT {
+            set(&lock.file, byte, 1, libc::F_RDLCK).map_err(failed)?;
+        }
+        Ok(lock)
+    }
+
+    /// Whether somebody writes the image.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn is_written(&self) -> io::Result<bool> {
+        is_locked(&self.file, DOES + WRITE)
+    }
+
+    /// Leaves the locks to whoever else has this very file open. As when the process ends, they go with the last of them.
+    pub fn pass_on(mut self) {
+        self.passed_on = true;
+    }
+
+    /// The file that is locked, whatever its name is by now.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl Drop for KeepOut {
+    fn drop(&mut self) {
+        if self.passed_on {
+            return;
+        }
+        // As of an `ImageLock`.
         if let Err(error) = set(&self.file, DOES, FORBIDS, libc::F_UNLCK) {
             tracing::warn!(%error, "an image's locks stay until its file is closed everywhere");
         }
@@ -141,6 +198,25 @@ mod tests {
         assert!(!in_use(image.path()).unwrap(), "a copy of the descriptor does not keep the lock");
         drop(ImageLock::take(image.path()).unwrap());
         drop(copy);
+    }
+
+    #[test]
+    fn who_is_kept_out_is_a_writer_and_no_reader() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let writer = ImageLock::take(image.path()).unwrap();
+        let kept = KeepOut::take(image.path()).unwrap();
+        assert!(kept.is_written().unwrap(), "it is taken beside one that writes");
+        drop(writer);
+        assert!(!kept.is_written().unwrap());
+        assert!(in_use(image.path()).unwrap());
+        assert!(matches!(ImageLock::take(image.path()), Err(ImageLockError::InUse { .. })));
+        // What a reader looks at: whether somebody writes, or lets nobody read.
+        let reader = File::open(image.path()).unwrap();
+        for byte in [DOES + WRITE, FORBIDS + READ] {
+            assert!(!is_locked(&reader, byte).unwrap());
+        }
+        drop(kept);
+        drop(ImageLock::take(image.path()).unwrap());
     }
 
     #[test]

@@ -5,8 +5,7 @@
 //! systemd the starter's unit needs `KillMode=process` for the same reason.
 
 use std::{
-    fs::{File, OpenOptions},
-    io::{self, Read, Seek, SeekFrom},
+    io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
@@ -16,18 +15,15 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    Spec, detach,
+    Spec, User, detach, log,
     process::{Process, ProcessError},
     qmp::{Qmp, QmpError},
 };
 
 /// How long QEMU may take until its QMP answers. Reserving a terabyte of RAM takes a minute or two.
-const START_DEADLINE: Duration = Duration::from_secs(300);
+pub const START_DEADLINE: Duration = Duration::from_secs(300);
 /// How long to wait between looks at a QEMU that starts. One without devices answers after some 50 ms.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
-/// How much of QEMU's output is looked at, and how many lines of it an error repeats.
-const OUTPUT_BYTES: u64 = 8192;
-const OUTPUT_LINES: usize = 6;
 
 /// Why a QEMU was not started.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +88,15 @@ pub enum LaunchError {
 /// Why a process could not be put on record.
 pub type NotRecorded = Box<dyn std::error::Error + Send + Sync>;
 
+/// Where, and as whom, a QEMU is started.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Launch<'a> {
+    /// Where it looks for files without a directory; this process's own where there is none.
+    pub directory: Option<&'a Path>,
+    /// As whom it runs; as this process's own user where there is none.
+    pub user: Option<&'a User>,
+}
+
 /// Starts QEMU detached, with its output (and a serial console on stdio) appended to `log`, and waits until its QMP
 /// answers. Must run inside a tokio runtime. QEMU has the descriptors, under the numbers that they have here.
 ///
@@ -103,40 +108,42 @@ pub type NotRecorded = Box<dyn std::error::Error + Send + Sync>;
 pub async fn launch(
     spec: &Spec,
     log: &Path,
+    place: Launch<'_>,
     descriptors: Vec<OwnedFd>,
     record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
 ) -> Result<Process, LaunchError> {
+    let Launch { directory, user } = place;
     let socket =
         spec.own_qmp_socket().or_else(|| spec.qmp_sockets().into_iter().next()).ok_or(LaunchError::NoQmp)?;
-    start(spec.binary(), &spec.to_argv()[1..], &socket, log, descriptors, record).await
+    let mut command = std::process::Command::new(spec.binary());
+    command.args(&spec.to_argv()[1..]);
+    if let Some(directory) = directory {
+        command.current_dir(directory);
+    }
+    start(command, &socket, log, user, descriptors, record).await
 }
 
 /// Starts a program of QEMU's that has its QMP on `socket`, as [`launch`] does.
 pub(crate) async fn start(
-    binary: &Path,
-    arguments: &[String],
+    mut command: std::process::Command,
     socket: &Path,
     log: &Path,
+    user: Option<&User>,
     descriptors: Vec<OwnedFd>,
     record: impl FnOnce(&Process) -> Result<(), NotRecorded>,
 ) -> Result<Process, LaunchError> {
     let log_failed = |source| LaunchError::Log { log: log.to_owned(), source };
-    let mut output = OpenOptions::new().create(true).append(true).read(true).open(log).map_err(log_failed)?;
-    let begin = output.seek(SeekFrom::End(0)).map_err(log_failed)?;
-    let mut command = std::process::Command::new(binary);
-    command
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(output.try_clone().map_err(log_failed)?)
-        .stderr(output.try_clone().map_err(log_failed)?);
+    let output = log::open(log).map_err(log_failed)?;
+    let begin = output.metadata().map_err(log_failed)?.len();
+    let binary = PathBuf::from(command.get_program());
+    command.stdin(Stdio::null()).stdout(output.try_clone().map_err(log_failed)?).stderr(output);
     let known = |pid| -> Result<KillOnDrop, LaunchError> {
         let process = Process::of_pid(pid, socket)?;
         record(&process).map_err(LaunchError::Unrecorded)?;
         Ok(KillOnDrop(Some(process)))
     };
-    let spawned = detach::spawn(command, descriptors, known).await;
-    let (mut child, mut unless_ready) =
-        spawned.map_err(|source| LaunchError::Run { binary: binary.to_owned(), source })??;
+    let spawned = detach::spawn(command, descriptors, user, known).await;
+    let (mut child, mut unless_ready) = spawned.map_err(|source| LaunchError::Run { binary, source })??;
     let pid = child.id().unwrap_or_default();
     let (ended, mut end) = watch::channel(None);
     tokio::spawn(async move {
@@ -150,13 +157,13 @@ pub(crate) async fn start(
         Ok(status) = async { end.wait_for(Option::is_some).await.map(|status| *status) } => {
             unless_ready.0 = None;
             let status = status.expect("the wait was for a status");
-            return Err(LaunchError::Ended { status, output: last_words(output, begin) });
+            return Err(LaunchError::Ended { status, output: log::last_words_since(log, begin) });
         }
     };
     match answered {
         Ok(()) => unless_ready.0.take().ok_or(LaunchError::NoQmp),
         Err(LaunchError::Silent { after, source, .. }) => {
-            Err(LaunchError::Silent { after, source, output: last_words(output, begin) })
+            Err(LaunchError::Silent { after, source, output: log::last_words_since(log, begin) })
         }
         Err(error) => Err(error),
     }
@@ -182,29 +189,13 @@ async fn wait_for_qmp(socket: &Path, pid: u32) -> Result<(), LaunchError> {
     }
 }
 
-/// What QEMU wrote since it was started: its last lines, in one.
-fn last_words(mut log: File, begin: u64) -> String {
-    let size = log.metadata().map_or(0, |log| log.len());
-    let from = begin.max(size.saturating_sub(OUTPUT_BYTES));
-    let mut bytes = Vec::new();
-    if log.seek(SeekFrom::Start(from)).and_then(|_| log.read_to_end(&mut bytes)).is_err() {
-        return "its output cannot be read".to_owned();
-    }
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    if lines.is_empty() {
-        return "it wrote nothing".to_owned();
-    }
-    lines[lines.len().saturating_sub(OUTPUT_LINES)..].join("; ")
-}
-
 /// Kills a QEMU that nobody will know of.
 pub(crate) struct KillOnDrop(pub(crate) Option<Process>);
 
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
         if let Some(process) = &self.0 {
-            let killed = process.kill();
+            let killed = process.kill().was_sent();
             tracing::info!(pid = process.pid, killed, "a QEMU whose start failed was ended");
         }
     }

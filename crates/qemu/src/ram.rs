@@ -227,14 +227,14 @@ impl Process {
 
 /// What makes a file the same file: device and inode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct FileId {
+pub(crate) struct FileId {
     major: u32,
     minor: u32,
     inode: u64,
 }
 
 impl FileId {
-    fn of(file: &fs::Metadata) -> FileId {
+    pub(crate) fn of(file: &fs::Metadata) -> FileId {
         let device = file.dev();
         FileId { major: rustix::fs::major(device), minor: rustix::fs::minor(device), inode: file.ino() }
     }

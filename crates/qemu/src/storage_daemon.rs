@@ -6,6 +6,7 @@
 
 use std::{
     fs, io,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -158,8 +159,9 @@ impl StorageDaemon {
             "--monitor",
             "chardev=monitor",
         ];
-        let arguments = arguments.map(str::to_owned);
-        let process = start(&binary, &arguments, &socket, &directory.join("log"), Vec::new(), record).await?;
+        let mut command = std::process::Command::new(&binary);
+        command.args(arguments);
+        let process = start(command, &socket, &directory.join("log"), None, Vec::new(), record).await?;
         let mut unless_ready = KillOnDrop(Some(process.clone()));
         let daemon = StorageDaemon::attach(process).await?;
         daemon.qmp.start_nbd_server(&daemon.nbd_socket()).await?;
@@ -194,14 +196,18 @@ impl StorageDaemon {
         self.process.qmp_socket.with_file_name("nbd")
     }
 
-    /// Makes an image that reads as zeros, or as its backing file.
+    /// Makes an image that reads as zeros, or as its backing file, and that only this user can open.
     ///
     /// # Errors
     /// [`StorageDaemonError::File`] if there is a file of that name; [`StorageDaemonError::Create`] with QEMU's words. No
     /// file is left behind.
     pub async fn create(&self, image: &Create) -> Result<(), StorageDaemonError> {
         // QEMU would empty a file that is there.
-        fs::File::create_new(&image.path)
+        fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&image.path)
             .map_err(|source| StorageDaemonError::File { path: image.path.clone(), source })?;
         let created = self.fill(image).await;
         if created.is_err()

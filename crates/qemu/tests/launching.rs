@@ -46,7 +46,9 @@ async fn a_machine_has_the_descriptors_that_it_is_given_and_no_others() {
     let open = |name: &str| std::fs::File::create(place.path(name)).unwrap();
     let (given, kept) = (open("given"), open("kept"));
     let numbers = [&given, &kept].map(AsRawFd::as_raw_fd);
-    let launched = qemu::launch(&spec, &place.path("log"), vec![given.into()], |_| Ok(())).await;
+    let launched =
+        qemu::launch(&spec, &place.path("log"), qemu::Launch::default(), vec![given.into()], |_| Ok(()))
+            .await;
     let process = launched.unwrap();
     place.end_with_place(&process);
     let [there, not_there] =
@@ -69,7 +71,11 @@ async fn launcher_that_is_killed() {
         pid_file: None,
     };
     spec.make_mirrorable(&how).unwrap();
-    let process = qemu::launch(&spec, &directory.join("log"), Vec::new(), |_| Ok(())).await.unwrap();
+    qemu::RamDirectory::open(&qemu::spec::ram_directory(&directory, "host")).unwrap();
+    let process =
+        qemu::launch(&spec, &directory.join("log"), qemu::Launch::default(), Vec::new(), |_| Ok(()))
+            .await
+            .unwrap();
     std::fs::write(directory.join("process"), serde_json::to_string(&process).unwrap()).unwrap();
     rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
 }
@@ -98,17 +104,23 @@ async fn a_bad_option_is_reported_in_qemus_words() {
     let mut spec = Place::spec(&["-m", "64", "-device", "no-such-device"]);
     spec.make_mirrorable(&place.mirrorable("bad")).unwrap();
     std::fs::write(place.path("log"), "words of an earlier run\n").unwrap();
-    let error = qemu::launch(&spec, &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err();
+    let error = qemu::launch(&spec, &place.path("log"), qemu::Launch::default(), Vec::new(), |_| Ok(()))
+        .await
+        .unwrap_err();
     let LaunchError::Ended { status, output } = &error else { panic!("{error}") };
     assert!(!status.success());
     assert!(output.contains("'no-such-device' is not a valid device model name"), "{output}");
     assert!(!output.contains("earlier run"), "{output}");
 
     let missing = Spec::parse(&["/nonexistent/qemu", "-qmp", "unix:/x"]).unwrap();
-    let error = qemu::launch(&missing, &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err();
+    let error = qemu::launch(&missing, &place.path("log"), qemu::Launch::default(), Vec::new(), |_| Ok(()))
+        .await
+        .unwrap_err();
     assert!(matches!(error, LaunchError::Run { .. }), "{error}");
     let error =
-        qemu::launch(&Place::spec(&[]), &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err();
+        qemu::launch(&Place::spec(&[]), &place.path("log"), qemu::Launch::default(), Vec::new(), |_| Ok(()))
+            .await
+            .unwrap_err();
     assert!(matches!(error, LaunchError::NoQmp), "{error}");
 }
 
@@ -133,7 +145,7 @@ async fn a_launch_that_is_given_up_leaves_no_process() {
         }
     };
     tokio::select! {
-        result = qemu::launch(&spec, &log, Vec::new(), |_| Ok(())) => panic!("it cannot have started: {result:?}"),
+        result = qemu::launch(&spec, &log, qemu::Launch::default(), Vec::new(), |_| Ok(())) => panic!("it cannot have started: {result:?}"),
         () = wait_for_pid => {}
     }
     let pid = std::fs::read_to_string(&pid_file).unwrap();

@@ -10,6 +10,7 @@ mod machine;
 use std::{path::PathBuf, time::Duration};
 
 use machine::Place;
+use qemu::spec::render::{Permissions, Purpose, Rendering};
 use qemu::{Destination, Process, Qmp, Spec};
 
 /// A machine with devices of many kinds, a tap-less network card and files that must not be truncated.
@@ -101,6 +102,7 @@ async fn travel(machine: &str, binary: &str, hops: &[&str]) {
 async fn arrive(place: &Place, source: &Side, hop: usize, binary: &str, versioned: &str) -> Side {
     let ram_dir = place.ram.path().join(hop.to_string());
     std::fs::create_dir(&ram_dir).unwrap();
+    qemu::RamDirectory::open(&qemu::spec::ram_directory(&ram_dir, "host")).unwrap();
     let how = Destination {
         name: "vm".to_owned(),
         binary: binary.into(),
@@ -109,11 +111,14 @@ async fn arrive(place: &Place, source: &Side, hop: usize, binary: &str, versione
         ram_dir,
         huge_dirs: Vec::new(),
         qmp_socket: place.path(&format!("hop{hop}.qmp")),
-        pid_file: Some(place.path(&format!("hop{hop}.pid"))),
         taps: Vec::new(),
         macvtaps: Vec::new(),
     };
-    let spec = source.spec.for_destination(&how).unwrap();
+    let own = place.path(&format!("hop{hop}.d"));
+    std::fs::create_dir(&own).unwrap();
+    let permissions = Permissions { output_dirs: vec![place.path("")], ..Permissions::default() };
+    let rendering = Rendering { permissions: &permissions, directory: &own, purpose: Purpose::Machine };
+    let spec = source.spec.for_destination(&how).unwrap().render(&rendering).unwrap().spec;
     let process = place.launch(&spec).await;
     let qmp = Qmp::connect(&process.qmp_socket).await.unwrap();
     assert_eq!(qmp.status().await.unwrap().status, "inmigrate");

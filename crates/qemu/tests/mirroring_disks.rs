@@ -221,7 +221,9 @@ async fn a_target_that_dies_does_not_harm_the_guest() {
     mirror(&qmp, 0, &daemon.nbd_socket(), "disk", Sync::Full).await;
     until_ready(&qmp, "disk").await;
     let mut events = qmp.events();
-    assert!(daemon.process().kill() && daemon.process().wait_for_end(Duration::from_secs(10)).await);
+    assert!(
+        daemon.process().kill().was_sent() && daemon.process().wait_for_end(Duration::from_secs(10)).await
+    );
     write(&qmp, "d0", 0x55, 1 << 20, 65536).await;
     let met_error =
         |jobs: Vec<qemu::qmp::BlockJob>| jobs.iter().any(|job| job.id == "disk" && job.met_error());
@@ -259,7 +261,7 @@ async fn a_mirror_whose_target_hangs_ends_when_its_connection_is_closed() {
     let begin = Instant::now();
     let close = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
-        assert!(daemon.process().kill());
+        assert!(daemon.process().kill().was_sent());
     };
     let (end, ()) = tokio::join!(qmp.end_mirror("disk", true), close);
     let end = end.unwrap();
@@ -457,8 +459,10 @@ async fn an_image_is_never_open_for_two() {
     let mut spec =
         Place::spec(&["-M", "q35", "-m", "64", "-S", "-drive", &drive, "-device", "virtio-blk-pci,drive=d0"]);
     spec.make_mirrorable(&place.mirrorable("locked")).unwrap();
-    let refused =
-        qemu::launch(&spec, &place.path("log"), Vec::new(), |_| Ok(())).await.unwrap_err().to_string();
+    let refused = qemu::launch(&spec, &place.path("log"), qemu::Launch::default(), Vec::new(), |_| Ok(()))
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(refused.contains("Failed to get \"write\" lock"), "{refused}");
     drop(lock);
 
@@ -505,7 +509,7 @@ async fn a_storage_daemon_is_found_again_and_ended() {
 
     let process: Process = serde_json::from_str(&serde_json::to_string(first.process()).unwrap()).unwrap();
     drop(first);
-    assert!(process.exists());
+    assert!(process.look().runs());
     let second = StorageDaemon::attach(process.clone()).await.unwrap();
     assert!(in_use(&path).unwrap());
     second.end_serving("disk").await.unwrap();
@@ -513,5 +517,5 @@ async fn a_storage_daemon_is_found_again_and_ended() {
     assert!(!in_use(&path).unwrap());
     assert!(ImageLock::take(&path).is_ok());
     second.end().await.unwrap();
-    assert!(!process.exists());
+    assert!(process.look().is_gone());
 }

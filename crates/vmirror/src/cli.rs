@@ -39,6 +39,14 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Keep the images of a VM that has left locked until killed: the agent starts one of these for each
+    #[command(hide = true)]
+    HoldLocks {
+        /// The VM
+        name: VmName,
+        /// The agent's state directory, by which the agent knows it again
+        state_dir: PathBuf,
+    },
     /// Make certificates for the link between agents
     #[command(subcommand)]
     Cert(Cert),
@@ -126,6 +134,20 @@ pub(crate) enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Let go of a VM that was adopted: it runs on as it does, and is not the agent's any more
+    Forget {
+        /// The VM
+        name: VmName,
+    },
+    /// Keep the images that a VM has left here locked no more: anybody may then start a VM from them, which are older than its disks.
+    /// Only for images that are to be moved, used otherwise or given to another VM; to remove one, just remove it
+    ForgetImages {
+        /// The VM that has left
+        name: VmName,
+        /// Even if something was found that may start the VM here again, or its record cannot be read
+        #[arg(long)]
+        force: bool,
+    },
     /// Decide about a VM whose hand-over is uncertain
     #[command(group = ArgGroup::new("decision").required(true))]
     Resolve {
@@ -137,6 +159,9 @@ pub(crate) enum Command {
         /// It runs at the destination: remove what is left of it here
         #[arg(long, group = "decision")]
         give_up: bool,
+        /// Even if the other agent cannot be asked, or says that it knows nothing of the VM, or, with --run-here, that it is its own
+        #[arg(long)]
+        force: bool,
     },
     /// List migrations that have ended, newest first
     History {
@@ -233,6 +258,9 @@ pub(crate) struct MigrateOptions {
     /// Move a VM with user-mode networking, or a network of sockets, though its connections end with that
     #[arg(long)]
     accept_disconnect: bool,
+    /// Move a VM without a disk that is written, though what has started it here starts it again: two copies may run
+    #[arg(long)]
+    accept_supervisor: bool,
     /// The destination is in another network: leave the VM in the one it is in, through a tunnel between the hosts, until
     /// `vmirror release`
     #[arg(long)]
@@ -305,6 +333,7 @@ impl From<MigrateOptions> for Options {
                 VerifyChoice::Strict => Verify::Strict,
             },
             accept_disconnect: given.accept_disconnect,
+            accept_supervisor: given.accept_supervisor,
             forward: given.forward,
             disk_room: match given.disk_room {
                 DiskRoomChoice::Thin => DiskRoom::Thin,

@@ -21,6 +21,7 @@ use crate::output::Output;
 pub(crate) fn run(cli: Cli, output: &Output) -> Result<Exit, Failure> {
     match cli.command {
         Command::Agent { config } => agent::run(&config),
+        Command::HoldLocks { .. } => agent::hold(),
         Command::Cert(command) => cert::run(&command, output),
         command => {
             let client = Client::new(&cli.socket)?;
@@ -38,7 +39,11 @@ async fn ask(client: &Client, command: Command, output: &Output) -> Result<Exit,
         Command::Show { name } => vms::show(client, &name, output).await,
         Command::Stop { name, force } => vms::stop(client, &name, force, output).await,
         Command::Release { name, force } => vms::release(client, &name, force, output).await,
-        Command::Resolve { name, run_here, .. } => vms::resolve(client, &name, run_here, output).await,
+        Command::Forget { name } => vms::forget(client, &name, output).await,
+        Command::ForgetImages { name, force } => vms::forget_images(client, &name, force, output).await,
+        Command::Resolve { name, run_here, force, .. } => {
+            vms::resolve(client, &name, run_here, force, output).await
+        }
         Command::Check(asked) => migrate::check(client, asked, output).await,
         Command::Migrate(asked) => migrate::begin(client, Goal::Migrate, asked, false, output).await,
         Command::Mirror { migrate: asked, detach } => {
@@ -52,7 +57,7 @@ async fn ask(client: &Client, command: Command, output: &Output) -> Result<Exit,
         Command::Events { follow } => watch::events(client, follow, output).await,
         Command::History { vm, limit } => history::list(client, vm.as_ref(), limit, output).await,
         Command::Report { id, html } => history::report(client, &id, html.as_deref(), output).await,
-        Command::Agent { .. } | Command::Cert(_) => Ok(Exit::Done),
+        Command::Agent { .. } | Command::HoldLocks { .. } | Command::Cert(_) => Ok(Exit::Done),
     }
 }
 

@@ -47,6 +47,16 @@ impl Output {
         }
     }
 
+    /// What is done and is not as it should be. With `--json` the document says it.
+    pub(crate) fn warn(&self, warnings: &[migration::Finding]) {
+        if !self.json {
+            let told = |found: &migration::Finding| {
+                format!("warning: {}  [{}]\n  → {}\n", found.message, found.kind, found.hint)
+            };
+            let _ = write!(io::stderr(), "{}", warnings.iter().map(told).collect::<String>());
+        }
+    }
+
     /// Whether long work may draw on the terminal.
     pub(crate) fn draws(&self) -> bool {
         !self.quiet && io::stderr().is_terminal()

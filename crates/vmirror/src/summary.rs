@@ -61,8 +61,9 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         facts.push((
             "downtime",
             format!(
-                "{} ({} asked, {} predicted)",
+                "{}{} ({} asked, {} predicted)",
                 ms(report.downtime_ms),
+                if report.downtime_ms > report.downtime_asked_ms { ", LONGER than asked" } else { "" },
                 ms(report.downtime_asked_ms),
                 ms(report.downtime_predicted_ms)
             ),
@@ -165,6 +166,8 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
                 ms(health.watched_ms)
             ),
         ));
+    } else if report.outcome == Outcome::Completed {
+        facts.push(("health", "nothing was heard of it at the destination: look at the VM there".to_owned()));
     }
     facts
 }

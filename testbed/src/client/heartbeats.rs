@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 /// How long the last answers may take after the last heartbeat was sent.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// An answer that takes longer than this does not come: the next heartbeat is no longer held back.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// So many of those that never came are named.
 const MISSING: usize = 100;
 /// Room for answers that arrive while the receiver has no CPU time: seconds of them.
@@ -29,6 +32,10 @@ struct Shared {
     stop: AtomicBool,
     deaf: AtomicBool,
     sent: AtomicU64,
+    /// How many may be on their way.
+    most_on_their_way: u64,
+    /// The one after the last that came back.
+    answered: AtomicU64,
     arrivals: Mutex<Vec<Arrival>>,
 }
 
@@ -60,7 +67,7 @@ pub struct HeartbeatReport {
 }
 
 impl Heartbeats {
-    pub(crate) fn start(socket: UdpSocket, per_second: u32) -> io::Result<Self> {
+    pub(crate) fn start(socket: UdpSocket, per_second: u32, most_on_their_way: u64) -> io::Result<Self> {
         socket.set_read_timeout(Some(Duration::from_millis(50)))?;
         // Beyond the limit for ordinary programs where allowed, which a client in a namespace is.
         rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, BUFFER)
@@ -71,6 +78,8 @@ impl Heartbeats {
             stop: AtomicBool::new(false),
             deaf: AtomicBool::new(false),
             sent: AtomicU64::new(0),
+            most_on_their_way,
+            answered: AtomicU64::new(0),
             arrivals: Mutex::new(Vec::new()),
         });
         let mut heartbeats = Self { shared, threads: Vec::new() };
@@ -122,12 +131,29 @@ impl Shared {
         let interval = Duration::from_secs(1) / per_second.max(1);
         let mut due = self.start;
         while !self.stop.load(Relaxed) {
+            if self.wait_for_answers() {
+                due = Instant::now();
+            }
             let number = self.sent.fetch_add(1, Relaxed);
             // One that cannot be sent, with the cable cut, is lost like any other.
             let _ = self.socket.send(&number.to_le_bytes());
             due += interval;
             thread::sleep(due.saturating_duration_since(Instant::now()));
         }
+    }
+
+    /// Waits while too many are on their way. Whether it had to.
+    fn wait_for_answers(&self) -> bool {
+        let begun = Instant::now();
+        let too_many = || {
+            let unanswered = self.sent.load(Relaxed).saturating_sub(self.answered.load(Relaxed));
+            unanswered >= self.most_on_their_way && begun.elapsed() < PATIENCE
+        };
+        let waits = too_many();
+        while too_many() && !self.stop.load(Relaxed) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        waits
     }
 
     fn receive(&self, _: u32) {
@@ -137,6 +163,7 @@ impl Shared {
             let Ok(length) = self.socket.recv(&mut datagram) else { continue };
             let at = Instant::now();
             if let Ok(number) = <[u8; 8]>::try_from(&datagram[..length]).map(u64::from_le_bytes) {
+                self.answered.fetch_max(number.saturating_add(1), Relaxed);
                 let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
                 arrivals.push(Arrival { number, at });
             }
@@ -215,7 +242,7 @@ mod tests {
                 }
             }
         });
-        let heartbeats = Heartbeats::start(client, 500).unwrap();
+        let heartbeats = Heartbeats::start(client, 500, u64::MAX).unwrap();
         let wait_for = |enough: u64| {
             while heartbeats.report().received < enough {
                 thread::sleep(Duration::from_millis(5));

@@ -85,7 +85,7 @@ impl Tracee {
     ) -> MemorySource {
         let ram = ram(&self.path, self.layout(sinks.len().try_into().unwrap()));
         let ranges = vec![TrackedRange { block: 0, offset: 0 }];
-        let how = How { scanning: Scanning::Quickest, compression };
+        let how = How { scanning: Scanning::Quickest, compression, gives_back: false };
         MemorySource::start(ram, secret(), self.track(), ranges, how, sinks, Vec::new()).unwrap()
     }
 }

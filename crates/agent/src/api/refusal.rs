@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 
 use crate::api::types::{ErrorBody, ErrorDetail};
 use crate::error::{AgentError, chain};
-use crate::history::HistoryError;
+use crate::history::{self, HistoryError};
 
 /// An error on its way to a client.
 #[derive(Debug)]
@@ -50,6 +50,14 @@ impl From<AgentError> for Refusal {
                 "forwarded",
                 &format!("give the command on {to}; `vmirror release {vm}` ends the forwarding"),
             ),
+            AgentError::HasLeft { to, .. } => told(
+                StatusCode::CONFLICT,
+                "has-left",
+                &match to {
+                    Some(to) => format!("give the command on {to}, or where it is by now"),
+                    None => "give the command where it is by now".to_owned(),
+                },
+            ),
             AgentError::UnknownVm { .. } => told(
                 StatusCode::NOT_FOUND,
                 "unknown-vm",
@@ -85,11 +93,20 @@ impl From<AgentError> for Refusal {
             AgentError::Uncertain { vm, doubt } => told(
                 StatusCode::CONFLICT,
                 "uncertain",
-                &format!(
-                    "bring {} back so that it can be asked, or find out yourself and say `vmirror resolve {vm}` \
-                     with --run-here or --give-up",
-                    doubt.peer()
-                ),
+                &match doubt.peer() {
+                    Some(peer) => format!(
+                        "bring {peer} back so that it can be asked, or find out yourself and say `vmirror resolve {vm}` \
+                         with --run-here or --give-up"
+                    ),
+                    None => {
+                        "see to the disk of state_dir: it goes on as soon as that can be written".to_owned()
+                    }
+                },
+            ),
+            AgentError::HandingOver(_) => told(
+                StatusCode::CONFLICT,
+                "handing-over",
+                "wait for that; nothing is certain of it yet, neither here nor there",
             ),
             AgentError::NotUncertain(_) => {
                 told(StatusCode::CONFLICT, "not-uncertain", "use `vmirror stop` to end it")
@@ -129,6 +146,9 @@ impl From<AgentError> for Refusal {
             }
             AgentError::History(HistoryError::Ambiguous { .. }) => {
                 told(StatusCode::CONFLICT, "ambiguous-id", "give more of the id")
+            }
+            AgentError::History(HistoryError::Off(_)) => {
+                told(StatusCode::SERVICE_UNAVAILABLE, "history-off", history::OFF)
             }
             AgentError::History(_) => told(
                 StatusCode::INTERNAL_SERVER_ERROR,

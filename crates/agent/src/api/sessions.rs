@@ -23,8 +23,8 @@ pub(super) async fn check(
     let name = vm_name(&name)?;
     let (vms, vm) = (api.vms.clone(), name.clone());
     let readiness = to_the_end(async move { vms.check(&vm, &request.to, &request.options).await }).await?;
-    let migration::source::Readiness { destination, findings, disks } = readiness;
-    Ok(Json(CheckReply { vm: name.into(), destination, findings, disks }))
+    let migration::source::Readiness { destination, findings, disks, warnings } = readiness;
+    Ok(Json(CheckReply { vm: name.into(), destination, findings, disks, warnings }))
 }
 
 pub(super) async fn migrate(

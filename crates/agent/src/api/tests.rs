@@ -26,7 +26,7 @@ struct Agent {
     running: JoinHandle<()>,
 }
 
-fn config(directory: &Path) -> Config {
+pub(crate) fn config(directory: &Path) -> Config {
     if !directory.join("ca.pem").exists() {
         link::certificates::init(directory).unwrap();
         link::certificates::issue(directory, "host-a", &["127.0.0.1".to_owned()]).unwrap();
@@ -92,6 +92,42 @@ async fn an_agent_says_who_it_is() {
     assert!(who["link"].as_str().unwrap().starts_with("127.0.0.1:"), "{who}");
     assert_eq!(agent.ask(Method::GET, "/v1/vms", None).await.1, json!([]));
     assert_eq!(agent.ask(Method::GET, "/v1/sessions", None).await.1, json!([]));
+    agent.end().await;
+}
+
+#[tokio::test]
+async fn a_history_that_cannot_be_used_keeps_no_agent_down() {
+    for (damage, words) in [
+        ("this is no database, and never was one; it is some text in its place", "not a database"),
+        ("", "schema 99"),
+    ] {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("state/history.db");
+        std::fs::create_dir(directory.path().join("state")).unwrap();
+        if damage.is_empty() {
+            let newer = rusqlite::Connection::open(&file).unwrap();
+            newer.pragma_update(None, "user_version", 99).unwrap();
+        } else {
+            std::fs::write(&file, damage).unwrap();
+        }
+        let before = std::fs::read(&file).unwrap();
+        let agent = agent_in(directory).await;
+        let (status, who) = agent.ask(Method::GET, "/v1/agent", None).await;
+        assert_eq!((status, &who["problems"][0]["kind"]), (StatusCode::OK, &json!("history-off")));
+        let refused = agent.refused(Method::GET, "/v1/history", None).await;
+        assert_eq!((refused.0, &*refused.1), (503, "history-off"));
+        assert!(refused.2.contains("the history is off") && refused.2.contains(words), "{}", refused.2);
+        assert_eq!(agent.refused(Method::GET, "/v1/history/0b9e", None).await.1, "history-off");
+        assert_eq!(agent.ask(Method::GET, "/v1/vms", None).await.1, json!([]));
+        let directory = agent.end().await;
+        assert_eq!(
+            std::fs::read(directory.path().join("state/history.db")).unwrap(),
+            before,
+            "left as it is"
+        );
+    }
+    let agent = agent().await;
+    assert_eq!(agent.ask(Method::GET, "/v1/agent", None).await.1.get("problems"), None);
     agent.end().await;
 }
 
@@ -199,6 +235,7 @@ fn conflicts_are_409_and_say_how_to_go_on() {
         (AgentError::NoSession { vm: vm(), last: String::new() }, "no-mirror"),
         (AgentError::SessionEnded(vm()), "migration-ended"),
         (AgentError::Uncertain { vm: vm(), doubt }, "uncertain"),
+        (AgentError::HandingOver(vm()), "handing-over"),
         (AgentError::NotUncertain(vm()), "not-uncertain"),
     ] {
         let (status, detail) = Refusal::from(error).into_parts();

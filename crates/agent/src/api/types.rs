@@ -25,8 +25,14 @@ pub struct AgentInfo {
     pub started_unix_ms: u64,
     /// How many machines it keeps.
     pub vms: usize,
+    /// How many of them it still looks for since it has started.
+    #[serde(default)]
+    pub recovering: usize,
     /// How many migrations it is the source of now.
     pub sessions: usize,
+    /// What it does without, and what to do about that.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub problems: Vec<Finding>,
 }
 
 /// What a machine does.
@@ -43,12 +49,18 @@ pub enum VmState {
     Broken,
     /// It is being started or taken in.
     Starting,
+    /// The agent has just started, and still looks for its QEMU.
+    Recovering,
+    /// Its record cannot be read.
+    Unreadable,
     /// In the middle of a hand-over whose end is not known: it does not run here.
     Uncertain,
     /// QEMU does not answer.
     Unreachable,
     /// It has left, and what comes for it here is forwarded to where it runs.
     Forwarded,
+    /// It has left, and its images here are kept locked.
+    Left,
 }
 
 impl VmState {
@@ -61,9 +73,12 @@ impl VmState {
             VmState::Panicked => "panicked",
             VmState::Broken => "broken",
             VmState::Starting => "starting",
+            VmState::Recovering => "recovering",
+            VmState::Unreadable => "unreadable",
             VmState::Uncertain => "uncertain",
             VmState::Unreachable => "unreachable",
             VmState::Forwarded => "forwarded",
+            VmState::Left => "left",
         }
     }
 }
@@ -91,18 +106,70 @@ pub struct VmView {
     pub argv: Vec<String>,
     /// Files made for it here, removed when it leaves.
     pub files: Vec<PathBuf>,
+    /// What its QEMU writes, and its guest on a console that is QEMU's; none of a machine that was started elsewhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log: Option<PathBuf>,
     /// Tap interfaces made for it here, removed when it leaves.
     pub taps: Vec<String>,
     /// The migration it is in.
     pub session: Option<Progress>,
     /// Why nobody knows whether it should run here.
     pub doubt: Option<Doubt>,
+    /// Why nothing can be done to it at present, and what to do about that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Finding>,
+    /// What is not as it should be though it runs, or would keep it from moving, and what to do about that. Only told of one machine, not in a list.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Finding>,
     /// Where what comes for it here is forwarded to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forward: Option<ForwardView>,
     /// Name of the agent in whose network it is, where that is not this host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network_of: Option<String>,
+    /// Images of its that are kept locked here, as it has left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<KeptView>,
+}
+
+/// What is kept here of a machine that has left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptView {
+    /// Name of the agent that it was handed over to; none where no record says so any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<String>,
+    /// Since when, in milliseconds since 1970-01-01 UTC.
+    pub since_unix_ms: u64,
+    /// Its images.
+    pub images: Vec<KeptImageView>,
+}
+
+/// An image that is kept locked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptImageView {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Why it is not kept from others as it should be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
+/// `POST /v1/vms/{name}/forget-images`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForgetImagesRequest {
+    /// Although something was found that may start the machine from them.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// `POST /v1/vms/{name}/forget-images`: what is not kept any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForgetImagesReply {
+    /// The machine.
+    pub vm: String,
+    /// Its images, which anybody may open from here on.
+    pub images: Vec<PathBuf>,
 }
 
 /// A machine that has left, and stays in the network here.
@@ -136,15 +203,18 @@ pub enum Doubt {
         /// Name of the source agent.
         from: String,
     },
+    /// The journal could not be written at the hand-over: the VM is paused until it can.
+    Journal,
 }
 
 impl Doubt {
-    /// The other agent.
+    /// The other agent, where there is one that can be asked.
     #[must_use]
-    pub fn peer(&self) -> &str {
+    pub fn peer(&self) -> Option<&str> {
         match self {
-            Doubt::HandedOver { to, .. } => to,
-            Doubt::Received { from, .. } => from,
+            Doubt::HandedOver { to, .. } => Some(to),
+            Doubt::Received { from, .. } => Some(from),
+            Doubt::Journal => None,
         }
     }
 }
@@ -158,6 +228,7 @@ impl fmt::Display for Doubt {
             Doubt::Received { from, .. } => {
                 write!(f, "received in full from {from}, and there is no word whether it may run here")
             }
+            Doubt::Journal => f.write_str("paused, as the journal cannot say whose it is"),
         }
     }
 }
@@ -235,6 +306,9 @@ pub struct CheckReply {
     /// What would become of its disks; empty where something stands in the way.
     #[serde(default)]
     pub disks: Vec<PlannedDisk>,
+    /// What is not as it should be, though it keeps no migration from being begun.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<Finding>,
 }
 
 /// Answer of `migrate`, `mirror`, `switch`, `bandwidth` and `cancel`: the session that was begun or spoken to.
@@ -264,6 +338,9 @@ pub struct BandwidthRequest {
 pub struct ResolveRequest {
     /// What a person has found out.
     pub decision: Decision,
+    /// Run it here even if the other agent says that it is its own, or knows nothing of it.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// What a person decides about a machine whose hand-over is uncertain.
@@ -405,11 +482,42 @@ pub enum EventKind {
         /// Why it did not complete.
         error: Option<Failure>,
     },
+    /// A machine that has left may have been started here once more: two copies may run.
+    StartedAgain {
+        /// Process id.
+        pid: u32,
+        /// What it has of the machine's, in words.
+        has: Vec<String>,
+    },
+    /// An image of a machine that has left is not kept from others as it should be.
+    ImageNotKept {
+        /// The image.
+        image: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// An image of a machine that has left is not kept locked any more.
+    ImageReleased {
+        /// The image.
+        image: PathBuf,
+        /// Why.
+        reason: ReleaseReason,
+    },
     /// An uncertain hand-over has been settled with the destination, or by a person.
     Settled {
         /// Where the machine runs.
         runs: Place,
     },
+}
+
+/// Why an image is no longer kept locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReleaseReason {
+    /// `vmirror forget-images`.
+    Forgotten,
+    /// It was removed.
+    Removed,
 }
 
 /// Why a machine is no longer kept.
@@ -424,6 +532,8 @@ pub enum RemovalReason {
     Ended,
     /// A person gave it up.
     GivenUp,
+    /// `vmirror forget`: it runs on, and nobody here keeps it.
+    Forgotten,
     /// Its source has taken back a copy that never ran here.
     Withdrawn,
 }

@@ -10,7 +10,8 @@ use migration::forward::Released;
 use super::Api;
 use super::refusal::{Body, InPath, Refusal, vm_name};
 use super::types::{
-    AdoptRequest, ReleaseReply, ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmView,
+    AdoptRequest, ForgetImagesReply, ForgetImagesRequest, ReleaseReply, ReleaseRequest, ResolveRequest,
+    RunRequest, StopRequest, VmView,
 };
 use crate::error::AgentError;
 
@@ -82,8 +83,30 @@ pub(super) async fn resolve(
     Body(request): Body<ResolveRequest>,
 ) -> Result<StatusCode, Refusal> {
     let name = vm_name(&name)?;
-    to_the_end(async move { api.vms.resolve(&name, request.decision).await }).await?;
+    to_the_end(async move { api.vms.resolve(&name, request.decision, request.force).await }).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn forget(
+    State(api): State<Api>,
+    InPath(name): InPath<String>,
+) -> Result<StatusCode, Refusal> {
+    let name = vm_name(&name)?;
+    to_the_end(async move { api.vms.forget(&name).await }).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn forget_images(
+    State(api): State<Api>,
+    InPath(name): InPath<String>,
+    Body(request): Body<Option<ForgetImagesRequest>>,
+) -> Result<Json<ForgetImagesReply>, Refusal> {
+    let name = vm_name(&name)?;
+    let vm = name.to_string();
+    // Earlier versions say nothing more.
+    let ForgetImagesRequest { force } = request.unwrap_or_default();
+    let images = to_the_end(async move { api.vms.forget_images(&name, force).await }).await?;
+    Ok(Json(ForgetImagesReply { vm, images }))
 }
 
 /// Does something to its end even if the client that asked for it goes away.

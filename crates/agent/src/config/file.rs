@@ -9,14 +9,16 @@ use std::time::Duration;
 use bytesize::ByteSize;
 use humantime::{format_duration, parse_duration};
 use migration::hooks::{MAX_DEADLINE, MIN_DEADLINE};
+use migration::lifecycle::{LONGEST_SOCKET_PATH, longest_name};
 use migration::nft::NftPattern;
 use migration::options::MIN_BANDWIDTH;
-use migration::{Allow, CgroupParent, Firewall, Hooks, rate};
+use migration::{Allow, CgroupParent, Firewall, Hooks, logs, rate};
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
 use toml::Spanned;
 
-use super::{Config, ConfigError, LONGEST_SOCKET_PATH, Tls};
+use super::{Config, ConfigError, Tls};
+use crate::daemon::socket;
 
 /// Every table and the keys it knows, for the message about an unknown one.
 const KEYS: [(&str, &[&str]); 5] = [
@@ -28,8 +30,11 @@ const KEYS: [(&str, &[&str]); 5] = [
             "api",
             "state_dir",
             "run_dir",
+            "log_dir",
+            "log_max",
             "ram_dir",
             "bandwidth",
+            "trust_seccomp",
             "tls",
             "allow",
             "hooks",
@@ -37,7 +42,26 @@ const KEYS: [(&str, &[&str]); 5] = [
         ],
     ),
     ("tls", &["ca", "cert", "key"]),
-    ("allow", &["peers", "disk_dirs", "bridges", "macvtap", "max_memory", "qemu", "cgroup", "forward"]),
+    (
+        "allow",
+        &[
+            "peers",
+            "disk_dirs",
+            "bridges",
+            "macvtap",
+            "max_memory",
+            "qemu",
+            "cgroup",
+            "forward",
+            "arguments",
+            "output_dirs",
+            "socket_dirs",
+            "disk_drivers",
+            "listen",
+            "unsandboxed",
+            "user",
+        ],
+    ),
     ("hooks", &["directory", "deadline"]),
     ("network", &["conntrack", "nft_table", "forward_port"]),
 ];
@@ -52,10 +76,14 @@ struct File {
     #[serde(default = "default_state_dir")]
     state_dir: PathBuf,
     #[serde(default = "default_run_dir")]
-    run_dir: PathBuf,
+    run_dir: Spanned<PathBuf>,
+    log_dir: Option<PathBuf>,
+    log_max: Option<Spanned<String>>,
     #[serde(default = "default_ram_dir")]
     ram_dir: PathBuf,
     bandwidth: Option<Spanned<String>>,
+    #[serde(default)]
+    trust_seccomp: bool,
     tls: TlsTable,
     allow: Option<AllowTable>,
     hooks: Option<HooksTable>,
@@ -82,12 +110,23 @@ struct AllowTable {
     bridges: Vec<String>,
     #[serde(default)]
     macvtap: Vec<String>,
-    #[serde(deserialize_with = "size")]
+    #[serde(deserialize_with = "memory")]
     max_memory: u64,
     qemu: Spanned<Vec<PathBuf>>,
     cgroup: Option<Spanned<String>>,
     #[serde(default)]
     forward: bool,
+    arguments: Option<Spanned<Vec<String>>>,
+    #[serde(default = "nothing")]
+    output_dirs: Spanned<Vec<PathBuf>>,
+    #[serde(default = "nothing")]
+    socket_dirs: Spanned<Vec<PathBuf>>,
+    #[serde(default)]
+    disk_drivers: Vec<String>,
+    listen: Option<Spanned<Vec<String>>>,
+    #[serde(default)]
+    unsandboxed: bool,
+    user: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -106,6 +145,11 @@ struct NetworkTable {
     forward_port: Option<NonZeroU16>,
 }
 
+/// The directory of logs below the state directory.
+const LOGS: &str = "logs";
+/// Nothing that is emulated does with less.
+const LEAST_MEMORY: u64 = 1 << 20;
+
 fn nothing() -> Spanned<Vec<PathBuf>> {
     Spanned::new(0..0, Vec::new())
 }
@@ -118,8 +162,8 @@ fn default_state_dir() -> PathBuf {
     PathBuf::from("/var/lib/vmirror")
 }
 
-fn default_run_dir() -> PathBuf {
-    PathBuf::from("/run/vmirror")
+fn default_run_dir() -> Spanned<PathBuf> {
+    Spanned::new(0..0, PathBuf::from("/run/vmirror"))
 }
 
 fn default_ram_dir() -> PathBuf {
@@ -148,6 +192,16 @@ fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     ByteSize::from_str(&text)
         .map(|size| size.as_u64())
         .map_err(|_| D::Error::custom(format!("{text:?} is not a size such as \"16GiB\"")))
+}
+
+/// A size that a machine could have.
+fn memory<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    match size(deserializer)? {
+        bytes if bytes < LEAST_MEMORY => Err(D::Error::custom(format!(
+            "{bytes} bytes are less than any VM has; say for example \"16GiB\""
+        ))),
+        bytes => Ok(bytes),
+    }
 }
 
 /// The file being read, for positions in messages.
@@ -226,37 +280,67 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
     let base = std::path::absolute(path).ok().and_then(|path| path.parent().map(Path::to_owned));
     let base = base.unwrap_or_else(|| PathBuf::from("/"));
     let api = base.join(file.api.get_ref());
-    if api.as_os_str().len() > LONGEST_SOCKET_PATH {
+    // It is made under a longer name, and gets its own when nobody else can connect to it.
+    let most = LONGEST_SOCKET_PATH - socket::beside(Path::new(""), socket::FRESH).as_os_str().len();
+    if api.as_os_str().len() > most {
         let problem = format!(
-            "{} is too long for a unix socket: {} bytes, at most {LONGEST_SOCKET_PATH} fit",
+            "{} is too long for a unix socket: {} bytes, at most {most} fit",
             api.display(),
             api.as_os_str().len()
         );
         return Err(source.value(file.api.span().start, "api", problem));
     }
 
+    let run_dir = base.join(file.run_dir.get_ref());
+    if longest_name(&run_dir) == 0 {
+        let problem = format!(
+            "{} is too long: the sockets of a VM would have paths of more than {LONGEST_SOCKET_PATH} bytes there",
+            run_dir.display()
+        );
+        return Err(source.value(file.run_dir.span().start, "run_dir", problem));
+    }
+
     let bandwidth = file.bandwidth.map_or(Ok(None), |text| {
         bandwidth(text.get_ref()).map_err(|problem| source.value(text.span().start, "bandwidth", problem))
     })?;
 
+    let log_max = file.log_max.map_or(Ok(logs::DEFAULT_MOST), |text| {
+        log_max(text.get_ref()).map_err(|problem| source.value(text.span().start, "log_max", problem))
+    })?;
+
+    let state_dir = base.join(file.state_dir);
     let forward_port = file.network.as_ref().and_then(|table| table.forward_port);
     Ok(Config {
         name: file.name.into_inner(),
         listen: file.listen,
         api,
-        state_dir: base.join(file.state_dir),
-        run_dir: base.join(file.run_dir),
+        log_dir: file.log_dir.map_or_else(|| state_dir.join(LOGS), |directory| base.join(directory)),
+        log_max,
+        state_dir,
+        run_dir,
         ram_dir: base.join(file.ram_dir),
         bandwidth,
+        trust_seccomp: file.trust_seccomp,
         tls: Tls { ca: base.join(file.tls.ca), cert: base.join(file.tls.cert), key: base.join(file.tls.key) },
         allow: file.allow.map_or(Ok(Allow::default()), |table| allow(&source, table))?,
         hooks: file.hooks.map_or_else(Hooks::default, |table| Hooks {
             directory: Some(base.join(table.directory)),
             deadline: table.deadline,
         }),
+        keeper: None,
         forward_port: forward_port.map_or(migration::forward::PORT, NonZeroU16::get),
         firewall: file.network.map_or(Ok(Firewall::default()), |table| firewall(&source, table))?,
     })
+}
+
+/// A size such as `"16MiB"` that a log can have.
+fn log_max(text: &str) -> Result<u64, String> {
+    let most =
+        ByteSize::from_str(text).map_err(|_| format!("{text:?} is not a size such as \"16MiB\""))?.as_u64();
+    if most >= logs::LEAST_MOST {
+        return Ok(most);
+    }
+    Err(format!("{text:?} is below the least that makes sense, {}KiB", logs::LEAST_MOST >> 10))
 }
 
 /// A rate such as `"900MiB/s"`, or `"unlimited"`.
@@ -271,7 +355,12 @@ fn bandwidth(text: &str) -> Result<Option<NonZeroU64>, String> {
 
 /// The `[allow]` table. What it lists is compared with what a peer names, so everything in it is absolute.
 fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
-    for (key, paths) in [("allow.disk_dirs", &table.disk_dirs), ("allow.qemu", &table.qemu)] {
+    for (key, paths) in [
+        ("allow.disk_dirs", &table.disk_dirs),
+        ("allow.qemu", &table.qemu),
+        ("allow.output_dirs", &table.output_dirs),
+        ("allow.socket_dirs", &table.socket_dirs),
+    ] {
         if let Some(relative) = paths.get_ref().iter().find(|path| path.is_relative()) {
             let problem = format!("{} is not an absolute path", relative.display());
             return Err(source.value(paths.span().start, key, problem));
@@ -280,6 +369,10 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
     let cgroup = |text: Spanned<String>| {
         let parsed = text.get_ref().parse::<CgroupParent>();
         parsed.map_err(|error| source.value(text.span().start, "allow.cgroup", error.to_string()))
+    };
+    let user = |text: Spanned<String>| {
+        let parsed = text.get_ref().parse::<qemu::User>();
+        parsed.map_err(|error| source.value(text.span().start, "allow.user", error.to_string()))
     };
     Ok(Allow {
         peers: table.peers,
@@ -290,7 +383,32 @@ fn allow(source: &Source<'_>, table: AllowTable) -> Result<Allow, ConfigError> {
         qemu: table.qemu.into_inner(),
         cgroup: table.cgroup.map(cgroup).transpose()?,
         forward: table.forward,
+        arguments: each(source, "allow.arguments", table.arguments)?,
+        output_dirs: table.output_dirs.into_inner(),
+        socket_dirs: table.socket_dirs.into_inner(),
+        disk_drivers: table.disk_drivers,
+        listen: each(source, "allow.listen", table.listen)?,
+        unsandboxed: table.unsandboxed,
+        user: table.user.map(user).transpose()?,
     })
+}
+
+/// Texts each of which is a value of its own.
+fn each<T: FromStr<Err: std::fmt::Display>>(
+    source: &Source<'_>,
+    key: &str,
+    texts: Option<Spanned<Vec<String>>>,
+) -> Result<Vec<T>, ConfigError> {
+    let Some(texts) = texts else { return Ok(Vec::new()) };
+    let at = texts.span().start;
+    let read = |text: String| {
+        text.parse().map_err(|error: T::Err| {
+            let problem = error.to_string();
+            let named = if problem.contains(&text) { problem } else { format!("{text:?}: {problem}") };
+            source.value(at, key, named)
+        })
+    };
+    texts.into_inner().into_iter().map(read).collect()
 }
 
 /// The `[network]` table.

@@ -7,6 +7,8 @@ listen = "10.9.0.2:7600"
 api = "/run/vmirror-a/api.sock"
 state_dir = "/srv/state"
 run_dir = "/run/vmirror-a"
+log_dir = "logs"
+log_max = "1MiB"
 ram_dir = "/dev/hugepages"
 bandwidth = "900MiB/s"
 [tls]
@@ -47,6 +49,8 @@ fn the_example_of_the_contract_is_understood() {
     assert_eq!(config.tls.ca, Path::new("/etc/vmirror/ca.pem"), "relative to the file");
     assert_eq!(config.tls.key, Path::new("/etc/keys/host-a-key.pem"));
     assert_eq!(config.ram_dir, Path::new("/dev/hugepages"));
+    assert_eq!(config.log_dir, Path::new("/etc/vmirror/logs"), "relative to the file");
+    assert_eq!(config.log_max, 1 << 20);
     assert_eq!(config.bandwidth.unwrap().get(), 900 << 20);
     assert_eq!(config.allow.max_memory, 16 << 30);
     assert_eq!(config.allow.peers, ["host-b", "host-c"]);
@@ -71,6 +75,8 @@ fn defaults_are_those_of_the_contract_and_allow_nobody_anything() {
     assert_eq!(config.api, Path::new("/run/vmirror/api.sock"));
     assert_eq!(config.state_dir, Path::new("/var/lib/vmirror"));
     assert_eq!(config.run_dir, Path::new("/run/vmirror"));
+    assert_eq!(config.log_dir, Path::new("/var/lib/vmirror/logs"));
+    assert_eq!(config.log_max, 16 << 20);
     assert_eq!(config.ram_dir, Path::new("/dev/shm"));
     assert_eq!(config.bandwidth, None);
     assert_eq!(config.allow, Allow::default());
@@ -85,18 +91,18 @@ fn defaults_are_those_of_the_contract_and_allow_nobody_anything() {
 #[test]
 fn unknown_keys_are_refused_by_name_and_line() {
     let top = refused(&with("ram_dir", "ram_dirs = \"/dev/shm\""));
-    assert!(top.contains("agent.toml:6: unknown key \"ram_dirs\""), "{top}");
+    assert!(top.contains("agent.toml:8: unknown key \"ram_dirs\""), "{top}");
     assert!(top.contains("ram_dir,"), "{top}");
     let nested = refused(&with("bridges", "bridge = [\"br0\"]"));
-    assert!(nested.contains("agent.toml:15: unknown key \"allow.bridge\""), "{nested}");
+    assert!(nested.contains("agent.toml:17: unknown key \"allow.bridge\""), "{nested}");
     assert!(nested.contains("peers, disk_dirs, bridges"), "{nested}");
     let hooks = refused(&with("deadline", "timeout = \"1s\""));
     assert!(
-        hooks.contains("agent.toml:20: unknown key \"hooks.timeout\"; known here: directory, deadline"),
+        hooks.contains("agent.toml:22: unknown key \"hooks.timeout\"; known here: directory, deadline"),
         "{hooks}"
     );
     let table = refused(&format!("{FULL}[tsl]\nca = 1\n"));
-    assert!(table.contains("agent.toml:24: unknown key \"tsl\""), "{table}");
+    assert!(table.contains("agent.toml:26: unknown key \"tsl\""), "{table}");
 }
 
 #[test]
@@ -107,9 +113,45 @@ fn interfaces_for_macvtaps_are_none_unless_said() {
 }
 
 #[test]
+fn seccomp_filters_are_not_trusted_unless_said() {
+    let trusted = |text: &str| Config::parse(Path::new("/a.toml"), text).unwrap().trust_seccomp;
+    assert!(!trusted(LEAST) && !trusted(FULL));
+    assert!(trusted(&with("ram_dir", "trust_seccomp = true")));
+    let message = refused(&with("ram_dir", "trust_seccomp = 1"));
+    assert!(message.contains("8: trust_seccomp: invalid type: integer `1`"), "{message}");
+}
+
+#[test]
+fn what_command_lines_are_let_through_with_is_nothing_unless_said() {
+    let allowed = |line: &str| Config::parse(Path::new("/a.toml"), &with("bridges", line)).unwrap().allow;
+    let nothing = allowed("").permissions();
+    assert!(nothing.arguments.is_empty() && nothing.output_dirs.is_empty() && nothing.listen.is_empty());
+    assert!(!nothing.unsandboxed && allowed("unsandboxed = true").unsandboxed);
+    assert_eq!(nothing.file_dirs, [Path::new("/var/lib/vms")]);
+    let allow = allowed(
+        "arguments = [\"-device vhost-vsock-pci\", \"-trace\"]\noutput_dirs = [\"/log\"]\nsocket_dirs = [\"/s\"]\ndisk_drivers = [\"rbd\"]\nlisten = [\"127.0.0.1\", \"::1\"]",
+    );
+    let arguments: Vec<String> = allow.arguments.iter().map(ToString::to_string).collect();
+    assert_eq!(arguments, ["-device vhost-vsock-pci", "-trace"]);
+    assert_eq!(allow.listen, [[127, 0, 0, 1].into(), std::net::IpAddr::from(std::net::Ipv6Addr::LOCALHOST)]);
+    assert_eq!((allow.disk_drivers, allow.socket_dirs), (vec!["rbd".to_owned()], vec!["/s".into()]));
+    assert_eq!(allowed("user = \"107:108\"").user.unwrap().uid(), 107);
+    for (line, said) in [
+        ("arguments = [\"device\"]", "a.toml:17: allow.arguments: \"device\" is not an option of QEMU's"),
+        ("listen = [\"localhost\"]", "a.toml:17: allow.listen: \"localhost\": invalid IP address"),
+        ("user = \"no such user\"", "a.toml:17: allow.user: \"no such user\" is no user in /etc/passwd"),
+        ("output_dirs = [\"log\"]", "a.toml:17: allow.output_dirs: log is not an absolute path"),
+        ("socket_dirs = [\"s\"]", "a.toml:17: allow.socket_dirs: s is not an absolute path"),
+    ] {
+        let error = Config::parse(Path::new("/a.toml"), &with("bridges", line)).unwrap_err().to_string();
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+#[test]
 fn metrics_are_refused_in_words() {
     let message = refused(&format!("{FULL}[metrics]\nlisten = \"127.0.0.1:7601\"\n"));
-    assert!(message.contains("agent.toml:24: [metrics] is not yet available in this version"), "{message}");
+    assert!(message.contains("agent.toml:26: [metrics] is not yet available in this version"), "{message}");
 }
 
 #[test]
@@ -140,32 +182,43 @@ fn bad_values_name_the_key_the_line_and_the_value() {
         ("listen", "listen = \"host-a\"", "2: listen: "),
         ("listen", "listen = \"10.9.0.2\"", "2: listen: "),
         ("state_dir", "state_dir = true", "4: state_dir: invalid type: boolean `true`"),
-        ("bandwidth", "bandwidth = \"fast\"", "7: bandwidth: \"fast\" is not a rate such as 500MiB/s"),
-        ("bandwidth", "bandwidth = \"1kB/s\"", "7: bandwidth: 1000 bytes/s is below the least"),
-        ("bandwidth", "bandwidth = 7", "7: bandwidth: invalid type: integer `7`"),
-        ("peers", "peers = \"host-b\"", "13: allow.peers: invalid type: string \"host-b\""),
-        ("peers", "peers = [\"host-b\", 7]", "13: allow.peers[1]: invalid type: integer `7`"),
-        ("disk_dirs", "disk_dirs = [\"vms\"]", "14: allow.disk_dirs: vms is not an absolute path"),
-        ("max_memory", "max_memory = \"lots\"", "16: allow.max_memory: \"lots\" is not a size"),
-        ("max_memory", "max_memory = 17", "16: allow.max_memory: invalid type: integer `17`"),
-        ("qemu", "qemu = [\"qemu-system-x86_64\"]", "17: allow.qemu: qemu-system-x86_64 is not an abs"),
-        ("qemu", "qemu = []\ncgroup = 5", "18: allow.cgroup: invalid type: integer `5`"),
-        ("qemu", "qemu = []\ncgroup = \"/vms\"", "18: allow.cgroup: \"/vms\" is not the path of a cgroup"),
-        ("qemu", "qemu = []\ncgroup = \"../vms\"", "18: allow.cgroup: \"../vms\" is not the path of a"),
-        ("directory", "directory = 3", "19: hooks.directory: invalid type: integer `3`"),
-        ("deadline", "deadline = \"soon\"", "20: hooks.deadline: \"soon\" is not a time such as \"10s\""),
-        ("deadline", "deadline = \"99ms\"", "20: hooks.deadline: \"99ms\" is not between 100ms and 10m"),
-        ("deadline", "deadline = \"601s\"", "20: hooks.deadline: \"601s\" is not between 100ms and 10m"),
-        ("deadline", "deadline = 10", "20: hooks.deadline: invalid type: integer `10`"),
-        ("conntrack", "conntrack = \"no\"", "22: network.conntrack: invalid type: string \"no\""),
-        ("nft_table", "nft_table = \"vms\"", "23: network.nft_table: \"vms\" names no table for each VM"),
-        ("nft_table", "nft_table = \"ip a-{vm}\"", "23: network.nft_table: \"ip a-{vm}\" names no table"),
+        ("bandwidth", "bandwidth = \"fast\"", "9: bandwidth: \"fast\" is not a rate such as 500MiB/s"),
+        ("bandwidth", "bandwidth = \"1kB/s\"", "9: bandwidth: 1000 bytes/s is below the least"),
+        ("bandwidth", "bandwidth = 7", "9: bandwidth: invalid type: integer `7`"),
+        ("peers", "peers = \"host-b\"", "15: allow.peers: invalid type: string \"host-b\""),
+        ("peers", "peers = [\"host-b\", 7]", "15: allow.peers[1]: invalid type: integer `7`"),
+        ("disk_dirs", "disk_dirs = [\"vms\"]", "16: allow.disk_dirs: vms is not an absolute path"),
+        ("max_memory", "max_memory = \"lots\"", "18: allow.max_memory: \"lots\" is not a size"),
+        ("max_memory", "max_memory = \"3\"", "18: allow.max_memory: 3 bytes are less than any VM has"),
+        ("max_memory", "max_memory = 17", "18: allow.max_memory: invalid type: integer `17`"),
+        ("qemu", "qemu = [\"qemu-system-x86_64\"]", "19: allow.qemu: qemu-system-x86_64 is not an abs"),
+        ("qemu", "qemu = []\ncgroup = 5", "20: allow.cgroup: invalid type: integer `5`"),
+        ("qemu", "qemu = []\ncgroup = \"/vms\"", "20: allow.cgroup: \"/vms\" is not the path of a cgroup"),
+        ("qemu", "qemu = []\ncgroup = \"../vms\"", "20: allow.cgroup: \"../vms\" is not the path of a"),
+        ("directory", "directory = 3", "21: hooks.directory: invalid type: integer `3`"),
+        ("deadline", "deadline = \"soon\"", "22: hooks.deadline: \"soon\" is not a time such as \"10s\""),
+        ("deadline", "deadline = \"99ms\"", "22: hooks.deadline: \"99ms\" is not between 100ms and 10m"),
+        ("deadline", "deadline = \"601s\"", "22: hooks.deadline: \"601s\" is not between 100ms and 10m"),
+        ("deadline", "deadline = 10", "22: hooks.deadline: invalid type: integer `10`"),
+        ("conntrack", "conntrack = \"no\"", "24: network.conntrack: invalid type: string \"no\""),
+        ("nft_table", "nft_table = \"vms\"", "25: network.nft_table: \"vms\" names no table for each VM"),
+        ("nft_table", "nft_table = \"ip a-{vm}\"", "25: network.nft_table: \"ip a-{vm}\" names no table"),
     ] {
         let message = refused(&with(key, line));
         assert!(message.contains(&format!("agent.toml:{expected}")), "{line}: {message}");
     }
-    let long = format!("api = \"/{}\"", "x".repeat(LONGEST_SOCKET_PATH));
-    assert!(refused(&with("api", &long)).contains("too long for a unix socket: 108 bytes"));
+    let path = |length: usize| format!("/{}", "x".repeat(length - 1));
+    let api =
+        |length| Config::parse(Path::new("/a.toml"), &with("api", &format!("api = \"{}\"", path(length))));
+    assert!(api(105).is_ok());
+    let long = api(106).unwrap_err().to_string();
+    assert!(long.contains("too long for a unix socket: 106 bytes, at most 105 fit"), "{long}");
+    let run_dir = |length| {
+        Config::parse(Path::new("/a.toml"), &with("run_dir", &format!("run_dir = \"{}\"", path(length))))
+    };
+    assert!(run_dir(93).is_ok());
+    let long = run_dir(94).unwrap_err().to_string();
+    assert!(long.contains("a.toml:5: run_dir: ") && long.contains("is too long: the sockets"), "{long}");
 }
 
 #[test]
@@ -178,4 +231,13 @@ fn what_is_not_toml_is_refused_with_its_line() {
 fn a_file_that_is_not_there_is_named() {
     let error = Config::load(Path::new("/nonexistent/agent.toml")).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/agent.toml"));
+}
+
+#[test]
+fn a_log_that_could_not_hold_last_words_is_refused() {
+    let refused = refused(&with("log_max", "log_max = \"1KiB\""));
+    assert!(
+        refused.contains("agent.toml:7") && refused.contains("log_max") && refused.contains("64KiB"),
+        "{refused}"
+    );
 }

@@ -6,8 +6,11 @@ use std::path::{Path, PathBuf};
 
 use tokio::net::UnixListener;
 
+/// What a socket is called until it is private.
+pub(crate) const FRESH: &str = "n";
+
 /// A path beside the socket: its name with an ending.
-pub(super) fn beside(socket: &Path, ending: &str) -> PathBuf {
+pub(crate) fn beside(socket: &Path, ending: &str) -> PathBuf {
     let mut name = socket.as_os_str().to_owned();
     name.push(".");
     name.push(ending);
@@ -30,7 +33,7 @@ pub(super) fn listen(path: &Path) -> io::Result<UnixListener> {
     }
     // Bound under another name first: under its own it can be connected to from the first moment, and must
     // not be before it is private.
-    let fresh = beside(path, "n");
+    let fresh = beside(path, FRESH);
     match std::fs::remove_file(&fresh) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

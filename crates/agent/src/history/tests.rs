@@ -54,13 +54,50 @@ fn an_id_that_fits_none_or_several_is_told_so() {
 #[test]
 fn only_the_newest_are_kept() {
     let directory = tempfile::tempdir().unwrap();
-    let history = History::keeping(&kept_in(&directory), 3).unwrap();
+    let history = History::keeping(&kept_in(&directory), 3, ROOM).unwrap();
     for n in 0..10 {
         history.add(&report(&format!("id-{n}"))).unwrap();
     }
     let ids: Vec<_> = history.list(None, 100).unwrap().into_iter().map(|entry| entry.id).collect();
     assert_eq!(ids, ["id-9", "id-8", "id-7"]);
     assert_eq!(history.len().unwrap(), 3);
+}
+
+#[test]
+fn large_reports_take_no_more_room_than_there_is_for_all_and_the_newest_is_kept_all_the_same() {
+    let directory = tempfile::tempdir().unwrap();
+    let rounds =
+        |id: &str, n: usize| Report { rounds: vec![migration::report::Round::default(); n], ..report(id) };
+    let bytes = |report: &Report| serde_json::to_string(report).unwrap().len() as u64;
+    let (small, large) = (bytes(&report("0")), bytes(&rounds("0", 100)));
+    let history = History::keeping(&kept_in(&directory), 1000, large + 3 * small).unwrap();
+    let ids =
+        || -> Vec<String> { history.list(None, 1000).unwrap().into_iter().map(|entry| entry.id).collect() };
+    for n in 1..=5 {
+        history.add(&rounds(&n.to_string(), 100)).unwrap();
+    }
+    assert_eq!(ids(), ["5"]);
+    for id in ["6", "7", "8"] {
+        history.add(&report(id)).unwrap();
+    }
+    assert_eq!(ids(), ["8", "7", "6", "5"]);
+    history.add(&rounds("9", 1000)).unwrap();
+    assert_eq!(ids(), ["9"], "more than there is room for");
+
+    // What an earlier version has let grow goes in steps.
+    drop(history);
+    let before = History::keeping(&kept_in(&directory), 1000, u64::MAX).unwrap();
+    for n in 100..300 {
+        before.add(&report(&n.to_string())).unwrap();
+    }
+    let history = History::keeping(&kept_in(&directory), 1000, 10 * small).unwrap();
+    for (n, left) in [(300, 201 + 1 - 64), (301, 202 + 1 - 128), (302, 203 + 1 - 192)] {
+        history.add(&report(&n.to_string())).unwrap();
+        assert_eq!(history.len().unwrap(), left);
+    }
+    history.add(&report("303")).unwrap();
+    assert!(history.len().unwrap() < 10);
+    assert_eq!(history.list(None, 1).unwrap()[0].id, "303");
 }
 
 #[test]

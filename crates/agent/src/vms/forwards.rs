@@ -13,17 +13,13 @@ use crate::error::AgentError;
 const LOOK: Duration = Duration::from_secs(10);
 
 impl Vms {
-    /// Keeps the tunnels of machines that have left as they should be, until the agent goes down.
-    pub fn keep_forwarding(&self) {
-        let vms = self.clone();
-        self.inner.tasks.spawn(async move {
-            loop {
-                tokio::select! {
-                    () = vms.inner.closing.cancelled() => return,
-                    () = tokio::time::sleep(LOOK) => vms.host().forwards.repair(&vms.host().journal).await,
-                }
-            }
-        });
+    /// Keeps the tunnels of machines that have left as they should be, for ever.
+    pub(super) async fn keep_forwarding(&self) {
+        self.host().forwards.restore(&self.host().journal).await;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            self.host().forwards.repair(&self.host().journal).await;
+        }
     }
 
     /// Those that have left and are in the network here, as they are listed.
@@ -43,11 +39,13 @@ impl Vms {
             self.with_idle(name, |here| here.held = Some("put into the network of this host"))?;
         }
         let released = forward::release(self.host(), name, force).await;
-        if here && let Some(Entry::Here(here)) = self.entries().get_mut(name) {
-            here.held = None;
-            if let Some(record) = self.host().journal.get(name) {
+        if here {
+            if let Some(Entry::Here(here)) = self.entries().get_mut(name)
+                && let Some(record) = self.host().journal.get(name)
+            {
                 here.vm.record = record;
             }
+            self.let_go(name);
         }
         released.map_err(AgentError::Refused)
     }
@@ -65,14 +63,18 @@ fn view(forward: &Forward) -> VmView {
         qmp_socket: std::path::PathBuf::new(),
         argv: Vec::new(),
         files: Vec::new(),
+        log: None,
         taps: forward.interfaces(),
         session: None,
         doubt: None,
+        problem: None,
+        warnings: Vec::new(),
         forward: Some(ForwardView {
             to: forward.to.clone(),
             address: forward.address.clone(),
             since_unix_ms: crate::events::unix_ms_of(forward.since),
         }),
         network_of: None,
+        kept: None,
     }
 }

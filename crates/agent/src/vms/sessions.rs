@@ -55,9 +55,7 @@ impl Vms {
         })?;
         let host = Arc::clone(self.host());
         let readiness = migration::source::check(host, vm, to, options).await;
-        if let Some(Entry::Here(here)) = self.entries().get_mut(name) {
-            here.held = None;
-        }
+        self.let_go(name);
         readiness.map_err(|failure| AgentError::Migration(Box::new(failure)))
     }
 
@@ -67,7 +65,11 @@ impl Vms {
         let entries = self.entries();
         let of = |entry: &Entry| match entry {
             Entry::Here(here) => here.session.clone(),
-            Entry::Starting(_) | Entry::Uncertain(..) | Entry::Silent(..) => None,
+            Entry::Starting(_)
+            | Entry::Recovering(_)
+            | Entry::Unreadable(_)
+            | Entry::Uncertain(..)
+            | Entry::Silent(..) => None,
         };
         entries.values().filter_map(of).collect()
     }
@@ -177,11 +179,34 @@ impl Vms {
             Ok(Err(error)) => tracing::error!(session = %active.id(), %error, "the report could not be kept"),
             Err(error) => tracing::error!(session = %active.id(), %error, "the report could not be kept"),
         }
-        // The journal, not the report, decides where the machine is: it is what a restart would go by.
-        match self.host().journal.get(name) {
-            None => self.drop_entry(name, RemovalReason::Migrated),
-            Some(record) if matches!(record.ownership, Ownership::HandedOver { .. }) => self.doubt(record),
-            Some(record) => {
+        // The journal, not the report, decides where the machine is: it is what a restart would go by. It may be on its way back here
+        // already, or be back.
+        let was = self.arrival(name, active.id());
+        let now = || self.host().journal.get(name).filter(|now| was == Some(now.arrived_by));
+        match was.map(|_| now()) {
+            None => {}
+            Some(None) => {
+                let left = match self.entries().get(name) {
+                    Some(Entry::Here(here)) => Some(here.vm.record.clone()),
+                    _ => None,
+                };
+                self.drop_entry(name, RemovalReason::Migrated);
+                if let Some(record) = left {
+                    self.watch(&record, &report.destination);
+                }
+            }
+            Some(Some(record)) if matches!(record.ownership, Ownership::HandedOver { .. }) => {
+                self.doubt(record)
+            }
+            Some(Some(record)) if self.host().journal.is_unsettled(name) => self.unsettled(record),
+            // Tried again until its QEMU does as it is told, or is gone.
+            Some(Some(record)) if record.switching => {
+                self.silent(
+                    record,
+                    "its guest is paused by a switch-over and could not be resumed".to_owned(),
+                );
+            }
+            Some(Some(record)) => {
                 let vm = match self.entries().get_mut(name) {
                     Some(Entry::Here(here)) => {
                         here.vm.record = record;
@@ -207,6 +232,18 @@ impl Vms {
         let kind = EventKind::SessionFinished { session: active.id(), outcome, downtime_ms, error };
         self.tell(name, kind);
         active.end(report);
+    }
+}
+
+impl Vms {
+    /// How the machine came here that this session is of, as long as its name is still the session's.
+    fn arrival(&self, name: &VmName, session: Uuid) -> Option<Option<Uuid>> {
+        match self.entries().get(name) {
+            Some(Entry::Here(here)) if here.session.as_ref().is_some_and(|active| active.id() == session) => {
+                Some(here.vm.record.arrived_by)
+            }
+            _ => None,
+        }
     }
 }
 

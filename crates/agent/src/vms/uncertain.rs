@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use migration::lifecycle::{self, Resolution};
+use migration::lifecycle::{self, Forgotten, Occasion, Recovered, Resolution, RunError};
 use migration::source::{self, Settled};
-use migration::{Ownership, Record, VmName};
+use migration::{JournalError, Ownership, Record, VmName};
 
-use super::{Entry, Vms, not_here};
+use super::{Entry, Silent, Vms, not_here};
 use crate::api::types::{Decision, EventKind, Place, RemovalReason};
 use crate::error::{AgentError, chain};
 use crate::findings;
@@ -39,13 +39,33 @@ impl Vms {
         });
     }
 
-    /// Copies of this peer that are complete and may not run yet, left behind by a control connection that ended.
+    /// Copies of this peer that are complete and may not run yet, left behind by a control connection that ended; and those that
+    /// are not complete, and whose QEMU does not end.
     pub fn doubt_copies_from(&self, peer: &str) {
         for record in self.host().journal.all() {
             let waits =
                 matches!(&record.ownership, Ownership::Incoming { from, ready: true, .. } if from == peer);
-            if waits && !self.entries().contains_key(&record.name) {
+            let is_known = match self.entries().get(&record.name) {
+                // It was in doubt as something that it is not any more.
+                Some(Entry::Uncertain(doubted, _)) => doubted.claim() == record.claim(),
+                entry => entry.is_some(),
+            };
+            if waits && !is_known {
                 self.doubt(record);
+                continue;
+            }
+            // It may have run, or not: only a person can tell.
+            let unseen = record.resuming && record.arrived_from.as_deref() == Some(peer);
+            if unseen && record.ownership == Ownership::Owner && !is_known {
+                self.silent(record, "it was not seen to run here".to_owned());
+                continue;
+            }
+            // One that was not complete is gone, unless its QEMU does not end.
+            let from_there =
+                matches!(&record.ownership, Ownership::Incoming { from, ready: false, .. } if from == peer);
+            let lingers = self.host().lingering.why(&record.name).filter(|_| from_there && !is_known);
+            if let Some(why) = lingers {
+                self.silent(record, why.message);
             }
         }
     }
@@ -54,18 +74,20 @@ impl Vms {
         let name = record.name.clone();
         let (mut wait, longest) = ASK_AGAIN;
         loop {
-            match source::settle(self.host(), &record).await {
+            match source::settle(self.host(), &mut record).await {
                 Ok(Settled::RunsThere) if record.supplies => match source::supply(self.host(), &record).await
                 {
                     // Asked for the last time, and then let go of.
                     Ok(None) => {
+                        source::supplied(self.host(), &mut record);
                         record.supplies = false;
                         continue;
                     }
                     Ok(Some(finding)) => {
                         tracing::error!(vm = %name, why = finding.message, "the VM is lost");
-                        lifecycle::forget(self.host(), &record, None).await;
-                        return self.drop_entry(&name, RemovalReason::Ended);
+                        if self.is_forgotten(&record).await {
+                            return self.drop_entry(&name, RemovalReason::Ended);
+                        }
                     }
                     Err(failure) => {
                         tracing::info!(vm = %name, why = failure.finding.message, "it lacks memory that is here");
@@ -73,17 +95,30 @@ impl Vms {
                 },
                 Ok(Settled::RunsThere) => {
                     tracing::info!(vm = %name, "settled: it runs at the destination");
-                    lifecycle::forget(self.host(), &record, None).await;
+                    if !self.is_forgotten(&record).await {
+                        tokio::time::sleep(wait).await;
+                        continue;
+                    }
+                    let (host, left) = (self.host().clone(), record.clone());
+                    self.inner.tasks.spawn(async move { source::release(&host, &left).await });
                     self.tell(&name, EventKind::Settled { runs: Place::There });
-                    return self.drop_entry(&name, RemovalReason::Migrated);
+                    self.drop_entry(&name, RemovalReason::Migrated);
+                    if let Ownership::HandedOver { to, .. } = &record.ownership {
+                        self.watch(&record, to);
+                    }
+                    return;
                 }
                 Ok(Settled::RunsHere) => {
                     tracing::info!(vm = %name, "settled: the destination will never run it");
-                    if self.run_here(&name, record.clone()).await.is_ok() {
-                        return;
-                    }
+                    self.found_again(&name, record, Place::Here).await;
+                    return;
                 }
-                Ok(Settled::Unknown) => tracing::debug!(vm = %name, "not settled yet"),
+                Ok(Settled::OtherKeeper) => {
+                    tracing::error!(vm = %name, "the destination has another state directory than the one that took the VM; see where it runs, and use `vmirror resolve`");
+                }
+                Ok(Settled::UnknownThere | Settled::Unknown) => {
+                    tracing::debug!(vm = %name, "not settled yet");
+                }
                 Err(failure) => {
                     tracing::error!(vm = %name, why = failure.finding.message, "cannot be settled")
                 }
@@ -91,6 +126,55 @@ impl Vms {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(longest);
         }
+    }
+
+    /// Ends and forgets a machine; false where a process of it may run on, and everything of it is kept.
+    async fn is_forgotten(&self, record: &Record) -> bool {
+        !matches!(lifecycle::forget(self.host(), record, None).await, Forgotten::Lingers(_))
+    }
+
+    /// What became of a machine that is this host's again, or is on record as that at last.
+    async fn found_again(&self, name: &VmName, record: Record, runs: Place) {
+        match lifecycle::recover(self.host(), record, Occasion::Later).await {
+            Recovered::Running(vm) => {
+                self.keep(*vm);
+                self.tell(name, EventKind::Settled { runs });
+            }
+            Recovered::Silent(record, why) => self.silent(record, why),
+            Recovered::Uncertain(record) => self.doubt(record),
+            Recovered::Gone(_) => self.drop_entry(name, RemovalReason::Ended),
+            Recovered::Replaced(_) => self.drop_entry(name, RemovalReason::Withdrawn),
+        }
+    }
+
+    /// Keeps a machine of which the journal may say either that it is this host's or that it was given away, until it can be written. Its
+    /// guest is paused meanwhile.
+    pub(super) fn unsettled(&self, record: Record) {
+        let name = record.name.clone();
+        tracing::error!(vm = %name, "the journal cannot be written: the VM waits for that");
+        let until = self.inner.closing.child_token();
+        self.put(name.clone(), Entry::Uncertain(Box::new(record.clone()), until.clone()));
+        let vms = self.clone();
+        self.inner.tasks.spawn(async move {
+            let work = async {
+                let (mut wait, longest) = ASK_AGAIN;
+                while vms.write_again(&name, &record).await.is_err() {
+                    tokio::time::sleep(wait).await;
+                    wait = (wait * 2).min(longest);
+                }
+            };
+            tokio::select! {
+                () = until.cancelled() => {}
+                () = work => {}
+            }
+        });
+    }
+
+    async fn write_again(&self, name: &VmName, record: &Record) -> Result<(), JournalError> {
+        self.host().journal.settle(name)?;
+        tracing::info!(vm = %name, "the journal can be written again");
+        self.found_again(name, record.clone(), Place::Here).await;
+        Ok(())
     }
 
     /// Waits until the source has taken its copy back. When it has let it run, it has arrived, and this is not
@@ -114,27 +198,22 @@ impl Vms {
     ///
     /// # Errors
     /// [`AgentError::NotUncertain`] when there is nothing to decide, or why it could not be done.
-    pub async fn resolve(&self, name: &VmName, decision: Decision) -> Result<(), AgentError> {
+    pub async fn resolve(&self, name: &VmName, decision: Decision, force: bool) -> Result<(), AgentError> {
         self.open()?;
-        let record = self.take_doubt(name)?;
-        if decision == Decision::GiveUp && record.supplies {
-            self.doubt(record);
-            return Err(AgentError::Refused(findings::supplies(name)));
+        let unseen = |silent: &Silent| silent.record.resuming && decision == Decision::GiveUp;
+        let record = match self.take_silent_if(name, unseen) {
+            Some(record) => record,
+            None => self.take_doubt(name)?,
+        };
+        if record.ownership == Ownership::Owner && !record.resuming {
+            return self.resolve_unsettled(name, record, decision).await;
         }
-        tracing::warn!(vm = %name, ?decision, "resolved by a person");
-        match decision {
-            Decision::RunHere => self.run_here(name, record).await,
-            Decision::GiveUp => {
-                lifecycle::forget(self.host(), &record, None).await;
-                self.drop_entry(name, RemovalReason::GivenUp);
-                Ok(())
-            }
-        }
-    }
-
-    /// Runs a machine here that is known to run nowhere else.
-    async fn run_here(&self, name: &VmName, record: Record) -> Result<(), AgentError> {
-        match lifecycle::resolve(self.host(), record.clone(), Resolution::RunHere).await {
+        tracing::warn!(vm = %name, ?decision, force, "resolved by a person");
+        let resolution = match decision {
+            Decision::RunHere => Resolution::RunHere,
+            Decision::GiveUp => Resolution::GiveUp,
+        };
+        match lifecycle::resolve(self.host(), record.clone(), resolution, force).await {
             Ok(Some(vm)) => {
                 self.keep(vm);
                 self.tell(name, EventKind::Settled { runs: Place::Here });
@@ -142,23 +221,76 @@ impl Vms {
             }
             Ok(None) => {
                 self.drop_entry(name, RemovalReason::GivenUp);
+                // As after one that was settled without a person.
+                if let Ownership::HandedOver { to, .. } = &record.ownership {
+                    self.watch(&record, to);
+                    let (host, left) = (self.host().clone(), record.clone());
+                    self.inner.tasks.spawn(async move { source::release(&host, &left).await });
+                }
                 Ok(())
             }
             Err(error) => {
-                // The journal may say already that it is this host's; then only its QEMU is missing.
-                match self.host().journal.get(name) {
-                    Some(now) if now.ownership == Ownership::Owner => self.silent(now, chain(&error)),
-                    _ => self.doubt(record),
-                }
+                self.still_in_doubt(name, record, &error);
                 Err(AgentError::Refused(findings::of_run(&error)))
             }
         }
     }
 
+    /// The journal decides what there is, not who had the machine in doubt: it may have settled its fate meanwhile.
+    fn still_in_doubt(&self, name: &VmName, doubted: Record, error: &RunError) {
+        match self.host().journal.get(name) {
+            Some(now) if now.claim() == doubted.claim() && now.ownership != Ownership::Owner => {
+                self.doubt(now)
+            }
+            // It is this host's by the journal; unless it has arrived in the meantime, only its QEMU is missing.
+            Some(now) if now.ownership == Ownership::Owner => {
+                let waits =
+                    matches!(self.entries().get(name), Some(Entry::Uncertain(..) | Entry::Silent(..)));
+                if waits && now.resuming {
+                    self.silent(now, chain(error));
+                }
+            }
+            Some(now) => self.doubt(now),
+            None => {
+                if matches!(self.entries().get(name), Some(Entry::Uncertain(..))) {
+                    self.drop_entry(name, RemovalReason::Withdrawn);
+                }
+            }
+        }
+    }
+
+    /// Of a machine that only the journal keeps from running, nothing is to be decided but to try that again.
+    async fn resolve_unsettled(
+        &self,
+        name: &VmName,
+        record: Record,
+        decision: Decision,
+    ) -> Result<(), AgentError> {
+        let refused = |finding| Err(AgentError::Refused(finding));
+        match decision {
+            Decision::GiveUp => {
+                self.unsettled(record);
+                refused(findings::unsettled(name, None))
+            }
+            Decision::RunHere => match self.write_again(name, &record).await {
+                Ok(()) => Ok(()),
+                Err(error) => {
+                    self.unsettled(record);
+                    refused(findings::unsettled(name, Some(&error)))
+                }
+            },
+        }
+    }
+
     /// The record in doubt; from now on nobody else goes after it.
     fn take_doubt(&self, name: &VmName) -> Result<Record, AgentError> {
+        // Its migration is still after the truth, here or at the other host, and nobody has it in doubt yet.
+        let under_way = self.host().journal.get(name).is_some_and(|now| {
+            matches!(now.ownership, Ownership::HandedOver { .. } | Ownership::Incoming { ready: true, .. })
+        });
         let entries = self.entries();
         match entries.get(name) {
+            Some(Entry::Here(_)) | None if under_way => Err(AgentError::HandingOver(name.to_string())),
             Some(Entry::Uncertain(record, asking)) => {
                 if asking.is_cancelled() {
                     return Err(AgentError::Held { vm: name.to_string(), doing: "resolved" });

@@ -29,6 +29,15 @@ pub(crate) enum Stop {
     SystemCall,
 }
 
+/// Whether a thread's own seccomp filters have a say in what we make it call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filters {
+    /// Not as long as we trace it.
+    AreAside,
+    /// They judge it, if it has any.
+    Judge,
+}
+
 /// A traced thread, by number.
 #[derive(Clone, Copy)]
 pub(crate) struct Thread(pub(crate) i32);
@@ -43,11 +52,15 @@ impl Thread {
 
     /// Becomes its tracer without stopping it.
     ///
-    /// Tries to put the thread's seccomp filter out of the way, which needs `CAP_SYS_ADMIN`: a filter
+    /// Tries to put the thread's seccomp filters out of the way, which needs `CAP_SYS_ADMIN`: a filter
     /// that kills on unknown calls would take ours as the thread's crime.
-    pub(crate) fn seize(self) -> Result<(), Errno> {
-        self.request(libc::PTRACE_SEIZE, 0, OPTION_SYSCALL_STOPS_MARKED | OPTION_SUSPEND_SECCOMP)
-            .or_else(|_| self.request(libc::PTRACE_SEIZE, 0, OPTION_SYSCALL_STOPS_MARKED))
+    pub(crate) fn seize(self) -> Result<Filters, Errno> {
+        match self.request(libc::PTRACE_SEIZE, 0, OPTION_SYSCALL_STOPS_MARKED | OPTION_SUSPEND_SECCOMP) {
+            Ok(()) => Ok(Filters::AreAside),
+            Err(_) => {
+                self.request(libc::PTRACE_SEIZE, 0, OPTION_SYSCALL_STOPS_MARKED).map(|()| Filters::Judge)
+            }
+        }
     }
 
     /// Becomes its tracer, and changes nothing else about it.

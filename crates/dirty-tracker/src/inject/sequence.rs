@@ -21,11 +21,11 @@
 //! Everything here runs between fork and exit of a program with many threads: no allocation, no lock,
 //! no panic.
 
-use super::ptrace::{Errno, Stop, Thread, errno, now};
+use super::ptrace::{Errno, Filters, Stop, Thread, errno, now};
 use super::registers::{self, INSTRUCTION};
 use std::os::fd::RawFd;
 
-/// How long to wait for the thread to stop before anything has been changed: 1 s. Only a thread in
+/// How long one attempt waits for the thread to stop before anything has been changed: 1 s. Only a thread in
 /// uninterruptible sleep, on dead storage say, takes longer than microseconds.
 const STOP_TIMEOUT: u64 = 1_000_000_000;
 /// How often to look again if the thread was met inside a restartable sequence, of a few instructions.
@@ -48,7 +48,16 @@ pub(super) struct Plan {
     pub(super) report_to: RawFd,
     /// Where in the process there is a `syscall` instruction.
     pub(super) instruction: u64,
-    /// The call to have made.
+    /// Its seccomp filters need not be put aside, if we may not.
+    pub(super) spare_filters: bool,
+    /// The call to have made. None: only to see whether one could be.
+    pub(super) call: Option<Call>,
+}
+
+/// A call to be made inside a process.
+#[derive(Clone, Copy)]
+pub(super) struct Call {
+    /// Its number.
     pub(super) call: i64,
     /// Its arguments.
     pub(super) arguments: [u64; 3],
@@ -73,6 +82,8 @@ pub(super) enum Then {
 pub(super) enum Step {
     /// Becoming the tracer.
     Seize,
+    /// Putting the thread's seccomp filters aside.
+    Filters,
     /// Making the thread stop.
     Stop,
     /// Checking that the thread can make the call.
@@ -90,8 +101,17 @@ pub(super) enum Step {
 }
 
 impl Step {
-    const ALL: [Self; 8] =
-        [Self::Seize, Self::Stop, Self::Check, Self::Drive, Self::Call, Self::Fetch, Self::Close, Self::Done];
+    const ALL: [Self; 9] = [
+        Self::Seize,
+        Self::Filters,
+        Self::Stop,
+        Self::Check,
+        Self::Drive,
+        Self::Call,
+        Self::Fetch,
+        Self::Close,
+        Self::Done,
+    ];
 }
 
 /// What the child sends back, with the descriptor beside it if there is one.
@@ -195,10 +215,15 @@ fn close_range(first: u32, last: u32, any: bool) {
 /// Holds the thread, has the call made, fetches the descriptor, and leaves the thread as it was met.
 fn hold(plan: &Plan, held: &mut u64) -> Result<Made, Failure> {
     let thread = Thread(plan.pid);
-    thread.seize().map_err(|errno| (Step::Seize, errno))?;
+    let filters = thread.seize().map_err(|errno| (Step::Seize, errno))?;
+    // The end of this child lets go of it, which has not been stopped.
+    if filters == Filters::Judge && !plan.spare_filters {
+        return Err((Step::Filters, libc::EPERM));
+    }
+    let Some(call) = plan.call else { return Ok(Made::default()) };
     let begin = now();
     let outcome = match stop(thread, begin.wrapping_add(STOP_TIMEOUT)) {
-        Ok(()) => obtain(thread, plan),
+        Ok(()) => obtain(thread, plan, call),
         Err(errno) => Err((Step::Stop, errno)),
     };
     // Fails only if the thread is not stopped (it never stopped, or has ended): then the end of this
@@ -256,7 +281,7 @@ fn in_restartable_sequence(thread: Thread) -> bool {
 
 /// Has the stopped thread make the call, and fetches the descriptor. Where only we are to have it ([`Then::Take`]) the
 /// process closes its own: else the memory would stay registered when the tracker is gone, and the next one be refused.
-fn obtain(thread: Thread, plan: &Plan) -> Result<Made, Failure> {
+fn obtain(thread: Thread, plan: &Plan, wanted: Call) -> Result<Made, Failure> {
     let met = thread.registers().map_err(|errno| (Step::Check, errno))?;
     if !registers::runs_64_bit(&met) {
         return Err((Step::Check, libc::ENOEXEC));
@@ -266,12 +291,12 @@ fn obtain(thread: Thread, plan: &Plan) -> Result<Made, Failure> {
     if code.to_ne_bytes().first_chunk::<2>() != Some(&INSTRUCTION) {
         return Err((Step::Check, libc::ENOEXEC));
     }
-    let number = call(thread, plan.instruction, plan.call, plan.arguments)?;
+    let number = call(thread, plan.instruction, wanted.call, wanted.arguments)?;
     let Ok(number) = RawFd::try_from(number) else { return Err((Step::Call, libc::EBADF)) };
     if number < 0 {
         return Err((Step::Call, number.wrapping_neg()));
     }
-    if plan.then == Then::Nothing {
+    if wanted.then == Then::Nothing {
         return Ok(Made { number, descriptor: None });
     }
     // SAFETY: takes two numbers and flags, and touches no memory.
@@ -279,7 +304,7 @@ fn obtain(thread: Thread, plan: &Plan) -> Result<Made, Failure> {
     let fetch_error = errno();
     let fetched = RawFd::try_from(fetched).ok().filter(|&descriptor| descriptor >= 0);
     // What could not be fetched is of no use to anybody, and is closed whatever was planned.
-    if plan.then == Then::Share && fetched.is_some() {
+    if wanted.then == Then::Share && fetched.is_some() {
         return Ok(Made { number, descriptor: fetched });
     }
     let arguments = [u64::from(number.cast_unsigned()), 0, 0];
@@ -397,7 +422,7 @@ mod tests {
             assert_eq!(Report::decode(&report.encode()), Some(report));
         }
         let mut unknown = Report { step: Step::Done, errno: 0, held: 0, number: 0 }.encode();
-        unknown[..4].copy_from_slice(&8_u32.to_ne_bytes());
+        unknown[..4].copy_from_slice(&9_u32.to_ne_bytes());
         assert_eq!(Report::decode(&unknown), None);
         assert_eq!(Report::decode(&unknown[..19]), None);
         assert_eq!(Report::decode(&[]), None);

@@ -1,10 +1,14 @@
 //! What is in the way of tracking, or comes in its way, is told apart.
 
-use crate::tracee::{PAGE, Ram, Tracee};
-use dirty_tracker::{AttachError, DescriptorSource, InjectError, Region, Scan, ScanError, Tracker};
+use crate::tracee::{PAGE, Ram, Tracee, map};
+use dirty_tracker::{
+    ATTACH_PATIENCE, AttachError, DescriptorSource, InjectError, Region, Scan, ScanError, Tracker,
+};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 fn tracee() -> (Ram, Tracee, std::ops::Range<u64>) {
     let ram = Ram::new(64);
@@ -195,4 +199,82 @@ fn a_process_of_another_user_is_refused_with_what_to_allow() {
         .unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("refused: cannot find out what process"), "{output:?}");
+}
+
+/// How long the main thread of the role `naps` does not stop for anybody: longer than one attempt waits.
+const NAP: Duration = Duration::from_millis(2500);
+
+/// The role of a main thread that is at times in uninterruptible sleep, as one that waits for storage or swap is: at each
+/// `nap` for a while, at `sleep` until its input ends.
+pub(crate) fn naps(path: &Path) {
+    map(path).fill(3);
+    println!("ready");
+    for line in std::io::stdin().lines() {
+        let sleeps_on = match line.unwrap().as_str() {
+            "sleep" => true,
+            "nap" => false,
+            // What is left of the line that ended its sleep.
+            _ => continue,
+        };
+        println!("asleep");
+        // SAFETY: as fork, whose child makes async-signal-safe calls only; its parent sleeps until it ends, as the flag says.
+        unsafe {
+            let flags = libc::c_long::from(libc::CLONE_VFORK | libc::SIGCHLD);
+            if libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) == 0 {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                let mut byte = 0_u8;
+                if sleeps_on {
+                    libc::read(0, (&raw mut byte).cast(), 1);
+                } else {
+                    libc::usleep(u32::try_from(NAP.as_micros()).unwrap());
+                }
+                libc::_exit(0);
+            }
+            libc::wait(std::ptr::null_mut());
+        }
+        println!("awake");
+    }
+}
+
+fn napping(word: &str) -> (Ram, Tracee, std::ops::Range<u64>) {
+    let ram = Ram::new(64);
+    let mut tracee = Tracee::start("naps", &[ram.path().to_str().unwrap()]);
+    assert_eq!(tracee.line(), "ready");
+    let range = tracee.range_of(&ram.path());
+    assert_eq!(tracee.ask(word), "asleep");
+    let state = || std::fs::read_to_string(format!("/proc/{}/stat", tracee.pid())).unwrap();
+    let begin = Instant::now();
+    while !state().contains(") D ") {
+        assert!(begin.elapsed() < ATTACH_PATIENCE, "{}", state());
+        std::thread::yield_now();
+    }
+    (ram, tracee, range)
+}
+
+#[test]
+fn a_main_thread_that_does_not_stop_at_once_is_asked_again() {
+    let (_ram, mut tracee, range) = napping("nap");
+    let begin = Instant::now();
+    let mut tracker = Tracker::attach(tracee.pid(), &[range], DescriptorSource::Injected).unwrap();
+    assert!(tracker.hold() < begin.elapsed());
+    tracker.scan(Scan::OneStep, &mut Vec::new()).unwrap();
+    tracker.detach().unwrap();
+    assert_eq!(tracee.line(), "awake");
+    assert!(tracee.finish().success());
+}
+
+#[test]
+fn a_main_thread_that_never_stops_is_told_with_what_it_does_and_left_alone() {
+    let (_ram, mut tracee, range) = napping("sleep");
+    let begin = Instant::now();
+    let error = Tracker::attach(tracee.pid(), &[range], DescriptorSource::Injected).unwrap_err();
+    assert!((ATTACH_PATIENCE..3 * ATTACH_PATIENCE).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+    let AttachError::Inject { source: InjectError::DidNotStop { .. }, .. } = &error else {
+        panic!("{error:?}")
+    };
+    let said = std::error::Error::source(&error).unwrap().to_string();
+    assert!(said.contains("in uninterruptible sleep (D)") && said.contains("clone"), "{said}");
+    // Nobody holds it when it comes back.
+    assert_eq!(tracee.ask("x"), "awake");
+    assert!(tracee.finish().success());
 }

@@ -5,6 +5,7 @@
     reason = "all of this is test code, in which a panic is the report of a failure"
 )]
 
+mod confined;
 mod direct_io;
 mod gone_and_busy;
 mod hugetlbfs;

@@ -249,6 +249,33 @@ fn pages_never_touched_are_all_in_the_first_scan_and_found_when_written() {
 
 /// Pages that go away after they were written and before a scan has told so, whole page tables included.
 #[test]
+fn where_a_hole_was_punched_nothing_is_mapped_and_no_scan_says_so() {
+    let ram = Ram::new(PAGES);
+    let mut tracee = Tracee::start("memory", &[ram.path().to_str().unwrap()]);
+    assert_eq!(tracee.line(), "ready");
+    let range = tracee.range_of(&ram.path());
+    let mut tracker = Tracker::attach(tracee.pid(), &[range], DescriptorSource::Injected).unwrap();
+    tracker.scan(Scan::OneStep, &mut Vec::new()).unwrap();
+    (0..64).for_each(|page| drop(tracee.ask(&format!("write {page}"))));
+    tracker.scan(Scan::TwoStep, &mut Vec::new()).unwrap();
+    let unmapped = |tracker: &mut Tracker| {
+        let mut regions = Vec::new();
+        tracker.unmapped(&mut regions).unwrap();
+        pages(&regions)
+    };
+    assert_eq!(unmapped(&mut tracker), (64..PAGES).collect::<Vec<_>>());
+    tracee.ask("punch 10 5");
+    let mut written = Vec::new();
+    tracker.scan(Scan::TwoStep, &mut written).unwrap();
+    assert_eq!(pages(&written), []);
+    let punched: Vec<u64> = (10..15).chain(64..PAGES).collect();
+    assert_eq!(unmapped(&mut tracker), punched);
+    tracee.ask("write 12");
+    assert_eq!(unmapped(&mut tracker), punched.into_iter().filter(|page| *page != 12).collect::<Vec<_>>());
+    tracker.detach().unwrap();
+}
+
+#[test]
 fn a_written_page_that_goes_away_is_still_found() {
     let ram = Ram::new(PAGES);
     let mut tracee = Tracee::start("memory", &[ram.path().to_str().unwrap()]);

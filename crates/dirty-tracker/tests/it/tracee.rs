@@ -36,6 +36,9 @@ extern "C" fn enter() {
         "old-kernel" => crate::kernel_too_old::on_old_kernel(&arguments),
         "traced" => crate::gone_and_busy::tracer(arguments[0]),
         "throttler" => crate::throttled::throttler(arguments[0]),
+        "asleep" => crate::throttled::asleep(),
+        "naps" => crate::gone_and_busy::naps(Path::new(arguments[0])),
+        "confined" => crate::confined::confined(arguments[0], Path::new(arguments[1])),
         "direct" => crate::direct_io::reader(Path::new(arguments[0]), Path::new(arguments[1])),
         _ => panic!("no role {role}"),
     }

@@ -2,30 +2,30 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
+use dirty_tracker::KnownFilters;
 use link::{AbortHandle, DataReceiver};
 use mirror::ledger::Sum;
 use mirror::memory::destination::{DestinationError, Event, Finished, MemoryDestination};
 use mirror::memory::post_copy::Places;
 use mirror::storage::destination::{StorageDestination, Wrong};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::arrivals::Arrivals;
+use super::events::Events;
 use super::network::Frames;
 use super::post_copy::{self, Waiting};
 use super::storage::broke;
-use super::tail::{Attendance, Tail};
+use super::tail::{self, Attendance, Tail};
 use super::{End, Source, failed, qemu_gone, violation};
-use crate::failure::{Finding, kind};
+use crate::deadlines::LOAD;
+use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
-use crate::wire::{self, NETWORK_STREAM, Reply, Request as Asked, ToDestination};
-/// How long QEMU may take to load its device state.
-pub(super) const LOAD: Duration = Duration::from_secs(60);
+use crate::vm::PostCopy;
+use crate::wire::{self, NETWORK_STREAM, Reply, Request as Asked};
 
 /// A copy while it is being mirrored.
 pub(super) struct Copy {
@@ -33,7 +33,7 @@ pub(super) struct Copy {
     /// Dropped before the reservation: who writes images has ended when their locks are let go of.
     pub(super) memory: Upkeep,
     pub(super) reservation: Reservation,
-    pub(super) events: mpsc::UnboundedReceiver<Event>,
+    pub(super) events: Events,
     /// Which streams have come.
     pub(super) attached: Vec<bool>,
     /// The barrier that streams are arriving at.
@@ -42,6 +42,8 @@ pub(super) struct Copy {
     pub(super) last: Option<(Vec<Sum>, Vec<Sum>)>,
     /// Where QEMU has guest RAM: addresses, and which part of it each is.
     pub(super) places: (Vec<Range<u64>>, Places),
+    /// Which seccomp filters of QEMU are known.
+    pub(super) known_filters: KnownFilters,
     /// Where post-copy was asked for: QEMU, that waits for what is missing.
     pub(super) waiting: Option<Waiting>,
     /// Streams for what is missing, come before they are needed.
@@ -61,24 +63,24 @@ impl Copy {
             tokio::select! {
                 // In this order: what the audit found is told before a barrier, and both before the gate is tried.
                 biased;
-                Some(event) = self.events.recv() => self.event(event, source).await?,
+                Some(event) = self.events.next() => self.event(event?, source).await?,
                 Some((stream, receiver)) = arrivals.queue.recv() => match stream {
                     NETWORK_STREAM if source.frames.is_expected() => source.frames = Frames::receive(receiver)?,
                     _ => self.attach(stream, receiver)?,
                 },
-                message = source.receiver.receive::<ToDestination>() => {
-                    match message?.request.ok_or_else(|| violation("sent an unknown message"))? {
+                word = source.word() => {
+                    match word? {
                         Asked::HoldDevices(_) => self.reservation.device.hold(),
                         Asked::DeviceState(part) => {
                             let fed = timeout(LOAD, self.reservation.device.feed(&part)).await;
                             fed.map_err(|_| not_loaded("QEMU at the destination takes no device state"))?
-                                .map_err(|e| failed("device-state", &e))?;
+                                .map_err(|e| not_loaded(&chain(&e)))?;
                         }
                         Asked::PostCopy(_) => self.wait_for_missing(source).await?,
                         Asked::Audit(_) => self.audit(source).await?,
                         Asked::Load(sums) => return self.gate(&sums),
                         Asked::Cancel(_) => return Err(End::Cancelled),
-                        _ => return Err(violation("sent a message out of order")),
+                        other => return Err(violation(&format!("sent {other} out of order"))),
                     }
                 }
                 event = qemu.recv() => {
@@ -107,10 +109,14 @@ impl Copy {
 
     /// Has QEMU wait for pages that are not there: from here on the source may leave some out.
     async fn wait_for_missing(&mut self, source: &mut Source) -> Result<(), End> {
-        let Reservation { record, qmp, .. } = &self.reservation;
+        let Reservation { record, qmp, .. } = &mut self.reservation;
+        // Its name is on record before it is there, and while the guest still runs.
+        let missing = tail::missing_file(&source.host, &record.name);
+        let amended = source.host.journal.amend(record, |now| now.made.files.push(missing));
+        amended.map_err(|e| failed("journal", &e))?;
         let pid = record.process.as_ref().map_or(0, |process| process.pid);
         let (addresses, places) = &self.places;
-        let waiting = post_copy::attach(qmp, pid, addresses, places.clone()).await;
+        let waiting = post_copy::attach(qmp, pid, self.known_filters, addresses, places.clone()).await;
         self.waiting = Some(waiting.map_err(|finding| End::Failed(vec![finding]))?);
         if let Some(memory) = &self.memory.memory {
             memory.allow_absent();
@@ -183,8 +189,8 @@ impl Copy {
             self.event(Event::WrongBlock(found), source).await?;
         }
         // Which pages they are is told before how many.
-        while let Ok(event) = self.events.try_recv() {
-            self.event(event, source).await?;
+        while let Some(event) = self.events.waiting() {
+            self.event(event?, source).await?;
         }
         let differing = audit.differing.len() as u64;
         source
@@ -206,16 +212,20 @@ impl Copy {
     }
 
     /// RAM is complete, or will be asked for: nothing but QEMU touches what there is of it any more.
-    pub(super) fn memory_is_complete(&mut self, host: &Host) -> Result<Option<(Arc<Tail>, Attendance)>, End> {
+    pub(super) fn memory_is_complete(
+        &mut self,
+        host: &Host,
+    ) -> Result<Option<(Arc<Tail>, Attendance, PostCopy)>, End> {
         let finished = self.memory.end();
         let (Some(waiting), Some(copy)) = (self.waiting.take(), finished) else { return Ok(None) };
         let supply = std::mem::take(&mut self.supply);
-        let Reservation { record, qmp, .. } = &mut self.reservation;
+        let Reservation { record, qmp, .. } = &self.reservation;
         Tail::begin(host, record, qmp.clone(), copy, waiting, supply).map(Some)
     }
 
     /// QEMU loads its devices, while the disks are put on stable storage and given up to it.
-    pub(super) async fn load_all(&mut self) -> Result<(), End> {
+    pub(super) async fn load_all(&mut self, host: &Host) -> Result<(), End> {
+        let vm = self.reservation.record.name.clone();
         let storage = self.memory.storage.take();
         let mut images = std::mem::take(&mut self.reservation.images);
         let finish = async {
@@ -227,10 +237,9 @@ impl Copy {
                 });
                 ended.await.map_err(|e| failed("disk", &e))?.map_err(|e| broke(&images, &e))?;
             }
-            images.release().await.map_err(|e| failed("disk", &e))
+            images.release(&host.fence, &vm).await.map_err(|e| failed("disk", &e))
         };
         let ((), ()) = tokio::try_join!(self.load(), finish)?;
-        self.reservation.record.made.storage_daemon = None;
         Ok(())
     }
 
@@ -241,7 +250,7 @@ impl Copy {
         let mut events = self.reservation.qmp.events();
         let Reservation { qmp, device, .. } = &mut self.reservation;
         let loaded = async {
-            device.release().await.map_err(|e| failed("device-state", &e))?;
+            device.release().await.map_err(|e| not_loaded(&chain(&e)))?;
             loop {
                 let status = match events.recv().await {
                     Ok(event) if event.name == "MIGRATION" => {
@@ -271,8 +280,7 @@ impl Copy {
 }
 
 pub(super) fn not_loaded(message: &str) -> End {
-    let hint = "see QEMU's log there; its version may not know the source's devices";
-    End::Failed(vec![Finding::new("device-state", message, hint)])
+    End::Qemu(Finding::new("device-state", message, "its version may not know the source's devices"))
 }
 
 /// What keeps the copy up to date. Ends when dropped.

@@ -60,14 +60,14 @@ impl Tunnels {
                 return Err(MakeError::Taken(name.clone()));
             }
         }
-        record.made.forwarded.push(Forwarded {
+        let forwarded = Forwarded {
             tap: tap.ifname.clone(),
             home: tap.bridge.clone(),
             port: tap.port.as_ref().and_then(Port::decode),
             bridge: bridge.clone(),
             tunnel: tunnel.name(),
-        });
-        journal.update(record)?;
+        };
+        journal.amend(record, |now| now.made.forwarded.push(forwarded))?;
         interfaces.make_bridge(&bridge, tap.mtu).await?;
         interfaces.make_tunnel(&tunnel).await?;
         // The tap is not, before the machine is this host's.
@@ -116,8 +116,7 @@ pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Res
     }
     // All of them are in the network here, so nothing of the tunnels is needed any more.
     let left = interfaces_of(&record);
-    record.made.forwarded.clear();
-    let recorded = host.journal.update(&record);
+    let recorded = host.journal.amend(&mut record, |now| now.made.forwarded.clear());
     tap::remove_all(&left).await;
     recorded.map_err(|e| Finding::new("journal", chain(&e), "see to the disk of state_dir"))?;
     tracing::info!(vm = %record.name, "it is in the network of this host now");

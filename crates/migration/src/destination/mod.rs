@@ -13,6 +13,7 @@
 //! need be, or a person says what it is to be.
 mod arrivals;
 mod copy;
+mod events;
 pub(crate) mod forwarded;
 pub(crate) mod images;
 pub(crate) mod network;
@@ -23,6 +24,7 @@ mod storage;
 mod tail;
 
 pub use arrivals::DataConnections;
+pub(crate) use owner::NEVER_RAN;
 pub use post_copy::PostCopies;
 
 use std::sync::Arc;
@@ -32,23 +34,27 @@ use link::{Control, ControlReceiver, ControlSender, Peer};
 use mirror::memory::destination::MemoryDestination;
 use mirror::memory::{Ram, RamFile};
 use qemu::{Qmp, Spec};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use arrivals::Arrivals;
 use copy::{Copy, Upkeep};
+use events::Events;
 use relay::Relay;
 
 use crate::boot_files::Arriving;
+use crate::confinement;
+use crate::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
 use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
-use crate::lifecycle;
+use crate::lifecycle::{self, Forgotten};
+use crate::ownership::{Effect, Event, Word};
+use crate::points::{self, Point};
 use crate::reservation::{Request, Reservation};
-use crate::vm::{Ownership, Record, Vm};
-use crate::wire::{self, Reply, Request as Asked, ToDestination, ToSource};
-/// How long a source may take to say what it wants.
-const FIRST_WORD: Duration = Duration::from_secs(10);
+use crate::vm::{PostCopy, Record, Vm, VmName};
+use crate::wire::bounds::{self, Unheard};
+use crate::wire::{self, Reply, Request as Asked, ToSource};
 
 /// Why a session did not become a machine here.
 #[derive(Debug)]
@@ -59,6 +65,8 @@ pub(super) enum End {
     Link(link::LinkError),
     /// Something failed here.
     Failed(Vec<Finding>),
+    /// The QEMU here has failed, and may have said why.
+    Qemu(Finding),
 }
 
 impl From<link::LinkError> for End {
@@ -71,9 +79,18 @@ pub(super) fn failed(kind: &str, error: &dyn std::error::Error) -> End {
     End::Failed(vec![Finding::new(kind, chain(error), "see the log of the destination's agent")])
 }
 
+impl From<Unheard> for End {
+    fn from(unheard: Unheard) -> End {
+        match unheard {
+            Unheard::Link(error) => End::Link(error),
+            Unheard::Violation(what) => violation(&what),
+        }
+    }
+}
+
 pub(super) fn violation(what: &str) -> End {
     let hint = "see whether both agents are of the same version";
-    End::Failed(vec![Finding::new("protocol", format!("the source {what}"), hint)])
+    End::Failed(vec![Finding::new(kind::PROTOCOL, format!("the source {what}"), hint)])
 }
 
 /// Serves one control connection from its first word to its end. `arrived` is called when a machine has become this
@@ -85,12 +102,7 @@ pub async fn serve(
     data: DataConnections,
     arrived: impl Fn(Vm) + Send,
 ) {
-    let (sender, mut receiver) = control.split();
-    let first = timeout(FIRST_WORD, receiver.receive::<ToDestination>()).await;
-    let Ok(Ok(ToDestination { request: Some(first) })) = first else {
-        tracing::warn!(%peer, "a source connected and said nothing");
-        return;
-    };
+    let (sender, receiver) = control.split();
     let sender = Sender(Arc::new(Mutex::new(sender)));
     let mut source = Source {
         host,
@@ -98,19 +110,55 @@ pub async fn serve(
         sender,
         receiver,
         attending: None,
+        working: None,
         frames: network::Frames::default(),
         interfaces: None,
     };
+    let first = match timeout(FIRST_WORD, source.word()).await {
+        Ok(Ok(first)) => first,
+        Ok(Err(Unheard::Violation(what))) => return source.tell(violation(&what), None).await,
+        Ok(Err(Unheard::Link(_))) | Err(_) => {
+            tracing::warn!(peer = %source.peer, "a source connected and said nothing");
+            return;
+        }
+    };
+    if source.may_know_of(&first)
+        && let Err(why) = can_be_told(&source.host, first.vm()).await
+    {
+        let refused = vec![why].into();
+        let word =
+            if matches!(first, Asked::Reserve(_)) { Reply::Refused(refused) } else { Reply::Failed(refused) };
+        // The source asks again.
+        let _ = source.reply(word).await;
+        let _ = timeout(FIRST_WORD, source.word()).await;
+        return;
+    }
+    let vm = first.vm().parse::<VmName>().ok();
     let ended = match first {
         Asked::Reserve(reserve) => source.session(reserve, &data, &arrived).await,
         Asked::Commit(commit) => source.settle(&commit, &arrived).await,
         Asked::Cancel(commit) => source.abandon(&commit).await,
         Asked::Resume(resume) => source.resume(resume, &data).await,
         Asked::EndForwarding(commit) => source.end_forwarding(&commit).await,
-        _ => Err(violation("began with a message out of order")),
+        Asked::Whose(commit) => source.whose(&commit).await,
+        Asked::Released(commit) => source.let_go(&commit),
+        other => Err(violation(&format!("began with {other}"))),
     };
     if let Err(end) = ended {
-        source.tell(end).await;
+        source.tell(end, vm.as_ref()).await;
+    }
+}
+
+/// Whether this agent knows what it has of a machine; of one of which it does not, it answers nothing else than that.
+async fn can_be_told(host: &Host, vm: &str) -> Result<(), Finding> {
+    host.recovering.found(vm, FOUND).await?;
+    match host.journal.unreadable().iter().find(|(name, _)| name.as_ref() == vm) {
+        None => Ok(()),
+        Some((name, error)) => Err(Finding::new(
+            kind::RECORD_UNREADABLE,
+            format!("the record of {name} on {} cannot be read: {}", host.name, chain(error)),
+            format!("see `vmirror show {name}` there"),
+        )),
     }
 }
 
@@ -122,6 +170,8 @@ pub(super) struct Source {
     pub(super) receiver: ControlReceiver,
     /// Passes on what a guest asks for whose memory is not complete.
     pub(super) attending: Option<AbortOnDropHandle<End>>,
+    /// Says that a reservation is still worked on, until anything else is said.
+    working: Option<AbortOnDropHandle<()>>,
     /// What is on its way to the guest.
     frames: network::Frames,
     /// The interfaces that it is to have here, being looked for.
@@ -132,32 +182,75 @@ pub(super) struct Source {
 #[derive(Debug, Clone)]
 pub(super) struct Sender(Arc<Mutex<ControlSender>>);
 
+impl Source {
+    /// Whether a peer is told that there is such a machine, though nothing can be said of it now. Who is not allowed here, and has not
+    /// sent it, hears what it would hear if there were none.
+    fn may_know_of(&self, first: &Asked) -> bool {
+        let is_its = match first {
+            Asked::Commit(commit) | Asked::Cancel(commit) => self.meant(commit).is_some(),
+            Asked::Resume(resume) => {
+                resume.commit.as_ref().is_some_and(|commit| self.meant(commit).is_some())
+            }
+            _ => false,
+        };
+        is_its || self.host.allow.peers.contains(&self.peer.name)
+    }
+}
+
 impl Sender {
     pub(super) async fn send(&self, reply: Reply) -> Result<(), link::LinkError> {
         self.0.lock().await.send(&ToSource::from(reply)).await
     }
+
+    fn say_that_it_is_worked_on(&self) -> AbortOnDropHandle<()> {
+        let sender = self.clone();
+        AbortOnDropHandle::new(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(WORKING).await;
+                if sender.send(Reply::Working(wire::Nothing {})).await.is_err() {
+                    return;
+                }
+            }
+        }))
+    }
 }
 
 impl Source {
-    pub(super) async fn reply(&mut self, reply: Reply) -> Result<(), End> {
+    /// What the source says next. Nothing is lost when this is cancelled.
+    pub(super) async fn word(&mut self) -> Result<Asked, Unheard> {
+        bounds::request(&mut self.receiver).await
+    }
+
+    pub(super) async fn reply(&mut self, mut reply: Reply) -> Result<(), End> {
+        // What is said of a copy is worth something from the agent only that has the record of it.
+        match &mut reply {
+            Reply::Failed(findings) => findings.keeper = self.host.journal.identity().into(),
+            Reply::Reserved(reserved) => reserved.keeper = self.host.journal.identity().into(),
+            _ => {}
+        }
+        self.working = None;
         Ok(self.sender.send(reply).await?)
     }
 
-    async fn tell(&mut self, end: End) {
-        let told = match end {
-            End::Cancelled => self.reply(Reply::Cancelled(wire::Nothing {})).await,
-            End::Failed(findings) => {
-                tracing::warn!(peer = %self.peer, ?findings, "a migration to here failed");
-                self.reply(Reply::Failed(findings.into())).await
-            }
-            End::Link(error) => {
+    async fn tell(&mut self, end: End, vm: Option<&VmName>) {
+        let reply = match (end, vm) {
+            (End::Cancelled, _) => Ok(Reply::Cancelled(wire::Nothing {})),
+            (End::Failed(findings), _) => Err(findings),
+            (End::Qemu(finding), Some(vm)) => Err(vec![with_its_words(&self.host, vm, finding)]),
+            (End::Qemu(finding), None) => Err(vec![finding]),
+            (End::Link(error), _) => {
                 tracing::warn!(peer = %self.peer, error = chain(&error), "the link to a source is gone");
                 return;
             }
         };
+        let reply = reply.unwrap_or_else(|findings| {
+            tracing::warn!(peer = %self.peer, ?findings, "a migration to here failed");
+            Reply::Failed(findings.into())
+        });
+        let told = self.reply(reply).await;
         if told.is_ok() {
             // The source closes when it has read it.
-            let _ = timeout(FIRST_WORD, self.receiver.receive::<ToDestination>()).await;
+            let _ = timeout(FIRST_WORD, self.word()).await;
         }
     }
 
@@ -179,19 +272,21 @@ impl Source {
             );
             return self.reply(Reply::Refused(vec![finding].into())).await;
         }
-        if let Ok(Err(gone)) = timeout(Duration::ZERO, self.receiver.receive::<ToDestination>()).await {
+        if let Ok(Err(gone)) = timeout(Duration::ZERO, self.word()).await {
             // A source that has left means nothing by what it said before.
             return Err(gone.into());
         }
         let mut request =
             Request::decode(reserve, &self.peer).map_err(|finding| End::Failed(vec![finding]))?;
         if !request.rehearsal {
-            self.take_in_boot_files(&mut request).await?;
+            let shipped = timeout(BOOT_FILES, self.take_in_boot_files(&mut request)).await;
+            shipped.unwrap_or_else(|_| Err(too_slow(&self.host.name)))?;
         }
         let arrivals = data.expect(request.session, &self.peer.name);
+        self.working = request.patient.then(|| self.sender.say_that_it_is_worked_on());
         let reserved = tokio::select! {
             reserved = request.reserve(&self.host, &self.peer.name) => reserved,
-            word = self.receiver.receive::<ToDestination>() => {
+            word = bounds::request(&mut self.receiver) => {
                 self.forget_session(&request).await;
                 return Err(interrupted(word));
             }
@@ -205,7 +300,10 @@ impl Source {
         };
         if request.rehearsal {
             let reserved = Some(storage::reserved(&reservation.images));
-            lifecycle::forget(&self.host, &reservation.record, Some(&reservation.qmp)).await;
+            let forgotten = lifecycle::forget(&self.host, &reservation.record, Some(&reservation.qmp)).await;
+            if let Forgotten::Lingers(why) = forgotten {
+                return Err(End::Failed(vec![why]));
+            }
             let none = wire::Findings { reserved, ..wire::Findings::default() };
             return self.reply(Reply::Refused(none)).await;
         }
@@ -218,7 +316,10 @@ impl Source {
             false => self.mirror(&request, reservation, arrivals).await,
         };
         match copied {
-            Ok((record, spec, qmp)) => self.await_commit(record, spec, qmp, arrived).await,
+            Ok((record, spec, qmp)) => {
+                points::reach(Point::Ready).await;
+                self.await_commit(record, spec, qmp, arrived).await
+            }
             Err(end) => {
                 self.forget_session(&request).await;
                 Err(end)
@@ -239,8 +340,8 @@ impl Source {
             let failed = |e: std::io::Error| failed("file-not-shipped", &e);
             let mut arriving = Arriving::new(described).map_err(failed)?;
             while !arriving.is_whole() {
-                let part = match self.receiver.receive::<ToDestination>().await {
-                    Ok(ToDestination { request: Some(Asked::FilePart(part)) }) => part,
+                let part = match self.word().await {
+                    Ok(Asked::FilePart(part)) => part,
                     word => return Err(interrupted(word)),
                 };
                 if !arriving.take(&part).map_err(failed)? {
@@ -255,12 +356,9 @@ impl Source {
         Ok(())
     }
 
-    /// Throws away what this session has made; by now the name may be another's.
+    /// Throws away what this session has made, if it is not complete; by now the name may be another's.
     async fn forget_session(&self, request: &Request) {
-        let ours = |record: &Record| record.arrived_by == Some(request.session);
-        if let Some(record) = self.host.journal.get(&request.name).filter(ours) {
-            lifecycle::forget(&self.host, &record, None).await;
-        }
+        lifecycle::session_over(&self.host, &request.name, request.session).await;
     }
 
     /// Holds the copy until it is complete and loaded.
@@ -280,14 +378,15 @@ impl Source {
             })
             .collect();
         let ram = Ram::new(request.layout.clone(), files).map_err(|e| failed("ram", &e))?;
-        let (tell, events) = mpsc::unbounded_channel();
+        let (tell, events) = Events::of(&request.layout, storage::blocks(request, &reservation.images));
         let told = tell.clone();
-        let memory =
-            MemoryDestination::start(ram, request.secret.clone(), move |event| drop(tell.send(event)))
-                .map_err(|e| failed("ram", &e))?;
+        let memory = MemoryDestination::start(ram, request.secret.clone(), move |event| tell.tell(event))
+            .map_err(|e| failed("ram", &e))?;
         let storage = storage::begin(&self.host, request, &mut reservation, told).await?;
+        let known_filters = confinement::known(&self.host, &reservation.record, &reservation.spec);
         let mut copy = Copy {
             streams: usize::from(request.layout.streams()),
+            known_filters,
             reservation,
             memory: Upkeep { memory: Some(memory), storage, aborts: Vec::new() },
             events,
@@ -301,16 +400,20 @@ impl Source {
         self.reply(Reply::Reserved(storage::reserved(&copy.reservation.images))).await?;
         storage::tell_contents(&copy, self).await?;
         copy.run(self, &mut arrivals).await?;
-        if let Some((tail, attendance)) = copy.memory_is_complete(&self.host)? {
+        let mut lacks = None;
+        if let Some((tail, attendance, what)) = copy.memory_is_complete(&self.host)? {
             self.attending = Some(tail.attend(self.sender.clone(), arrivals, attendance));
+            lacks = Some(what);
         }
+        points::reach(Point::LoadHeard).await;
         tokio::select! {
-            loaded = copy.load_all() => loaded?,
+            loaded = copy.load_all(&self.host) => loaded?,
             // QEMU may wait for a page that cannot come any more.
             end = post_copy::attended(&mut self.attending) => return Err(end),
-            word = self.receiver.receive::<ToDestination>() => return Err(interrupted(word)),
+            word = bounds::request(&mut self.receiver) => return Err(interrupted(word)),
         }
-        self.ready(copy.reservation)
+        points::reach(Point::Loaded).await;
+        self.ready(copy.reservation, lacks)
     }
 
     /// Holds the copy while QEMU loads its own stream, until that is complete.
@@ -321,27 +424,38 @@ impl Source {
     ) -> Result<(Record, Spec, Qmp), End> {
         self.reply(Reply::Reserved(wire::Reserved::default())).await?;
         let reservation = Relay::new(reservation).run(self, &mut arrivals).await?;
-        self.ready(reservation)
+        self.ready(reservation, None)
     }
 
-    /// The copy is complete and loaded: on record before the source hears of it.
-    fn ready(&self, reservation: Reservation) -> Result<(Record, Spec, Qmp), End> {
+    /// The copy is loaded, and complete but for what it `lacks` and will be given: on record before the source hears of it.
+    fn ready(&self, reservation: Reservation, lacks: Option<PostCopy>) -> Result<(Record, Spec, Qmp), End> {
         let Reservation { mut record, spec, qmp, .. } = reservation;
-        if let Ownership::Incoming { ready, .. } = &mut record.ownership {
-            *ready = true;
+        let session = record.arrived_by.unwrap_or_default();
+        let loaded = |now: &mut Record| {
+            now.made.storage_daemon = None;
+            now.post_copy = lacks;
+        };
+        let effects = self.host.journal.on(&mut record, Event::Copied { session }, loaded);
+        match effects.map_err(|e| failed("journal", &e))?[..] {
+            [Effect::Say(Word::Ready)] => Ok((record, spec, qmp)),
+            _ => Err(no_copy(record.name.as_ref())),
         }
-        self.host.journal.update(&record).map_err(|e| failed("journal", &e))?;
-        Ok((record, spec, qmp))
     }
 }
 
 /// What a source has to say while it should wait: that it does not want the copy, or that it is not there any more.
-fn interrupted(word: Result<ToDestination, link::LinkError>) -> End {
+fn interrupted(word: Result<Asked, Unheard>) -> End {
     match word {
-        Ok(ToDestination { request: Some(Asked::Cancel(_)) }) => End::Cancelled,
-        Ok(_) => violation("sent a message out of order"),
+        Ok(Asked::Cancel(_)) => End::Cancelled,
+        Ok(other) => violation(&format!("sent {other} out of order")),
         Err(error) => error.into(),
     }
+}
+
+fn too_slow(host: &str) -> End {
+    let message = format!("the files that the VM boots from were not here within {BOOT_FILES:?}");
+    let hint = format!("copy them to {host}, under the same paths, or allow the migration more bandwidth");
+    End::Failed(vec![Finding::new("file-not-shipped", message, hint)])
 }
 
 pub(super) fn no_copy(name: &str) -> End {
@@ -349,7 +463,22 @@ pub(super) fn no_copy(name: &str) -> End {
     End::Failed(vec![Finding::new(kind::NO_COPY, message, "see the destination's log")])
 }
 
+pub(super) fn unknown_copy(host: &str, name: &str) -> End {
+    let message = format!(
+        "{host} knows nothing of that copy of VM {name}: its state directory is another one, or has been lost or set back; the VM may have run there"
+    );
+    let hint = "see whether its QEMU runs there; then use `vmirror resolve`";
+    End::Failed(vec![Finding::new(kind::UNKNOWN_COPY, message, hint)])
+}
+
 pub(super) fn qemu_gone() -> End {
-    let message = "QEMU at the destination has ended";
-    End::Failed(vec![Finding::new("qemu-gone", message, "see QEMU's log there")])
+    End::Qemu(Finding::new("qemu-gone", "QEMU at the destination has ended", ""))
+}
+
+/// What is wrong with the QEMU of a machine, with the last that it has said and where the rest is.
+fn with_its_words(host: &Host, vm: &VmName, finding: Finding) -> Finding {
+    let said = host.logs.last_words(vm).map(|said| format!("; it said: {said}")).unwrap_or_default();
+    let log = format!("see its log there, {}", host.logs.of_ended(vm).display());
+    let hint = if finding.hint.is_empty() { log } else { format!("{log}; {}", finding.hint) };
+    Finding::new(&finding.kind, format!("{}{said}", finding.message), hint)
 }

@@ -10,7 +10,7 @@ use mirror::network::announce;
 use mirror::network::destination::{HeldBack, NetworkDestination, Played};
 use mirror::network::diversion::Diversion;
 use mirror::network::mac::Mac;
-use mirror::network::tap::{OwnTap, QemuQueue};
+use mirror::network::tap::{OwnTap, QueuePlace};
 use qemu::{Qmp, Spec};
 use tokio::task::JoinHandle;
 
@@ -92,12 +92,16 @@ impl Known {
         let addresses: Vec<IpAddr> =
             self.neighbours.iter().filter_map(decode).flat_map(|(_, addresses)| addresses).collect();
         // Of others a source has nothing to say.
-        self.entered = std::mem::take(&mut self.flows);
-        self.entered.retain(|flow| flow.concerns(&addresses));
-        if self.entered.is_empty() {
+        let mut flows = std::mem::take(&mut self.flows);
+        flows.retain(|flow| flow.concerns(&addresses));
+        flows.truncate(conntrack::MAX_FLOWS - self.entered.len());
+        if flows.is_empty() {
             return;
         }
-        match conntrack::enter(&self.entered).await {
+        let entered = conntrack::enter(&flows).await;
+        // Should the machine not come, all of them go, however many lists they came in.
+        self.entered.extend(flows);
+        match entered {
             Ok(done) => tracing::info!(done.entered, done.refused, "connections are known to the firewall"),
             Err(e) => tracing::error!(error = chain(&e), "the firewall does not know the VM's connections"),
         }
@@ -131,8 +135,8 @@ struct Interface {
     socket: Option<PacketSocket>,
     /// What else is sent to it can be held back.
     own: Option<(OwnTap, Diversion)>,
-    /// Away from it.
-    queues: Vec<QemuQueue>,
+    /// Away from it. Not held: where the machine does not come, its taps are free when its QEMU has ended, whoever still has this.
+    queues: Vec<QueuePlace>,
 }
 
 impl Interfaces {
@@ -158,7 +162,7 @@ impl Interfaces {
         let pid = record.process.as_ref().map(|process| process.pid);
         let interface = |nic: qemu::Nic| {
             let ifname = record.interface(&nic)?;
-            let queues = pid.map_or(Ok(Vec::new()), |pid| QemuQueue::all(pid, &ifname));
+            let queues = pid.map_or(Ok(Vec::new()), |pid| QueuePlace::all(pid, &ifname));
             let queues = queues
                 .inspect_err(|e| tracing::warn!(tap = ifname, error = %e, "its guest is not announced"));
             Some(Interface {
@@ -193,7 +197,8 @@ impl Interfaces {
         }
         // Of an interface that was there before: what came to it then was not for a guest here.
         for interface in &self.each {
-            let stale = interface.queues.iter().map(|queue| queue.drain().len()).sum::<usize>();
+            let queues = interface.queues.iter().filter_map(|place| place.open().ok());
+            let stale = queues.map(|queue| queue.drain().len()).sum::<usize>();
             if stale > 0 {
                 tracing::debug!(tap = interface.ifname, stale, "frames of before the VM came are dropped");
             }
@@ -314,12 +319,13 @@ fn decode(known: &wire::Neighbour) -> Option<(Mac, Vec<IpAddr>)> {
     (!mac.is_group()).then(|| (mac, addresses.collect()))
 }
 
-fn say(told: &[(String, QemuQueue, Vec<Vec<u8>>)]) {
-    for (tap, queue, frames) in told {
-        for frame in frames {
-            if let Err(e) = queue.send(frame) {
-                tracing::debug!(tap, error = %e, "its guest could not be announced");
-            }
+fn say(told: &[(String, QueuePlace, Vec<Vec<u8>>)]) {
+    for (tap, place, frames) in told {
+        let said = place
+            .open()
+            .and_then(|queue| frames.iter().map(|frame| queue.send(frame)).fold(Ok(()), Result::and));
+        if let Err(e) = said {
+            tracing::debug!(tap, error = %e, "its guest could not be announced");
         }
     }
 }

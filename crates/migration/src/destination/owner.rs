@@ -1,27 +1,40 @@
 //! From a copy that is ready to a machine of this host: the commit, and the settlement of one that was not heard of.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use qemu::{Qmp, Spec};
-use tokio::sync::broadcast::error::RecvError;
+use qemu::{Qmp, QmpError, Spec};
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::network::{self, Interfaces, Known};
-use super::{End, FIRST_WORD, Source, failed, no_copy, qemu_gone};
-use crate::failure::{Finding, chain};
+use super::{End, Source, failed, no_copy, qemu_gone, unknown_copy, violation};
+use crate::concerned;
+use crate::deadlines::{FIRST_WORD, KILL_GRACE, REDIRECT};
+use crate::failure::{Finding, chain, kind};
 use crate::health;
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::lifecycle;
 use crate::occasion;
-use crate::vm::{Ownership, Record, Vm};
-use crate::wire::{self, Reply, Request as Asked, ToDestination};
-/// How long after the watch over a machine's health the hook that turns the network is waited for, before the source is told.
-const REDIRECT: Duration = Duration::from_secs(8);
-/// How long a QEMU that was killed may take to be gone.
-const KILL: Duration = Duration::from_secs(5);
+use crate::ownership::{self, Effect, Event, Mark, SourceSays, Standing, Word};
+use crate::places;
+use crate::points::{self, Point};
+use crate::settings;
+use crate::vm::{MadeImage, Ownership, Record, Vm, VmName};
+use crate::wire::{self, Reply, Request as Asked};
+
+/// Between attempts to put on record that a machine runs.
+const AGAIN: Duration = Duration::from_secs(5);
+/// How long after a copy is ready its images are locked by a process of their own.
+const POST: Duration = Duration::from_secs(1);
+/// Words that have no meaning for a copy that is ready, until nothing more is heard of who says them.
+const MOST_UNEXPECTED: usize = 16;
+/// What QEMU says of a guest that it has loaded and never run.
+pub(crate) const NEVER_RAN: [&str; 3] = ["inmigrate", "prelaunch", "paused"];
 
 impl Source {
     /// The copy is ready. From here on only the source's word, or a person's, decides what becomes of it.
@@ -34,7 +47,7 @@ impl Source {
     ) -> Result<(), End> {
         let mut events = qmp.events();
         if let Err(finding) = occasion::run(&self.host, Hook::Up, &record, false).await {
-            lifecycle::forget(&self.host, &record, Some(&qmp)).await;
+            lifecycle::forget(&self.host, &record, Some(&qmp)).await.kept_on_record();
             return Err(End::Failed(vec![finding]));
         }
         self.reply(Reply::Ready(wire::Nothing {})).await?;
@@ -44,71 +57,108 @@ impl Source {
             None => None,
         };
         let mut known = Known::default();
+        let mut posted = false;
+        let mut unexpected = 0;
         loop {
             let asked = tokio::select! {
-                asked = self.receiver.receive::<ToDestination>() => asked?.request,
+                // First of all: of a QEMU that has ended before it was told to run it is certain that it has not.
+                biased;
                 event = events.recv() => {
                     if let Err(RecvError::Closed) = event {
-                        // It has never run, and never will.
-                        lifecycle::forget(&self.host, &record, None).await;
+                        // If its QEMU has ended it has never run, and never will.
+                        lifecycle::ended(&self.host, &record).await;
                         return Err(qemu_gone());
                     }
                     continue;
                 }
+                // It waits for longer than usual: its images are kept from others whatever becomes of this agent.
+                () = tokio::time::sleep(POST), if !posted => {
+                    self.host.fence.post(&record.name).await;
+                    posted = true;
+                    continue;
+                }
+                asked = self.word() => asked?,
             };
             match asked {
-                Some(Asked::Commit(commit))
-                    if Some(commit.generation) == record.generation.checked_add(1) =>
-                {
+                Asked::Commit(commit) if self.is_of(&commit, &record) => {
                     let network = interfaces.take().map(|interfaces| (interfaces, known.neighbours));
-                    return self.become_owner(&record, spec, qmp, network, arrived).await;
+                    return self.become_owner(&commit, spec, qmp, network, arrived).await;
                 }
-                Some(Asked::Known(part)) => known.take(part, &self.host, &record.name).await,
-                Some(Asked::Cancel(_)) => {
+                Asked::Known(part) => known.take(part, &self.host, &record.name).await,
+                Asked::Cancel(_) => {
                     known.forget().await;
-                    lifecycle::forget(&self.host, &record, Some(&qmp)).await;
-                    return Err(End::Cancelled);
+                    let session = record.arrived_by.unwrap_or_default();
+                    return self.withdraw(&record.name, session, Some(&qmp)).await;
                 }
-                // Nothing else decides, so nothing else is followed; the copy waits on.
-                other => tracing::warn!(vm = %record.name, ?other, "unexpected while ready"),
+                // Nothing else decides, so nothing else is followed; the copy waits on, if need be without this connection.
+                other if unexpected < MOST_UNEXPECTED => {
+                    unexpected += 1;
+                    tracing::warn!(vm = %record.name, %other, "unexpected while ready");
+                }
+                other => {
+                    return Err(violation(&format!("sent {other} again and again, and the copy is ready")));
+                }
             }
         }
     }
 
+    fn is_of(&self, commit: &wire::Commit, record: &Record) -> bool {
+        Some(commit.generation) == record.generation.checked_add(1)
+            && session_of(commit).is_ok_and(|session| record.arrived_by == Some(session))
+    }
+
     /// The source has given the machine away: it is this host's, and runs.
     ///
-    /// `Running` is said only when QEMU runs the machine. Where it cannot, the copy is ended, and only when that is
-    /// certain is the source told that there is none, which lets it run the machine itself.
+    /// `Running` is said only when QEMU runs the machine. Where it cannot, the copy is ended, and only when it is certain that it has
+    /// not run is the source told that there is none, which lets it run the machine itself.
     async fn become_owner(
         &mut self,
-        ready: &Record,
+        commit: &wire::Commit,
         spec: Spec,
         qmp: Qmp,
         network: Option<(Interfaces, Vec<wire::Neighbour>)>,
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
+        points::reach(Point::CommitHeard).await;
+        let (name, session) = (name_of(commit)?, session_of(commit)?);
         let host = Arc::clone(&self.host);
-        let deciding = host.journal.decide(&ready.name).await;
+        let deciding = host.journal.decide(&name).await;
+        let event = self.committed(commit, session)?;
         // Somebody else may have decided since: a person, or the source on another connection.
-        let Some(mut record) = host.journal.get(&ready.name).filter(|now| now.arrived_by == ready.arrived_by)
-        else {
-            return Err(no_copy(ready.name.as_ref()));
+        let Some(mut record) = host.journal.get(&name) else {
+            return self.say(said(&ownership::on(None, event).effects), &name).await;
         };
-        match record.ownership {
-            Ownership::Incoming { ready: true, .. } => {
-                record.ownership = Ownership::Owner;
-                record.generation = record.generation.saturating_add(1);
-                record.resuming = true;
-                lifecycle::own_disks(&host, &mut record);
-                // Before anything runs: after a crash this host knows that the machine is its own, and resumes it.
-                host.journal.update(&record).map_err(|e| failed("journal", &e))?;
-            }
-            Ownership::Owner if record.resuming => {}
-            Ownership::Owner | Ownership::HandedOver { .. } => {
-                return self.reply(Reply::Running(wire::Running::default())).await;
-            }
-            Ownership::Incoming { .. } => return Err(no_copy(ready.name.as_ref())),
+        let images = record.made.images.clone();
+        let becomes = becomes(&record, &event);
+        let gone = || record.process.as_ref().is_some_and(|process| process.look().is_gone());
+        if becomes.contains(&Effect::Resume)
+            && matches!(record.ownership, Ownership::Incoming { .. })
+            && gone()
+        {
+            // It has not been told to run, and so has never run.
+            drop(deciding);
+            lifecycle::ended(&host, &record).await;
+            let word = if self.mark(session)? == Some(Mark::NeverRan) { Word::NoCopy } else { Word::NotNow };
+            return self.say(word, &name).await;
         }
+        if becomes.contains(&Effect::Resume) {
+            // Before the record says so: what nobody remembers to be a remnant is never removed as one.
+            lifecycle::own_disks(&host, &record);
+        }
+        // Before anything runs: after a crash this host knows that the machine is its own, and resumes it.
+        let own = |now: &mut Record| {
+            if now.resuming {
+                lifecycle::has_own_disks(now);
+            }
+        };
+        let effects = host.journal.on(&mut record, event, own).map_err(|e| failed("journal", &e))?;
+        if !effects.contains(&Effect::Resume) {
+            return self.say(said(&effects), &name).await;
+        }
+        points::reach(Point::Owned).await;
+        let mut events = qmp.events();
+        // QEMU locks its images itself when it is told to run, and finds them free.
+        let fenced = host.fence.let_go(&record.name).await;
         // What the guest sends while its interfaces are down is lost.
         let resumed = match network {
             Some((mut interfaces, neighbours)) => {
@@ -123,21 +173,24 @@ impl Source {
             }
         };
         if let Err(e) = resumed {
-            // The images are a copy's again, if it goes back.
-            record.made.images.clone_from(&ready.made.images);
-            return Err(self.give_back(record, &qmp, &e).await);
+            host.fence.hold(&record.name, fenced.iter().map(PathBuf::as_path));
+            return self.not_resumed(record, images, &qmp, &mut events, &e).await;
         }
+        points::reach(Point::Resumed).await;
         self.reply(Reply::Running(wire::Running::default())).await.unwrap_or_else(|e| {
             tracing::warn!(vm = %record.name, ?e, "the source could not be told that its VM runs here");
         });
-        record.resuming = false;
-        if let Err(e) = host.journal.update(&record) {
+        if let Err(e) = host.journal.on(&mut record, Event::Resumed, |_| {}) {
             tracing::error!(vm = %record.name, error = chain(&e), "the journal still says that the VM is resuming");
+            tokio::spawn(insist(Arc::clone(&host), record.clone()));
         }
+        host.fence.taken(images.iter().map(|image| image.path.as_path()));
         drop(deciding);
         tracing::info!(vm = %record.name, from = %self.peer, "a VM has arrived and runs");
+        places::give(&host, &record);
         let process = record.process.clone();
         let has_network = !spec.nics().is_empty();
+        settings::give_back(&host, &mut record, &qmp).await;
         let owned = record.clone();
         host.neighbourhood.listen(&record, &spec);
         arrived(Vm { record, spec, qmp: qmp.clone() });
@@ -146,17 +199,15 @@ impl Source {
         }
         let redirect = network::redirect(Arc::clone(&host), owned.clone());
         let watch = async {
-            if let Some(session) = ready.arrived_by {
-                if let Some(tail) = self.host.post_copies.get(session) {
-                    tail.monitor(qmp.clone());
-                }
-                self.supplied(session).await?;
+            if let Some(tail) = self.host.post_copies.get(session) {
+                tail.monitor(qmp.clone());
             }
+            self.supplied(session).await?;
             Ok::<_, End>(health::watch(&qmp, process.as_ref()).await)
         };
         let watched = watch.await;
         let played = std::mem::take(&mut self.frames).finish().await;
-        tracing::info!(vm = %ready.name, played.delivered, played.dropped, "what was on its way to the VM has reached it");
+        tracing::info!(vm = %name, played.delivered, played.dropped, "what was on its way to the VM has reached it");
         let told = match watched {
             Ok(health) => {
                 let redirected = timeout(REDIRECT, redirect).await;
@@ -170,37 +221,47 @@ impl Source {
         };
         network::is_home(&host, &owned).await;
         told?;
-        // The source closes when it has given everything back.
-        let _ = timeout(FIRST_WORD, self.receiver.receive::<ToDestination>()).await;
+        // The source says so, or closes, when it has given everything back.
+        if let Ok(Ok(Asked::Release(_))) = timeout(FIRST_WORD, self.word()).await {
+            host.journal.released(session);
+        }
         Ok(())
     }
 
-    /// The machine is on record as this host's, but QEMU does not resume it. Ends the copy, and if it is certain that
-    /// it has not run and cannot run any more, says that there is none.
-    async fn give_back(&self, mut record: Record, qmp: &Qmp, error: &qemu::QmpError) -> End {
-        if matches!(qmp.status().await, Ok(state) if state.running) {
-            // It runs after all; the source asks again and hears so.
-            return failed("not-resumed", error);
-        }
-        let ended = match &record.process {
-            Some(process) => {
-                process.kill();
-                process.wait_for_end(KILL).await
+    /// The machine is on record as this host's, but QEMU has not said that it runs it. Only if it is certain that it never ran, and
+    /// cannot any more, is it said that there is no copy.
+    async fn not_resumed(
+        &mut self,
+        mut record: Record,
+        images: Vec<MadeImage>,
+        qmp: &Qmp,
+        events: &mut broadcast::Receiver<qemu::qmp::Event>,
+        error: &QmpError,
+    ) -> Result<(), End> {
+        let never_ran = never_ran(qmp, events, error).await && is_ended(&record).await;
+        let images_back = |now: &mut Record| {
+            if never_ran {
+                now.made.images = images;
             }
-            None => false,
         };
-        if !ended {
-            return failed("not-resumed", error);
+        let event = Event::NotResumed { never_ran };
+        let effects =
+            self.host.journal.on(&mut record, event, images_back).map_err(|e| failed("journal", &e))?;
+        for effect in effects {
+            match effect {
+                Effect::Discard(mark) => {
+                    let gone = lifecycle::forget_decided(&self.host, &record, None, mark).await;
+                    gone.map_err(|why| End::Failed(vec![why]))?;
+                }
+                Effect::Say(Word::NoCopy) => {
+                    tracing::error!(vm = %record.name, error = chain(error), "a VM could not be resumed here and goes back");
+                    return Err(no_copy(record.name.as_ref()));
+                }
+                _ => {}
+            }
         }
-        // A copy again, and not one that has departed: the source may have it back.
-        let session = record.arrived_by.unwrap_or_default();
-        record.ownership = Ownership::Incoming { session, from: self.peer.name.clone(), ready: false };
-        if let Err(e) = self.host.journal.update(&record) {
-            return failed("journal", &e);
-        }
-        lifecycle::forget_decided(&self.host, &record, None).await;
-        tracing::error!(vm = %record.name, error = chain(error), "a VM could not be resumed here and goes back");
-        no_copy(record.name.as_ref())
+        tracing::error!(vm = %record.name, error = chain(error), "it is not certain whether a VM was resumed here");
+        Err(failed("not-resumed", error))
     }
 
     /// A source that has handed a machine over, and does not know what became of it, asks again.
@@ -209,40 +270,29 @@ impl Source {
         commit: &wire::Commit,
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
-        if Uuid::from_slice(&commit.session).is_ok_and(|session| self.host.journal.has_departed(session)) {
-            // It has run here, and has since moved on or ended. It is not the source's any more.
-            return self.reply(Reply::Running(wire::Running::default())).await;
-        }
-        let Some((record, session)) = self.meant(commit) else { return Err(no_copy(&commit.name)) };
-        let from_here = match &record.ownership {
-            Ownership::Incoming { from, ready: true, .. } => {
-                *from == self.peer.name && Some(commit.generation) == record.generation.checked_add(1)
-            }
-            Ownership::Incoming { .. } => false,
-            Ownership::Owner if record.resuming => true,
-            // It has run here, whatever became of it since.
-            Ownership::Owner | Ownership::HandedOver { .. } => {
-                return self.reply(Reply::Running(wire::Running::default())).await;
-            }
+        let (name, session) = (name_of(commit)?, session_of(commit)?);
+        let event = self.committed(commit, session)?;
+        let record = self.host.journal.get(&name);
+        let effects = match &record {
+            Some(record) => becomes(record, &event),
+            None => ownership::on(None, event).effects,
         };
-        if !from_here {
-            return Err(no_copy(&commit.name));
-        }
+        let Some(record) = record.filter(|_| effects.contains(&Effect::Resume)) else {
+            return self.say(said(&effects), &name).await;
+        };
         let spec = Spec::parse(&record.argv).map_err(|e| failed("journal", &e))?;
         match Qmp::connect(&record.qmp_socket).await {
             Ok(qmp) => {
                 tracing::info!(vm = %record.name, %session, "the source settles a hand-over: the VM is ours");
                 let neighbours = self.host.neighbourhood.known(&record, &spec);
                 let network = Some((Interfaces::to_announce(&record, &spec), neighbours));
-                self.become_owner(&record, spec, qmp, network, arrived).await
+                self.become_owner(commit, spec, qmp, network, arrived).await
             }
             // A ready copy whose QEMU is gone has never run.
-            Err(_) if !record.process.as_ref().is_some_and(qemu::Process::exists) => {
-                let never_ran = matches!(record.ownership, Ownership::Incoming { .. });
-                if never_ran && lifecycle::forget(&self.host, &record, None).await {
-                    return Err(no_copy(&commit.name));
-                }
-                Err(qemu_gone())
+            Err(_) if lifecycle::ended(&self.host, &record).await => {
+                let mark = self.mark(session)?;
+                let word = if mark == Some(Mark::NeverRan) { Word::NoCopy } else { Word::NotNow };
+                self.say(word, &name).await
             }
             Err(e) => Err(failed("qemu", &e)),
         }
@@ -250,29 +300,155 @@ impl Source {
 
     /// A source that has kept its machine wants no copy left here.
     pub(super) async fn abandon(&mut self, commit: &wire::Commit) -> Result<(), End> {
-        match self.meant(commit) {
-            Some((record, session)) if matches!(&record.ownership, Ownership::Incoming { session: s, from, .. } if *s == session && *from == self.peer.name) =>
-            {
-                lifecycle::forget(&self.host, &record, None).await;
-                Err(End::Cancelled)
+        let (name, session) = (name_of(commit)?, session_of(commit)?);
+        self.withdraw(&name, session, None).await
+    }
+
+    /// Decides at once, and does what was decided: in between nobody makes the copy a machine of this host.
+    async fn withdraw(&mut self, name: &VmName, session: Uuid, qmp: Option<&Qmp>) -> Result<(), End> {
+        let _deciding = self.host.journal.decide(name).await;
+        let event = Event::Cancelled { session, from: self.peer.name.clone(), mark: self.mark(session)? };
+        let record = self.host.journal.get(name);
+        let effects = match &record {
+            Some(record) => becomes(record, &event),
+            None => ownership::on(None, event).effects,
+        };
+        if let (Some(record), Some(Effect::Discard(mark))) = (&record, effects.first()) {
+            // A source is told that nothing of the copy is left only when that is certain.
+            let gone = lifecycle::forget_decided(&self.host, record, qmp, *mark).await;
+            gone.map_err(|why| End::Failed(vec![why]))?;
+            if self.host.journal.get(name).is_some_and(|now| now.claim() == record.claim()) {
+                return Err(still_there(name));
             }
-            Some((record, session)) if record.arrived_by == Some(session) => {
-                self.reply(Reply::Running(wire::Running::default())).await
-            }
-            // It has run here and has left since, or never was here.
-            _ if Uuid::from_slice(&commit.session).is_ok_and(|id| self.host.journal.has_departed(id)) => {
-                self.reply(Reply::Running(wire::Running::default())).await
-            }
-            _ => Err(End::Cancelled),
+        }
+        self.say(said(&effects), name).await
+    }
+
+    /// Its source keeps nothing of a machine that was handed over, or has taken it back.
+    pub(super) fn let_go(&self, commit: &wire::Commit) -> Result<(), End> {
+        let (name, session) = (name_of(commit)?, session_of(commit)?);
+        let here = self.host.journal.get(&name);
+        let others = |record: &Record| record.arrived_from.as_ref() != Some(&self.peer.name);
+        if here.filter(|record| record.arrived_by == Some(session)).is_some_and(|record| others(&record)) {
+            return Err(violation("lets go of a VM that it has not sent"));
+        }
+        self.host.journal.released(session);
+        Ok(())
+    }
+
+    /// Whose a machine is, for the agent that has a copy of it; for any other it is one that nobody knows.
+    pub(super) async fn whose(&mut self, commit: &wire::Commit) -> Result<(), End> {
+        let (name, session) = (name_of(commit)?, session_of(commit)?);
+        let standing = self.host.journal.get(&name).map(|record| Standing::from(&record));
+        let says = concerned::whose(standing.as_ref(), session, &self.peer.name);
+        if says != SourceSays::Unknown && self.host.journal.is_unsettled(&name) {
+            // What it says here may not be what a later start of the agent finds.
+            return Err(End::Failed(vec![Finding::new(
+                kind::BUSY,
+                format!("whose VM {name} is cannot be put on record on {}", self.host.name),
+                "see to the disk of state_dir there, and ask again",
+            )]));
+        }
+        let owner = match says {
+            SourceSays::Mine => wire::Owner::Mine,
+            SourceSays::Yours => wire::Owner::Yours,
+            SourceSays::Unknown | SourceSays::Unheard => wire::Owner::Unknown,
+        };
+        self.reply(Reply::Belongs(wire::Belongs { owner: owner.into() })).await
+    }
+
+    fn committed(&self, commit: &wire::Commit, session: Uuid) -> Result<Event, End> {
+        let from = self.peer.name.clone();
+        Ok(Event::Committed { session, from, generation: commit.generation, mark: self.mark(session)? })
+    }
+
+    fn mark(&self, session: Uuid) -> Result<Option<Mark>, End> {
+        self.host.journal.mark(session).map_err(|e| failed("journal", &e))
+    }
+
+    async fn say(&mut self, word: Word, name: &VmName) -> Result<(), End> {
+        match word {
+            Word::Running => self.reply(Reply::Running(wire::Running::default())).await,
+            Word::Ready => self.reply(Reply::Ready(wire::Nothing {})).await,
+            Word::NoCopy => Err(no_copy(name.as_ref())),
+            Word::Cancelled => Err(End::Cancelled),
+            Word::Unknown => Err(unknown_copy(&self.host.name, name.as_ref())),
+            Word::NotNow => Err(qemu_gone()),
         }
     }
 
     pub(super) fn meant(&self, commit: &wire::Commit) -> Option<(Record, Uuid)> {
         let session = Uuid::from_slice(&commit.session).ok()?;
         let record = self.host.journal.get(&commit.name.parse().ok()?)?;
-        let from_peer = record.arrived_from.as_ref() == Some(&self.peer.name);
-        (record.arrived_by == Some(session) && from_peer).then_some((record, session))
+        Standing::from(&record).came_by(session, &self.peer.name).then_some((record, session))
     }
+}
+
+/// What an event would come to.
+fn becomes(record: &Record, event: &Event) -> Vec<Effect> {
+    ownership::on(Some(&Standing::from(record)), event.clone()).effects
+}
+
+/// What the source is told.
+fn said(effects: &[Effect]) -> Word {
+    let word = |effect: &Effect| match effect {
+        Effect::Say(word) => Some(*word),
+        _ => None,
+    };
+    effects.iter().find_map(word).unwrap_or(Word::NotNow)
+}
+
+fn session_of(commit: &wire::Commit) -> Result<Uuid, End> {
+    Uuid::from_slice(&commit.session).map_err(|_| violation("names no migration"))
+}
+
+fn name_of(commit: &wire::Commit) -> Result<VmName, End> {
+    commit.name.parse().map_err(|_| violation("names no VM"))
+}
+
+/// Whether QEMU has certainly not run the guest: it refused to, or says that the guest has not, and told of no beginning.
+async fn never_ran(qmp: &Qmp, events: &mut broadcast::Receiver<qemu::qmp::Event>, error: &QmpError) -> bool {
+    let Ok(state) = qmp.status().await else { return false };
+    if state.running || !NEVER_RAN.contains(&state.status.as_str()) {
+        return false;
+    }
+    if matches!(error, QmpError::Refused { .. }) {
+        return true;
+    }
+    loop {
+        match events.try_recv() {
+            Ok(event) if event.name == "RESUME" => return false,
+            Ok(_) => {}
+            Err(TryRecvError::Empty) => return true,
+            // What was missed may have been that.
+            Err(TryRecvError::Lagged(_) | TryRecvError::Closed) => return false,
+        }
+    }
+}
+
+async fn is_ended(record: &Record) -> bool {
+    match &record.process {
+        Some(process) => {
+            let _ = process.kill();
+            process.wait_for_end(KILL_GRACE).await
+        }
+        None => false,
+    }
+}
+
+/// Puts on record that a machine runs, until it is.
+async fn insist(host: Arc<Host>, mut record: Record) {
+    while let Err(e) = host.journal.on(&mut record, Event::Resumed, |_| {}) {
+        if !matches!(e, crate::journal::JournalError::Io { .. }) {
+            return;
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+fn still_there(name: &VmName) -> End {
+    let message = format!("the copy of VM {name} cannot be thrown away");
+    End::Failed(vec![Finding::new("not-ended", message, "see the log of the destination's agent")])
 }
 
 fn still_redirecting(host: &Host) -> Finding {

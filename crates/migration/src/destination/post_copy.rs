@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use dirty_tracker::{AttachError, DescriptorSource, MissingPages};
+use dirty_tracker::{AttachError, DescriptorSource, InjectError, Injection, KnownFilters, MissingPages};
 use link::LinkError;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
@@ -22,10 +22,12 @@ use super::arrivals::DataConnections;
 pub use super::tail::PostCopies;
 use super::tail::{self, State, Tail};
 use super::{End, Source, failed, interrupted, no_copy, violation};
+use crate::confinement;
 use crate::failure::{Finding, chain, kind};
 use crate::health;
 use crate::host::Host;
-use crate::vm::{GivenDescriptor, Ownership, PostCopy, Record};
+use crate::vm::{Departed, GivenDescriptor, Ownership, PostCopy, Record};
+use crate::wire::bounds;
 use crate::wire::{self, Missing, Reply};
 
 /// Where full userfaultfds come from.
@@ -61,6 +63,7 @@ pub(super) fn places(ram: &[RamBlock]) -> (Vec<Range<u64>>, Places) {
 pub(super) async fn attach(
     qmp: &Qmp,
     pid: u32,
+    known: KnownFilters,
     addresses: &[Range<u64>],
     places: Places,
 ) -> Result<Waiting, Finding> {
@@ -79,8 +82,16 @@ pub(super) async fn attach(
     let source = given
         .as_ref()
         .map_or(DescriptorSource::Injected, |given| DescriptorSource::Device { fd_in_process: given.number });
-    let supplier = tokio::task::block_in_place(|| MissingPages::attach(pid, addresses, source))
-        .map_err(|e| refused(chain(&e)))?;
+    let injection = Injection { source, known };
+    let supplier = tokio::task::block_in_place(|| MissingPages::attach(pid, addresses, injection)).map_err(
+        |e| match &e {
+            AttachError::Inject {
+                source: InjectError::Confined { .. } | InjectError::DidNotStop { .. },
+                ..
+            } => Finding { kind: kind::POST_COPY.to_owned(), ..confinement::untracked(&e) },
+            _ => refused(chain(&e)),
+        },
+    )?;
     let given = given.map(|given| GivenDescriptor { set: given.set, number: given.number });
     Ok(Waiting { supplier, places, given })
 }
@@ -153,7 +164,7 @@ impl Source {
                     }
                 }
                 end = attended(&mut attending) => return Err(end),
-                word = self.receiver.receive::<wire::ToDestination>() => return Err(interrupted(word)),
+                word = bounds::request(&mut self.receiver) => return Err(interrupted(word)),
             }
         }
         drop(attending);
@@ -165,9 +176,7 @@ impl Source {
     /// A source whose link was lost goes on.
     pub(super) async fn resume(&mut self, resume: wire::Resume, data: &DataConnections) -> Result<(), End> {
         let commit = resume.commit.ok_or_else(|| violation("resumes nothing"))?;
-        if let Some(departed) =
-            Uuid::from_slice(&commit.session).ok().and_then(|session| self.host.journal.departed(session))
-        {
+        if let Some(departed) = self.departed(&commit)? {
             // It has ended, or moved on: nothing can be supplied to it any more.
             let supplied = departed.supplied.map(Into::into);
             return self.reply(Reply::Running(wire::Running { supplied, lacked: departed.lacked })).await;
@@ -194,10 +203,15 @@ impl Source {
             let health = health::watch(&qmp, process.as_ref()).await;
             self.reply(Reply::Health(health)).await?;
             // The source closes when it has given everything back.
-            let word = self.receiver.receive::<wire::ToDestination>();
-            let _ = tokio::time::timeout(super::FIRST_WORD, word).await;
+            let _ = tokio::time::timeout(crate::deadlines::FIRST_WORD, self.word()).await;
         }
         Ok(())
+    }
+
+    /// What is remembered of a machine that became this host's by this hand-over, and is not here any more.
+    fn departed(&self, commit: &wire::Commit) -> Result<Option<Departed>, End> {
+        let session = Uuid::from_slice(&commit.session).map_err(|_| violation("names no migration"))?;
+        self.host.journal.departed(session).map_err(|e| failed("journal", &e))
     }
 
     /// What a machine lacks that runs here. None only where it is certain that it lacks nothing: what the source has it

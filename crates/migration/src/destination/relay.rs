@@ -10,10 +10,11 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::arrivals::Arrivals;
-use super::copy::{LOAD, not_loaded};
+use super::copy::not_loaded;
 use super::{End, Source, failed, qemu_gone, violation};
+use crate::deadlines::LOAD;
 use crate::reservation::Reservation;
-use crate::wire::{Request as Asked, ToDestination};
+use crate::wire::Request as Asked;
 
 /// Bytes that are read from the stream at a time.
 const PIECE: usize = 256 << 10;
@@ -65,11 +66,11 @@ impl Relay {
                     ended?;
                     self.carried = true;
                 }
-                message = source.receiver.receive::<ToDestination>() => {
-                    match message?.request.ok_or_else(|| violation("sent an unknown message"))? {
+                word = source.word() => {
+                    match word? {
                         Asked::Load(_) => complete_by = Some(Instant::now() + LOAD),
                         Asked::Cancel(_) => return Err(End::Cancelled),
-                        _ => return Err(violation("sent a message out of order")),
+                        other => return Err(violation(&format!("sent {other} out of order"))),
                     }
                 }
                 () = late, if complete_by.is_some() => {

@@ -6,6 +6,7 @@ use mirror::storage::layout::DiskLayout;
 use tokio::sync::mpsc;
 
 use super::copy::Copy;
+use super::events::Teller;
 use super::images::Images;
 use super::{End, Source, failed};
 use crate::failure::{Finding, chain};
@@ -16,12 +17,18 @@ use crate::wire::{self, HOLDS_HASHES, Reply};
 /// What is told of a disk may be ahead of the link by so many messages.
 const AHEAD: usize = 4;
 
+/// Blocks of the disks that are to be mirrored.
+pub(super) fn blocks(request: &Request, images: &Images) -> u64 {
+    let sizes = images.planned.iter().map(|plan| plan.size);
+    DiskLayout::new(sizes, request.layout.streams()).map_or(0, |layout| layout.block_count())
+}
+
 /// Begins to keep copies of the disks that are to be mirrored; None where there are none.
 pub(super) async fn begin(
     host: &Host,
     request: &Request,
     reservation: &mut Reservation,
-    tell: mpsc::UnboundedSender<Event>,
+    tell: Teller,
 ) -> Result<Option<StorageDestination>, End> {
     let Reservation { images, record, .. } = reservation;
     if images.planned.is_empty() {
@@ -30,7 +37,7 @@ pub(super) async fn begin(
     let sizes = images.planned.iter().map(|plan| plan.size);
     let layout = DiskLayout::new(sizes, request.layout.streams()).map_err(|e| failed("disk", &e))?;
     let opened = images.open(host, record).await.map_err(|finding| End::Failed(vec![finding]))?;
-    let wrong = move |wrong| drop(tell.send(Event::WrongBlock(wrong)));
+    let wrong = move |wrong| tell.tell(Event::WrongBlock(wrong));
     StorageDestination::start(layout, request.secret.clone(), opened, &images.are_zero(), wrong)
         .map(Some)
         .map_err(|e| failed("disk", &e))
@@ -57,6 +64,7 @@ pub(super) fn reserved(images: &Images) -> wire::Reserved {
         mirrored: images.planned.iter().map(|plan| plan.number).collect(),
         known: known.collect(),
         existing: (0..).zip(&images.planned).filter(|(_, plan)| plan.exists).map(|(disk, _)| disk).collect(),
+        keeper: Vec::new(),
     }
 }
 

@@ -1,7 +1,9 @@
 //! The rest of a machine's memory on its way: what is kept of a post-copy beyond the sessions that bring it.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use dirty_tracker::MissingPages;
@@ -23,7 +25,7 @@ use super::{End, Sender, failed, violation};
 use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::options::MAX_STREAMS;
-use crate::vm::{GivenDescriptor, PostCopy, Record, Supplied};
+use crate::vm::{GivenDescriptor, PostCopy, Record, Supplied, VmName};
 use crate::wire::{self, Missing, Reply};
 
 /// The machines of this host whose memory is not complete, by the migration that brought them. Clones are handles to
@@ -63,6 +65,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Words of a memory that is not complete which may wait for who attends: many times what a guest's vCPUs can wait for. A source that sends
+/// pages which are not what it says makes more of them.
+const MOST_EVENTS: usize = 1 << 16;
+
 /// How far it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum State {
@@ -76,7 +82,7 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(crate) struct Tail {
     pub(super) memory: PostCopyDestination,
-    events: tokio::sync::Mutex<mpsc::UnboundedReceiver<Event>>,
+    events: tokio::sync::Mutex<mpsc::Receiver<Event>>,
     pub(super) state: watch::Receiver<State>,
     link: Mutex<Link>,
     /// Another agent began it: the ledger is not whole, nor are the figures.
@@ -119,24 +125,23 @@ impl Link {
 }
 
 impl Tail {
-    /// Begins with a copy of which something is missing. On record before anything can depend on it.
+    /// Begins with a copy of which something is missing. What is returned last goes on record before anything can depend on it.
     pub(super) fn begin(
         host: &Host,
-        record: &mut Record,
+        record: &Record,
         qmp: Qmp,
         copy: Finished,
         waiting: Waiting,
         streams: Vec<DataReceiver>,
-    ) -> Result<(Arc<Tail>, Attendance), End> {
+    ) -> Result<(Arc<Tail>, Attendance, PostCopy), End> {
         let Waiting { supplier, places, given } = waiting;
         let descriptor = supplier.number();
-        let file = host.run_dir.join(format!("{}.missing", record.name));
+        let file = missing_file(host, &record.name);
         let (tell, receivers) = events();
         let memory = PostCopyDestination::start(copy, supplier, places, tell)
             .map_err(|e| failed(kind::POST_COPY, &e))?;
         write(&file, &memory.missing()).map_err(|e| failed(kind::POST_COPY, &e))?;
-        record.made.files.push(file.clone());
-        record.post_copy = Some(PostCopy { descriptor, missing: file, given: given.clone() });
+        let lacks = PostCopy { descriptor, missing: file, given: given.clone() };
         let (tail, attendance) = Tail::of(memory, receivers, given, record, false);
         tail.monitor(qmp);
         for stream in streams {
@@ -146,7 +151,7 @@ impl Tail {
         if let Some(session) = record.arrived_by {
             host.post_copies.insert(session, Arc::clone(&tail));
         }
-        Ok((tail, attendance))
+        Ok((tail, attendance, lacks))
     }
 
     /// Goes on where another agent has ended.
@@ -171,7 +176,7 @@ impl Tail {
 
     fn of(
         memory: PostCopyDestination,
-        (events, state): (mpsc::UnboundedReceiver<Event>, watch::Receiver<State>),
+        (events, state): (mpsc::Receiver<Event>, watch::Receiver<State>),
         given: Option<GivenDescriptor>,
         record: &Record,
         taken_over: bool,
@@ -336,6 +341,11 @@ impl Tail {
     }
 }
 
+/// The file that says what a machine lacks.
+pub(super) fn missing_file(host: &Host, name: &VmName) -> PathBuf {
+    host.run_dir.join(format!("{name}.missing"))
+}
+
 fn ended_too_early(left: u64, error: Option<PostCopyError>) -> End {
     let why = error.map(|error| format!(": {}", chain(&error))).unwrap_or_default();
     End::Failed(vec![Finding::new(
@@ -359,18 +369,20 @@ pub(super) async fn no_longer_missing(host: &Host, session: Uuid, supplied: Opti
     let Some(mut record) = host.journal.get(&name).filter(|record| record.arrived_by == Some(session)) else {
         return;
     };
-    let Some(PostCopy { missing, .. }) = record.post_copy.take() else { return };
-    record.supplied = supplied.or(record.supplied);
-    match host.journal.update(&record) {
+    let Some(PostCopy { missing, .. }) = record.post_copy.clone() else { return };
+    let whole = |now: &mut Record| {
+        now.post_copy = None;
+        now.supplied = supplied.or(now.supplied);
+    };
+    match host.journal.amend(&mut record, whole) {
         Ok(()) => drop(std::fs::remove_file(missing)),
         Err(e) => tracing::error!(vm = %name, error = chain(&e), "the journal cannot be written"),
     }
 }
 
 /// Sorts what the memory says: the state for those who wait for it, the rest for who attends.
-fn events()
--> (impl Fn(Event) + Send + Sync + 'static, (mpsc::UnboundedReceiver<Event>, watch::Receiver<State>)) {
-    let (tell, events) = mpsc::unbounded_channel();
+fn events() -> (impl Fn(Event) + Send + Sync + 'static, (mpsc::Receiver<Event>, watch::Receiver<State>)) {
+    let (tell, events) = mpsc::channel(MOST_EVENTS);
     let (set, state) = watch::channel(State::Missing);
     let sort = move |event| match event {
         Event::Complete => drop(set.send_replace(State::Complete)),
@@ -381,14 +393,21 @@ fn events()
                 "the guest waits for memory that cannot be given to it now"
             );
         }
-        event => drop(tell.send(event)),
+        // Of a page that came wrong it is asked again when the guest, or the next link, lacks it.
+        event => drop(tell.try_send(event)),
     };
     (sort, (events, state))
 }
 
 fn write(file: &Path, missing: &PageSet) -> std::io::Result<()> {
     let bytes: Vec<u8> = missing.words().iter().flat_map(|word| word.to_le_bytes()).collect();
-    std::fs::write(file, bytes)
+    // Anew, so that it is nobody else's, whoever had it.
+    match std::fs::remove_file(file) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut open = std::fs::OpenOptions::new();
+    open.write(true).create_new(true).mode(0o600).open(file)?.write_all(&bytes)
 }
 
 pub(super) fn read(file: &Path, layout: &Layout) -> std::io::Result<PageSet> {

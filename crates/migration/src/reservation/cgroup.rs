@@ -33,9 +33,9 @@ impl Request {
         };
         let plan = Plan::new(self.limits, parent, &self.name).map_err(|e| failed(host, &e))?;
         // On record before they exist: a crash in between leaves nothing that nobody knows of.
-        record.made.cgroups = plan.directories();
         let unrecorded = |e| Finding::new("journal", chain(&e), "see to the destination's state_dir");
-        host.journal.update(record).map_err(unrecorded)?;
+        let directories = plan.directories();
+        host.journal.amend(record, |now| now.made.cgroups = directories).map_err(unrecorded)?;
         plan.make().map_err(|e| failed(host, &e))
     }
 }

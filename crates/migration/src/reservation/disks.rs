@@ -12,6 +12,8 @@ use crate::drives;
 use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::identity;
+use crate::lifecycle::for_where;
+use crate::vm::VmName;
 use crate::wire;
 
 /// A disk that is to be mirrored.
@@ -174,7 +176,7 @@ impl Request {
         if !path.exists() {
             return Err(missing(host, path));
         }
-        if host.remnants.has(&self.name, path) {
+        if host.left.is_left_by(&self.name, path) {
             return Err(Finding::new(
                 "disk-not-shared",
                 format!("{} on {} is what a migration of this VM has left there", path.display(), host.name),
@@ -242,7 +244,7 @@ impl Request {
     fn usable(&self, host: &Host, disk: &wire::Disk, path: &Path) -> Result<(), Finding> {
         let shown = path.display();
         let finding = |kind: &str, message: String, hint: &str| Err(Finding::new(kind, message, hint));
-        let remnant = host.remnants.has(&self.name, path);
+        let remnant = host.left.is_left_by(&self.name, path);
         if !disk.is_device && disk.probe.is_empty() {
             return finding(
                 "disk-sharing-unknown",
@@ -259,6 +261,16 @@ impl Request {
                         host.name
                     ),
                     "if it is the same storage, say --disks shared; if it is not, --disks mirror overwrites it",
+                );
+            }
+            if host.left.kept_of(path).is_some_and(|(vm, _)| vm == self.name) {
+                return finding(
+                    "disk-exists",
+                    format!(
+                        "{shown} on {} is kept locked for VM {}, and it is not on record any more that nothing has changed in it since it left",
+                        host.name, self.name
+                    ),
+                    "overwrite it with --disks mirror, or remove it there",
                 );
             }
             return finding(
@@ -333,7 +345,10 @@ impl Request {
                 "unmount or detach it there",
             );
         }
-        match qemu::in_use(path) {
+        if let Some((vm, to)) = host.left.kept_of(path).filter(|(vm, _)| *vm != self.name) {
+            return Err(kept(host, path, &vm, to.as_deref()));
+        }
+        match host.fence.others_use(path) {
             Ok(false) => Ok(()),
             Ok(true) => finding(
                 "disk-in-use",
@@ -347,6 +362,20 @@ impl Request {
             ),
         }
     }
+}
+
+/// Another machine has left it here.
+fn kept(host: &Host, path: &Path, vm: &VmName, to: Option<&str>) -> Finding {
+    Finding::new(
+        "disk-kept",
+        format!(
+            "{} on {} is an image of VM {vm}, which has left{}, and is kept locked",
+            path.display(),
+            host.name,
+            for_where(to)
+        ),
+        format!("if VM {vm} is not to come back to it, say `vmirror forget-images {vm}` there"),
+    )
 }
 
 /// Whether an image that is there is based on what the source's is, and holds its own content: else what the guest would see is not what

@@ -123,8 +123,9 @@ impl Request {
                 continue;
             }
             // On record before it exists: a crash in between leaves nothing that nobody knows of.
-            record.made.taps.push(tap.ifname.clone());
-            host.journal.update(record).map_err(|e| failed(&e))?;
+            host.journal
+                .amend(record, |now| now.made.taps.push(tap.ifname.clone()))
+                .map_err(|e| failed(&e))?;
             let bridge = match &self.forward {
                 Some(tunnels) => {
                     let made =
@@ -141,7 +142,8 @@ impl Request {
                 made.map_err(|e| failed(&e))?;
                 continue;
             }
-            let made = interfaces.make(&tap.ifname, bridge, tap.mtu, length, tap.multi_queue).await;
+            let owner = host.allow.other_user().map(qemu::User::uid);
+            let made = interfaces.make(&tap.ifname, bridge, tap.mtu, length, tap.multi_queue, owner).await;
             made.map_err(|e| failed(&e))?;
             if let Some(port) = tap
                 .port

@@ -16,6 +16,7 @@ use super::stop::Stop;
 use crate::failure::Stage;
 use crate::host::Host;
 use crate::options::Options;
+use crate::points::{self, Point};
 use crate::progress::{DiskProgress, Progress};
 use crate::report::{Memory, Network, Outcome, Pause, Phase, PhaseTime, Report, Verification};
 use crate::vm::Vm;
@@ -58,7 +59,7 @@ fn until_copied(disks: &[DiskProgress], elapsed: Duration) -> Option<Duration> {
 }
 
 impl Controller {
-    pub(super) fn enter(&mut self, phase: Phase) {
+    pub(super) async fn enter(&mut self, phase: Phase) {
         let now = self.begin.elapsed().as_secs_f64() * 1e3;
         if let Some(last) = self.report.phases.last_mut() {
             last.duration_ms = now - last.start_ms;
@@ -69,6 +70,7 @@ impl Controller {
             progress.elapsed_ms = now;
             progress.destination.clone_from(&self.report.destination);
         });
+        points::reach(Point::Phase(phase)).await;
     }
 
     /// Shows where things stand.
@@ -104,7 +106,8 @@ impl Controller {
 
     pub(super) fn close(&mut self, outcome: Outcome, stop: Option<Stop>) {
         self.report.outcome = outcome;
-        self.report.error = stop.map(|stop| stop.into_failure(Stage::Failed));
+        let destination = &self.report.destination;
+        self.report.error = stop.map(|stop| stop.of(destination).into_failure(Stage::Failed));
     }
 
     pub(super) fn finish_report(&mut self) {

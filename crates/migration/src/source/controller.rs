@@ -11,11 +11,13 @@ use mirror::hash::Secret;
 use mirror::layout::Layout;
 use mirror::memory::compress::Compression;
 use mirror::memory::round::Guest;
+use serde_json::Value;
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::account::blank;
 use super::disks::{self, Disks};
+use super::earlier;
 use super::forwarding;
 use super::network::Network;
 use super::orders::Orders;
@@ -24,20 +26,23 @@ use super::post_copy::Supplying;
 use super::relay::Relay;
 use super::rounds::{Begin, Rounds};
 use super::stop::Stop;
-use super::switch::{self, Prepared};
+use super::switch::{self, Fencing, Prepared};
 use super::throttle::Throttling;
+use crate::confinement;
 use crate::disks::Disk;
 use crate::failure::{Finding, chain, kind};
 use crate::firewall;
 use crate::host::Host;
-use crate::lifecycle::Paths;
+use crate::lifecycle::{self, Paths};
 use crate::machine::Machine;
 use crate::options::{Compress, Engine, Goal, Options};
+use crate::ownership::Event;
 use crate::plugged::Plugged;
 use crate::progress::Progress;
 use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
-use crate::vm::{Outgoing, Vm};
+use crate::settings::Settings;
+use crate::vm::Vm;
 use crate::wire::{self, Request};
 
 /// Most data streams that an agent chooses by itself.
@@ -60,6 +65,8 @@ pub(super) struct Controller {
     pub(super) post_copy: bool,
     /// What was plugged into the machine when it was described.
     pub(super) plugged: Option<Plugged>,
+    /// Identity of the destination's state directory, where it tells one.
+    pub(super) keeper: Option<Uuid>,
 }
 
 /// What must be given back, whatever happens.
@@ -75,8 +82,12 @@ pub(super) struct Held {
     pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
     /// QEMU's own stream, where that carries the memory.
     pub(super) relay: Option<Relay>,
-    /// QEMU was told to migrate.
+    /// QEMU's migration was set up for this, and is to be put back as it was.
+    pub(super) configured: bool,
+    /// QEMU was told to migrate: who is paused now was paused by that.
     pub(super) qemu: bool,
+    /// Something of the machine is left here that was handed over: the destination is asked about it again.
+    pub(super) keeps: bool,
     /// The guest's CPUs, slowed.
     pub(super) throttling: Option<Throttling>,
     /// Memory that was left out, on its way.
@@ -162,6 +173,7 @@ impl Controller {
             held: Held::default(),
             post_copy: false,
             plugged: None,
+            keeper: None,
         };
         tokio::spawn(async move {
             let report = controller.run().await;
@@ -199,31 +211,45 @@ impl Controller {
             }
             Err(stop) => self.undo(stop).await,
         }
+        lifecycle::part(&self.host, &self.vm.record.name);
         self.finish_report();
         self.report
     }
 
     /// Every phase in which the machine can still stay.
     async fn until_ready(&mut self, held: bool) -> Result<Prepared, Stop> {
-        self.enter(Phase::Initialize);
+        self.enter(Phase::Initialize).await;
         if !held {
             let message = format!("VM {} is being released from another host's network", self.vm.record.name);
             return Err(Stop::Refused(vec![Finding::new("busy", message, "try again when that has ended")]));
         }
+        self.is_noted().await?;
+        lifecycle::meet(&self.host, &self.vm.record)
+            .map_err(|e| Stop::because("run-dir", &e, "see to the source agent's run_dir"))?;
         let machine = self.initialize().await?;
-        self.enter(Phase::Reserve);
+        self.enter(Phase::Reserve).await;
         let (layout, secret, reserved) = self.reserve(&machine).await?;
         if self.options.engine == Engine::Qemu {
             return self.by_qemu().await;
         }
-        self.enter(Phase::Prepare);
+        self.enter(Phase::Prepare).await;
         self.prepare(machine, layout, secret, reserved).await?;
-        self.enter(Phase::Synchronize);
+        self.enter(Phase::Synchronize).await;
         self.synchronize().await?;
-        self.enter(Phase::Verify);
+        self.enter(Phase::Verify).await;
         self.verify().await?;
-        self.enter(Phase::SwitchOver);
+        self.enter(Phase::SwitchOver).await;
         self.switch_over().await
+    }
+
+    /// What came here and could not be put on record as running since is so now, before it is paused: its former source may ask about it
+    /// again at any time, and would have it resumed in the middle of its switch-over.
+    async fn is_noted(&mut self) -> Result<(), Stop> {
+        if self.vm.record.resuming {
+            let _deciding = self.host.journal.decide(&self.vm.record.name).await;
+            self.host.journal.on(&mut self.vm.record, Event::Resumed, |_| {})?;
+        }
+        Ok(())
     }
 
     /// Link up, versions and identities agreed; the machine looked at.
@@ -238,7 +264,7 @@ impl Controller {
         }
         options.map_err(|e| Stop::Refused(vec![Finding::new("bad-option", chain(&e), "see --help")]))?;
         let connected = Destination::connect(&self.host, &self.to).await;
-        let (machine, mut findings) = Machine::describe(&self.vm, &self.options).await;
+        let (machine, mut findings) = Machine::describe(&self.host, &self.vm, &self.options).await;
         match connected {
             Ok(destination) => {
                 self.report.destination = destination.name().to_owned();
@@ -264,6 +290,7 @@ impl Controller {
             Secret::random().map_err(|e| Stop::because("random", &e, "see to the host's random numbers"))?;
         let firewall = firewall::describe(&self.host, &self.vm.record.name).await;
         let mut request = peer::reserve_request(
+            &self.host,
             self.id,
             &self.vm,
             machine,
@@ -282,7 +309,14 @@ impl Controller {
         self.report.disks = machine.disks.iter().map(Disk::reported).collect();
         self.report.memory.pages = layout.page_count();
         let qmp = self.vm.qmp.clone();
+        request.link_port = self.host.link_port.get().copied().map_or(0, u32::from);
+        let to = self.destination()?.name().to_owned();
+        if let Some(finding) = earlier::too_many(&self.host, &self.vm.record.name, &to) {
+            return Err(Stop::Refused(vec![finding]));
+        }
         let reserved = self.destination()?.reserve(request, &qmp).await?;
+        earlier::replaced(&self.host, &self.vm.record.name, &to);
+        self.keeper = Uuid::from_slice(&reserved.keeper).ok();
         for number in &reserved.mirrored {
             let disk = usize::try_from(*number).ok().and_then(|number| self.report.disks.get_mut(number));
             disk.ok_or_else(|| peer::violation("wants a disk that there is not"))?.mode = DiskMode::Mirrored;
@@ -326,8 +360,7 @@ impl Controller {
         self.held.clears = !reserved.mirrored.is_empty();
         if machine.direct_disks || (self.held.clears && disks::has_jobs(&self.vm.qmp).await) {
             // Before the guest is stopped for the first time: an agent that ends in between is to let it go on.
-            self.vm.record.pauses = true;
-            self.host.journal.update(&self.vm.record)?;
+            self.host.journal.amend(&mut self.vm.record, |now| now.pauses = true)?;
         }
         let (qmp, streams) = (self.vm.qmp.clone(), layout.streams());
         let prepared =
@@ -339,6 +372,8 @@ impl Controller {
         let mut network = Network::of(machine.taps.clone());
         network.prepare(&endpoint, &address, session, process.pid).await;
         self.held.network = Some(network);
+        let gives_back = self.vm.spec.gives_memory_back();
+        let known_filters = confinement::known(&self.host, &self.vm.record, &self.vm.spec);
         let quiesce = machine.direct_disks.then(|| self.vm.qmp.clone());
         let preparing = self.held.preparing.insert(tokio::task::spawn_blocking(move || {
             let mut sinks: Vec<DataSender> = Vec::new();
@@ -356,6 +391,8 @@ impl Controller {
             let (pid, ram, kvm) = (process.pid, machine.ram, machine.kvm);
             Rounds::begin(Begin {
                 pid,
+                known_filters,
+                gives_back,
                 ram,
                 layout,
                 secret,
@@ -388,34 +425,42 @@ impl Controller {
         let predicted = self.rounds()?.estimate.downtime().unwrap_or_default();
         self.report.downtime_predicted_ms = predicted.as_secs_f64() * 1e3;
         let socket = Paths::of(&self.host, &self.vm.record.name).device;
-        // On record before a complete copy can exist: after a crash here, somebody must tell that it is worthless.
-        let address = self.destination()?.address().to_owned();
-        self.vm.record.outgoing = Some(Outgoing { session: self.id, address });
-        self.host.journal.update(&self.vm.record)?;
         let streams = match self.post_copy {
             true => Some(self.prepare_post_copy().await?),
             false => None,
         };
         self.raise_tunnels().await?;
-        self.held.qemu = true;
+        switch::may_migrate(&self.vm.qmp).await?;
+        self.held.configured = true;
+        self.set_up_qemu(&switch::CAPABILITIES, Value::Null).await?;
+        self.offer()?;
         if let Some(network) = &mut self.held.network {
             network.look(&self.host, &self.vm.record.name).await;
         }
-        let Held { destination: Some(destination), rounds: Some(rounds), disks, throttling, network, .. } =
-            &mut self.held
+        let Held {
+            destination: Some(destination),
+            rounds: Some(rounds),
+            disks,
+            throttling,
+            network,
+            qemu,
+            ..
+        } = &mut self.held
         else {
             return Err(nothing_held());
         };
+        let fencing = Fencing { fence: &self.host.fence, vm: &self.vm.record.name };
         let slowed = &mut self.report.throttle;
         // Paused for good, the guest need not be slowed any more.
         let paused = || *slowed = throttling.take().map(Throttling::end);
         let prepared = switch::prepare(
             &self.vm.qmp,
-            (rounds, disks, network),
+            (rounds, (disks, fencing), network),
             destination,
             &socket,
             &self.options,
             streams,
+            qemu,
             paused,
         )
         .await;
@@ -430,6 +475,13 @@ impl Controller {
             }
             Err(stop) => Err(stop),
         }
+    }
+
+    /// Has QEMU's own migration be as ours needs it, whatever another tool has left it at. What it was is on record before that.
+    pub(super) async fn set_up_qemu(&mut self, on: &[&str], parameters: Value) -> Result<(), Stop> {
+        let before = Settings::of(&self.vm.qmp).await.map_err(Stop::qemu)?;
+        self.host.journal.amend(&mut self.vm.record, |now| now.settings = Some(before.clone()))?;
+        before.replace(&self.vm.qmp, on, parameters).await.map_err(Stop::qemu)
     }
 
     /// The machine is about to leave, and to stay in the network here.
@@ -467,7 +519,9 @@ impl Controller {
         }
         self.end_rounds().await;
         self.end_relay().await;
-        if let Some(destination) = self.held.destination.take() {
+        if let Some(destination) = self.held.destination.take()
+            && !self.held.keeps
+        {
             let _ = destination.send(Request::Release(wire::Nothing {})).await;
         }
     }
@@ -485,7 +539,8 @@ impl Controller {
     /// Where everything is put that the machine's disks need here.
     pub(super) fn disk_places(&self) -> disks::Places {
         disks::Places {
-            directory: self.host.run_dir.clone(),
+            directory: Paths::of(&self.host, &self.vm.record.name).own,
+            private: self.host.run_dir.clone(),
             machine: self.vm.record.name.to_string(),
             binary: self.vm.spec.binary().to_owned(),
         }

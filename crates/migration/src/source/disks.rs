@@ -1,5 +1,7 @@
 //! The disks at the source: QEMU's copy jobs into the mirror, their end at the pause, and the way back.
 
+mod clear;
+
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,27 +10,26 @@ use std::time::{Duration, Instant};
 use mirror::hash::Secret;
 use mirror::storage::Lane;
 use mirror::storage::image::{Image, RawImage, Room, ServedImage};
-use mirror::storage::layout::{BlockIndex, DiskLayout, MAX_DISKS};
+use mirror::storage::layout::{BlockIndex, DiskLayout};
 use mirror::storage::nbd::client::Client;
 use mirror::storage::source::{DiskFlow, DiskProof, SourceDisk, StorageSource};
 use qemu::qmp::{MirrorEnd, MirrorJob, NbdNode, Sync};
-use qemu::{NotRecorded, Process, Qmp, QmpError, Serve, ServedBacking, StorageDaemon};
+use qemu::{NotRecorded, Process, Qmp, Serve, ServedBacking, StorageDaemon};
+
+pub(crate) use clear::{Uncleared, clear, clear_after, has_jobs};
 
 use super::peer::{Destination, violation};
 use super::stop::Stop;
+use crate::deadlines::HOLDS;
 use crate::disks::Disk;
 use crate::failure::{Finding, chain};
-use crate::host::Host;
 use crate::progress::DiskProgress;
-use crate::vm::VmName;
 use crate::wire::{self, Reply};
 
 /// What everything that is put into QEMU's block graph is called by.
-const NAME: &str = "vmirror-disk";
+const NAME: &str = crate::blockers::OUR_NODES;
 /// The name of a storage daemon's NBD socket.
 const NBD: &str = "nbd";
-/// How long a destination may take to read a part of an image that it had before.
-const READ: Duration = Duration::from_secs(300);
 /// A switch-over begins with at most so many blocks of which it is not certain what the destination has: 2 ms to read and compare.
 const UNCERTAIN: u64 = 64;
 /// Of a guest that writes faster than that is reached, after so long, with as many as take this share of the longest pause allowed.
@@ -45,8 +46,10 @@ pub(super) const NOT_RESUMED: &str = "not-resumed";
 /// Where everything is put that a machine's disks need on this host.
 #[derive(Debug, Clone)]
 pub(super) struct Places {
-    /// Sockets and nothing else.
+    /// Where QEMU and this agent meet: sockets and nothing else.
     pub(super) directory: PathBuf,
+    /// What is the agent's alone.
+    pub(super) private: PathBuf,
     /// The machine's name.
     pub(super) machine: String,
     /// QEMU's own program, for the storage daemon beside it.
@@ -56,12 +59,12 @@ pub(super) struct Places {
 impl Places {
     /// Where QEMU serves what can only be read through it.
     pub(super) fn read(&self) -> PathBuf {
-        self.directory.join(format!("{}.read", self.machine))
+        self.directory.join("read")
     }
 
     /// A directory for a storage daemon.
     fn storage(&self) -> PathBuf {
-        self.directory.join(format!("{}.storage", self.machine))
+        self.private.join(format!("{}.storage", self.machine))
     }
 }
 
@@ -209,10 +212,17 @@ impl Disks {
 
     /// Hears what the images at the destination hold that were there before.
     async fn hear_contents(&self, destination: &mut Destination) -> Result<(), Stop> {
+        let mut left = self.storage.layout().block_count();
         loop {
-            match destination.receive_within(READ, "say what its images hold").await? {
+            match destination.receive_within(HOLDS, "say what its images hold").await? {
                 Reply::Holds(wire::Holds { last: true, .. }) => return Ok(()),
                 Reply::Holds(part) => {
+                    // Of each block once.
+                    let told = (part.hashes.len() / 16) as u64;
+                    let Some(rest) = left.checked_sub(told).filter(|_| told > 0) else {
+                        return Err(violation("says more than once what its images hold"));
+                    };
+                    left = rest;
                     let held = part.decode().is_some_and(|hashes| {
                         usize::try_from(part.disk)
                             .is_ok_and(|disk| self.storage.holds(disk, part.first, &hashes))
@@ -221,7 +231,7 @@ impl Disks {
                         return Err(violation("says what no disk can hold"));
                     }
                 }
-                other => return Err(violation(&format!("said {other:?} instead of what its images hold"))),
+                other => return Err(violation(&format!("said {other} instead of what its images hold"))),
             }
         }
     }
@@ -476,7 +486,8 @@ fn settles_within(blocks: u64, settled: u64, took: Duration, time: Duration) -> 
 }
 
 fn place(places: &Places, disk: usize) -> (PathBuf, String) {
-    (places.directory.join(format!("{}.disk{disk}", places.machine)), format!("disk{disk}"))
+    let name = format!("disk{disk}");
+    (places.directory.join(&name), name)
 }
 
 fn source_disk(places: &Places, disk: usize, image: Box<dyn Image>) -> SourceDisk {
@@ -500,87 +511,6 @@ async fn open(qmp: &Qmp, mirrored: &[Mirrored], places: &Places) -> Result<Vec<B
         images.push(Box::new(ServedImage::new(client.map_err(|e| broken(&disk.path, &e))?, Room::Thin)));
     }
     Ok(images)
-}
-
-/// Whether there are jobs of ours, for whose end the guest is stopped: to be on record before.
-pub(crate) async fn has_jobs(qmp: &Qmp) -> bool {
-    // Where nobody can say, as if there were.
-    qmp.block_jobs().await.map_or(true, |jobs| jobs.iter().any(|job| job.id.starts_with(NAME)))
-}
-
-/// What could not be taken out of a QEMU's block graph.
-pub(crate) enum Uncleared {
-    /// Something of ours is there.
-    There(QmpError),
-    /// The guest was stopped for it, and could not be resumed.
-    Stopped(QmpError),
-}
-
-impl Uncleared {
-    /// For the report.
-    pub(super) fn stop(self) -> Stop {
-        match self {
-            Uncleared::There(e) => Stop::qemu(e),
-            Uncleared::Stopped(e) => Stop::because(NOT_RESUMED, &e, "see the VM's log on the source"),
-        }
-    }
-}
-
-/// Takes everything of ours out of a QEMU's block graph: jobs, exports and their server, targets. Nothing of the user's is touched. The
-/// guest stands still while jobs are given up: where there [are](has_jobs), the machine's record must say so before.
-pub(crate) async fn clear(qmp: &Qmp, read: &Path) -> Result<(), Uncleared> {
-    let (qmp, read) = (qmp.clone(), read.to_owned());
-    // By itself: whoever asked for it may not wait for it, and the guest must not be left stopped.
-    let cleared = tokio::spawn(async move { clear_now(&qmp, &read).await });
-    cleared.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
-}
-
-async fn clear_now(qmp: &Qmp, read: &Path) -> Result<(), Uncleared> {
-    let ours = |name: &str| name.starts_with(NAME);
-    let mut jobs = qmp.block_jobs().await.map_err(Uncleared::There)?;
-    jobs.retain(|job| ours(&job.id));
-    if !jobs.is_empty() {
-        let runs = qmp.status().await.map_err(Uncleared::There)?.running;
-        let given_up = async {
-            if runs {
-                qmp.stop().await?;
-            }
-            for job in &jobs {
-                qmp.end_mirror(&job.id, true).await?;
-            }
-            Ok(())
-        };
-        let given_up: Result<(), QmpError> = given_up.await;
-        if runs {
-            // Also where it was not seen to stop: that may have come later.
-            super::resume_here(qmp).await.map_err(Uncleared::Stopped)?;
-        }
-        given_up.map_err(Uncleared::There)?;
-    }
-    let rest = async {
-        for export in qmp.exports().await?.into_iter().filter(|export| ours(export)) {
-            qmp.end_export(read, &export).await?;
-        }
-        qmp.end_nbd_server(read).await?;
-        for node in qmp.node_names().await?.into_iter().filter(|node| ours(node)) {
-            qmp.remove_node(&node).await?;
-        }
-        Ok(())
-    };
-    rest.await.map_err(Uncleared::There)
-}
-
-/// Takes out of a machine's QEMU, and off this host, what a mirror of its disks has left that ended with its agent.
-pub(crate) async fn clear_after(host: &Host, name: &VmName, qmp: &Qmp) -> Result<(), Uncleared> {
-    let places =
-        Places { directory: host.run_dir.clone(), machine: name.to_string(), binary: PathBuf::new() };
-    clear(qmp, &places.read()).await?;
-    let _ = std::fs::remove_file(places.read());
-    let _ = std::fs::remove_dir_all(places.storage());
-    for disk in 0..MAX_DISKS {
-        let _ = std::fs::remove_file(place(&places, disk).0);
-    }
-    Ok(())
 }
 
 /// Blocks by their index on the wire.

@@ -1,13 +1,14 @@
 //! A machine stays in this host's network when it leaves: this host's ends of its tunnels, and the destination told that they end.
 
 use std::net::IpAddr;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::peer::{Destination, violation};
 use super::stop::Stop;
+use crate::deadlines::ANSWER;
 use crate::failure::{Finding, Stage, chain, kind};
 use crate::forward::Forward;
 use crate::host::Host;
@@ -16,9 +17,6 @@ use crate::tap::tunnel::{Tunnel, identifier};
 use crate::tap::{Interfaces, TapError};
 use crate::vm::Vm;
 use crate::wire::{self, Reply, Request};
-
-/// How long a destination may take to put a machine into its own network.
-const ANSWER: Duration = Duration::from_secs(15);
 
 /// Makes this host's ends of the tunnels for a machine.
 pub(super) async fn begin(
@@ -105,7 +103,7 @@ pub(crate) async fn unforward(host: &Host, forward: &Forward) -> Result<(), Find
         destination.send(Request::EndForwarding(commit)).await?;
         match destination.receive().await? {
             Reply::ForwardingEnded(_) => Ok(()),
-            other => Err(violation(&format!("said {other:?} instead of taking the VM into its network"))),
+            other => Err(violation(&format!("said {other} instead of taking the VM into its network"))),
         }
     };
     match timeout(ANSWER, asked).await {

@@ -1,6 +1,6 @@
 //! The hand-over and what follows it; and the way back where there is none.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -11,33 +11,54 @@ use qemu::QmpError;
 
 use super::controller::{Controller, commit, nothing_held};
 use super::disks::{Disks, NOT_RESUMED, Uncleared};
+use super::earlier;
 use super::network::Network;
-use super::peer::Withdrawal;
 use super::peer::violation;
 use super::rounds::Rounds;
 use super::settlement::{Settled, settle};
 use super::stop::Stop;
-use super::switch::Prepared;
+use super::switch::{Prepared, VM_PAUSED};
+use crate::deadlines::{CANCEL, HEALTH, KNOWN, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
 use crate::failure::{Finding, chain};
 use crate::health;
 use crate::hooks::Hook;
 use crate::lifecycle;
 use crate::occasion;
 use crate::options::{Engine, Verify};
-use crate::remnants::Left;
+use crate::ownership::{Effect, Event, Why, Withdrawal};
+use crate::points::{self, Point};
 use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
-use crate::vm::Ownership;
+use crate::settings;
+use crate::vm::{Outgoing, Record};
 use crate::wire::{Reply, Request};
 
-/// How long a destination may take to say that the machine runs, before it is asked again.
-const RUNNING: Duration = Duration::from_secs(10);
-/// How often, and how long apart, it is asked again before a person must decide.
-const SETTLE_TRIES: usize = 6;
-const SETTLE_PAUSE: Duration = Duration::from_secs(5);
-/// How long a destination may take to throw its copy away.
-const CANCEL: Duration = Duration::from_secs(15);
-/// How long a destination may take to report on the machine's health.
-const HEALTH: Duration = Duration::from_secs(15);
+fn takes_nothing() -> Stop {
+    let message =
+        format!("the destination did not take what is known of the guest's network within {KNOWN:?}");
+    Stop::Failed(Finding::new(
+        "link",
+        message,
+        "see to the network between the hosts, and to the destination's agent",
+    ))
+}
+
+/// Whether it has ended because somebody else has stopped the guest.
+fn was_stopped(stop: &Stop) -> bool {
+    matches!(stop, Stop::Failed(finding) if finding.kind == VM_PAUSED)
+}
+
+/// The journal has failed twice: a later start may find that the machine was given away, or not.
+const UNSETTLED: &str = "journal";
+
+fn other_keeper(destination: &str) -> Finding {
+    Finding::new(
+        "other-state",
+        format!(
+            "{destination} says that it has no copy of the VM, but its state directory is not the one that took it: the VM may run there, or have run"
+        ),
+        "see whether its QEMU runs there; bring the state directory back, or use `vmirror resolve`",
+    )
+}
 
 /// What a pause has cost beside the last pages: they travel while devices are saved, so only what they take longer is theirs.
 fn cost(pause: &Pause) -> Duration {
@@ -46,6 +67,23 @@ fn cost(pause: &Pause) -> Duration {
 }
 
 impl Controller {
+    /// From here on a complete copy may wait at the destination, and a pause is ours. On record before such a copy can exist: after a crash
+    /// here, somebody must tell that it is worthless. And not before QEMU is set up: what is on record as ours is resumed after a crash, and
+    /// until then somebody else's migration may be what has paused the guest, and have it run elsewhere.
+    pub(super) fn offer(&mut self) -> Result<(), Stop> {
+        let destination = self.destination()?;
+        let (to, address) = (destination.name().to_owned(), destination.address().to_owned());
+        let event = Event::Offered { session: self.id, to, address };
+        match self.host.journal.on(&mut self.vm.record, event, |_| {})?.first() {
+            Some(Effect::Refuse(Why::CopiesLeft)) => {
+                let left: Vec<&str> = self.vm.record.outgoing.iter().map(Outgoing::whose).collect();
+                Err(Stop::Failed(earlier::copies_left(&self.vm.record.name, &left)))
+            }
+            Some(Effect::Refuse(_)) => Err(nothing_held()),
+            _ => Ok(()),
+        }
+    }
+
     /// The two-step change of ownership. From the journal's entry on the machine is not this host's any more.
     pub(super) async fn hand_over(&mut self, prepared: Prepared) -> Result<(), Stop> {
         let Prepared { paused_at, pause, device_state_bytes, supplying, .. } = prepared;
@@ -54,40 +92,48 @@ impl Controller {
         let since = || paused_at.elapsed().as_secs_f64() * 1e3;
         let destination = self.held.destination.as_mut().ok_or_else(nothing_held)?;
         // While the journal is written the destination's firewall is told.
-        for known in self.held.network.as_ref().map(Network::known).unwrap_or_default() {
-            destination.send(Request::Known(known)).await?;
-        }
-        let owned = self.vm.record.clone();
-        let record = &mut self.vm.record;
-        record.ownership = Ownership::HandedOver {
+        let known = self.held.network.as_ref().map(Network::known).unwrap_or_default();
+        let told = async {
+            for known in known {
+                destination.send(Request::Known(known)).await?;
+            }
+            Ok::<_, Stop>(())
+        };
+        // The guest is paused meanwhile, and nothing has been handed over yet.
+        timeout(KNOWN, told).await.map_err(|_| takes_nothing())??;
+        points::reach(Point::ReadyHeard).await;
+        let event = Event::HandedOver {
             session: self.id,
             to: destination.name().to_owned(),
             address: destination.address().to_owned(),
+            keeper: self.keeper,
+            supplies: supplying.is_some(),
         };
-        record.generation += 1;
-        record.outgoing = None;
-        record.supplies = supplying.is_some();
         self.held.supplying = supplying;
-        if let Err(e) = self.host.journal.update(record) {
+        let mirrored: Vec<PathBuf> =
+            self.held.disks.iter().flat_map(Disks::paths).map(Path::to_owned).collect();
+        // From here on they are older than the machine's disks, whoever finds that on record.
+        let left = |now: &mut Record| now.left_behind = mirrored;
+        if let Err(e) = self.host.journal.on(&mut self.vm.record, event, left) {
             // What could not be written may be on the disk all the same. Only when it is overwritten is the machine
             // certainly this host's.
-            self.vm.record = owned;
-            return Err(match self.host.journal.update(&self.vm.record) {
+            return Err(match self.host.journal.settle(&self.vm.record.name) {
                 Ok(()) => e.into(),
                 Err(_) => Stop::Uncertain(Finding::new(
-                    "journal",
+                    UNSETTLED,
                     chain(&e),
-                    "the VM is paused; see to the disk of state_dir, then use `vmirror resolve`",
+                    "the VM is paused; see to the disk of state_dir: it runs on as soon as that can be written",
                 )),
             });
         }
+        points::reach(Point::HandedOver).await;
         self.report.pause.handed_over_ms = since();
         let commit = commit(self.id, &self.vm);
         let running = async {
             destination.send(Request::Commit(commit)).await?;
             match destination.receive().await? {
                 Reply::Running(_) => Ok(()),
-                other => Err(violation(&format!("said {other:?} instead of running the VM"))),
+                other => Err(violation(&format!("said {other} instead of running the VM"))),
             }
         };
         let told = timeout(RUNNING, running).await;
@@ -95,38 +141,34 @@ impl Controller {
         if !heard {
             tracing::warn!(vm = %self.vm.record.name, ?told, "no word that the VM runs at the destination");
             self.held.destination = None;
-            self.settle(owned).await?;
+            self.host.fence.post(&self.vm.record.name).await;
+            self.settle().await?;
         }
+        points::reach(Point::RunningHeard).await;
         self.report.pause.running_ms = since();
         if let Some(network) = &self.held.network {
             network.has_gone();
         }
         self.report.downtime_ms = since();
+        // Its images are kept from others whatever becomes of this agent.
+        self.host.fence.post(&self.vm.record.name).await;
         if heard && self.options.engine == Engine::Mirror {
             self.host.switch_cost.measured(cost(&self.report.pause));
         }
         // Into the other slot too: not even a journal that loses its newer half may say that the machine is here.
-        if let Err(e) = self.host.journal.update(&self.vm.record) {
+        if let Err(e) = self.host.journal.settle(&self.vm.record.name) {
             tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
         }
         Ok(())
     }
 
     /// Asks the destination again and again what became of the machine.
-    pub(super) async fn settle(&mut self, owned: crate::vm::Record) -> Result<(), Stop> {
+    pub(super) async fn settle(&mut self) -> Result<(), Stop> {
         for _ in 0..SETTLE_TRIES {
-            match settle(&self.host, &self.vm.record).await {
+            match settle(&self.host, &mut self.vm.record).await {
                 Ok(Settled::RunsThere) => return Ok(()),
                 Ok(Settled::RunsHere) => {
-                    // It never will there. Back to this host, under a generation that no stale copy has.
-                    let generation = self.vm.record.generation;
-                    self.vm.record = crate::vm::Record {
-                        generation: generation + 1,
-                        outgoing: None,
-                        supplies: false,
-                        ..owned
-                    };
-                    self.host.journal.update(&self.vm.record)?;
+                    // It never will there.
                     let message = "the destination lost its copy at the hand-over";
                     return Err(Stop::Failed(Finding::new(
                         "copy-lost",
@@ -134,7 +176,12 @@ impl Controller {
                         "see the destination's log",
                     )));
                 }
-                Ok(Settled::Unknown) => tokio::time::sleep(SETTLE_PAUSE).await,
+                Ok(Settled::Unknown | Settled::UnknownThere) => {
+                    tokio::time::sleep(SETTLE_PAUSE).await;
+                }
+                Ok(Settled::OtherKeeper) => {
+                    return Err(Stop::Uncertain(other_keeper(&self.report.destination)));
+                }
                 Err(failure) => return Err(Stop::Uncertain(failure.finding)),
             }
         }
@@ -154,15 +201,15 @@ impl Controller {
         if !self.post_copy {
             self.progress.send_modify(|progress| progress.remaining_bytes = 0);
         }
-        self.enter(Phase::Resume);
+        self.enter(Phase::Resume).await;
         let supplied = self.supply_rest().await;
         // What was not supplied is in no ledger: where nobody said that all was, there is nothing to prove.
         self.account_for_disks();
         let whole = self.report.post_copy.as_ref().is_none_or(|late| late.counted != Counted::Nothing);
         let proved = if whole { self.prove().await.and(supplied) } else { supplied };
-        self.enter(Phase::CleanUp);
+        self.enter(Phase::CleanUp).await;
         self.clean_up().await;
-        self.enter(Phase::Complete);
+        self.enter(Phase::Complete).await;
         let health = self.health().await;
         match proved.and(health) {
             Ok(()) => self.close(Outcome::Completed, None),
@@ -187,8 +234,7 @@ impl Controller {
             Some(disks) => {
                 let (journal, record) = (&self.host.journal, &mut self.vm.record);
                 let proved = disks.prove(|process| {
-                    record.made.storage_daemon = Some(process.clone());
-                    Ok(journal.update(record)?)
+                    Ok(journal.amend(record, |now| now.made.storage_daemon = Some(process.clone()))?)
                 });
                 proved.await.map_err(uncertain)?
             }
@@ -259,23 +305,30 @@ impl Controller {
             .forwards
             .with(self.id)
             .map(|forward| report::Forwarding { to: forward.remote(), interfaces: forward.interfaces() });
-        let mut images = Vec::new();
         if let Some(disks) = self.held.disks.take() {
-            images.extend(disks.paths().map(Path::to_owned));
             disks.end().await;
         }
         if self.host.hooks.directory.is_some() {
             let down = occasion::run(&self.host, Hook::Down, &self.vm.record, false).await;
             self.report.network.problems.extend(down.err());
-            self.vm.record.made.hooked_down = true;
-            if let Err(e) = self.host.journal.update(&self.vm.record) {
-                tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
-            }
+            self.amend(|now| now.made.hooked_down = true);
         }
-        lifecycle::forget(&self.host, &self.vm.record, Some(&self.vm.qmp)).await;
-        // The machine may come back, and then has less to bring. Nobody writes to them any more.
-        for image in &images {
-            self.host.remnants.keep(&self.vm.record.name, image, Left::Behind);
+        if !lifecycle::forget(&self.host, &self.vm.record, Some(&self.vm.qmp)).await.is_done() {
+            // It stays on record as handed over, and the agent goes after it. The destination has to remember for as long.
+            self.held.keeps = true;
+        }
+    }
+
+    /// Puts on record what nothing depends on at once.
+    fn amend(&mut self, amend: impl FnOnce(&mut Record)) {
+        if let Err(e) = self.host.journal.amend(&mut self.vm.record, amend) {
+            tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+        }
+    }
+
+    fn happened(&mut self, event: Event, also: impl FnOnce(&mut Record)) {
+        if let Err(e) = self.host.journal.on(&mut self.vm.record, event, also) {
+            tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
         }
     }
 
@@ -304,7 +357,8 @@ impl Controller {
                 return Ok(());
             }
         };
-        self.report.network.frames_dropped += health.frames_dropped;
+        self.report.network.frames_dropped =
+            self.report.network.frames_dropped.saturating_add(health.frames_dropped);
         self.report.network.problems.extend(health.problems.iter().cloned().map(Into::into));
         self.report.health = Some(Health {
             watched_ms: health.watched_ms,
@@ -335,6 +389,8 @@ impl Controller {
     pub(super) async fn undo(&mut self, stop: Stop) {
         let mut stop = stop;
         self.let_go();
+        // QEMU is to have its images again.
+        let _ = self.host.fence.let_go(&self.vm.record.name).await;
         let left_stopped = self.held.rounds.as_ref().map(Rounds::left_stopped);
         let mut resumed = true;
         if self.held.qemu {
@@ -344,12 +400,19 @@ impl Controller {
             if let Some(relay) = &self.held.relay {
                 relay.abort();
             }
-            if let Err(why) = self.resume().await {
+            if was_stopped(&stop) {
+                // By somebody else while QEMU sent: it stays so.
+                let left = super::leave_stopped(&self.vm.qmp).await;
+                if let Err(e) = left {
+                    (resumed, stop) = (false, self.not_resumed(&e));
+                }
+            } else if let Err(why) = self.resume().await {
                 (resumed, stop) = (false, why);
             }
+        }
+        if self.held.configured {
             self.reconnect().await;
-            super::reset_capabilities(&self.vm.qmp).await;
-            self.restore_parameters().await;
+            settings::give_back(&self.host, &mut self.vm.record, &self.vm.qmp).await;
         }
         self.reconnect().await;
         self.end_preparing().await;
@@ -360,10 +423,8 @@ impl Controller {
         self.end_rounds().await;
         if self.held.clears {
             // On record before the guest is stopped for that. Where the record cannot be written, jobs that stay are worse.
-            self.vm.record.pauses |= super::disks::has_jobs(&self.vm.qmp).await;
-            if let Err(e) = self.host.journal.update(&self.vm.record) {
-                tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
-            }
+            let pauses = super::disks::has_jobs(&self.vm.qmp).await;
+            self.amend(|now| now.pauses |= pauses);
             let read = self.disk_places().read();
             match super::disks::clear(&self.vm.qmp, &read).await {
                 Ok(()) => {}
@@ -390,23 +451,18 @@ impl Controller {
             (resumed, stop) = (false, why);
         }
         // One that could not be resumed is resumed by the next agent that finds this on record.
-        if resumed
-            && std::mem::take(&mut self.vm.record.pauses)
-            && let Err(e) = self.host.journal.update(&self.vm.record)
-        {
-            tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
+        if resumed {
+            self.happened(Event::Resumed, |now| now.pauses = false);
         }
         self.host.forwards.undo(self.id).await;
         let mut told = true;
         if let Some(destination) = &mut self.held.destination {
             told = destination.cancel(commit(self.id, &self.vm), CANCEL).await == Withdrawal::Done;
         }
-        match self.vm.record.outgoing.clone() {
-            Some(_) if told => {
-                self.vm.record.outgoing = None;
-                if let Err(e) = self.host.journal.update(&self.vm.record) {
-                    tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
-                }
+        match self.vm.record.outgoing.iter().find(|outgoing| outgoing.session == self.id).cloned() {
+            // One that could not be resumed is not forgotten to have been paused by us: that is on record beside it.
+            Some(outgoing) if told => {
+                self.happened(Event::Withdrawn { session: outgoing.session }, |_| {});
             }
             // Stays on record until the destination has heard it, even by an agent that is started anew.
             Some(outgoing) => super::abandon(&self.host, &self.vm.record, outgoing),

@@ -2,12 +2,13 @@
 //!
 //! `controller` is the flat list of phases. The longer ones stand beside it: `synchronize`, the `switch`-over, the
 //! `hand_over`. So does what they need: the `peer` at the other end of the link, the memory's `rounds`, the `disks`, the
-//! `estimate` that says when to switch over, the operator's `orders`, the `account` that is given of it all, and
+//! `estimate` that says when to switch over, the operator's `orders`, the `account` that is given of it all, the copies of `earlier` migrations, and
 //! the `settlement` of a hand-over whose end was not heard of.
 
 mod account;
 mod controller;
 pub(crate) mod disks;
+mod earlier;
 mod estimate;
 mod forwarding;
 mod hand_over;
@@ -32,18 +33,19 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub(crate) use forwarding::unforward;
-pub(crate) use peer::Withdrawal;
 pub use post_copy::supply;
-pub use settlement::{Settled, settle};
-pub(crate) use settlement::{abandon, withdraw};
+pub use settlement::{Settled, release, settle, supplied};
+pub(crate) use settlement::{abandon, abandon_all, whose, withdraw};
 
 use crate::failure::{Failure, Finding, Stage, chain};
 use crate::firewall;
+use crate::guest_ram;
 use crate::host::Host;
 use crate::machine::Machine;
 use crate::options::{Goal, Options};
 use crate::report::DiskMode;
 use crate::session::Session;
+use crate::supervised;
 use crate::vm::Vm;
 use crate::wire;
 use controller::Controller;
@@ -63,6 +65,8 @@ pub struct Readiness {
     pub findings: Vec<Finding>,
     /// What would become of its disks; empty where something stands in the way.
     pub disks: Vec<PlannedDisk>,
+    /// What is not as it should be, though it keeps no migration from being begun.
+    pub warnings: Vec<Finding>,
 }
 
 /// A disk of a machine that could migrate.
@@ -96,11 +100,12 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
     }
     let refused = |finding| Failure { stage: Stage::Refused, finding, more: Vec::new() };
     let connected = Destination::connect(&host, to).await;
-    let (machine, mut findings) = Machine::describe(&vm, options).await;
+    let (machine, mut findings) = Machine::describe(&host, &vm, options).await;
     let mut destination = connected.map_err(refused)?;
     let mut disks = Vec::new();
     if let Some(machine) = machine {
         let mut request = peer::reserve_request(
+            &host,
             Uuid::new_v4(),
             &vm,
             &machine,
@@ -145,7 +150,10 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
     if !told.is_empty() {
         disks.clear();
     }
-    Ok(Readiness { destination: destination.name().to_owned(), findings: told, disks })
+    let mut warnings = guest_ram::exposed(&vm.record, &vm.spec);
+    let supervision = supervised::of(&vm.record, &vm.spec, options);
+    warnings.extend(supervision.filter(|found| !found.refused).map(|found| found.finding));
+    Ok(Readiness { destination: destination.name().to_owned(), findings: told, disks, warnings })
 }
 
 /// What becomes of the disks of a machine, by what the destination has said.
@@ -166,19 +174,7 @@ fn planned(machine: &Machine, reserved: &wire::Reserved) -> Vec<PlannedDisk> {
 /// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it.
 pub(crate) async fn resume_here(qmp: &Qmp) -> Result<(), QmpError> {
     let deadline = Instant::now() + RESUME;
-    let ended = |status: &str| ["completed", "failed", "cancelled", "none"].contains(&status);
-    let migration = qmp.query_migrate().await?.status;
-    if migration.is_some_and(|status| !ended(&status)) {
-        // Whatever it says, `cont` decides.
-        let _ = qmp.migrate_cancel().await;
-        while qmp.query_migrate().await?.status.is_some_and(|status| !ended(&status)) {
-            if Instant::now() > deadline {
-                tracing::error!("QEMU does not end its migration");
-                break;
-            }
-            tokio::time::sleep(LOOK_AGAIN).await;
-        }
-    }
+    end_migration(qmp, deadline).await?;
     loop {
         if qmp.status().await?.running {
             return Ok(());
@@ -197,7 +193,30 @@ pub(crate) async fn resume_here(qmp: &Qmp) -> Result<(), QmpError> {
     }
 }
 
-/// Leaves QEMU's migration capabilities as a user who migrates by hand expects them.
+/// Ends a migration of ours that may be under way.
+async fn end_migration(qmp: &Qmp, deadline: Instant) -> Result<(), QmpError> {
+    let migration = qmp.query_migrate().await?.status;
+    if migration.is_none_or(|status| switch::is_over(&status)) {
+        return Ok(());
+    }
+    // Whatever it says, `cont` decides.
+    let _ = qmp.migrate_cancel().await;
+    while qmp.query_migrate().await?.status.is_some_and(|status| !switch::is_over(&status)) {
+        if Instant::now() > deadline {
+            tracing::error!("QEMU does not end its migration");
+            break;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    Ok(())
+}
+
+/// Ends a migration of ours of a guest that somebody else has stopped meanwhile, and leaves it so.
+pub(crate) async fn leave_stopped(qmp: &Qmp) -> Result<(), QmpError> {
+    end_migration(qmp, Instant::now() + RESUME).await
+}
+
+/// Turns off what an agent of an earlier version has turned on, which has not put on record what was there before.
 pub(crate) async fn reset_capabilities(qmp: &Qmp) {
     let all = switch::CAPABILITIES.into_iter().chain([relay::THROTTLES]);
     let off: Vec<_> = all.map(|name| (name, false)).collect();

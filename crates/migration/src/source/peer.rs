@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use link::{ConnectError, ControlReceiver, ControlSender, LinkError, Peer, TlsError};
@@ -11,49 +12,43 @@ use mirror::layout::PageIndex;
 use qemu::Qmp;
 use qemu::qmp::CpuidWord;
 use tokio::sync::{Mutex, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+use super::earlier;
 use super::stop::Stop;
 use crate::boot_files;
-use crate::failure::{Finding, chain};
+use crate::deadlines::{RESERVE, RESERVE_WORD};
+use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::machine::{self, Machine};
 use crate::options::{DiskRoom, Engine, OnDiverge, Options};
+use crate::ownership::{Answer, Withdrawal};
+use crate::places;
 use crate::reservation::CPU_FEATURE_MISSING;
 use crate::vm::Vm;
-use crate::wire::{self, Reply, Request, ToDestination, ToSource};
+use crate::wire::bounds::{self, Unheard};
+use crate::wire::{self, Reply, Request, ToDestination};
 
-/// How long a destination may take to start QEMU and set everything aside.
-const RESERVE: Duration = Duration::from_secs(60);
-
-/// Words of the destination that may wait for somebody to listen.
+/// Words of the destination that may wait for somebody to listen, and the bytes that they may take.
 const UNREAD: usize = 4096;
+const UNREAD_BYTES: usize = 64 << 20;
 
 /// The destination's agent, in one session.
 pub(super) struct Destination {
     peer: Peer,
     address: String,
     sender: Sender,
-    inbox: mpsc::Receiver<Result<Reply, LinkError>>,
+    inbox: mpsc::Receiver<Result<Reply, Unheard>>,
+    /// Bytes of what waits in it.
+    unread: Arc<AtomicUsize>,
     /// Supplies pages that a guest there waits for.
     supply: Option<Supply>,
     _reader: AbortOnDropHandle<()>,
 }
 
-type Supply = Box<dyn Fn(Vec<PageIndex>) + Send + Sync>;
-
-/// What became of the wish that a destination throw its copy away.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Withdrawal {
-    /// There is no copy any more.
-    Done,
-    /// The machine is the destination's, and has run there.
-    RunsThere,
-    /// Nothing was heard.
-    Unheard,
-}
+type Supply = Box<dyn Fn(Vec<PageIndex>) -> bool + Send + Sync>;
 
 /// The way to the destination, for several tasks. A message is sent whole, one after the other.
 #[derive(Debug, Clone)]
@@ -74,7 +69,16 @@ pub(super) fn lost(error: LinkError) -> Stop {
 /// The peer does not keep to the protocol.
 pub(super) fn violation(what: &str) -> Stop {
     let message = format!("the destination {what}");
-    Stop::Failed(Finding::new("protocol", message, "see whether both agents are of the same version"))
+    Stop::Failed(Finding::new(kind::PROTOCOL, message, "see whether both agents are of the same version"))
+}
+
+impl From<Unheard> for Stop {
+    fn from(unheard: Unheard) -> Stop {
+        match unheard {
+            Unheard::Link(error) => lost(error),
+            Unheard::Violation(what) => violation(&what),
+        }
+    }
 }
 
 impl Destination {
@@ -90,9 +94,11 @@ impl Destination {
         }
         let (sender, receiver) = control.split();
         let (tell, inbox) = mpsc::channel(UNREAD);
-        let reader = AbortOnDropHandle::new(tokio::spawn(read(receiver, tell)));
+        let unread = Arc::default();
+        let reader = AbortOnDropHandle::new(tokio::spawn(read(receiver, tell, Arc::clone(&unread))));
         let sender = Sender(Arc::new(Mutex::new(sender)));
-        Ok(Destination { peer, address: address.to_owned(), sender, inbox, supply: None, _reader: reader })
+        let address = address.to_owned();
+        Ok(Destination { peer, address, sender, inbox, unread, supply: None, _reader: reader })
     }
 
     pub(super) fn name(&self) -> &str {
@@ -116,30 +122,35 @@ impl Destination {
         self.sender.send(request).await
     }
 
-    /// From now on, what its guest waits for is supplied whenever the destination is listened to.
-    pub(super) fn supply(&mut self, supply: impl Fn(Vec<PageIndex>) + Send + Sync + 'static) {
+    /// From now on, what its guest waits for is supplied whenever the destination is listened to. `supply` says whether it asked for
+    /// what can be.
+    pub(super) fn supply(&mut self, supply: impl Fn(Vec<PageIndex>) -> bool + Send + Sync + 'static) {
         self.supply = Some(Box::new(supply));
+    }
+
+    /// Whatever the destination says next. Nothing is lost when this is cancelled.
+    async fn word(&mut self) -> Result<Reply, Stop> {
+        let word = self.inbox.recv().await.unwrap_or(Err(Unheard::Link(LinkError::Closed)))?;
+        self.unread.fetch_sub(word.weight(), Ordering::Relaxed);
+        Ok(word)
     }
 
     /// What the destination says next. Nothing is lost when this is cancelled.
     pub(super) async fn receive(&mut self) -> Result<Reply, Stop> {
-        let word = loop {
-            match (self.inbox.recv().await, &self.supply) {
-                (Some(Ok(Reply::Wanted(pages))), Some(supply)) => {
-                    supply(pages.pages.into_iter().map(PageIndex).collect());
+        loop {
+            match (self.word().await?, &self.supply) {
+                (Reply::Wanted(pages), Some(supply)) => {
+                    if !supply(pages.pages.into_iter().map(PageIndex).collect()) {
+                        return Err(violation("asks for more of the VM's memory than there is"));
+                    }
                 }
-                (word, _) => break word,
+                (Reply::Failed(findings), _) => {
+                    let mut findings = findings.findings.into_iter().map(Into::into);
+                    let unknown = || Finding::new("destination", "the destination failed", "see its log");
+                    return Err(Stop::Failed(findings.next().unwrap_or_else(unknown)));
+                }
+                (reply, _) => return Ok(reply),
             }
-        };
-        match word {
-            Some(Ok(Reply::Failed(findings))) => {
-                let mut findings = findings.findings.into_iter().map(Into::into);
-                let unknown = || Finding::new("destination", "the destination failed", "see its log");
-                Err(Stop::Failed(findings.next().unwrap_or_else(unknown)))
-            }
-            Some(Ok(reply)) => Ok(reply),
-            Some(Err(error)) => Err(lost(error)),
-            None => Err(lost(LinkError::Closed)),
         }
     }
 
@@ -160,10 +171,11 @@ impl Destination {
         let rehearsal = request.rehearsal;
         let files = request.boot_files.clone();
         self.send(Request::Reserve(request)).await?;
-        let mut reply = self.receive_within(RESERVE, "answer the reservation").await?;
+        let until = Instant::now() + RESERVE;
+        let mut reply = self.reserved_by(until).await?;
         if let Reply::Lacking(lacking) = reply {
             self.ship(&files, &lacking.paths).await?;
-            reply = self.receive_within(RESERVE, "answer the reservation").await?;
+            reply = self.reserved_by(until).await?;
         }
         match reply {
             Reply::Reserved(reserved) => Ok(reserved),
@@ -177,15 +189,20 @@ impl Destination {
                 }
                 Err(Stop::Refused(findings))
             }
-            other => Err(violation(&format!("answered a reservation with {other:?}"))),
+            other => Err(violation(&format!("answered a reservation with {other}"))),
         }
+    }
+
+    /// What comes of a reservation.
+    async fn reserved_by(&mut self, until: Instant) -> Result<Reply, Stop> {
+        patiently(self, until).await
     }
 
     /// Sends files that the machine boots from, of those that were announced.
     async fn ship(&self, files: &[wire::BootFile], wanted: &[String]) -> Result<(), Stop> {
-        for path in wanted {
-            if !files.iter().any(|file| file.path == *path) {
-                return Err(violation("wants a file that was not announced"));
+        for (number, path) in wanted.iter().enumerate() {
+            if !files.iter().any(|file| file.path == *path) || wanted[..number].contains(path) {
+                return Err(violation("wants a file that was not announced, or one twice"));
             }
             let parts = boot_files::parts(Path::new(path)).map_err(|e| {
                 Stop::because("boot-file", &e, "see whether the VM's kernel and initrd are still there")
@@ -197,19 +214,40 @@ impl Destination {
         Ok(())
     }
 
+    /// Tells the destination that the machine is its own, and waits for what it says.
+    pub(super) async fn commit(&mut self, commit: wire::Commit) -> Result<Answer, Stop> {
+        self.send(Request::Commit(commit)).await?;
+        Ok(match self.word().await? {
+            Reply::Running(_) => Answer::Running,
+            Reply::Failed(failed) if says(&failed, kind::NO_COPY) => {
+                Answer::NoCopy { keeper: Uuid::from_slice(&failed.keeper).ok() }
+            }
+            Reply::Failed(failed) if says(&failed, kind::UNKNOWN_COPY) => Answer::Unknown,
+            other => {
+                tracing::warn!(destination = self.name(), %other, "it does not say that the VM runs there");
+                Answer::Other
+            }
+        })
+    }
+
     /// Tells the destination to throw its copy away, and waits until it has.
     pub(super) async fn cancel(&mut self, commit: wire::Commit, deadline: Duration) -> Withdrawal {
         let cancelled = async {
             self.send(Request::Cancel(commit)).await?;
             loop {
-                match self.inbox.recv().await {
-                    Some(Ok(Reply::Cancelled(_) | Reply::Failed(_) | Reply::Refused(_))) => {
-                        return Ok(Withdrawal::Done);
+                match self.word().await? {
+                    Reply::Failed(failed) if failed.findings.iter().any(knows_nothing) => {
+                        return Ok::<_, Stop>(Withdrawal::Unheard);
                     }
-                    Some(Ok(Reply::Running(_))) => return Ok(Withdrawal::RunsThere),
-                    Some(Ok(_)) => {}
-                    Some(Err(e)) => return Err(lost(e)),
-                    None => return Err(lost(LinkError::Closed)),
+                    Reply::Cancelled(_) => return Ok(Withdrawal::Done),
+                    Reply::Failed(failed) if says(&failed, kind::NO_COPY) => return Ok(Withdrawal::Done),
+                    Reply::Failed(failed) if says(&failed, kind::UNKNOWN_COPY) => {
+                        return Ok(Withdrawal::Unknown);
+                    }
+                    // It may have been said of something else: a copy that is ready outlives it.
+                    Reply::Failed(_) | Reply::Refused(_) => return Ok(Withdrawal::Unheard),
+                    Reply::Running(_) => return Ok(Withdrawal::RunsThere),
+                    _ => {}
                 }
             }
         };
@@ -230,6 +268,38 @@ impl Destination {
     }
 }
 
+/// Whether a destination says that it does not know what it has of the machine.
+fn knows_nothing(finding: &wire::Finding) -> bool {
+    [kind::BUSY, kind::RECORD_UNREADABLE].contains(&finding.kind.as_str())
+}
+
+/// Whoever says what comes of a reservation.
+trait Words {
+    /// The next word, if that is soon enough.
+    fn word(&mut self, limit: Duration) -> impl Future<Output = Result<Reply, Stop>> + Send;
+}
+
+impl Words for Destination {
+    async fn word(&mut self, limit: Duration) -> Result<Reply, Stop> {
+        self.receive_within(limit, "answer the reservation").await
+    }
+}
+
+/// Waits for what comes of a reservation, for which a destination takes its time as long as it says that it is at it.
+async fn patiently(destination: &mut impl Words, until: Instant) -> Result<Reply, Stop> {
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        match destination.word(RESERVE_WORD.min(left)).await? {
+            Reply::Working(_) => {}
+            reply => return Ok(reply),
+        }
+    }
+}
+
+fn says(failed: &wire::Findings, kind: &str) -> bool {
+    failed.findings.first().is_some_and(|finding| finding.kind == kind)
+}
+
 /// Names the features that are missing, by what both sides have: CPUID alone has no names.
 async fn name_missing(finding: &mut Finding, there: &[String], qmp: &Qmp) {
     // Without the names the finding says what it says: which bits.
@@ -247,18 +317,26 @@ fn wire_word(word: &CpuidWord) -> wire::CpuidWord {
 
 /// Passes on what the destination says. One that says more than is listened to has the link ended: waiting for the listener
 /// would leave the destination's pings unanswered.
-async fn read(mut receiver: ControlReceiver, tell: mpsc::Sender<Result<Reply, LinkError>>) {
-    loop {
-        let message = match receiver.receive::<ToSource>().await {
-            Ok(ToSource { reply: Some(reply) }) => Ok(reply),
-            // A reply of a later version: what it would have said is not understood, so it is not passed over.
-            Ok(ToSource { reply: None }) => Err(LinkError::Closed),
-            Err(error) => Err(error),
+async fn read(
+    mut receiver: ControlReceiver,
+    tell: mpsc::Sender<Result<Reply, Unheard>>,
+    unread: Arc<AtomicUsize>,
+) {
+    // Room for the last word, by which it is told why there is no other.
+    let (words, last) = (tell.clone(), tell.reserve_owned().await);
+    let why = loop {
+        let reply = match bounds::reply(&mut receiver).await {
+            Ok(reply) => reply,
+            Err(why) => break why,
         };
-        let last = message.is_err();
-        if tell.try_send(message).is_err() || last {
-            return;
+        let weight = reply.weight();
+        let fits = unread.fetch_add(weight, Ordering::Relaxed) + weight <= UNREAD_BYTES;
+        if !fits || words.try_send(Ok(reply)).is_err() {
+            break Unheard::Violation("says more than is listened to".to_owned());
         }
+    };
+    if let Ok(last) = last {
+        last.send(Err(why));
     }
 }
 
@@ -286,7 +364,9 @@ fn not_connected(error: &ConnectError) -> Finding {
 }
 
 /// What the destination is asked to set aside.
+#[expect(clippy::too_many_arguments, reason = "what a destination is told, one thing each")]
 pub(super) fn reserve_request(
+    host: &Host,
     session: Uuid,
     vm: &Vm,
     machine: &Machine,
@@ -300,7 +380,7 @@ pub(super) fn reserve_request(
         session: session.as_bytes().to_vec(),
         name: vm.record.name.to_string(),
         generation: vm.record.generation,
-        argv: vm.spec.to_argv(),
+        argv: places::by_their_names(host, &vm.record, vm.spec.to_argv()),
         machine: machine.machine.clone(),
         qemu_version: machine.qemu_version.clone(),
         cpuid: machine.cpuid.iter().map(wire_word).collect(),
@@ -321,6 +401,9 @@ pub(super) fn reserve_request(
         nft: String::new(),
         post_copy: options.on_diverge == OnDiverge::PostCopy,
         qemu_stream: options.engine == Engine::Qemu,
+        patient: true,
+        link_port: 0,
+        abandoned: Some(earlier::named(host, &vm.record.name)),
     }
 }
 
@@ -328,4 +411,45 @@ fn wire_ram(block: &qemu::RamBlock) -> wire::RamBlock {
     let is_huge = block.page_size > mirror::layout::PAGE_SIZE as u64;
     let huge_page = if is_huge { block.page_size } else { 0 };
     wire::RamBlock { id: block.id.clone(), size: block.size, huge_page }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    impl Words for mpsc::Receiver<Reply> {
+        async fn word(&mut self, limit: Duration) -> Result<Reply, Stop> {
+            let word = timeout(limit, self.recv()).await.ok().flatten();
+            word.ok_or_else(|| lost(LinkError::Closed))
+        }
+    }
+
+    /// Says so many times that it is at it, so many seconds apart, and then that it has reserved. Returns how long that was waited for,
+    /// and whether it was heard.
+    async fn reserved(times: u64, apart: u64) -> (u64, bool) {
+        let (tell, mut inbox) = mpsc::channel(1);
+        let destination = tokio::spawn(async move {
+            for _ in 0..times {
+                tokio::time::sleep(Duration::from_secs(apart)).await;
+                if tell.send(Reply::Working(wire::Nothing {})).await.is_err() {
+                    return;
+                }
+            }
+            tokio::time::sleep(Duration::from_secs(apart)).await;
+            let _ = tell.send(Reply::Reserved(wire::Reserved::default())).await;
+        });
+        let begin = Instant::now();
+        let heard = matches!(patiently(&mut inbox, begin + RESERVE).await, Ok(Reply::Reserved(_)));
+        destination.abort();
+        (begin.elapsed().as_secs(), heard)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_destination_that_is_at_it_is_waited_for_and_one_that_says_nothing_is_not() {
+        assert_eq!(reserved(0, 59).await, (59, true));
+        assert_eq!(reserved(0, 61).await, (60, false));
+        assert_eq!(reserved(59, 15).await, (900, true), "a huge VM, and a slow hook");
+        assert_eq!(reserved(2, 61).await, (60, false));
+        assert_eq!(reserved(1_000_000, 15).await, (1200, false), "for ever is too long");
+    }
 }

@@ -20,8 +20,10 @@ use uuid::Uuid;
 use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
+use crate::deadlines::POST_COPY_READY;
 use crate::failure::{Failure, Finding, Stage, chain, kind};
 use crate::host::Host;
+use crate::ownership::Event;
 use crate::report::{self, Counted};
 use crate::vm::{Ownership, Record};
 use crate::wire::{self, Nothing, Reply, Request};
@@ -161,7 +163,7 @@ impl Supplying {
             tokio::select! {
                 reply = destination.receive() => match reply? {
                     Reply::Supplied(supplied) => return Ok(supplied),
-                    other => return Err(violation(&format!("said {other:?} while memory was supplied"))),
+                    other => return Err(violation(&format!("said {other} while memory was supplied"))),
                 },
                 () = tokio::time::sleep(LOOK) => {
                     left(self.source.unsent());
@@ -225,7 +227,7 @@ async fn connect_again(
     secret: &Secret,
     layout: &Layout,
 ) -> Result<Again, Stop> {
-    let Ownership::HandedOver { session, to, address } = &record.ownership else {
+    let Ownership::HandedOver { session, to, address, .. } = &record.ownership else {
         return Err(nothing_held());
     };
     let mut destination = Destination::connect(host, address).await.map_err(Stop::Failed)?;
@@ -241,15 +243,24 @@ async fn connect_again(
     let secret = secret.as_bytes().to_vec();
     destination.send(Request::Resume(wire::Resume { commit: Some(commit), secret })).await?;
     let mut missing = PageSet::new(layout.end());
+    let mut told = 0u64;
     loop {
         match destination.receive().await? {
-            Reply::Missing(part) if !part.add_to(&mut missing) => {
-                return Err(violation("lacks pages that the VM does not have"));
+            Reply::Missing(part) => {
+                // Each part is of pages of its own.
+                told += part.bits.len() as u64 * 8;
+                if !part.add_to(&mut missing)
+                    || told > layout.end() + 64
+                    || (part.more && part.bits.is_empty())
+                {
+                    return Err(violation("lacks pages that the VM does not have"));
+                }
+                if !part.more {
+                    return Ok(Again::Lacks(Box::new(destination), missing));
+                }
             }
-            Reply::Missing(part) if part.more => {}
-            Reply::Missing(_) => return Ok(Again::Lacks(Box::new(destination), missing)),
             Reply::Running(running) => return Ok(Again::Ended(running)),
-            other => return Err(violation(&format!("said {other:?} instead of what it lacks"))),
+            other => return Err(violation(&format!("said {other} instead of what it lacks"))),
         }
     }
 }
@@ -263,9 +274,9 @@ impl Controller {
         let throughput = self.rounds()?.estimate.wire_rate;
         let destination = self.destination()?;
         destination.send(Request::PostCopy(Nothing {})).await?;
-        match destination.receive().await? {
+        match destination.receive_within(POST_COPY_READY, "be ready for post-copy").await? {
             Reply::PostCopyReady(_) => {}
-            other => return Err(violation(&format!("said {other:?} instead of being ready for post-copy"))),
+            other => return Err(violation(&format!("said {other} instead of being ready for post-copy"))),
         }
         let address = destination.address().to_owned();
         Streams::open(&endpoint, &address, session, streams, &bandwidth, throughput).await
@@ -293,8 +304,7 @@ impl Controller {
                 Err(_) => Counted::Nothing,
             },
         });
-        self.vm.record.supplies = false;
-        if let Err(e) = self.host.journal.update(&self.vm.record) {
+        if let Err(e) = self.host.journal.on(&mut self.vm.record, Event::Supplied, |_| {}) {
             tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
         }
         match supplied {
@@ -350,7 +360,14 @@ impl Controller {
                     supplying = Some(streams);
                 }
                 Ok(Relinked::Ended(running)) => {
-                    return had_everything(running, &self.report.destination, said);
+                    match had_everything(running, &self.report.destination, said.clone()) {
+                        // What is here may be all there is of it: nothing is let go of on such a word.
+                        Err(finding) if finding.kind == kind::POST_COPY => {
+                            tracing::error!(vm = %name, "{}", finding.message);
+                            warn(Some(format!("{}; it is asked again", finding.message)));
+                        }
+                        told => return told,
+                    }
                 }
                 Err(stop) => {
                     tracing::debug!(vm = %name, ?stop, "the destination is not back yet");

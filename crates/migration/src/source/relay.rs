@@ -13,21 +13,20 @@ use std::time::{Duration, Instant};
 use link::{AbortHandle, DataSender};
 use mirror::device::source::DeviceSource;
 use mirror::layout::PAGE_SIZE;
-use qemu::Qmp;
 use qemu::qmp::MigrationState;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::controller::{Controller, nothing_held};
 use super::peer::violation;
 use super::stop::Stop;
-use super::switch::{self, PATIENCE, Prepared, UNTIL_PAUSED};
+use super::switch::{self, Prepared, UNTIL_PAUSED};
+use crate::deadlines::PATIENCE;
 use crate::failure::Finding;
 use crate::lifecycle::Paths;
 use crate::options::OnDiverge;
 use crate::report::{Pause, Phase, Round};
-use crate::vm::Outgoing;
 use crate::wire::{Reply, Request, Sums};
 
 /// The capability by which QEMU slows a guest that it cannot follow.
@@ -49,8 +48,6 @@ pub(super) struct Relay {
     carrying: Option<JoinHandle<io::Result<()>>>,
     abort: AbortHandle,
     wire_bytes: Arc<AtomicU64>,
-    /// The parameters that QEMU had before.
-    parameters: Value,
     passes: Passes,
     /// Removes the socket when dropped.
     _device: DeviceSource,
@@ -139,18 +136,18 @@ impl Passes {
 impl Controller {
     /// Every phase from the preparation on by QEMU's own stream.
     pub(super) async fn by_qemu(&mut self) -> Result<Prepared, Stop> {
-        self.enter(Phase::Prepare);
+        self.enter(Phase::Prepare).await;
         self.raise_tunnels().await?;
         let mut events = self.vm.qmp.events();
         let asked = Instant::now();
         self.begin_relay().await?;
-        self.enter(Phase::Synchronize);
+        self.enter(Phase::Synchronize).await;
         let mut paused = Box::pin(switch::paused(&mut events, asked));
         let paused_at = self.until_paused(&mut paused).await?;
         drop(paused);
         // There is no ledger to settle doubts against.
-        self.enter(Phase::Verify);
-        self.enter(Phase::SwitchOver);
+        self.enter(Phase::Verify).await;
+        self.enter(Phase::SwitchOver).await;
         let limit = self.options.max_downtime + PATIENCE;
         let complete = self.complete_relay(&mut events, paused_at);
         let pause = timeout(limit, complete).await.map_err(|_| switch::too_long(limit))??;
@@ -165,9 +162,6 @@ impl Controller {
         };
         let socket = Paths::of(&self.host, &self.vm.record.name).device;
         let address = self.destination()?.address().to_owned();
-        // On record before a complete copy can exist: after a crash here, somebody must tell that it is worthless.
-        self.vm.record.outgoing = Some(Outgoing { session: self.id, address: address.clone() });
-        self.host.journal.update(&self.vm.record)?;
         let (endpoint, session) = (self.host.endpoint.clone(), self.id);
         let bandwidth = Arc::clone(&self.orders.bandwidth);
         let opened = tokio::task::spawn_blocking(move || endpoint.open_data(&address, session, 0, bandwidth));
@@ -178,30 +172,25 @@ impl Controller {
         // An agent that was killed here has left its socket; this one has the name to itself.
         let _ = std::fs::remove_file(&socket);
         let mut device = DeviceSource::listen(&socket).map_err(|e| failed(&e))?;
-        let parameters = before(&qmp).await?;
-        self.held.qemu = true;
-        let throttles = self.options.on_diverge == OnDiverge::Throttle;
-        let capabilities = [
-            ("x-ignore-shared", false),
-            ("pause-before-switchover", true),
-            ("events", true),
-            (THROTTLES, throttles),
-        ];
-        qmp.set_capabilities(&capabilities).await.map_err(Stop::qemu)?;
-        let told = json!({ "max-bandwidth": 0, "downtime-limit": downtime_ms(self.options.downtime) });
-        qmp.set_parameters(told).await.map_err(Stop::qemu)?;
-        let status = qmp.status().await.map_err(Stop::qemu)?;
-        if !status.running {
-            return Err(switch::was_paused(&status.status));
+        switch::may_migrate(&qmp).await?;
+        self.held.configured = true;
+        let mut on = vec!["pause-before-switchover", "events"];
+        if self.options.on_diverge == OnDiverge::Throttle {
+            on.push(THROTTLES);
         }
-        qmp.migrate(&device.uri()).await.map_err(Stop::qemu)?;
+        let told = json!({ "downtime-limit": downtime_ms(self.options.downtime) });
+        self.set_up_qemu(&on, told).await?;
+        self.offer()?;
+        // From here on nobody else can begin one with other settings unseen: QEMU migrates once at a time.
+        switch::may_migrate(&qmp).await?;
+        switch::begin(&qmp, &device.uri(), &mut self.held.qemu).await?;
         let stream = timeout(UNTIL_PAUSED, device.accept()).await;
         let stream = stream.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
         let wire_bytes = Arc::new(AtomicU64::new(0));
         let sent = Arc::clone(&wire_bytes);
         let carrying = Some(tokio::task::spawn_blocking(move || carry(stream, sender, &sent)));
         let passes = Passes::default();
-        self.held.relay = Some(Relay { carrying, abort, wire_bytes, parameters, passes, _device: device });
+        self.held.relay = Some(Relay { carrying, abort, wire_bytes, passes, _device: device });
         Ok(())
     }
 
@@ -324,7 +313,7 @@ impl Controller {
         destination.send(Request::Load(Sums::new(0, &[], 0))).await?;
         match destination.receive().await? {
             Reply::Ready(_) => {}
-            other => return Err(violation(&format!("said {other:?} instead of being ready"))),
+            other => return Err(violation(&format!("said {other} instead of being ready"))),
         }
         pause.ready_ms = since();
         Ok(pause)
@@ -342,14 +331,6 @@ impl Controller {
         self.report.rounds = relay.passes.rounds;
         self.report.memory.raw_bytes = last.raw_bytes();
         self.report.memory.wire_bytes = relay.wire_bytes.load(Ordering::Relaxed);
-    }
-
-    /// A QEMU that stays is left as it was.
-    pub(super) async fn restore_parameters(&self) {
-        let Some(relay) = &self.held.relay else { return };
-        if let Err(e) = self.vm.qmp.set_parameters(relay.parameters.clone()).await {
-            tracing::warn!(error = crate::failure::chain(&e), "QEMU keeps its migration parameters");
-        }
     }
 }
 
@@ -372,12 +353,6 @@ fn carry(mut from: UnixStream, mut to: DataSender, sent: &AtomicU64) -> io::Resu
             }
         }
     }
-}
-
-/// The parameters of QEMU's that a relay changes, as they are.
-async fn before(qmp: &Qmp) -> Result<Value, Stop> {
-    let all = qmp.migrate_parameters().await.map_err(Stop::qemu)?;
-    Ok(json!({ "max-bandwidth": all["max-bandwidth"], "downtime-limit": all["downtime-limit"] }))
 }
 
 fn downtime_ms(downtime: Duration) -> u64 {

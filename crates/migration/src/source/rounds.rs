@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dirty_tracker::{DescriptorSource, Tracker};
+use dirty_tracker::{DescriptorSource, Injection, KnownFilters, Tracker};
 use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
@@ -26,15 +26,14 @@ use super::estimate::Estimate;
 use super::heard::Heard;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
+use crate::confinement;
+use crate::deadlines::ROUND;
 use crate::failure::Finding;
 use crate::report::{Memory, Quiesced, Round, Verification};
 use crate::wire::{Reply, Request, Sums};
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;
-/// How long a destination that is there may take for an answer, beyond what it has to do for it: what is still on its way at
-/// the end of a round fits the buffers of the network, and the slowest link carries those in less.
-const ANSWER: Duration = Duration::from_secs(300);
 /// What a destination reads back of its copy at the least, in bytes per second.
 const SLOWEST_AUDIT: u64 = 100 << 20;
 /// How long to watch a guest to see how fast it dirties memory: longer than the pauses of one that works in bursts.
@@ -78,6 +77,9 @@ pub(super) struct Rounds {
 /// What the rounds begin with.
 pub(super) struct Begin<W> {
     pub(super) pid: u32,
+    pub(super) known_filters: KnownFilters,
+    /// The guest may give memory back while it runs.
+    pub(super) gives_back: bool,
     pub(super) ram: Vec<RamBlock>,
     pub(super) layout: Layout,
     pub(super) secret: Secret,
@@ -108,8 +110,9 @@ impl Rounds {
                 ranges.push(TrackedRange { block, offset: mapping.file_offset - base });
             }
         }
-        let tracker = Tracker::attach(pid, &addresses, DescriptorSource::Injected)
-            .map_err(|e| Stop::because("tracking", &e, "see docs/operations.md on what tracking needs"))?;
+        let injection = Injection { source: DescriptorSource::Injected, known: begin.known_filters };
+        let tracker = Tracker::attach(pid, &addresses, injection)
+            .map_err(|e| Stop::Failed(confinement::untracked(&e)))?;
         let hold = tracker.hold();
         let totals = Memory { pages: layout.page_count(), page_size: PAGE_SIZE as u64, ..Memory::default() };
         let file = |block: RamBlock| RamFile {
@@ -119,7 +122,7 @@ impl Rounds {
         let ram = Ram::new(layout, ram.into_iter().map(file).collect())
             .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
         let scanning = if kvm { Scanning::AlwaysSparing } else { Scanning::Quickest };
-        let how = How { scanning, compression };
+        let how = How { scanning, compression, gives_back: begin.gives_back };
         let memory =
             MemorySource::start(ram, secret, tracker, ranges, how, sinks, lanes).map_err(|e| broken(&e))?;
         let blocks = storage.as_ref().map_or(0, |storage| storage.layout().block_count());
@@ -340,14 +343,14 @@ impl Rounds {
         loop {
             let reply = match self.heard.other() {
                 Some(reply) => reply,
-                None => destination.receive_within(ANSWER, "acknowledge what was sent").await?,
+                None => destination.receive_within(ROUND, "acknowledge what was sent").await?,
             };
             match reply {
                 Reply::Barrier(sums) if sums.barrier == sent.number => return Ok(sums),
                 Reply::Mismatch(_) | Reply::WrongBlocks(_) => self.heard.note(reply)?,
                 other => {
                     return Err(violation(&format!(
-                        "said {other:?} instead of reaching barrier {}",
+                        "said {other} instead of reaching barrier {}",
                         sent.number
                     )));
                 }
@@ -414,7 +417,7 @@ impl Rounds {
     pub(super) async fn read_back(&mut self, destination: &mut Destination) -> Result<(u64, u64), Stop> {
         let disks = self.storage.as_ref().map_or(0, |storage| storage.layout().block_count());
         let size = self.totals.pages * PAGE_SIZE as u64 + disks * BLOCK_SIZE as u64;
-        let limit = ANSWER + Duration::from_secs(size / SLOWEST_AUDIT);
+        let limit = ROUND + Duration::from_secs(size / SLOWEST_AUDIT);
         destination.send(Request::Audit(crate::wire::Nothing {})).await?;
         loop {
             match destination.receive_within(limit, "read its copy back").await? {
@@ -425,7 +428,7 @@ impl Rounds {
                     return Ok((audited.pages, differing));
                 }
                 reply @ (Reply::Mismatch(_) | Reply::WrongBlocks(_)) => self.heard.note(reply)?,
-                other => return Err(violation(&format!("said {other:?} instead of what its audit found"))),
+                other => return Err(violation(&format!("said {other} instead of what its audit found"))),
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Why a migration stops before its end.
 
-use crate::failure::{Failure, Finding, Stage, chain};
+use crate::failure::{Failure, Finding, Stage, chain, kind};
 
 /// Why a migration stops before its end.
 #[derive(Debug)]
@@ -24,6 +24,21 @@ impl Stop {
     /// A failure of QEMU at the source.
     pub(super) fn qemu(error: qemu::QmpError) -> Stop {
         Stop::because("qemu", &error, "see the VM's log on the source")
+    }
+
+    /// With the name of the peer, where it is one that does not keep to the protocol.
+    pub(super) fn of(self, destination: &str) -> Stop {
+        let named = |mut finding: Finding| {
+            if finding.kind == kind::PROTOCOL {
+                finding.message = format!("{destination}: {}", finding.message);
+            }
+            finding
+        };
+        match self {
+            Stop::Failed(finding) => Stop::Failed(named(finding)),
+            Stop::Uncertain(finding) => Stop::Uncertain(named(finding)),
+            stop => stop,
+        }
     }
 
     /// For the report. What failed before anything began was refused.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mirror::device::source::DeviceSource;
 use mirror::memory::round::Guest;
-use qemu::{Event, Qmp};
+use qemu::{Event, Qmp, QmpError};
 use tokio::sync::broadcast;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
@@ -19,17 +19,21 @@ use super::peer::{Destination, Sender, violation};
 use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
+use crate::deadlines::PATIENCE;
 use crate::failure::{Finding, kind};
+use crate::fence::Fence;
 use crate::options::{Options, Verify};
+use crate::points::{self, Point};
 use crate::report::Pause;
+use crate::vm::VmName;
 use crate::wire::{Nothing, Reply, Request};
 
 /// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
 pub(super) const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
+/// Somebody else has stopped the guest.
+pub(super) const VM_PAUSED: &str = "vm-paused";
 /// How long QEMU may take from `migrate` to the pause.
 pub(super) const UNTIL_PAUSED: Duration = Duration::from_secs(10);
-/// How long the guest may be paused before the switch-over is given up, beyond the longest downtime accepted.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// So many scans before the pause, with that after it, tell which pages are hot.
 const SCANS_FOR_HEAT: u32 = 3;
@@ -51,14 +55,27 @@ pub(super) struct Prepared {
     pub(super) _device: Option<AbortOnDropHandle<Result<u64, Stop>>>,
 }
 
+/// What keeps others from the disks of the machine once QEMU gives them up.
+#[derive(Clone, Copy)]
+pub(super) struct Fencing<'a> {
+    pub(super) fence: &'a Fence,
+    pub(super) vm: &'a VmName,
+}
+
 /// Pauses the guest and brings the copy to where the destination can resume it.
+#[expect(clippy::too_many_arguments, reason = "what it is done with, one thing each")]
 pub(super) async fn prepare(
     qmp: &Qmp,
-    (rounds, disks, network): (&mut Rounds, &mut Option<Disks>, &mut Option<Network>),
+    (rounds, (disks, fencing), network): (
+        &mut Rounds,
+        (&mut Option<Disks>, Fencing<'_>),
+        &mut Option<Network>,
+    ),
     destination: &mut Destination,
     socket: &Path,
     options: &Options,
     streams: Option<Streams>,
+    told: &mut bool,
     paused_for_good: impl FnOnce(),
 ) -> Result<Prepared, Stop> {
     let mut events = qmp.events();
@@ -67,12 +84,8 @@ pub(super) async fn prepare(
     let device = DeviceSource::listen(socket)
         .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
     let uri = device.uri();
-    let on: Vec<_> = CAPABILITIES.into_iter().map(|name| (name, true)).collect();
-    qmp.set_capabilities(&on).await.map_err(Stop::qemu)?;
-    let status = qmp.status().await.map_err(Stop::qemu)?;
-    if !status.running {
-        return Err(was_paused(&status.status));
-    }
+    // From here on nobody else can begin one with other settings unseen: QEMU migrates once at a time.
+    may_migrate(qmp).await?;
     if streams.is_some() {
         // Most of what will be missing is given up while the guest still runs. Once that is done scans follow soon upon each
         // other, and show what it writes all the time.
@@ -84,15 +97,16 @@ pub(super) async fn prepare(
         network.divert().await;
     }
     let asked = Instant::now();
-    qmp.migrate(&uri).await.map_err(Stop::qemu)?;
+    begin(qmp, &uri, told).await?;
     let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination.sender())));
     let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| never_paused())??;
     paused_for_good();
     if let Some(network) = &mut *network {
         network.is_paused();
     }
+    points::reach(Point::Paused).await;
     let limit = options.max_downtime + PATIENCE;
-    let pausing = Pausing { qmp, events, paused_at, options, disks };
+    let pausing = Pausing { qmp, events, paused_at, options, disks, fencing };
     let work = timeout(limit, pausing.finish(rounds, destination, &mut pump, streams));
     let look = async {
         if let Some(network) = network {
@@ -111,6 +125,7 @@ struct Pausing<'a> {
     paused_at: Instant,
     options: &'a Options,
     disks: &'a mut Option<Disks>,
+    fencing: Fencing<'a>,
 }
 
 impl Pausing<'_> {
@@ -132,6 +147,7 @@ impl Pausing<'_> {
             None => self.complete(rounds, destination, pump, &mut pause).await?,
             Some(_) => (self.leave_out(rounds, destination, pump, &mut pause).await?, true),
         };
+        points::reach(Point::Sent).await;
         pause.gate_ms = self.since();
         // A copy that changes by itself while nothing writes to it is not trusted, even if it could be mended.
         let (equal, certain) = (rounds.equal, rounds.is_certain());
@@ -151,9 +167,10 @@ impl Pausing<'_> {
             supplying.answer(destination);
         }
         destination.send(Request::Load(sums)).await?;
+        points::reach(Point::LoadSaid).await;
         match destination.receive().await? {
             Reply::Ready(_) => {}
-            other => return Err(violation(&format!("said {other:?} instead of being ready"))),
+            other => return Err(violation(&format!("said {other} instead of being ready"))),
         }
         pause.ready_ms = self.since();
         Ok((pause, device_state_bytes, supplying))
@@ -223,10 +240,12 @@ impl Pausing<'_> {
         Ok(device_state_bytes)
     }
 
-    /// Nothing is read of the disks any more, and QEMU's block graph is what it was.
+    /// Nothing is read of the disks any more, and QEMU's block graph is what it was. From here on nobody else opens them: QEMU, which
+    /// asks for no more than it has, notices nothing of that until it gives them up.
     async fn give_up_disks(&mut self, pause: &mut Pause) -> Result<(), Stop> {
         if let Some(disks) = &mut self.disks {
             disks.give_up(self.qmp).await?;
+            self.fencing.fence.hold(self.fencing.vm, disks.paths());
             pause.disks_ms = self.since();
         }
         Ok(())
@@ -262,10 +281,42 @@ pub(super) fn too_long(limit: Duration) -> Stop {
     Stop::Failed(Finding::new("switch-over-too-long", message, "see the logs of both agents"))
 }
 
+/// Whether the guest runs and nobody migrates it. Somebody else may have by another monitor: that is neither cancelled nor
+/// undone.
+pub(super) async fn may_migrate(qmp: &Qmp) -> Result<(), Stop> {
+    let status = qmp.status().await.map_err(Stop::qemu)?;
+    if !status.running {
+        return Err(was_paused(&status.status));
+    }
+    let migration = qmp.query_migrate().await.map_err(Stop::qemu)?.status;
+    match migration.filter(|status| !is_over(status)) {
+        None => Ok(()),
+        Some(status) => Err(Stop::Failed(Finding::new(
+            "migrates-already",
+            format!("another program migrates the VM: QEMU says {status}"),
+            "wait for it, or end it there; then migrate again",
+        ))),
+    }
+}
+
+/// Whether what QEMU says of a migration is that there is none under way.
+pub(super) fn is_over(status: &str) -> bool {
+    ["completed", "failed", "cancelled", "none"].contains(&status)
+}
+
+/// Has QEMU begin. `told` is whether it may have: only what QEMU has refused has certainly not begun.
+pub(super) async fn begin(qmp: &Qmp, uri: &str, told: &mut bool) -> Result<(), Stop> {
+    *told = true;
+    qmp.migrate(uri).await.map_err(|error| {
+        *told = !matches!(error, QmpError::Refused { .. });
+        Stop::qemu(error)
+    })
+}
+
 /// The machine does not run, though it did when its migration began.
 pub(super) fn was_paused(status: &str) -> Stop {
     let message = format!("the VM is {status} since somebody paused it");
-    Stop::Failed(Finding::new("vm-paused", message, "migrate the VM when it runs again"))
+    Stop::Failed(Finding::new(VM_PAUSED, message, "migrate the VM when it runs again"))
 }
 
 /// Waits until QEMU has paused the guest for the switch-over. Returns when that was.

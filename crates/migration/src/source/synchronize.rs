@@ -288,10 +288,11 @@ impl Controller {
         let after = self.rounds()?.verification();
         let gate = if self.rounds()?.equal { Verdict::Match } else { Verdict::Mismatch };
         let found = Verification {
-            audited_pages: after.audited_pages - before.audited_pages,
-            repaired_pages: after.repaired_pages - before.repaired_pages,
-            audited_blocks: after.audited_blocks - before.audited_blocks + blocks,
-            repaired_blocks: after.repaired_blocks - before.repaired_blocks,
+            // Partly as the destination counts, which need not count upwards.
+            audited_pages: after.audited_pages.saturating_sub(before.audited_pages),
+            repaired_pages: after.repaired_pages.saturating_sub(before.repaired_pages),
+            audited_blocks: after.audited_blocks.saturating_sub(before.audited_blocks).saturating_add(blocks),
+            repaired_blocks: after.repaired_blocks.saturating_sub(before.repaired_blocks),
             gate,
             ..Verification::default()
         };

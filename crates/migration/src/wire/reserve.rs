@@ -67,12 +67,22 @@ pub struct Reserve {
     /// Only find out, and give everything back at once.
     #[prost(bool, tag = "13")]
     pub rehearsal: bool,
+    /// Whether the source goes on waiting for as long as it is told that its reservation is worked on.
+    #[prost(bool, tag = "40")]
+    pub patient: bool,
     /// CPUID feature words of the guest's CPUs.
     #[prost(message, repeated, tag = "14")]
     pub cpuid: Vec<CpuidWord>,
     /// The machine may be handed over before its memory is complete.
     #[prost(bool, tag = "21")]
     pub post_copy: bool,
+    /// Port of the source's own link, by which it can be asked whose the machine is; 0 where it does not say.
+    #[prost(uint32, tag = "32")]
+    pub link_port: u32,
+    /// Earlier migrations of the machine by this source whose copies are worthless, 16 bytes each: a complete copy of any other gives way to
+    /// nothing here. A source that does not say which has all give way.
+    #[prost(bytes = "vec", optional, tag = "33")]
+    pub abandoned: Option<Vec<u8>>,
     /// The first data stream carries QEMU's own stream, with guest RAM and all, and nothing else.
     #[prost(bool, tag = "20")]
     pub qemu_stream: bool,

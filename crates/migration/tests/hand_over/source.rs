@@ -1,331 +1,395 @@
-//! The source's rules, mirrored from `src/source/controller.rs`, `src/source/settlement.rs` and `src/lifecycle.rs`.
+//! The source's controller, its settlement, and what people have it ask: the order of steps, mirrored.
 
-use super::state::{
-    HostState, Link, Purpose, Reply, Request, Rule, SessionId, SourceQemu, SourceRecord, SourceStep, State,
-};
-use super::{Defect, HandOver};
+use migration::ownership::{Asked, Effect, Event, SourceSays, Withdrawal, Word};
 
-/// Most connections at a time: a session's, and one about it.
-const LINKS: usize = 2;
+use super::state::*;
+use super::world::write;
+use super::{Defect, HandOver, LINKS};
 
-/// What the source may do.
+/// What a source may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum SourceAction {
-    Begin,
+    Begin(usize),
     Offer,
     Pause,
     /// Reads the next reply of this connection.
-    Hear(usize),
+    Hear(u8),
     HandOver,
+    /// Tries once more to write what could not be written.
+    Settle,
     Commit,
     /// A deadline has passed, a connection is found broken, or the operator cancels.
     GiveUpWaiting,
     Ask,
+    /// It is this host's again: has it run.
     Keep,
-    Resume,
+    /// Sends the memory that the destination lacks.
+    Supply,
     Release,
-    Forget,
-    AskToAbandon,
-    Recover,
-    /// A person decides that it runs here.
-    ResolvedToRunHere,
+    AskToAbandon(SessionId),
+    /// The journal can be written again.
+    JournalMends,
 }
 
 impl HandOver {
-    pub(crate) fn source_actions(&self, state: &State, actions: &mut Vec<SourceAction>) {
-        let source = &state.source;
-        match source.host {
-            HostState::Lost => return,
-            HostState::Down => return actions.push(SourceAction::Recover),
-            HostState::Up => {}
+    pub(crate) fn source_actions(&self, state: &State, host: usize, actions: &mut Vec<SourceAction>) {
+        let at = &state.hosts[host];
+        let free = at.work.is_empty();
+        let up = |other: usize| state.hosts[other].up == Power::On && state.links.len() < LINKS;
+        if at.journal != JournalState::Works {
+            actions.push(SourceAction::JournalMends);
         }
-        let reachable = state.destination.host == HostState::Up && state.links.len() < LINKS;
-        match source.step {
-            SourceStep::Idle
-                if matches!(source.record, Some(SourceRecord::Owner { .. }))
-                    && source.qemu == SourceQemu::Running
-                    && state.sessions < self.sessions
-                    && reachable =>
-            {
-                actions.push(SourceAction::Begin);
+        match at.step {
+            Step::Idle if at.owns() && at.runs() && free && state.sessions < self.sessions => {
+                let others = (0..state.hosts.len()).filter(|&other| other != host && up(other));
+                actions.extend(others.map(SourceAction::Begin));
             }
-            SourceStep::Idle => {}
-            SourceStep::Mirroring(_) => actions.extend([SourceAction::Offer, SourceAction::GiveUpWaiting]),
-            SourceStep::Offered(_) => actions.extend([SourceAction::Pause, SourceAction::GiveUpWaiting]),
-            SourceStep::Ready(_) => actions.extend([SourceAction::HandOver, SourceAction::GiveUpWaiting]),
-            SourceStep::AwaitingReserved(_)
-            | SourceStep::AwaitingReady(_)
-            | SourceStep::AwaitingRunning(_)
-            | SourceStep::Asked(_)
-            | SourceStep::Undoing(_) => actions.push(SourceAction::GiveUpWaiting),
-            SourceStep::HandedOver(_) => actions.push(SourceAction::Commit),
-            SourceStep::InDoubt(_) => {
-                if reachable {
+            Step::Mirroring(_) => actions.extend([SourceAction::Offer, SourceAction::GiveUpWaiting]),
+            Step::Offered(_) => actions.extend([SourceAction::Pause, SourceAction::GiveUpWaiting]),
+            Step::Ready(_) => actions.extend([SourceAction::HandOver, SourceAction::GiveUpWaiting]),
+            Step::AwaitingReserved(_)
+            | Step::AwaitingReady(_)
+            | Step::AwaitingRunning(_)
+            | Step::Asked(_)
+            | Step::Undoing(_) => actions.push(SourceAction::GiveUpWaiting),
+            Step::Withdrawing(_) | Step::AskingSource(_) if free => actions.push(SourceAction::GiveUpWaiting),
+            Step::Unsettled(_) => actions.push(SourceAction::Settle),
+            Step::HandedOver(_) => actions.push(SourceAction::Commit),
+            Step::InDoubt(_) if free => {
+                if at.handed_over().is_some_and(|(_, to)| up(to)) {
                     actions.push(SourceAction::Ask);
                 }
-                if self.person_may_run_at_source(state) {
-                    actions.push(SourceAction::ResolvedToRunHere);
+            }
+            Step::Keeping(_) if free => actions.push(SourceAction::Keep),
+            Step::Given(_) if free => {
+                let supplies = at.record.as_ref().is_some_and(|record| record.supplies);
+                if supplies && self.defect != Some(Defect::DoesNotSupply) {
+                    actions.push(SourceAction::Supply);
+                } else {
+                    actions.push(SourceAction::Release);
                 }
             }
-            SourceStep::Kept => actions.push(SourceAction::Keep),
-            SourceStep::KeptOnRecord => actions.push(SourceAction::Resume),
-            SourceStep::Given(_) => actions.push(SourceAction::Release),
-            SourceStep::Released => actions.push(SourceAction::Forget),
+            Step::Idle
+            | Step::InDoubt(_)
+            | Step::Keeping(_)
+            | Step::Given(_)
+            | Step::Withdrawing(_)
+            | Step::AskingSource(_) => {}
         }
-        let about = |link: &Link| link.source && link.purpose == Purpose::Abandon;
-        if source.abandon.is_some() && reachable && !state.links.iter().any(about) {
-            actions.push(SourceAction::AskToAbandon);
+        for &(session, to) in &at.abandon {
+            let about =
+                |link: &Link| link.from == host && link.open && link.purpose == Purpose::Abandon(session);
+            if up(to) && !state.links.iter().any(about) {
+                actions.push(SourceAction::AskToAbandon(session));
+            }
         }
-        let heard = |(at, link): (usize, &Link)| {
-            (link.source && !link.replies.is_empty()).then_some(SourceAction::Hear(at))
+        // What a person wants is done by who has the decision.
+        let waits = |link: &Link| matches!(link.purpose, Purpose::Withdraw | Purpose::Whose) && !free;
+        let heard = |link: &Link| {
+            let heard = link.from == host && link.open && !link.replies.is_empty() && !waits(link);
+            heard.then_some(SourceAction::Hear(link.number))
         };
-        actions.extend(state.links.iter().enumerate().filter_map(heard));
+        actions.extend(state.links.iter().filter_map(heard));
     }
 
-    /// `vmirror resolve --run-here` at the source, by a person who has done what docs/operations.md asks for: the copy at
-    /// the destination was given up, or its host is gone for good. A look at whether it runs there is not enough,
-    /// because a `Commit` may be on its way.
-    fn person_may_run_at_source(&self, state: &State) -> bool {
-        let there = &state.destination;
-        if self.defect == Some(Defect::PersonOnlyLooks) {
-            return !matches!(there.qemu, Some((_, super::state::CopyState::Running)))
-                && !state.past.elsewhere;
-        }
-        there.host == HostState::Lost && state.past.copies_run == 0
-    }
-
-    pub(crate) fn source_acts(&self, state: &mut State, action: SourceAction) -> Option<()> {
-        match action {
-            SourceAction::Begin => {
-                let generation = owned(state)?;
+    pub(crate) fn source_acts(&self, state: &mut State, host: usize, action: SourceAction) -> Option<()> {
+        let step = state.hosts[host].step;
+        match (action, step) {
+            (SourceAction::Begin(to), Step::Idle) => {
+                // Controller::is_noted.
+                if self.happen(state, host, Event::Resumed).is_none() {
+                    return Some(());
+                }
+                let record = state.hosts[host].record.as_ref()?;
+                let generation = record.generation;
+                let abandoned = record.outgoing.iter().fold(0, |bits, to| bits | 1 << number(to.session));
                 state.sessions += 1;
                 let session = state.sessions;
-                state.links.push(Link::new(Purpose::Migrate, Request::Reserve(session, generation)));
-                state.source.step = SourceStep::AwaitingReserved(session);
+                state.past.sources[usize::from(session)] = Some(host);
+                let reserve = Request::Reserve(session, generation, abandoned);
+                state.connect(host, to, Purpose::Migrate, reserve);
+                state.hosts[host].step = Step::AwaitingReserved(session);
             }
-            // Controller::switch_over: `outgoing` is durable before a complete copy can exist.
-            SourceAction::Offer => {
-                let SourceStep::Mirroring(session) = state.source.step else { return None };
-                let generation = owned(state)?;
-                state.source.record = Some(SourceRecord::Owner { generation, outgoing: Some(session) });
-                state.source.step = SourceStep::Offered(session);
+            // Controller::offer: durable before a complete copy can exist, and when QEMU is set up for no migration but ours.
+            (SourceAction::Offer, Step::Mirroring(session)) => {
+                if !state.hosts[host].runs() {
+                    return self.undo(state, host, session);
+                }
+                let Some(to) = self.destination(state, host) else {
+                    return self.undo(state, host, session);
+                };
+                let event = Event::Offered { session: uuid(session), to: name(to), address: name(to) };
+                match self.happen(state, host, event) {
+                    Some(_) => state.hosts[host].step = Step::Offered(session),
+                    None => self.undo(state, host, session)?,
+                }
             }
-            // switch::prepare and finish: the pause, the last pages, `Load`.
-            SourceAction::Pause => {
-                let SourceStep::Offered(session) = state.source.step else { return None };
-                state.source.qemu = SourceQemu::Paused;
-                link(state, Purpose::Migrate)?.ask(Request::Load);
-                state.source.step = SourceStep::AwaitingReady(session);
+            (SourceAction::Pause, Step::Offered(session)) => {
+                if !state.hosts[host].runs() {
+                    return self.undo(state, host, session);
+                }
+                let (came, _) = state.hosts[host].qemu?;
+                state.hosts[host].qemu = Some((came, Guest::Switched));
+                if let Some(link) = migrates(state, host) {
+                    link.ask(Request::Load);
+                }
+                state.hosts[host].step = Step::AwaitingReady(session);
             }
-            SourceAction::Hear(at) => self.source_hears(state, at)?,
+            (SourceAction::Hear(number), _) => self.source_hears(state, host, number)?,
             // Controller::hand_over: on record first, then told.
-            SourceAction::HandOver => {
-                let SourceStep::Ready(session) = state.source.step else { return None };
+            (SourceAction::HandOver, Step::Ready(session)) => self.hand_over(state, host, session)?,
+            (SourceAction::Settle, Step::Unsettled(session)) => {
+                let record = state.hosts[host].record.clone();
+                write(&mut state.hosts[host], record)?;
+                self.undo(state, host, session)?;
+            }
+            (SourceAction::Commit, Step::HandedOver(session)) => {
                 if self.defect == Some(Defect::CommitBeforeItIsOnRecord) {
-                    commit(state, session)?;
+                    self.give(state, host, session)?;
                 } else {
-                    give(state, session)?;
+                    self.commit_now(state, host, session);
                 }
-                state.source.step = SourceStep::HandedOver(session);
+                state.hosts[host].step = Step::AwaitingRunning(session);
             }
-            SourceAction::Commit => {
-                let SourceStep::HandedOver(session) = state.source.step else { return None };
-                if self.defect == Some(Defect::CommitBeforeItIsOnRecord) {
-                    give(state, session)?;
-                } else {
-                    commit(state, session)?;
-                }
-                state.source.step = SourceStep::AwaitingRunning(session);
+            (SourceAction::GiveUpWaiting, _) => self.gives_up_waiting(state, host)?,
+            (SourceAction::Ask, Step::InDoubt(session)) => {
+                let (_, to) = state.hosts[host].handed_over()?;
+                let generation = state.hosts[host].record.as_ref()?.generation;
+                state.connect(host, to, Purpose::Settle, Request::Commit(session, generation));
+                state.hosts[host].step = Step::Asked(session);
             }
-            SourceAction::GiveUpWaiting => self.source_gives_up_waiting(state)?,
-            // settlement::settle: the Commit again, as the first message of a new connection.
-            SourceAction::Ask => {
-                let SourceStep::InDoubt(session) = state.source.step else { return None };
-                let generation = handed_over(state)?;
-                state.links.push(Link::new(Purpose::Settle, Request::Commit(session, generation)));
-                state.source.step = SourceStep::Asked(session);
+            (SourceAction::Keep, Step::Keeping(_)) => {
+                HandOver::carry_out(state, host, &[Effect::Resume], None);
+                state.hosts[host].step = Step::Idle;
             }
-            // Controller::settle, lifecycle::resolve: back under a generation that no copy has.
-            SourceAction::Keep => {
-                let generation = handed_over(state)? + 1;
-                state.source.record = Some(SourceRecord::Owner { generation, outgoing: None });
-                state.source.step = SourceStep::KeptOnRecord;
+            (SourceAction::Supply, Step::Given(_)) => {
+                self.happen(state, host, Event::Supplied)?;
             }
-            SourceAction::Resume => {
-                if state.source.qemu == SourceQemu::Paused {
-                    state.run_at_source();
-                }
-                state.source.step = SourceStep::Idle;
+            (SourceAction::Release, Step::Given(session)) => self.release(state, host, session)?,
+            (SourceAction::AskToAbandon(session), _) => {
+                let (_, to) = *state.hosts[host].abandon.iter().find(|(of, _)| *of == session)?;
+                state.connect(host, to, Purpose::Abandon(session), Request::Cancel(session));
             }
-            // Controller::clean_up, lifecycle::forget: QEMU first, the record last.
-            SourceAction::Release => {
-                let SourceStep::Given(session) = state.source.step else { return None };
-                if state.past.copies_run & 1 << session == 0 {
-                    state.breaks(Rule::ThrownAwayBeforeTheCopyRan);
-                }
-                state.source.qemu = SourceQemu::Gone;
-                state.source.step = SourceStep::Released;
-            }
-            SourceAction::Forget => {
-                state.source.record = None;
-                state.source.step = SourceStep::Idle;
-            }
-            // settlement::abandon.
-            SourceAction::AskToAbandon => {
-                let session = state.source.abandon?;
-                state.links.push(Link::new(Purpose::Abandon, Request::Cancel(session)));
-            }
-            SourceAction::Recover => recover(state),
-            SourceAction::ResolvedToRunHere => state.source.step = SourceStep::Kept,
+            (SourceAction::JournalMends, _) => state.hosts[host].journal = JournalState::Works,
+            _ => return None,
         }
         Some(())
     }
 
-    fn source_hears(&self, state: &mut State, at: usize) -> Option<()> {
-        let link = state.links.get_mut(at)?;
-        let reply = link.replies.remove(0);
-        if link.purpose == Purpose::Abandon {
-            if reply != Reply::Running {
-                state.source.abandon = None;
-            }
-            link.source = false;
+    fn destination(&self, state: &State, host: usize) -> Option<usize> {
+        let its = |link: &&Link| link.from == host && link.open && link.purpose == Purpose::Migrate;
+        state.links.iter().find(its).map(|link| link.to)
+    }
+
+    fn hand_over(&self, state: &mut State, host: usize, session: SessionId) -> Option<()> {
+        if self.defect == Some(Defect::CommitBeforeItIsOnRecord) {
+            self.commit_now(state, host, session);
+            state.hosts[host].step = Step::HandedOver(session);
             return Some(());
         }
-        match (state.source.step, reply) {
-            (SourceStep::AwaitingReserved(session), Reply::Reserved) => {
-                state.source.step = SourceStep::Mirroring(session);
+        match self.give(state, host, session) {
+            Some(()) => state.hosts[host].step = Step::HandedOver(session),
+            None if self.defect == Some(Defect::ActsOnAFailedWrite) => self.undo(state, host, session)?,
+            None => state.hosts[host].step = Step::Unsettled(session),
+        }
+        Some(())
+    }
+
+    /// The journal says HANDED OVER.
+    fn give(&self, state: &mut State, host: usize, session: SessionId) -> Option<()> {
+        let to = self.destination(state, host);
+        let to = to.or_else(|| {
+            let outgoing = &state.hosts[host].record.as_ref()?.outgoing;
+            let outgoing = outgoing.iter().find(|outgoing| outgoing.session == uuid(session))?;
+            Some(host_of(outgoing.to.as_deref()?))
+        })?;
+        let keeper = Some(uuid(state.past.keepers[usize::from(session)]));
+        let event = Event::HandedOver {
+            session: uuid(session),
+            to: name(to),
+            address: name(to),
+            keeper,
+            supplies: self.post_copy,
+        };
+        let written = self.happen(state, host, event);
+        if state.hosts[host].disk.as_ref().is_some_and(|disk| {
+            matches!(&disk.ownership, migration::Ownership::HandedOver { session: s, .. } if *s == uuid(session))
+        }) {
+            state.past.handed_over |= 1 << session;
+        }
+        written.map(drop)
+    }
+
+    fn commit_now(&self, state: &mut State, host: usize, session: SessionId) {
+        let Some(record) = state.hosts[host].record.clone() else { return };
+        let handed_over = state.hosts[host].handed_over().is_some();
+        let generation = record.generation + u64::from(!handed_over);
+        if let Some(link) = migrates(state, host) {
+            link.ask(Request::Commit(session, generation));
+        }
+    }
+
+    /// The destination runs it: QEMU goes first, the record last, and then the destination need not remember.
+    fn release(&self, state: &mut State, host: usize, session: SessionId) -> Option<()> {
+        let (_, to) = state.hosts[host].handed_over()?;
+        let lacks = state.hosts[host].record.as_ref().is_some_and(|record| record.supplies);
+        if state.past.copies_run & 1 << session == 0 || lacks {
+            state.breaks(Rule::ThrownAwayBeforeTheCopyRan);
+        }
+        let mark = state.hosts[host].record.as_ref()?.mark();
+        HandOver::carry_out(state, host, &[Effect::Discard(mark)], None);
+        state.hosts[host].work.push(Do::Released(session, to));
+        state.hosts[host].step = Step::Idle;
+        Some(())
+    }
+
+    fn source_hears(&self, state: &mut State, host: usize, number: u8) -> Option<()> {
+        let link = state.link(number)?;
+        let (purpose, reply) = (link.purpose, link.replies.remove(0));
+        match (purpose, reply) {
+            (Purpose::Abandon(session), Reply::Said(word, _)) => {
+                state.link(number)?.open = false;
+                if matches!(withdrawal(word), Withdrawal::Done | Withdrawal::Unknown) {
+                    state.hosts[host].abandon.retain(|(of, _)| *of != session);
+                    self.happen(state, host, Event::Withdrawn { session: uuid(session) });
+                }
+                return Some(());
             }
-            (SourceStep::AwaitingReady(session), Reply::Ready) => {
-                state.source.step = SourceStep::Ready(session)
+            (Purpose::Withdraw, Reply::Said(word, _)) => {
+                state.link(number)?.open = false;
+                if !matches!(state.hosts[host].step, Step::Withdrawing(_)) {
+                    return Some(());
+                }
+                self.run_here(state, host, Asked::Destination(withdrawal(word)), false);
+                return Some(());
             }
-            (SourceStep::Mirroring(_) | SourceStep::Offered(_) | SourceStep::AwaitingReady(_), _) => {
-                undo(state)?
+            (Purpose::Whose, Reply::Belongs(says)) => {
+                state.link(number)?.open = false;
+                if let Step::AskingSource(session) = state.hosts[host].step {
+                    state.hosts[host].step = Step::Idle;
+                    // What was asked about may have made way for another since.
+                    if state.hosts[host].incoming() == Some((session, true)) {
+                        self.run_here(state, host, Asked::Source(says), false);
+                    }
+                }
+                return Some(());
             }
-            (SourceStep::AwaitingRunning(session) | SourceStep::Asked(session), Reply::Running) => {
-                hang_up(state);
-                state.source.step = SourceStep::Given(session);
+            _ => {}
+        }
+        match (state.hosts[host].step, reply) {
+            (Step::AwaitingReserved(session), Reply::Reserved(keeper)) => {
+                state.past.keepers[usize::from(session)] = keeper;
+                state.hosts[host].step = Step::Mirroring(session);
+                self.replaced(state, host);
             }
-            // settlement::settle: only an answer to a question asked anew counts as "no copy".
-            (SourceStep::Asked(_), Reply::NoCopy) => {
-                hang_up(state);
-                state.source.step = SourceStep::Kept;
+            (Step::AwaitingReady(session), Reply::Said(Word::Ready, _)) => {
+                state.hosts[host].step = Step::Ready(session);
             }
-            (SourceStep::AwaitingRunning(session) | SourceStep::Asked(session), _) => {
-                hang_up(state);
-                state.source.step = SourceStep::InDoubt(session);
+            (
+                Step::AwaitingReserved(session)
+                | Step::Mirroring(session)
+                | Step::Offered(session)
+                | Step::AwaitingReady(session)
+                | Step::Ready(session),
+                _,
+            ) => self.undo(state, host, session)?,
+            (Step::AwaitingRunning(session), Reply::Said(Word::Running, _)) => {
+                state.hang_up(host, &[Purpose::Migrate]);
+                self.answered(state, host, session, Word::Running, 0);
             }
-            (SourceStep::Undoing(session), Reply::Cancelled | Reply::NoCopy | Reply::Failed) => {
-                end_undo(state, session, true);
+            // Only an answer to a question asked anew counts as "no copy".
+            (Step::AwaitingRunning(session), _) => {
+                state.hang_up(host, &[Purpose::Migrate]);
+                state.hosts[host].step = Step::InDoubt(session);
+            }
+            (Step::Asked(session), Reply::Said(word, keeper)) => {
+                state.hang_up(host, &[Purpose::Settle]);
+                self.answered(state, host, session, word, keeper);
+            }
+            (Step::Undoing(session), Reply::Said(word, _)) => {
+                let told = matches!(withdrawal(word), Withdrawal::Done | Withdrawal::Unknown);
+                self.end_undo(state, host, session, told);
             }
             _ => {}
         }
         Some(())
     }
 
-    fn source_gives_up_waiting(&self, state: &mut State) -> Option<()> {
-        match state.source.step {
-            SourceStep::Undoing(session) => end_undo(state, session, false),
-            SourceStep::AwaitingRunning(_) if self.defect == Some(Defect::ResumesAfterDeadline) => {
-                let generation = handed_over(state)? + 1;
-                hang_up(state);
-                state.source.record = Some(SourceRecord::Owner { generation, outgoing: None });
-                state.source.step = SourceStep::KeptOnRecord;
+    fn gives_up_waiting(&self, state: &mut State, host: usize) -> Option<()> {
+        match state.hosts[host].step {
+            Step::Undoing(session) => self.end_undo(state, host, session, false),
+            Step::AwaitingRunning(session) if self.defect == Some(Defect::ResumesAfterDeadline) => {
+                state.hang_up(host, &[Purpose::Migrate]);
+                let keeper = state.past.keepers[usize::from(session)];
+                self.answered(state, host, session, Word::NoCopy, keeper);
             }
-            SourceStep::AwaitingRunning(session) | SourceStep::Asked(session) => {
-                hang_up(state);
-                state.source.step = SourceStep::InDoubt(session);
+            Step::AwaitingRunning(session) | Step::Asked(session) => {
+                state.hang_up(host, &[Purpose::Migrate, Purpose::Settle]);
+                state.hosts[host].step = Step::InDoubt(session);
             }
-            _ => undo(state)?,
+            Step::Withdrawing(_) => {
+                state.hang_up(host, &[Purpose::Withdraw]);
+                let force = self.defect == Some(Defect::PersonAsksNobody);
+                self.run_here(state, host, Asked::Destination(Withdrawal::Unheard), force);
+            }
+            Step::AskingSource(session) => {
+                state.hang_up(host, &[Purpose::Whose]);
+                state.hosts[host].step = Step::Idle;
+                if state.hosts[host].incoming().is_none_or(|(now, _)| now != session) {
+                    return Some(());
+                }
+                let force = self.defect == Some(Defect::PersonAsksNobody);
+                self.run_here(state, host, Asked::Source(SourceSays::Unheard), force);
+            }
+            Step::AwaitingReserved(session)
+            | Step::Mirroring(session)
+            | Step::Offered(session)
+            | Step::AwaitingReady(session)
+            | Step::Ready(session) => self.undo(state, host, session)?,
+            _ => return None,
         }
         Some(())
     }
-}
 
-/// The journal says HANDED OVER.
-fn give(state: &mut State, session: SessionId) -> Option<()> {
-    let generation = owned(state)? + 1;
-    state.source.record = Some(SourceRecord::HandedOver { generation, session });
-    state.past.handed_over |= 1 << session;
-    Some(())
-}
-
-/// The destination is told so.
-fn commit(state: &mut State, session: SessionId) -> Option<()> {
-    let generation = owned(state).map_or_else(|| handed_over(state), |generation| Some(generation + 1))?;
-    link(state, Purpose::Migrate)?.ask(Request::Commit(session, generation));
-    Some(())
-}
-
-/// Controller::undo: the machine first, then the destination.
-fn undo(state: &mut State) -> Option<()> {
-    let (SourceStep::AwaitingReserved(session)
-    | SourceStep::Mirroring(session)
-    | SourceStep::Offered(session)
-    | SourceStep::AwaitingReady(session)
-    | SourceStep::Ready(session)) = state.source.step
-    else {
-        return None;
-    };
-    if state.source.qemu == SourceQemu::Paused {
-        state.run_at_source();
-    }
-    link(state, Purpose::Migrate)?.ask(Request::Cancel(session));
-    state.source.step = SourceStep::Undoing(session);
-    Some(())
-}
-
-fn end_undo(state: &mut State, session: SessionId, told: bool) {
-    hang_up(state);
-    if let Some(SourceRecord::Owner { outgoing, .. }) = &mut state.source.record
-        && outgoing.take().is_some()
-        && !told
-    {
-        state.source.abandon = Some(session);
-    }
-    state.source.step = SourceStep::Idle;
-}
-
-/// lifecycle::recover and reconnect.
-fn recover(state: &mut State) {
-    state.source.host = HostState::Up;
-    match state.source.record {
-        Some(SourceRecord::Owner { .. }) if state.source.qemu == SourceQemu::Gone => {
-            state.source.record = None
+    /// Controller::undo: the machine first, then the destination.
+    fn undo(&self, state: &mut State, host: usize, session: SessionId) -> Option<()> {
+        if let Some((_, Guest::Switched)) = state.hosts[host].qemu {
+            state.run(host);
         }
-        Some(SourceRecord::Owner { generation, outgoing }) => {
-            if state.source.qemu == SourceQemu::Paused {
-                state.run_at_source();
+        if let Some(link) = migrates(state, host) {
+            link.ask(Request::Cancel(session));
+        }
+        state.hosts[host].step = Step::Undoing(session);
+        Some(())
+    }
+
+    fn end_undo(&self, state: &mut State, host: usize, session: SessionId, told: bool) {
+        state.hang_up(host, &[Purpose::Migrate]);
+        state.hosts[host].step = Step::Idle;
+        // It has run again for a while by now; where that cannot be put on record a later start looks once more.
+        let _ = self.happen(state, host, Event::Resumed);
+        let record = state.hosts[host].record.as_ref();
+        let outgoing =
+            record.and_then(|now| now.outgoing.iter().find(|to| to.session == uuid(session)).cloned());
+        let Some(outgoing) = outgoing else { return };
+        if !told || self.happen(state, host, Event::Withdrawn { session: uuid(session) }).is_none() {
+            state.hosts[host].abandon.push((session, host_of(&outgoing.to.unwrap_or_default())));
+        }
+    }
+
+    /// source::earlier::replaced.
+    fn replaced(&self, state: &mut State, host: usize) {
+        let Some(to) = self.destination(state, host) else { return };
+        let record = state.hosts[host].record.clone();
+        for outgoing in record.iter().flat_map(|record| &record.outgoing) {
+            if outgoing.to.as_deref() == Some(&name(to)) {
+                self.happen(state, host, Event::Withdrawn { session: outgoing.session });
             }
-            state.source.record = Some(SourceRecord::Owner { generation, outgoing: None });
-            state.source.abandon = outgoing;
         }
-        Some(SourceRecord::HandedOver { session, .. }) => state.source.step = SourceStep::InDoubt(session),
-        None => {}
-    }
-}
-
-fn owned(state: &State) -> Option<u8> {
-    match state.source.record? {
-        SourceRecord::Owner { generation, .. } => Some(generation),
-        SourceRecord::HandedOver { .. } => None,
-    }
-}
-
-fn handed_over(state: &State) -> Option<u8> {
-    match state.source.record? {
-        SourceRecord::HandedOver { generation, .. } => Some(generation),
-        SourceRecord::Owner { .. } => None,
     }
 }
 
 /// The source's end of the connection of its session.
-fn link(state: &mut State, purpose: Purpose) -> Option<&mut Link> {
-    state.links.iter_mut().find(|link| link.source && link.purpose == purpose)
-}
-
-/// Leaves the connection of the session, or the one that settles it.
-fn hang_up(state: &mut State) {
-    for link in state.links.iter_mut().filter(|link| link.purpose != Purpose::Abandon) {
-        link.source = false;
-    }
+fn migrates(state: &mut State, host: usize) -> Option<&mut Link> {
+    state.links.iter_mut().find(|link| link.from == host && link.open && link.purpose == Purpose::Migrate)
 }

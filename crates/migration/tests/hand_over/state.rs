@@ -1,93 +1,99 @@
-//! What the model is about: two hosts, their journals, their QEMUs, what is between them, and what has happened so far.
+//! What the model is about: hosts, their journals, their QEMUs, what is between them, and what has happened so far.
+
+use migration::Ownership;
+use migration::ownership::{Event, Mark, Standing, Withdrawal, Word};
+use uuid::Uuid;
 
 /// Number of a migration, from 1.
 pub(crate) type SessionId = u8;
-/// Generation of a machine, as in its record.
-pub(crate) type Generation = u8;
+/// Most migrations of one run.
+pub(crate) const SESSIONS: usize = 4;
 
 /// Everything at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct State {
-    pub(crate) source: Source,
-    pub(crate) destination: Destination,
+    pub(crate) hosts: Vec<Host>,
     /// Control connections; those that both sides have left are taken out.
     pub(crate) links: Vec<Link>,
     /// Migrations begun.
     pub(crate) sessions: SessionId,
+    /// Faults that have struck.
+    pub(crate) faults: u8,
     pub(crate) past: Past,
 }
 
-/// The host that the machine leaves.
+/// A host, its agent, and what it has of the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Source {
-    pub(crate) host: HostState,
-    pub(crate) record: Option<SourceRecord>,
-    pub(crate) qemu: SourceQemu,
-    /// What the agent is about; forgotten when it crashes.
-    pub(crate) step: SourceStep,
-    /// A destination that is still to be told that its copy is worthless; forgotten when the agent crashes.
-    pub(crate) abandon: Option<SessionId>,
+pub(crate) struct Host {
+    pub(crate) up: Power,
+    /// What a start of the agent finds.
+    pub(crate) disk: Option<Standing>,
+    /// The record before that, in the other slot.
+    pub(crate) older: Option<Standing>,
+    /// What the agent goes by.
+    pub(crate) record: Option<Standing>,
+    /// The last write has failed.
+    pub(crate) unsettled: bool,
+    pub(crate) journal: JournalState,
+    /// Of each migration, by its number.
+    pub(crate) marks: [Option<Mark>; SESSIONS],
+    /// How often the state directory was lost.
+    pub(crate) keeper: u8,
+    /// The newest record cannot be read; the name is taken, and nothing known of it.
+    pub(crate) unreadable: bool,
+    pub(crate) qemu: Option<(SessionId, Guest)>,
+    /// What the source's controller is about; forgotten when the agent ends.
+    pub(crate) step: Step,
+    /// What was decided and is being done: as long as there is something, nobody else decides.
+    pub(crate) work: Vec<Do>,
+    /// The connection whose peer is told of it.
+    pub(crate) tells: Option<u8>,
+    /// Destinations that are still to be told that their copies are worthless.
+    pub(crate) abandon: Vec<(SessionId, usize)>,
+    /// The machine has left, and its disks here are kept locked.
+    pub(crate) kept: bool,
+    /// Its QEMU has ended as planned, and whoever supervises it takes that for a failure.
+    pub(crate) restarts: bool,
 }
 
-/// The host that it goes to.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct Destination {
-    pub(crate) host: HostState,
-    pub(crate) record: Option<DestinationRecord>,
-    pub(crate) qemu: Option<(SessionId, CopyState)>,
-    /// Marks of hand-overs to here whose machine is gone, a bit for each session.
-    pub(crate) departed: u8,
-}
-
-/// A host and its agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum HostState {
+pub(crate) enum Power {
     /// The agent runs.
-    Up,
+    On,
     /// The agent does not; a QEMU may.
-    Down,
+    AgentDown,
     /// The host is lost for good.
     Lost,
 }
 
-/// The part of `vm::Record` that decides, at the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum SourceRecord {
-    Owner { generation: Generation, outgoing: Option<SessionId> },
-    HandedOver { generation: Generation, session: SessionId },
+pub(crate) enum JournalState {
+    Works,
+    /// Writes fail. Whether they are on the disk all the same.
+    Fails {
+        lands: bool,
+    },
 }
 
-/// The same at the destination.
+/// What a QEMU has of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum DestinationRecord {
-    /// `generation` is the source's.
-    Incoming { session: SessionId, generation: Generation, ready: bool },
-    /// `generation` is the destination's own.
-    Owner { session: SessionId, generation: Generation, resuming: bool },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum SourceQemu {
-    Running,
-    /// By the switch-over.
-    Paused,
-    Gone,
-}
-
-/// A QEMU at the destination.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum CopyState {
+pub(crate) enum Guest {
+    /// A copy that is not complete.
     Incomplete,
     /// Complete, paused, never run.
     Loaded,
     Running,
+    /// Stopped by a switch-over of ours.
+    Switched,
+    /// Stopped by somebody else's migration, and running where that went.
+    Away,
     /// It has died by itself.
     Dead,
 }
 
 /// How far the source's controller is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum SourceStep {
+pub(crate) enum Step {
     Idle,
     AwaitingReserved(SessionId),
     Mirroring(SessionId),
@@ -96,6 +102,8 @@ pub(crate) enum SourceStep {
     /// The guest is paused, `Load` is sent.
     AwaitingReady(SessionId),
     Ready(SessionId),
+    /// The journal failed when it was to say HANDED OVER.
+    Unsettled(SessionId),
     /// The journal says HANDED OVER.
     HandedOver(SessionId),
     /// `Commit` is sent.
@@ -103,25 +111,45 @@ pub(crate) enum SourceStep {
     /// Nothing was heard; the destination is to be asked.
     InDoubt(SessionId),
     Asked(SessionId),
-    /// The destination has no copy, or a person has decided.
-    Kept,
-    /// And the journal says so.
-    KeptOnRecord,
-    /// The machine runs at the destination.
+    /// A person wants it here: the destination is asked to give its copy up.
+    Withdrawing(SessionId),
+    /// The machine runs at the destination: it is supplied, and then given back.
     Given(SessionId),
-    /// And QEMU is gone.
-    Released,
-    /// The machine runs on here, the destination is told.
+    /// The machine is to run on here, and then the destination is told.
+    Keeping(SessionId),
+    /// The destination is told.
     Undoing(SessionId),
+    /// A person wants a copy to run here: its source is asked.
+    AskingSource(SessionId),
 }
 
-/// A control connection.
+/// One step of carrying out what was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Do {
+    Resume,
+    SayRunning,
+    NoteResumed,
+    Say(Word),
+    End,
+    Mark(Option<Mark>),
+    Remove,
+    /// Locks the disks of a machine that has left.
+    Keep,
+    Abandon,
+    /// Tells the destination that nothing is kept here of what was handed over to it.
+    Released(SessionId, usize),
+}
+
+/// A control connection. The number is its own for as long as it is there.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Link {
+    pub(crate) number: u8,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
     pub(crate) purpose: Purpose,
-    /// Whether the source still listens.
-    pub(crate) source: bool,
-    /// The destination's task that serves it.
+    /// Whether who has opened it still listens.
+    pub(crate) open: bool,
+    /// The task that serves it.
     pub(crate) task: Task,
     /// Nothing gets through any more, and either side notices in its own time.
     pub(crate) broken: bool,
@@ -129,12 +157,16 @@ pub(crate) struct Link {
     pub(crate) replies: Vec<Reply>,
 }
 
-/// What the source has opened it for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Purpose {
     Migrate,
     Settle,
-    Abandon,
+    /// A person has it withdrawn.
+    Withdraw,
+    Abandon(SessionId),
+    /// A person at a copy asks its source.
+    Whose,
+    Release,
 }
 
 /// How far the destination's controller is.
@@ -143,51 +175,51 @@ pub(crate) enum Task {
     Fresh,
     Mirroring(SessionId),
     Loaded(SessionId),
-    /// The journal says ready.
-    ReadyOnRecord(SessionId),
     AwaitingCommit(SessionId),
-    /// The journal says OWNER.
-    Owner(SessionId),
-    Resumed(SessionId),
+    /// Something was decided, and is being done.
+    Deciding,
     Done,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Request {
-    Reserve(SessionId, Generation),
+    /// With the generation, and a bit for each migration that is said to be abandoned.
+    Reserve(SessionId, u64, u8),
     Load,
-    Commit(SessionId, Generation),
+    Commit(SessionId, u64),
     Cancel(SessionId),
+    Whose(SessionId),
+    Released(SessionId),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Reply {
-    Reserved,
-    Ready,
-    Running,
-    Cancelled,
-    /// `Failed` with the finding `no-copy`.
-    NoCopy,
-    /// `Failed` with any other.
-    Failed,
+    /// With the identity of the state directory.
+    Reserved(u8),
+    Said(Word, u8),
+    Belongs(migration::ownership::SourceSays),
 }
 
 /// What no part of the system knows, but the properties are about.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Past {
-    /// A bit for each generation under which the machine has run at the source, and at the destination.
-    pub(crate) ran_at_source: u8,
-    pub(crate) ran_at_destination: u8,
+    /// The highest generation under which it has run.
+    pub(crate) newest: u64,
     /// A bit for each session whose copy has run.
     pub(crate) copies_run: u8,
-    /// A bit for each session that the source has durably handed over, or a person has decided for the destination.
+    /// The same of those that somebody has given up knowingly, or that lost nothing by it: the older state may run.
+    pub(crate) forgiven: u8,
+    /// A bit for each session that was durably handed over, or that a person has decided for.
     pub(crate) handed_over: u8,
-    /// The destination has sent the machine on, and it runs there.
-    pub(crate) elsewhere: bool,
-    /// The machine has ended while it ran, or its host was lost while it was certainly its own.
+    /// By whom: the host that each session left.
+    pub(crate) sources: [Option<usize>; SESSIONS],
+    pub(crate) keepers: [u8; SESSIONS],
+    /// The machine has ended while it ran, or its host was lost while it was certainly its own, or a person has thrown it away.
     pub(crate) ended: bool,
-    /// The source's QEMU was lost with its host.
-    pub(crate) source_lost: bool,
+    /// It was lost in the middle of a hand-over, as no rule could prevent.
+    pub(crate) hit: bool,
+    /// A host has come back as it was before all this, and nobody has started the machine there since.
+    pub(crate) restored: Option<usize>,
     /// The first rule that was seen broken.
     pub(crate) broken: Option<Rule>,
 }
@@ -196,78 +228,195 @@ pub(crate) struct Past {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Rule {
     ResumedWithoutCommit,
-    ResumedWithoutTheDestinationsWord,
+    ResumedWhatIsNotItsOwn,
     RanUnderAStaleGeneration,
     RanOnFromAnOldState,
     ThrownAwayBeforeTheCopyRan,
+    GaveWayToAnOlderState,
+}
+
+pub(crate) fn uuid(session: SessionId) -> Uuid {
+    Uuid::from_u128(u128::from(session))
+}
+
+pub(crate) fn number(session: Uuid) -> SessionId {
+    u8::try_from(session.as_u128()).expect("the model's own numbers")
+}
+
+pub(crate) fn name(host: usize) -> String {
+    host.to_string()
+}
+
+pub(crate) fn host_of(name: &str) -> usize {
+    name.parse().expect("the model's own names")
+}
+
+pub(crate) fn withdrawal(word: Word) -> Withdrawal {
+    match word {
+        Word::Cancelled | Word::NoCopy => Withdrawal::Done,
+        Word::Running => Withdrawal::RunsThere,
+        Word::Unknown => Withdrawal::Unknown,
+        Word::Ready | Word::NotNow => Withdrawal::Unheard,
+    }
+}
+
+impl Host {
+    pub(crate) fn new() -> Host {
+        Host {
+            up: Power::On,
+            disk: None,
+            older: None,
+            record: None,
+            unsettled: false,
+            journal: JournalState::Works,
+            marks: [None; SESSIONS],
+            keeper: 0,
+            unreadable: false,
+            qemu: None,
+            step: Step::Idle,
+            work: Vec::new(),
+            tells: None,
+            abandon: Vec::new(),
+            kept: false,
+            restarts: false,
+        }
+    }
+
+    pub(crate) fn runs(&self) -> bool {
+        matches!(self.qemu, Some((_, Guest::Running)))
+    }
+
+    /// The migration that it was handed over by, and to whom.
+    pub(crate) fn handed_over(&self) -> Option<(SessionId, usize)> {
+        match &self.record.as_ref()?.ownership {
+            Ownership::HandedOver { session, to, .. } => Some((number(*session), host_of(to))),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn owns(&self) -> bool {
+        self.record.as_ref().is_some_and(|record| record.ownership == Ownership::Owner)
+    }
+
+    /// The migration of the copy that is here, and whether it is complete.
+    pub(crate) fn incoming(&self) -> Option<(SessionId, bool)> {
+        match &self.record.as_ref()?.ownership {
+            Ownership::Incoming { session, ready, .. } => Some((number(*session), *ready)),
+            _ => None,
+        }
+    }
 }
 
 impl State {
-    /// A machine that runs at the source.
-    pub(crate) fn first() -> State {
-        State {
-            source: Source {
-                host: HostState::Up,
-                record: Some(SourceRecord::Owner { generation: 0, outgoing: None }),
-                qemu: SourceQemu::Running,
-                step: SourceStep::Idle,
-                abandon: None,
-            },
-            destination: Destination { host: HostState::Up, record: None, qemu: None, departed: 0 },
-            links: Vec::new(),
-            sessions: 0,
-            past: Past { ran_at_source: 1, ..Past::default() },
+    /// A machine that runs on the first host.
+    pub(crate) fn first(hosts: usize) -> State {
+        let mut all = vec![Host::new(); hosts];
+        all[0].record = Some(Standing::own());
+        all[0].disk = Some(Standing::own());
+        all[0].qemu = Some((0, Guest::Running));
+        State { hosts: all, links: Vec::new(), sessions: 0, faults: 0, past: Past::default() }
+    }
+
+    /// One that has come to the second host and runs there, while the first has not heard so yet.
+    pub(crate) fn arrived(hosts: usize) -> State {
+        let mut state = State::first(hosts);
+        let (from, to) = (name(0), name(1));
+        let follow = |standing: Option<Standing>, event| {
+            migration::ownership::on(standing.as_ref(), event).standing.expect("a record")
+        };
+        let (session, address) = (uuid(1), to.clone());
+        let offered = follow(Some(Standing::own()), Event::Offered { session, to: to.clone(), address });
+        let (address, keeper) = (to.clone(), Some(uuid(0)));
+        let given = Event::HandedOver { session, to, address, keeper, supplies: false };
+        let given = follow(Some(offered), given);
+        let reserved = Event::Reserved { session, from: from.clone(), generation: 0, abandoned: None };
+        let ready = follow(Some(follow(None, reserved)), Event::Copied { session });
+        let owned = follow(Some(ready), Event::Committed { session, from, generation: 1, mark: None });
+        let runs = follow(Some(owned), Event::Resumed);
+        for (host, standing, qemu) in [(0, given, (0, Guest::Switched)), (1, runs, (1, Guest::Running))] {
+            let host = &mut state.hosts[host];
+            (host.disk, host.record, host.qemu) = (Some(standing.clone()), Some(standing), Some(qemu));
         }
+        state.hosts[0].step = Step::InDoubt(1);
+        state.sessions = 1;
+        state.past.newest = 1;
+        (state.past.copies_run, state.past.handed_over) = (0b10, 0b10);
+        state.past.sources[1] = Some(0);
+        state
     }
 
     /// Places at which the machine runs.
     pub(crate) fn running(&self) -> usize {
-        usize::from(self.source.qemu == SourceQemu::Running)
-            + usize::from(matches!(self.destination.qemu, Some((_, CopyState::Running))))
-            + usize::from(self.past.elsewhere)
+        let there = |host: &&Host| matches!(host.qemu, Some((_, Guest::Running | Guest::Away)));
+        self.hosts.iter().filter(there).count()
     }
 
-    /// Whether no rule of the hand-over could bring the machine back: it ended by itself, or both hosts have lost it.
+    /// Whether no rule of the hand-over could bring the machine back.
     pub(crate) fn beyond_help(&self) -> bool {
-        let copy_lives = matches!(self.destination.qemu, Some((_, CopyState::Loaded | CopyState::Running)));
-        self.past.ended || (self.past.source_lost && !copy_lives)
+        self.past.ended || self.past.hit
     }
 
     pub(crate) fn breaks(&mut self, rule: Rule) {
         self.past.broken.get_or_insert(rule);
     }
 
-    /// The source's QEMU runs from here on.
-    pub(crate) fn run_at_source(&mut self) {
-        let Some(SourceRecord::Owner { generation, .. }) = self.source.record else {
-            return self.breaks(Rule::ResumedWithoutTheDestinationsWord);
+    /// The QEMU of this host runs the guest from here on.
+    pub(crate) fn run(&mut self, host: usize) {
+        let Some((session, guest)) = self.hosts[host].qemu else { return };
+        if guest == Guest::Running {
+            return;
+        }
+        self.hosts[host].qemu = Some((session, Guest::Running));
+        (self.hosts[host].kept, self.hosts[host].restarts) = (false, false);
+        let Some(record) =
+            self.hosts[host].record.clone().filter(|record| record.ownership == Ownership::Owner)
+        else {
+            return self.breaks(Rule::ResumedWhatIsNotItsOwn);
         };
-        self.source.qemu = SourceQemu::Running;
-        let bit = 1 << generation;
-        if self.past.ran_at_destination >= bit || self.past.ran_at_source >= bit << 1 {
+        if record.generation < self.past.newest {
             self.breaks(Rule::RanUnderAStaleGeneration);
         }
-        if self.past.copies_run != 0 {
-            self.breaks(Rule::RanOnFromAnOldState);
+        self.past.newest = self.past.newest.max(record.generation);
+        if guest == Guest::Loaded {
+            if self.past.handed_over & 1 << session == 0 {
+                self.breaks(Rule::ResumedWithoutCommit);
+            }
+            self.past.copies_run |= 1 << session;
+        } else {
+            // What it was handed over by has run elsewhere, and this is the state from before.
+            let left = (1..SESSIONS).filter(|&s| self.past.sources[s] == Some(host));
+            let bits = left.filter(|&s| s > usize::from(session)).fold(0, |bits, s| bits | 1 << s);
+            if self.past.copies_run & !self.past.forgiven & bits != 0 {
+                self.breaks(Rule::RanOnFromAnOldState);
+            }
         }
-        self.past.ran_at_source |= bit;
     }
 
-    /// The destination's QEMU runs from here on.
-    pub(crate) fn run_at_destination(&mut self, session: SessionId) {
-        let Some(DestinationRecord::Owner { generation, .. }) = self.destination.record else {
-            return self.breaks(Rule::ResumedWithoutCommit);
-        };
-        self.destination.qemu = Some((session, CopyState::Running));
-        if self.past.handed_over & 1 << session == 0 {
-            self.breaks(Rule::ResumedWithoutCommit);
+    pub(crate) fn link(&mut self, number: u8) -> Option<&mut Link> {
+        self.links.iter_mut().find(|link| link.number == number)
+    }
+
+    pub(crate) fn connect(&mut self, from: usize, to: usize, purpose: Purpose, first: Request) {
+        let number = (0..).find(|number| self.links.iter().all(|link| link.number != *number));
+        self.links.push(Link {
+            number: number.expect("fewer than 256 connections"),
+            from,
+            to,
+            purpose,
+            open: true,
+            task: Task::Fresh,
+            broken: false,
+            requests: vec![first],
+            replies: Vec::new(),
+        });
+    }
+
+    /// Leaves connections that this host has opened for this.
+    pub(crate) fn hang_up(&mut self, host: usize, purposes: &[Purpose]) {
+        for link in self.links.iter_mut().filter(|link| link.from == host && purposes.contains(&link.purpose))
+        {
+            link.open = false;
         }
-        let bit = 1 << generation;
-        if self.past.ran_at_source >= bit || self.past.ran_at_destination >= bit << 1 {
-            self.breaks(Rule::RanUnderAStaleGeneration);
-        }
-        self.past.ran_at_destination |= bit;
-        self.past.copies_run |= 1 << session;
     }
 
     /// Takes out connections that nobody holds, so that states that differ in them alone are one.
@@ -276,26 +425,15 @@ impl State {
             if link.task == Task::Done {
                 link.requests.clear();
             }
-            if !link.source {
+            if !link.open {
                 link.replies.clear();
             }
         }
-        self.links.retain(|link| link.source || link.task != Task::Done);
+        self.links.retain(|link| link.open || link.task != Task::Done);
     }
 }
 
 impl Link {
-    pub(crate) fn new(purpose: Purpose, first: Request) -> Link {
-        Link {
-            purpose,
-            source: true,
-            task: Task::Fresh,
-            broken: false,
-            requests: vec![first],
-            replies: Vec::new(),
-        }
-    }
-
     pub(crate) fn ask(&mut self, request: Request) {
         if !self.broken {
             self.requests.push(request);
@@ -303,7 +441,7 @@ impl Link {
     }
 
     pub(crate) fn answer(&mut self, reply: Reply) {
-        if !self.broken && self.source {
+        if !self.broken && self.open {
             self.replies.push(reply);
         }
     }

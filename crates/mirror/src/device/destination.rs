@@ -24,6 +24,9 @@ pub enum DeviceError {
     /// QEMU does not take it.
     #[error("QEMU does not take its device state")]
     Feed(#[source] io::Error),
+    /// Something else than that QEMU listens.
+    #[error("another process than QEMU listens for its device state")]
+    Other,
     /// More than a destination holds back.
     #[error("the device state is larger than {MAX_HELD} bytes")]
     TooLarge,
@@ -42,12 +45,17 @@ impl DeviceDestination {
         format!("unix:{}", self.path.display())
     }
 
-    /// Connects to QEMU, which listens by now.
+    /// Connects to the QEMU that is process `pid`, which listens by now. Where its directory is another user's, something else may.
     ///
     /// # Errors
-    /// [`DeviceError::Feed`].
-    pub async fn connect(&mut self) -> Result<(), DeviceError> {
-        self.stream = Some(UnixStream::connect(&self.path).await.map_err(DeviceError::Feed)?);
+    /// [`DeviceError::Feed`], [`DeviceError::Other`].
+    pub async fn connect(&mut self, pid: u32) -> Result<(), DeviceError> {
+        let stream = UnixStream::connect(&self.path).await.map_err(DeviceError::Feed)?;
+        let peer = stream.peer_cred().map_err(DeviceError::Feed)?.pid();
+        if peer.and_then(|peer| u32::try_from(peer).ok()) != Some(pid) {
+            return Err(DeviceError::Other);
+        }
+        self.stream = Some(stream);
         Ok(())
     }
 

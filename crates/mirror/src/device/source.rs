@@ -7,6 +7,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::{UnixListener, UnixStream};
 
 use super::MAX_PART;
+use crate::meeting;
 
 /// The place where QEMU is to send its stream.
 #[derive(Debug)]
@@ -18,12 +19,14 @@ pub struct DeviceSource {
 }
 
 impl DeviceSource {
-    /// Makes the socket. It is removed when this is dropped.
+    /// Makes the socket, for the user alone whose directory it is in (mode 0600). It is removed when this is dropped.
     ///
     /// # Errors
     /// Those of `bind(2)`.
     pub fn listen(path: &Path) -> io::Result<DeviceSource> {
-        let listener = UnixListener::bind(path)?;
+        let listener = std::os::unix::net::UnixListener::from(meeting::listen(path, 1)?);
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
         Ok(DeviceSource { path: path.to_owned(), listener, stream: None, bytes: 0 })
     }
 

@@ -297,10 +297,14 @@ pub fn read_absent(
 fn decode_absent(bytes: &[u8], layout: &Layout, stream: u16) -> Result<Absent, FrameError> {
     let word = |n: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[n * 8 + i]));
     let absent = Absent { first: PageIndex(word(0)), pages: std::array::from_fn(|n| word(n + 1)) };
-    let is_stream = absent.first.0.is_multiple_of(CHUNK_PAGES) && layout.stream_of(absent.first) == stream;
+    // Before its runs are looked at: those of a chunk beyond all pages would go beyond all numbers.
+    let is_chunk = absent.first.0 < layout.end() && absent.first.0.is_multiple_of(CHUNK_PAGES);
+    if !is_chunk || layout.stream_of(absent.first) != stream {
+        return Err(FrameError::Pages { page: absent.first.0, count: CHUNK_PAGES.into() });
+    }
     let last = absent.runs().last();
     let in_ram = |run: &std::ops::Range<u64>| layout.in_one_chunk(absent.first, run.end - absent.first.0);
-    if absent.first.0 < layout.end() && is_stream && last.as_ref().is_none_or(in_ram) {
+    if last.as_ref().is_none_or(in_ram) {
         Ok(absent)
     } else {
         Err(FrameError::Pages { page: absent.first.0, count: CHUNK_PAGES.into() })
@@ -476,6 +480,18 @@ mod tests {
                 length
             }),
         ]
+    }
+
+    /// Found by the fuzz target `copy_stream`: the end of a run beyond all pages was beyond all numbers.
+    #[test]
+    fn pages_beyond_all_numbers_are_nobodys() {
+        let last = PageIndex(u64::MAX - (CHUNK_PAGES - 1));
+        for pages in [[u64::MAX; 8], [0; 8]] {
+            let mut frame = Vec::new();
+            encode_absent(&mut frame, 1, &[Absent { first: last, pages }]);
+            let read = read_absent(&mut &frame[HEADER_LENGTH..], 1, &layout(), 0).unwrap();
+            assert_eq!(read, Err(FrameError::Pages { page: last.0, count: CHUNK_PAGES.into() }));
+        }
     }
 
     proptest! {

@@ -12,6 +12,7 @@ pub mod compress;
 pub mod delta;
 pub mod destination;
 mod heat;
+mod holes;
 mod huge;
 pub mod pages;
 pub mod post_copy;

@@ -229,6 +229,31 @@ impl Ram {
         }
     }
 
+    /// The parts of a run of pages of one block that hold nothing: holes, or, on hugetlbfs, which tells of none, zeros.
+    ///
+    /// # Errors
+    /// [`RamError::Io`].
+    pub fn empty(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, RamError> {
+        let (block, _) = self.place(PageIndex(pages.start));
+        if matches!(self.files[block].kind, Kind::Pages) {
+            return self.holes(pages);
+        }
+        let mut empty: Vec<Range<u64>> = Vec::new();
+        let mut buffer = vec![0; CHUNK_PAGES as usize * PAGE_SIZE];
+        for first in pages.clone().step_by(CHUNK_PAGES as usize) {
+            let content = &mut buffer[..CHUNK_PAGES.min(pages.end - first) as usize * PAGE_SIZE];
+            self.read(PageIndex(first), content)?;
+            for (page, content) in (first..).zip(content.chunks_exact(PAGE_SIZE)) {
+                match empty.last_mut() {
+                    _ if !is_zero(content) => {}
+                    Some(last) if last.end == page => last.end = page + 1,
+                    _ => empty.push(page..page + 1),
+                }
+            }
+        }
+        Ok(empty)
+    }
+
     /// The holes in a run of pages of one block: what was never written, or punched.
     ///
     /// # Errors

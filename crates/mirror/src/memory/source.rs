@@ -10,6 +10,7 @@ use dirty_tracker::{Region, Scan, ScanError, Tracker};
 
 use super::compress::Compression;
 use super::heat::Heat;
+use super::holes::{self, Holes};
 use super::pages::PageSet;
 use super::post_copy::PostCopySource;
 use super::round::{Counts, Flow, Guest, Sent};
@@ -66,6 +67,8 @@ pub struct How {
     pub scanning: Scanning,
     /// Whether what is sent is compressed.
     pub compression: Compression,
+    /// Whether the guest may give memory back, which leaves holes that no scan finds.
+    pub gives_back: bool,
 }
 
 /// Which part of guest RAM one of the tracker's ranges is.
@@ -143,6 +146,7 @@ pub struct MemorySource {
     regions: Vec<Region>,
     scanning: Scanning,
     compression: Compression,
+    holes: Holes,
     heat: Heat,
     /// Pages that the last scan found; none has been made before the first.
     last_found: u64,
@@ -207,6 +211,7 @@ impl MemorySource {
             regions,
             scanning: how.scanning,
             compression: how.compression,
+            holes: Holes::new(how.gives_back),
             heat: Heat::new(layout.end()),
             last_found,
             acknowledged: PageSet::new(layout.end()),
@@ -235,10 +240,11 @@ impl MemorySource {
         self.tell_due(guest, scanned, false)
     }
 
-    /// The first half of a [`round`](Self::round): scans, and sends nothing. What it finds is owed from now on.
+    /// The first half of a [`round`](Self::round): scans, looks for what the guest has given back, and sends nothing. What it finds is owed
+    /// from now on.
     ///
     /// # Errors
-    /// [`SourceError::Scan`].
+    /// [`SourceError::Scan`], or [`SourceError::Ram`].
     pub fn look(&mut self, guest: Guest) -> Result<Scanned, SourceError> {
         let begin = Instant::now();
         let pages = self.scan(guest)?;
@@ -458,7 +464,27 @@ impl MemorySource {
             self.owed.insert(pages);
         }
         self.last_found = found;
+        self.take_in_holes(guest)?;
         Ok(found)
+    }
+
+    /// Adds to what is owed the pages that the guest has given back since the destination was given their content.
+    fn take_in_holes(&mut self, guest: Guest) -> Result<(), SourceError> {
+        // In the first round everything is owed.
+        if !self.holes.are_due(guest) || (guest == Guest::Running && self.round == 0) {
+            return Ok(());
+        }
+        let begin = Instant::now();
+        self.regions.clear();
+        self.tracker.unmapped(&mut self.regions).map_err(SourceError::Scan)?;
+        for region in &self.regions {
+            let pages = self.pages_of(region);
+            if !pages.is_empty() {
+                holes::find(&self.subject, pages, &mut self.owed)?;
+            }
+        }
+        self.holes.looked(begin.elapsed());
+        Ok(())
     }
 
     /// Tells the audit's suspects that the guest has written from those whose writing was missed.

@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -59,6 +59,58 @@ impl AsFd for OwnTap {
     }
 }
 
+/// Where a QEMU has a queue of a tap. Unlike the queue itself this keeps nobody else from the tap: it is free as soon as that QEMU has
+/// ended.
+#[derive(Debug)]
+pub struct QueuePlace {
+    process: OwnedFd,
+    number: i32,
+    interface: String,
+}
+
+impl QueuePlace {
+    /// Those of the queues of an interface that a process has open.
+    ///
+    /// # Errors
+    /// Where the process cannot be looked into.
+    pub fn all(pid: u32, interface: &str) -> io::Result<Vec<QueuePlace>> {
+        let mut places = Vec::new();
+        let tap = std::fs::metadata(TUN).map(|tun| tun.rdev()).ok();
+        let macvtap = macvtap_major();
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
+            // The file itself, whatever its name was.
+            let Ok(file) = std::fs::metadata(entry.path()) else { continue };
+            let is_queue = file.file_type().is_char_device()
+                && (Some(file.rdev()) == tap || Some(major(file.rdev())) == macvtap);
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            let Some(number) = number.filter(|_| is_queue) else { continue };
+            match interface_behind(pid, number) {
+                Ok(name) if name == interface => {
+                    places.push(QueuePlace { process: process(pid)?, number, interface: name });
+                }
+                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(e),
+                // Another's, or not any interface's.
+                _ => {}
+            }
+        }
+        Ok(places)
+    }
+
+    /// The queue. The tap is taken for as long as this is held, whatever becomes of the QEMU.
+    ///
+    /// # Errors
+    /// Where the QEMU has ended, or has something else there by now.
+    pub fn open(&self) -> io::Result<QemuQueue> {
+        let file = File::from(pidfd_getfd(&self.process, self.number, PidfdGetfdFlags::empty())?);
+        let interface = ioctl::interface(&file)?;
+        if interface.name() != self.interface {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let header = if interface.has_header() { ioctl::header_length(&file)? } else { 0 };
+        Ok(QemuQueue { file, header })
+    }
+}
+
 /// A queue of a tap that a QEMU has open. What is written to it, the guest has sent; what is read from it, the guest does not get.
 #[derive(Debug)]
 pub struct QemuQueue {
@@ -73,24 +125,7 @@ impl QemuQueue {
     /// # Errors
     /// Where the process cannot be looked into.
     pub fn all(pid: u32, interface: &str) -> io::Result<Vec<QemuQueue>> {
-        let mut queues = Vec::new();
-        let tap = std::fs::metadata(TUN).map(|tun| tun.rdev()).ok();
-        let macvtap = macvtap_major();
-        for entry in std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-            // The file itself, whatever its name was.
-            let Ok(file) = std::fs::metadata(entry.path()) else { continue };
-            let is_queue = file.file_type().is_char_device()
-                && (Some(file.rdev()) == tap || Some(major(file.rdev())) == macvtap);
-            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            let Some(number) = number.filter(|_| is_queue) else { continue };
-            match interface_behind(pid, number) {
-                Ok(name) if name == interface => queues.push(QemuQueue::take(pid, number)?),
-                Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(e),
-                // Another's, or not any interface's.
-                _ => {}
-            }
-        }
-        Ok(queues)
+        QueuePlace::all(pid, interface)?.iter().map(QueuePlace::open).collect()
     }
 
     /// Whether nothing is in it that QEMU has not taken.
@@ -115,12 +150,6 @@ impl QemuQueue {
             frames.push([&header, frame].concat());
         }
         frames
-    }
-
-    fn take(pid: u32, number: i32) -> io::Result<QemuQueue> {
-        let file = descriptor_of(pid, number)?;
-        let header = if ioctl::interface(&file)?.has_header() { ioctl::header_length(&file)? } else { 0 };
-        Ok(QemuQueue { file, header })
     }
 
     /// Sends a frame into the network, as if the guest had.
@@ -149,9 +178,12 @@ fn macvtap_major() -> Option<u32> {
 }
 
 fn descriptor_of(pid: u32, number: i32) -> io::Result<File> {
+    Ok(File::from(pidfd_getfd(process(pid)?, number, PidfdGetfdFlags::empty())?))
+}
+
+fn process(pid: u32) -> io::Result<OwnedFd> {
     let process = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::ErrorKind::InvalidInput)?;
-    let process = pidfd_open(process, PidfdFlags::empty())?;
-    Ok(File::from(pidfd_getfd(&process, number, PidfdGetfdFlags::empty())?))
+    Ok(pidfd_open(process, PidfdFlags::empty())?)
 }
 
 /// The requests of `/dev/net/tun` (linux/if_tun.h), which have no netlink form.
@@ -225,5 +257,12 @@ mod tests {
         };
         assert_eq!(interface_behind(this, tap.file.as_raw_fd()).unwrap(), tap.name());
         assert_eq!(QemuQueue::all(this, tap.name()).unwrap().len(), 1);
+        // What is known of it is there for as long as the tap.
+        let places = QueuePlace::all(this, tap.name()).unwrap();
+        assert!(places[0].open().unwrap().is_empty());
+        let name = tap.name().to_owned();
+        drop(tap);
+        assert!(!std::path::Path::new("/sys/class/net").join(name).exists(), "it is held");
+        assert!(places[0].open().is_err());
     }
 }

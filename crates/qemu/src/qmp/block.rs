@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Qmp, QmpError};
-use crate::spec::{Protocol, from_file_name};
+use crate::spec::{BlockDriver, Protocol, from_file_name};
 use qapi::Command;
 
 /// A drive of the guest that has a medium.
@@ -51,7 +51,7 @@ pub struct NbdNode<'a> {
 
 commands! {
     QueryBlock {} = "query-block" -> Vec<BlockBackend>;
-    QueryNodeNames { flat: bool } = "query-named-block-nodes" -> Vec<NodeName>;
+    QueryFlatNodes { flat: bool } = "query-named-block-nodes" -> Vec<Node>;
     RemoveNode<'a> { node_name: &'a str } = "blockdev-del" -> Value;
 }
 
@@ -80,17 +80,68 @@ struct Image {
     backing_filename: Option<String>,
     full_backing_filename: Option<String>,
     backing_filename_format: Option<String>,
+    /// What is behind it: of a filter, what it passes on.
+    backing_image: Option<Box<Image>>,
+}
+
+impl Image {
+    /// The image under the filters on top of it.
+    fn without_filters(self) -> Image {
+        let mut image = self;
+        while BlockDriver::of(&image.format) == BlockDriver::Filter
+            && let Some(below) = image.backing_image.take()
+        {
+            image = *below;
+        }
+        image
+    }
 }
 
 #[derive(Deserialize)]
-struct NodeName {
+struct Node {
     #[serde(rename = "node-name", default)]
     name: String,
+    #[serde(rename = "drv")]
+    driver: String,
+    file: String,
+    cache: NodeCache,
+}
+
+#[derive(Deserialize)]
+struct NodeCache {
+    direct: bool,
+}
+
+/// A node of QEMU's block graph, as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockNode {
+    /// Its name; `#block…` where QEMU made it up.
+    pub name: String,
+    /// The name of its driver.
+    pub driver: String,
+    /// The file or block device that it opens, as QEMU was given it. None: it opens none of this host's by itself.
+    pub path: Option<PathBuf>,
+    /// Whether it bypasses the host's page cache: what it reads, devices write to guest memory.
+    pub direct: bool,
+}
+
+impl From<Node> for BlockNode {
+    fn from(node: Node) -> BlockNode {
+        let local = BlockDriver::of(&node.driver) == BlockDriver::Local;
+        // `cache.direct` means something to who opens files; the others pass it on, or not.
+        BlockNode {
+            path: local.then(|| from_file_name(&node.file, None).path),
+            direct: local && node.cache.direct,
+            name: node.name,
+            driver: node.driver,
+        }
+    }
 }
 
 impl BlockBackend {
     fn drive(self) -> Option<Drive> {
         let Inserted { node_name, ro, image } = self.inserted?;
+        let image = image.without_filters();
         let file = from_file_name(&image.filename, None);
         let backing = image.full_backing_filename.or(image.backing_filename);
         Some(Drive {
@@ -123,11 +174,19 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]
     pub async fn node_names(&self) -> Result<Vec<String>, QmpError> {
-        // Not flat, each node would come with all that is below it.
-        let nodes = self.execute(QueryNodeNames { flat: true }).await?;
+        let nodes = self.block_nodes().await?;
         let mut names: Vec<String> = nodes.into_iter().map(|node| node.name).collect();
         names.sort_unstable();
         Ok(names)
+    }
+
+    /// All nodes of the block graph, with those that no drive uses.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub async fn block_nodes(&self) -> Result<Vec<BlockNode>, QmpError> {
+        // Not flat, each node would come with all that is below it.
+        Ok(self.execute(QueryFlatNodes { flat: true }).await?.into_iter().map(BlockNode::from).collect())
     }
 
     /// Adds a node for an NBD export, and connects to it at once. Discards are passed on; writes are not held back
@@ -201,5 +260,37 @@ mod tests {
         assert_eq!(drives[0].backing.as_deref(), Some(Path::new("/i/base")));
         assert_eq!(drives[1].protocol, Protocol::Other("nbd".to_owned()));
         assert!(drives[1].read_only && drives[1].qdev.is_none());
+    }
+
+    #[test]
+    fn a_drive_under_a_filter_is_what_the_filter_passes_on() {
+        let answer = json!([{
+            "device": "", "qdev": "scsi0",
+            "inserted": { "node-name": "drive-scsi0", "ro": false, "drv": "throttle", "image": {
+                "filename": "json:{\"driver\": \"throttle\", \"file\": {\"driver\": \"qcow2\"}}",
+                "format": "throttle", "virtual-size": 1 << 20, "cluster-size": 65536,
+                "backing-image": {
+                    "filename": "/i/t.qcow2", "format": "qcow2", "virtual-size": 1 << 20, "cluster-size": 65536,
+                    "backing-filename": "base", "full-backing-filename": "/i/base", "backing-filename-format": "raw",
+                    "backing-image": { "filename": "/i/base", "format": "raw", "virtual-size": 1 << 20 } } } },
+        }]);
+        let mut backends: Vec<BlockBackend> = serde_json::from_value(answer).unwrap();
+        let drive = backends.remove(0).drive().unwrap();
+        assert_eq!((drive.node.as_str(), drive.path.as_path()), ("drive-scsi0", Path::new("/i/t.qcow2")));
+        assert_eq!((drive.format.as_str(), drive.cluster_size), ("qcow2", Some(65536)));
+        assert_eq!(drive.backing.as_deref(), Some(Path::new("/i/base")));
+    }
+
+    #[test]
+    fn a_node_bypasses_the_page_cache_if_it_opens_a_file_so() {
+        let node = |driver: &str, direct: bool| {
+            let node = json!({ "node-name": "n", "drv": driver, "file": "file:/i/a", "ro": false,
+                "cache": { "direct": direct, "no-flush": false, "writeback": true } });
+            BlockNode::from(serde_json::from_value::<Node>(node).unwrap())
+        };
+        assert!(node("file", true).direct && node("host_device", true).direct && !node("file", false).direct);
+        assert!(!node("qcow2", true).direct && !node("nbd", true).direct && !node("nvme", true).direct);
+        assert_eq!(node("file", true).path.as_deref(), Some(Path::new("/i/a")));
+        assert_eq!(node("qcow2", true).path, None);
     }
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Qmp, QmpError};
+use crate::spec::BlockDriver;
 
 /// QEMU's version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -172,6 +173,7 @@ commands! {
     Migrate<'a> { uri: &'a str } = "migrate" -> Value;
     MigrateIncoming<'a> { uri: &'a str } = "migrate-incoming" -> Value;
     MigrateContinue<'a> { state: &'a str } = "migrate-continue" -> Value;
+    QueryCapabilities {} = "query-migrate-capabilities" -> Vec<CapabilityState>;
     SetCapabilities<'a> { capabilities: Vec<Capability<'a>> } = "migrate-set-capabilities" -> Value;
     AnnounceSelf { initial: u32, max: u32, rounds: u32, step: u32 } = "announce-self" -> Value;
     QomList<'a> { path: &'a str } = "qom-list" -> Vec<QomProperty>;
@@ -181,6 +183,12 @@ commands! {
 #[derive(Serialize)]
 struct Capability<'a> {
     capability: &'a str,
+    state: bool,
+}
+
+#[derive(Deserialize)]
+struct CapabilityState {
+    capability: String,
     state: bool,
 }
 
@@ -248,6 +256,15 @@ impl Qmp {
     pub async fn machine_type(&self) -> Result<String, QmpError> {
         let class: String = self.qom_get("/machine", "type").await?;
         Ok(class.strip_suffix("-machine").unwrap_or(&class).to_owned())
+    }
+
+    /// The capabilities of QEMU's migration, and whether each is on.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub async fn capabilities(&self) -> Result<Vec<(String, bool)>, QmpError> {
+        let all = self.execute(QueryCapabilities {}).await?;
+        Ok(all.into_iter().map(|capability| (capability.capability, capability.state)).collect())
     }
 
     /// Turns capabilities of QEMU's migration on or off.
@@ -464,7 +481,7 @@ impl Qmp {
                 image = Some(backing);
             }
             let driver = node.get("drv").and_then(Value::as_str);
-            if matches!(driver, Some("file" | "host_device" | "host_cdrom")) {
+            if driver.is_some_and(|driver| BlockDriver::of(driver) == BlockDriver::Local) {
                 blocks.files.extend(node.get("file").and_then(Value::as_str).map(str::to_owned));
             }
         }

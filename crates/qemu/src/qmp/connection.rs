@@ -3,29 +3,28 @@
 //! QEMU answers commands in order but sends events in between; each command carries a number that its answer
 //! repeats. A command whose future is dropped is still sent whole, and its answer is thrown away.
 
+mod reading;
+
 use std::{
     collections::HashMap,
     io,
     mem::MaybeUninit,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
 
+use super::error::QmpError;
+use super::quiesce::Expecting;
 use qapi::Command;
+use reading::{Lines, read_task};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{
-        UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
+    io::AsyncWriteExt,
+    net::{UnixStream, unix::OwnedWriteHalf},
     sync::{broadcast, mpsc, oneshot},
     time::timeout,
 };
@@ -36,89 +35,9 @@ const GREETING_DEADLINE: Duration = Duration::from_secs(3);
 const QUEUE_FULL: Duration = Duration::from_millis(20);
 /// How long QEMU may take to answer. Commands run on its main loop, which can be busy for seconds (loading device
 /// state of big machines, draining slow disks), so this is for a QEMU that hangs.
-const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
-/// Longest line that is accepted. The largest answers (schemas, full block graphs) are below 1 MiB.
-const LONGEST_LINE: usize = 64 << 20;
+pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
 /// Events that a slow receiver can be behind before it is told that it missed some.
 const EVENTS_KEPT: usize = 4096;
-
-/// Why a command or a connection failed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum QmpError {
-    /// The socket cannot be connected to.
-    #[error("cannot connect to the QMP socket {}", socket.display())]
-    Connect {
-        /// The socket.
-        socket: PathBuf,
-        /// What the system says.
-        #[source]
-        source: io::Error,
-    },
-    /// Connected, but no greeting: QEMU talks to one client per socket, and another one is connected.
-    #[error(
-        "QEMU does not answer on {}: another program is connected to this QMP socket, or QEMU hangs. Give QEMU a second \
-         one (-qmp unix:/another/path,server=on,wait=off) or end the other connection", socket.display()
-    )]
-    Taken {
-        /// The socket.
-        socket: PathBuf,
-    },
-    /// What came first is not a QMP greeting.
-    #[error("{} is not a QMP socket: it began with {text:?}", socket.display())]
-    NotQmp {
-        /// The socket.
-        socket: PathBuf,
-        /// The beginning of what came.
-        text: String,
-    },
-    /// QEMU refused the command.
-    #[error("QEMU refused {command}: {desc}")]
-    Refused {
-        /// The command's name.
-        command: &'static str,
-        /// QEMU's error class, such as `GenericError` or `CommandNotFound`.
-        class: String,
-        /// QEMU's words.
-        desc: String,
-    },
-    /// The connection ended: QEMU has exited or closed it.
-    #[error("QEMU has closed the connection {} (during {command})", socket.display())]
-    Gone {
-        /// The socket.
-        socket: PathBuf,
-        /// The command's name.
-        command: &'static str,
-    },
-    /// No answer in time.
-    #[error("QEMU did not answer {command} within {after:?}")]
-    Deadline {
-        /// The command's name.
-        command: &'static str,
-        /// How long was waited.
-        after: Duration,
-    },
-    /// An argument that cannot be written as JSON.
-    #[error("the arguments of {command} cannot be encoded")]
-    Encode {
-        /// The command's name.
-        command: &'static str,
-        /// What serde says.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// An answer of another form than expected.
-    #[error("QEMU's answer to {command} is not of the expected form: {answer}")]
-    Answer {
-        /// The command's name.
-        command: &'static str,
-        /// The answer, cut short.
-        answer: String,
-        /// What serde says.
-        #[source]
-        source: serde_json::Error,
-    },
-}
 
 /// Something that happened in QEMU.
 #[derive(Debug, Clone, PartialEq)]
@@ -150,8 +69,8 @@ struct Shared {
     requests: mpsc::UnboundedSender<Request>,
     events: broadcast::WeakSender<Event>,
     peer: Option<u32>,
-    /// The guest is being stopped, or let go on, by us and for a moment.
-    quiescing: Arc<AtomicBool>,
+    /// What we are about to bring about for a moment.
+    expecting: Arc<Expecting>,
 }
 
 struct Request {
@@ -160,6 +79,15 @@ struct Request {
     descriptor: Option<OwnedFd>,
     id: u64,
     answer: oneshot::Sender<Answer>,
+    /// Told right before the line is written.
+    expecting: Option<Arc<Expecting>>,
+}
+
+/// What goes with a command.
+#[derive(Default)]
+struct With {
+    descriptor: Option<OwnedFd>,
+    expecting: Option<Arc<Expecting>>,
 }
 
 enum Answer {
@@ -202,18 +130,18 @@ impl Qmp {
         };
         let (requests, queue) = mpsc::unbounded_channel();
         let (events, _) = broadcast::channel(EVENTS_KEPT);
-        let quiescing = Arc::new(AtomicBool::new(false));
+        let expecting = Arc::new(Expecting::default());
         let shared = Shared {
             socket: socket.to_owned(),
             greeting,
             requests,
             events: events.downgrade(),
             peer,
-            quiescing: Arc::clone(&quiescing),
+            expecting: Arc::clone(&expecting),
         };
         let pending = Pending::new(Mutex::new(Some(HashMap::new())));
         let (closed, until_closed) = oneshot::channel();
-        tokio::spawn(read_task(lines, events, Arc::clone(&pending), quiescing, until_closed));
+        tokio::spawn(read_task(lines, events, Arc::clone(&pending), expecting, until_closed));
         tokio::spawn(write_task(write, queue, pending, closed));
         let qmp = Qmp { shared: Arc::new(shared) };
         qmp.execute(Capabilities {}).await?;
@@ -239,7 +167,7 @@ impl Qmp {
     ) -> Result<C::Ok, QmpError> {
         let arguments =
             serde_json::to_value(&command).map_err(|source| QmpError::Encode { command: C::NAME, source })?;
-        let value = self.run(C::NAME, arguments, None, deadline).await?;
+        let value = self.run(C::NAME, arguments, With::default(), deadline).await?;
         C::Ok::deserialize(&value).map_err(|source| {
             let answer = value.to_string().chars().take(200).collect();
             QmpError::Answer { command: C::NAME, answer, source }
@@ -251,7 +179,25 @@ impl Qmp {
     /// # Errors
     /// As [`Qmp::execute`].
     pub async fn execute_raw(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
-        self.run(command, arguments, None, COMMAND_DEADLINE).await
+        self.run(command, arguments, With::default(), COMMAND_DEADLINE).await
+    }
+
+    /// Runs a command that brings about an event, and nothing else, untyped. Returns whether it did.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`].
+    pub(super) async fn bring_about(
+        &self,
+        command: &'static str,
+        event: &'static str,
+    ) -> Result<bool, QmpError> {
+        let expecting = &self.shared.expecting;
+        expecting.begin(event);
+        let with = With { expecting: Some(Arc::clone(expecting)), ..With::default() };
+        let result = self.run(command, Value::Null, with, COMMAND_DEADLINE).await;
+        // QEMU tells what a command does before it answers it.
+        let brought_about = expecting.end();
+        result.map(|_| brought_about)
     }
 
     /// Runs a command that takes a descriptor (SCM_RIGHTS), untyped.
@@ -264,14 +210,15 @@ impl Qmp {
         arguments: Value,
         descriptor: OwnedFd,
     ) -> Result<Value, QmpError> {
-        self.run(command, arguments, Some(descriptor), COMMAND_DEADLINE).await
+        let with = With { descriptor: Some(descriptor), ..With::default() };
+        self.run(command, arguments, with, COMMAND_DEADLINE).await
     }
 
     async fn run(
         &self,
         command: &'static str,
         arguments: Value,
-        descriptor: Option<OwnedFd>,
+        with: With,
         deadline: Duration,
     ) -> Result<Value, QmpError> {
         static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
@@ -284,7 +231,9 @@ impl Qmp {
         let mut line = request.to_string().into_bytes();
         line.push(b'\n');
         let (answer, answered) = oneshot::channel();
-        self.shared.requests.send(Request { line, descriptor, id, answer }).map_err(|_| gone())?;
+        let With { descriptor, expecting } = with;
+        let request = Request { line, descriptor, id, answer, expecting };
+        self.shared.requests.send(request).map_err(|_| gone())?;
         match timeout(deadline, answered).await {
             Ok(Ok(Answer::Return(value))) => Ok(value),
             Ok(Ok(Answer::Error(ErrorBody { class, desc }))) => {
@@ -303,34 +252,6 @@ impl Qmp {
             // The connection has ended; so has this receiver.
             None => broadcast::channel(1).1,
         }
-    }
-
-    /// Stops the guest's CPUs for a moment, with all I/O drained: no device writes its memory from when this returns until
-    /// [`Qmp::unquiesce`]. Returns false, and has done nothing, where it does not run.
-    ///
-    /// # Errors
-    /// As [`Qmp::execute`]; the guest may be stopped or not.
-    pub async fn quiesce(&self) -> Result<bool, QmpError> {
-        if !self.status().await?.running {
-            return Ok(false);
-        }
-        self.expecting(self.stop()).await.map(|()| true)
-    }
-
-    /// Lets a guest go on that [`Qmp::quiesce`] has stopped.
-    ///
-    /// # Errors
-    /// As [`Qmp::execute`].
-    pub async fn unquiesce(&self) -> Result<(), QmpError> {
-        self.expecting(self.cont()).await
-    }
-
-    /// QEMU tells what a command does before it answers it: events that come in between are its own.
-    async fn expecting<T>(&self, command: impl Future<Output = T>) -> T {
-        self.shared.quiescing.store(true, Ordering::Release);
-        let result = command.await;
-        self.shared.quiescing.store(false, Ordering::Release);
-        result
     }
 
     /// The socket of the connection.
@@ -379,12 +300,15 @@ async fn write_task(
     pending: Pending,
     closed: oneshot::Sender<()>,
 ) {
-    while let Some(Request { line, descriptor, id, answer }) = requests.recv().await {
+    while let Some(Request { line, descriptor, id, answer, expecting }) = requests.recv().await {
         // Entered before it is sent, so that the answer cannot come first.
         match pending.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             Some(waiting) => waiting.insert(id, answer),
             None => break,
         };
+        if let Some(expecting) = expecting {
+            expecting.written();
+        }
         let sent = match descriptor {
             Some(descriptor) => write_with(&write, &line, &descriptor).await,
             None => Ok(0),
@@ -423,251 +347,5 @@ async fn write_with(write: &OwnedWriteHalf, line: &[u8], descriptor: &OwnedFd) -
     }
 }
 
-async fn read_task(
-    mut lines: Lines,
-    events: broadcast::Sender<Event>,
-    pending: Pending,
-    quiescing: Arc<AtomicBool>,
-    mut closed: oneshot::Receiver<()>,
-) {
-    loop {
-        let line = tokio::select! {
-            line = lines.next() => line,
-            _ = &mut closed => break,
-        };
-        match line {
-            Ok(Some(line)) => dispatch(&line, &events, &pending, quiescing.load(Ordering::Acquire)),
-            Ok(None) => break,
-            Err(error) => {
-                tracing::debug!(%error, "QMP connection broke while reading");
-                break;
-            }
-        }
-    }
-    // Everyone still waiting learns that there will be no answer.
-    *pending.lock().unwrap_or_else(PoisonError::into_inner) = None;
-}
-
-/// One line from QEMU. Each member is optional, so that nothing in it can break the stream.
-#[derive(Deserialize)]
-struct Line {
-    event: Option<String>,
-    timestamp: Option<Timestamp>,
-    data: Option<Value>,
-    id: Option<Value>,
-    error: Option<ErrorBody>,
-    #[serde(rename = "return")]
-    result: Option<Value>,
-}
-
-/// QEMU writes -1 in both where the host's clock could not be read.
-#[derive(Deserialize)]
-struct Timestamp {
-    seconds: i64,
-    microseconds: i64,
-}
-
-fn dispatch(line: &[u8], events: &broadcast::Sender<Event>, pending: &Pending, quiescing: bool) {
-    let received = Instant::now();
-    let line: Line = match serde_json::from_slice(line) {
-        Ok(line) => line,
-        Err(error) => {
-            tracing::warn!(%error, line = %String::from_utf8_lossy(line), "a line from QEMU is not understood");
-            return;
-        }
-    };
-    if let Some(name) = line.event {
-        let timestamp = line.timestamp.and_then(|stamp| {
-            let since = Duration::from_secs(u64::try_from(stamp.seconds).ok()?)
-                + Duration::from_micros(u64::try_from(stamp.microseconds).ok()?);
-            SystemTime::UNIX_EPOCH.checked_add(since)
-        });
-        let ours = quiescing && matches!(name.as_str(), "STOP" | "RESUME");
-        let event = Event {
-            ours,
-            name,
-            timestamp: timestamp.unwrap_or_else(SystemTime::now),
-            received,
-            data: line.data.unwrap_or(Value::Null),
-        };
-        // An error only says that nobody listens.
-        drop(events.send(event));
-        return;
-    }
-    let id = line.id.as_ref().and_then(Value::as_u64);
-    let waiting =
-        id.and_then(|id| pending.lock().unwrap_or_else(PoisonError::into_inner).as_mut()?.remove(&id));
-    let Some(waiting) = waiting else {
-        tracing::debug!(?id, "an answer from QEMU that nobody waits for");
-        return;
-    };
-    let answer = match line.error {
-        Some(error) => Answer::Error(error),
-        None => Answer::Return(line.result.unwrap_or(Value::Null)),
-    };
-    drop(waiting.send(answer));
-}
-
-/// Lines of a socket, of bounded length. `next` loses nothing when its future is dropped.
-struct Lines {
-    read: OwnedReadHalf,
-    buffer: Vec<u8>,
-    /// Bytes of the buffer that are known to hold no end of line.
-    searched: usize,
-}
-
-impl Lines {
-    async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
-        loop {
-            if let Some(end) = self.buffer[self.searched..].iter().position(|&byte| byte == b'\n') {
-                let rest = self.buffer.split_off(self.searched + end + 1);
-                self.searched = 0;
-                return Ok(Some(std::mem::replace(&mut self.buffer, rest)));
-            }
-            self.searched = self.buffer.len();
-            if self.buffer.len() > LONGEST_LINE {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "a line of more than 64 MiB"));
-            }
-            if self.read.read_buf(&mut self.buffer).await? == 0 {
-                return Ok(None);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use tokio::{
-        io::{AsyncBufReadExt, BufReader},
-        net::UnixListener,
-    };
-
-    const GREETING: &[u8] = b"{\"QMP\": {\"version\": {\"qemu\": {}}, \"capabilities\": [\"oob\"]}}\r\n";
-
-    /// A QEMU that greets and then answers each command with the lines that `script` makes of it.
-    fn serve(script: impl Fn(&str, u64) -> String + Send + 'static) -> (tempfile::TempDir, PathBuf) {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("qmp");
-        let listener = UnixListener::bind(&socket).unwrap();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                let (read, mut write) = stream.into_split();
-                write.write_all(GREETING).await.unwrap();
-                let mut lines = BufReader::new(read).lines();
-                while let Ok(Some(line)) = lines.next_line().await {
-                    let request: Value = serde_json::from_str(&line).unwrap();
-                    let (name, id) = (request["execute"].as_str().unwrap(), request["id"].as_u64().unwrap());
-                    let reply = if name == "qmp_capabilities" {
-                        format!("{{\"return\":{{}},\"id\":{id}}}\r\n")
-                    } else {
-                        script(name, id)
-                    };
-                    if reply.is_empty() {
-                        break;
-                    }
-                    write.write_all(reply.as_bytes()).await.unwrap();
-                }
-            }
-        });
-        (directory, socket)
-    }
-
-    #[tokio::test]
-    async fn unknown_events_and_fields_and_garbage_do_not_break_the_stream() {
-        let (_directory, socket) = serve(|_, id| {
-            format!(
-                "{{\"event\":\"FROM_THE_FUTURE\",\"timestamp\":{{\"seconds\":1700000000,\"microseconds\":250000,\"x\":1}},\"new\":[]}}\n\
-                 not json\n{{\"neither\":1}}\n{{\"return\":1,\"id\":999999999}}\n\
-                 {{\"event\":\"CLOCKLESS\",\"timestamp\":{{\"seconds\":-1,\"microseconds\":-1}},\"data\":{{\"a\":1}}}}\n\
-                 {{\"id\":{id},\"return\":{{\"status\":\"brand-new\"}},\"later\":true}}\n"
-            )
-        });
-        let qmp = Qmp::connect(&socket).await.unwrap();
-        let mut events = qmp.events();
-        let answer = qmp.execute_raw("query-status", Value::Null).await.unwrap();
-        assert_eq!(answer["status"], "brand-new");
-        let event = events.recv().await.unwrap();
-        assert_eq!(event.name, "FROM_THE_FUTURE");
-        assert_eq!(event.timestamp, SystemTime::UNIX_EPOCH + Duration::from_micros(1_700_000_000_250_000));
-        assert_eq!(events.recv().await.unwrap().data["a"], 1);
-    }
-
-    #[tokio::test]
-    async fn refusals_carry_qemus_words() {
-        let (_directory, socket) = serve(|_, id| {
-            format!("{{\"id\":{id},\"error\":{{\"class\":\"NewClass\",\"desc\":\"no way\"}}}}\n")
-        });
-        let qmp = Qmp::connect(&socket).await.unwrap();
-        let error = qmp.execute_raw("stop", Value::Null).await.unwrap_err();
-        assert_eq!(error.to_string(), "QEMU refused stop: no way");
-        assert!(matches!(error, QmpError::Refused { command: "stop", class, .. } if class == "NewClass"));
-    }
-
-    #[tokio::test]
-    async fn waiting_commands_and_receivers_learn_that_qemu_is_gone() {
-        let (_directory, socket) = serve(|_, _| String::new());
-        let qmp = Qmp::connect(&socket).await.unwrap();
-        let mut events = qmp.events();
-        for _ in 0..2 {
-            assert!(matches!(
-                qmp.execute_raw("quit", Value::Null).await,
-                Err(QmpError::Gone { command: "quit", .. })
-            ));
-        }
-        assert_eq!(events.recv().await, Err(broadcast::error::RecvError::Closed));
-        assert_eq!(qmp.events().recv().await, Err(broadcast::error::RecvError::Closed));
-    }
-
-    #[tokio::test]
-    async fn commands_at_the_same_time_get_their_own_answers() {
-        let (_directory, socket) = serve(|_, id| format!("{{\"return\":{id},\"id\":{id}}}\n"));
-        let qmp = Qmp::connect(&socket).await.unwrap();
-        let tasks: Vec<_> = (0..100)
-            .map(|_| {
-                let qmp = qmp.clone();
-                tokio::spawn(async move { qmp.execute_raw("x", Value::Null).await.unwrap() })
-            })
-            .collect();
-        let mut answers = Vec::new();
-        for task in tasks {
-            answers.push(task.await.unwrap().as_u64().unwrap());
-        }
-        answers.sort_unstable();
-        answers.dedup();
-        assert_eq!(answers.len(), 100);
-    }
-
-    #[tokio::test]
-    async fn dropping_the_last_handle_frees_the_socket_for_the_next_client() {
-        let (_directory, socket) = serve(|_, id| format!("{{\"return\":{{}},\"id\":{id}}}\n"));
-        for _ in 0..3 {
-            // The server takes one client at a time, as QEMU does; this hangs unless the one before is really closed.
-            drop(Qmp::connect(&socket).await.unwrap());
-        }
-    }
-
-    #[tokio::test]
-    async fn a_deadline_names_the_command() {
-        let (_directory, socket) = serve(|_, _| "{\"event\":\"NOTHING\"}\n".to_owned());
-        let qmp = Qmp::connect(&socket).await.unwrap();
-        let error = qmp.run("query-x", Value::Null, None, Duration::from_millis(50)).await.unwrap_err();
-        assert!(matches!(error, QmpError::Deadline { command: "query-x", .. }));
-    }
-
-    #[tokio::test]
-    async fn what_is_not_qmp_is_said_to_be_so() {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("s");
-        let listener = UnixListener::bind(&socket).unwrap();
-        tokio::spawn(async move {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            stream.write_all(b"220 mail server\r\n").await.unwrap();
-        });
-        assert!(
-            matches!(Qmp::connect(&socket).await, Err(QmpError::NotQmp { text, .. }) if text.starts_with("220"))
-        );
-        let missing = directory.path().join("none");
-        assert!(matches!(Qmp::connect(&missing).await, Err(QmpError::Connect { .. })));
-    }
-}
+pub(super) mod tests;

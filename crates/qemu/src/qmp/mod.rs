@@ -21,14 +21,17 @@ macro_rules! commands {
 mod block;
 mod commands;
 mod connection;
+mod error;
 mod export;
 mod jobs;
+mod quiesce;
 
-pub use block::{Drive, NbdNode};
+pub use block::{BlockNode, Drive, NbdNode};
 pub use commands::{
     Blocks, CpuidWord, GivenDescriptor, MemoryDevice, MigrationState, QomProperty, RunState, VcpuThread,
     Version,
 };
-pub use connection::{Event, Qmp, QmpError};
+pub use connection::{COMMAND_DEADLINE, Event, Qmp};
+pub use error::QmpError;
 pub use export::ExportError;
 pub use jobs::{BlockJob, JobEvent, JobNews, MirrorEnd, MirrorJob, Sync};

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use super::{
     Argument, NicKind, NotMirrorable, Properties, RamKind, Spec, escape,
-    mirrorable::{check_name, check_ram_ids, ram_file, ram_file_elsewhere},
+    known::SHORT_CHARDEVS,
+    mirrorable::{check_name, check_ram_ids, ram_file},
 };
 
 /// What differs at the host that a VM moves to.
@@ -17,16 +18,14 @@ pub struct Destination {
     /// The versioned machine type that the source's QEMU runs, such as `pc-q35-7.2`: an alias like `q35` means another
     /// machine in another version of QEMU.
     pub machine: String,
-    /// That host's name, part of the names of RAM files that are not in `ram_dir`.
+    /// That host's name: RAM files are in a directory there that is called after it.
     pub host: String,
-    /// Directory for RAM files there.
+    /// Directory in which that is.
     pub ram_dir: PathBuf,
     /// Directories on hugetlbfs for RAM that must have huge pages, by the id of its backend, where that is not `ram_dir`.
     pub huge_dirs: Vec<(String, PathBuf)>,
     /// Where QEMU shall listen for us there.
     pub qmp_socket: PathBuf,
-    /// Where QEMU shall write its process id; None leaves the user's `-pidfile`, if any.
-    pub pid_file: Option<PathBuf>,
     /// Tap interfaces that are made ready there, by the back end that uses each ([`super::Nic::netdev`]).
     pub taps: Vec<(String, String)>,
     /// Macvtaps there, which QEMU can only be given: the numbers of its descriptors, one for each queue, by the back end.
@@ -36,7 +35,8 @@ pub struct Destination {
 impl Spec {
     /// The command line that runs this machine at another host, waiting for its state: other binary, machine type
     /// pinned, RAM files and our sockets where that host has them, taps as they are prepared there. The user's own
-    /// sockets, pidfile and logs stay; output files are appended to and never truncated.
+    /// sockets, pidfile and logs stay; output files are appended to and never truncated. QEMU is started with what
+    /// [`Spec::render`] makes of it.
     ///
     /// # Errors
     /// Names what cannot be carried over.
@@ -52,9 +52,6 @@ impl Spec {
         spec.pin_machine(&how.machine);
         spec.move_ram(how)?;
         spec.set_own_qmp(&how.qmp_socket);
-        if let Some(pid_file) = &how.pid_file {
-            spec.set_pid_file(pid_file);
-        }
         spec.connect_taps(&how.taps)?;
         let macvtaps = spec.connect_macvtaps(&how.macvtaps)?;
         if let Some(option) = spec.uses_of_descriptors(true).into_iter().next() {
@@ -91,12 +88,9 @@ impl Spec {
         for (at, mut object) in objects {
             if object.get("qom-type").as_deref() == Some("memory-backend-file") {
                 let id = object.get("id").unwrap_or_default();
-                let huge =
-                    how.huge_dirs.iter().find(|(of, directory)| *of == id && *directory != how.ram_dir);
-                let path = match huge {
-                    Some((_, directory)) => ram_file_elsewhere(directory, &how.name, &id, &how.host),
-                    None => ram_file(&how.ram_dir, &how.name, &id),
-                };
+                let huge = how.huge_dirs.iter().find(|(of, _)| *of == id);
+                let directory = huge.map_or(&how.ram_dir, |(_, directory)| directory);
+                let path = ram_file(directory, &how.host, &how.name, &id);
                 object.set("mem-path", &path.to_string_lossy());
                 // The file there is ours alone, so the RAM begins at its beginning.
                 object.remove("offset");
@@ -172,10 +166,7 @@ impl Spec {
         }
         // `-serial file:PATH` and its kin truncate, and the short form cannot say otherwise.
         for at in 0..self.arguments.len() {
-            if !matches!(
-                self.arguments[at].name(),
-                "serial" | "parallel" | "monitor" | "debugcon" | "qmp" | "qmp-pretty"
-            ) {
+            if !SHORT_CHARDEVS.contains(&self.arguments[at].name()) {
                 continue;
             }
             let Some(path) =
@@ -240,7 +231,6 @@ mod tests {
             ram_dir: "/mnt/ram".into(),
             huge_dirs: Vec::new(),
             qmp_socket: "/run/d/web1.qmp".into(),
-            pid_file: None,
             taps: taps.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect(),
             macvtaps: Vec::new(),
         }
@@ -269,7 +259,7 @@ mod tests {
             "-machine",
             "pc-q35-7.2,accel=tcg,memory-backend=pc.ram",
             "-object",
-            "memory-backend-file,id=pc.ram,size=64M,share=on,mem-path=/mnt/ram/vmirror-web1@pc.ram",
+            "memory-backend-file,id=pc.ram,size=64M,share=on,mem-path=/mnt/ram/vmirror-host_b/vmirror-web1@pc.ram",
             "-nodefaults",
             "-qmp",
             "unix:/u,server,nowait",
@@ -292,7 +282,7 @@ mod tests {
         let spec = Spec::parse(&RAM).unwrap();
         let moved = spec.for_destination(&Destination { huge_dirs, ..how(&[]) }).unwrap();
         let path = moved.ram_backends()[0].mem_path.clone();
-        assert_eq!(path, Some("/mnt/huge/vmirror-web1@pc.ram@host_b".into()));
+        assert_eq!(path, Some("/mnt/huge/vmirror-host_b/vmirror-web1@pc.ram".into()));
         let odd = RAM.map(|word| word.replace("pc.ram", "../ram"));
         let refused = Spec::parse(&odd).unwrap().for_destination(&how(&[]));
         assert_eq!(refused, Err(NotMirrorable::Name { name: "../ram".to_owned() }));

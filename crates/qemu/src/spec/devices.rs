@@ -1,6 +1,6 @@
 //! Devices that the guest sees, and those of them that are tied to this host.
 
-use super::Spec;
+use super::{Argument, Spec, known};
 
 /// A device that the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -10,37 +10,6 @@ pub struct DeclaredDevice {
     /// The driver as written, such as `virtio-net-pci`.
     pub driver: String,
 }
-
-/// Device drivers (by the beginning of their name) that are part of this host, and why that matters.
-const HOST_DRIVERS: &[(&str, &str)] = &[
-    ("vfio-", "host device passed through"),
-    ("kvm-pci-assign", "host device passed through"),
-    ("pci-assign", "host device passed through"),
-    ("xen-pci-passthrough", "host device passed through"),
-    ("vhost-user-", "device in another process"),
-    ("vhost-vdpa-", "vDPA device of the host"),
-    ("vhost-scsi", "SCSI target of the host's kernel"),
-    ("usb-host", "USB device of the host"),
-    ("scsi-generic", "SCSI device of the host"),
-    ("scsi-block", "SCSI device of the host"),
-    ("ivshmem", "memory shared with another process"),
-    ("nvdimm", "persistent memory in a file of the host"),
-    ("virtio-pmem", "persistent memory in a file of the host"),
-    ("virtio-9p", "directory of the host"),
-    ("x-remote-object", "device in another process"),
-    ("x-pci-proxy-dev", "device in another process"),
-];
-
-/// Objects that tie the machine to this host.
-const HOST_OBJECTS: &[(&str, &str)] = &[
-    ("sev-guest", "encrypted guest memory"),
-    ("sev-snp-guest", "encrypted guest memory"),
-    ("tdx-guest", "encrypted guest memory"),
-    ("memory-backend-epc", "SGX memory"),
-    ("memory-backend-shm", "memory without a file name"),
-    ("iommufd", "host device passed through"),
-    ("cryptodev-vhost-user", "device in another process"),
-];
 
 impl Spec {
     /// Devices from `-device` and from the options that are shorthand for it, in order.
@@ -67,14 +36,14 @@ impl Spec {
             .collect()
     }
 
-    /// Whether a balloon device gives back, at any time, the pages that the guest reports free.
+    /// Whether there is a device by which the guest may give memory back to the host while it runs: a balloon, with or without reports
+    /// of free pages, or virtio-mem.
     #[must_use]
-    pub fn reports_free_pages(&self) -> bool {
-        self.arguments.iter().filter(|argument| argument.name() == "device").any(|argument| {
-            let properties = argument.properties();
-            properties.get("driver").is_some_and(|driver| driver.starts_with("virtio-balloon"))
-                && properties.is_on("free-page-reporting")
-        })
+    pub fn gives_memory_back(&self) -> bool {
+        let gives = |device: DeclaredDevice| {
+            device.driver.contains("balloon") || device.driver.starts_with("virtio-mem")
+        };
+        self.declared_devices().into_iter().any(gives)
     }
 
     /// What ties the machine to this host, each as a phrase that names the option: passed-through devices, devices in
@@ -84,35 +53,28 @@ impl Spec {
         self.arguments
             .iter()
             .filter_map(|argument| {
-                let value = argument.value().unwrap_or("");
-                let reason = match argument.name() {
-                    "device" => HOST_DRIVERS.iter().find_map(|(driver, reason)| {
-                        argument
-                            .properties()
-                            .get("driver")
-                            .filter(|name| name.starts_with(driver))
-                            .map(|_| *reason)
-                    })?,
-                    "object" => HOST_OBJECTS.iter().find_map(|(object, reason)| {
-                        argument.properties().get("qom-type").filter(|name| name == object).map(|_| *reason)
-                    })?,
-                    "netdev" | "nic" | "net" => match argument.properties().get("type")?.as_str() {
-                        "vhost-user" => "device in another process",
-                        "vhost-vdpa" => "vDPA device of the host",
-                        "af-xdp" => "network queue of the host, whose buffers are pinned in guest memory",
-                        "netmap" => "network queue of the host",
-                        _ => return None,
-                    },
-                    "virtfs" | "fsdev" => "directory of the host",
-                    "tpmdev" => "TPM whose state is outside QEMU",
-                    "usbdevice" if value.starts_with("host:") => "USB device of the host",
-                    "xen-attach" => "Xen domain of the host",
-                    _ => return None,
-                };
-                Some(format!("{} {value} ({reason})", argument.word()))
+                let reason = host_device(argument)?;
+                Some(format!("{} {} ({reason})", argument.word(), argument.value().unwrap_or("")))
             })
             .collect()
     }
+}
+
+/// How an argument ties the machine to this host, if it does.
+pub(super) fn host_device(argument: &Argument) -> Option<&'static str> {
+    let kind = |key: &str| argument.properties().get(key);
+    Some(match argument.name() {
+        "device" => known::of_host::device(&kind("driver")?)?,
+        "object" => known::of_host::object(&kind("qom-type")?)?,
+        "netdev" | "nic" | "net" => known::of_host::network(&kind("type")?)?,
+        "virtfs" | "fsdev" => "directory of the host",
+        "tpmdev" => "TPM whose state is outside QEMU",
+        "usbdevice" if argument.value().is_some_and(|value| value.starts_with("host:")) => {
+            "USB device of the host"
+        }
+        "xen-attach" => "Xen domain of the host",
+        _ => return None,
+    })
 }
 
 #[cfg(test)]
@@ -141,6 +103,22 @@ mod tests {
         assert_eq!(found.len(), 4, "{found:?}");
         assert_eq!(found[0], "-device vfio-pci,host=01:00.0 (host device passed through)");
         assert!(found[2].contains("vhost-vdpa-0"));
+    }
+
+    #[test]
+    fn a_device_that_gives_memory_back_is_known_whatever_it_is_called() {
+        for (device, gives) in [
+            ("virtio-balloon-pci,free-page-reporting=on", true),
+            ("virtio-balloon-ccw", true),
+            ("virtio-balloon-pci-non-transitional", true),
+            (r#"{"driver":"virtio-balloon-pci","id":"b"}"#, true),
+            ("hv-balloon", true),
+            ("virtio-mem-pci,memdev=v,id=m", true),
+            ("virtio-rng-pci", false),
+        ] {
+            let spec = Spec::parse(&["q", "-device", device]).unwrap();
+            assert_eq!(spec.gives_memory_back(), gives, "{device}");
+        }
     }
 
     #[test]

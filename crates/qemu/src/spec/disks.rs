@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Argument, Properties, Spec, options};
+use super::{Argument, BlockDriver, Properties, Spec, options};
+
+/// More levels than a graph of nodes has.
+const DEEPEST: usize = 64;
 
 /// How QEMU reaches the bytes of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,8 +34,6 @@ pub struct Disk {
     pub file_node: Option<String>,
     /// Whether the guest cannot write to it.
     pub read_only: bool,
-    /// Whether the host's page cache is bypassed (O_DIRECT), so that reads reach guest memory by DMA.
-    pub cache_direct: bool,
     /// Whether it is a backing file that another image on the command line names.
     pub is_backing: bool,
     /// Whether a drive of the guest has it from the start: all but nodes of `-blockdev` that no `-device` names.
@@ -134,14 +135,9 @@ pub(super) fn drive_disk(drive: &Properties) -> Option<Disk> {
         }
     };
     let cdrom = drive.get("media").as_deref() == Some("cdrom");
-    let snapshot_cache = matches!(drive.get("cache").as_deref(), Some("none" | "directsync"));
     disk.id = drive.get("id").or_else(|| drive.get("node-name"));
     disk.file_node = drive.get("file.node-name");
     disk.read_only = cdrom || drive.is_on("readonly") || drive.is_on("read-only");
-    disk.cache_direct = match drive.get("cache.direct") {
-        Some(direct) => options::is_yes(&direct),
-        None => snapshot_cache || drive.is_on("file.cache.direct"),
-    };
     Some(disk)
 }
 
@@ -154,7 +150,6 @@ pub(crate) fn from_file_name(file: &str, format: Option<&str>) -> Disk {
         id: None,
         file_node: None,
         read_only: false,
-        cache_direct: false,
         is_backing: false,
         is_attached: true,
     };
@@ -181,9 +176,9 @@ pub(crate) fn from_file_name(file: &str, format: Option<&str>) -> Disk {
 }
 
 fn protocol(driver: &str) -> Protocol {
-    match driver {
-        "file" | "host_device" | "host_cdrom" => Protocol::File,
-        other => Protocol::Other(other.to_owned()),
+    match BlockDriver::of(driver) {
+        BlockDriver::Local => Protocol::File,
+        _ => Protocol::Other(driver.to_owned()),
     }
 }
 
@@ -199,7 +194,6 @@ struct Node {
     file: Option<Box<Node>>,
     backing: Option<String>,
     read_only: bool,
-    cache_direct: bool,
 }
 
 impl Node {
@@ -223,7 +217,6 @@ impl Node {
             file: child("file").map(|inner| Box::new(Node::of_object(inner))),
             backing: text("backing"),
             read_only: is_on("read-only"),
-            cache_direct: is_on("cache.direct"),
             driver,
         }
     }
@@ -231,31 +224,34 @@ impl Node {
     /// The image that this node is the top of.
     fn disk(&self, nodes: &[Node], is_backing: bool) -> Option<Disk> {
         let mut below = self;
-        let mut direct = self.cache_direct;
         let mut read_only = self.read_only;
         // A graph that refers to itself is refused by QEMU; the bound keeps it from hanging us.
-        for _ in 0..=nodes.len() {
+        let mut format = None;
+        for _ in 0..DEEPEST {
             let next = match (&below.file, &below.file_node) {
                 (Some(inner), _) => inner.as_ref(),
                 (None, Some(name)) => nodes.iter().find(|node| node.name.as_deref() == Some(name))?,
                 (None, None) => break,
             };
+            // A filter has nothing of its own: the format is that of what it passes on.
+            if format.is_none() && BlockDriver::of(&below.driver) != BlockDriver::Filter {
+                format = Some(below.driver.clone());
+            }
             below = next;
-            direct |= next.cache_direct;
             read_only |= next.read_only;
         }
         let is_format = !std::ptr::eq(below, self);
-        if !is_format && matches!(self.driver.as_str(), "null-co" | "null-aio" | "blkdebug") {
+        let holds = BlockDriver::of(&self.driver);
+        if !is_format && matches!(holds, BlockDriver::Nothing | BlockDriver::Filter) {
             return None;
         }
         Some(Disk {
             path: PathBuf::from(below.location.clone().unwrap_or_default()),
             protocol: protocol(&below.driver),
-            format: Some(if is_format { self.driver.clone() } else { "raw".to_owned() }),
+            format: Some(format.unwrap_or_else(|| "raw".to_owned())),
             id: self.name.clone(),
             file_node: if is_format { below.name.clone() } else { None },
             read_only,
-            cache_direct: direct,
             is_backing,
             is_attached: true,
         })
@@ -263,7 +259,7 @@ impl Node {
 }
 
 /// Dotted keys as nested objects, the way QEMU reads `-blockdev file.driver=…`.
-fn nested(properties: &Properties) -> Map<String, Value> {
+pub(super) fn nested(properties: &Properties) -> Map<String, Value> {
     let mut object = Map::new();
     for key in properties.keys() {
         let Some(value) = properties.get(&key) else { continue };
@@ -305,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn cache_modes_and_commas_of_drives() {
+    fn commas_and_access_of_drives() {
         let found = disks(&[
             "-drive",
             "file=/d/a,,b.qcow2,format=qcow2,cache=none,id=d0,if=none",
@@ -315,8 +311,7 @@ mod tests {
             "file.driver=file,file.filename=/d/e,file.cache.direct=on",
         ]);
         assert_eq!(found[0].path, Path::new("/d/a,b.qcow2"));
-        assert!(found[0].cache_direct && !found[1].cache_direct && found[2].cache_direct);
-        assert!(found[1].read_only);
+        assert!(found[1].read_only && !found[0].read_only);
         assert_eq!(found[0].id.as_deref(), Some("d0"));
     }
 
@@ -363,17 +358,35 @@ mod tests {
             r#"{"driver":"virtio-blk-pci","drive":"f1","id":"virtio-disk0"}"#,
         ]);
         assert_eq!(found.len(), 2);
-        assert!(found[0].is_backing && found[0].read_only && !found[0].cache_direct);
+        assert!(found[0].is_backing && found[0].read_only);
         assert!(found[1].is_attached && !found[0].is_attached);
         assert_eq!(found[1].path, Path::new("/i/top.qcow2"));
         assert_eq!((found[1].id.as_deref(), found[1].file_node.as_deref()), (Some("f1"), Some("s1")));
-        assert!(found[1].cache_direct);
+    }
+
+    #[test]
+    fn a_filter_on_top_hides_neither_format_nor_path() {
+        let node = r#"{"driver":"throttle","node-name":"t","throttle-group":"g","file":{"driver":"qcow2","node-name":"f","file":{"driver":"file","filename":"/i/t.qcow2","cache":{"direct":true}}}}"#;
+        let found = disks(&["-blockdev", node, "-device", "scsi-hd,drive=t"]);
+        assert_eq!(found[0].host_path(), Some(Path::new("/i/t.qcow2")));
+        assert_eq!((found[0].format.as_deref(), found[0].id.as_deref()), (Some("qcow2"), Some("t")));
+        // As QEMU tells it: without any other node to refer to.
+        let told = from_file_name(&format!("json:{node}"), None);
+        assert_eq!(
+            (told.host_path(), told.format.as_deref()),
+            (Some(Path::new("/i/t.qcow2")), Some("qcow2"))
+        );
+        let raw = disks(&[
+            "-blockdev",
+            r#"{"driver":"throttle","node-name":"t","file":{"driver":"file","filename":"/i/r"}}"#,
+        ]);
+        assert_eq!((raw[0].host_path(), raw[0].format.as_deref()), (Some(Path::new("/i/r")), Some("raw")));
     }
 
     #[test]
     fn block_graph_with_dotted_keys() {
         let found =
             disks(&["-blockdev", "qcow2,node-name=d,file.driver=file,file.filename=/x,file.cache.direct=on"]);
-        assert_eq!((found[0].host_path(), found[0].cache_direct), (Some(Path::new("/x")), true));
+        assert_eq!(found[0].host_path(), Some(Path::new("/x")));
     }
 }

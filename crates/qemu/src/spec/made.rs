@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use super::known::takes_short_chardev;
 use super::{Argument, Properties, Spec};
 
 impl Spec {
-    /// Files and listening sockets of character devices, and logs, in the order of the command line: what QEMU makes where it is not
+    /// Files and listening sockets of character devices and displays, and logs, in the order of the command line: what QEMU makes where it is not
     /// there.
     #[must_use]
     pub fn files_made(&self) -> Vec<PathBuf> {
@@ -16,9 +17,7 @@ impl Spec {
 fn made(argument: &Argument) -> Vec<String> {
     let value = argument.value().unwrap_or_default();
     match argument.name() {
-        "serial" | "parallel" | "monitor" | "debugcon" | "qmp" | "qmp-pretty" | "gdb" => {
-            shorthand(value).into_iter().collect()
-        }
+        name if takes_short_chardev(name) => shorthand(value).into_iter().collect(),
         "chardev" => {
             let properties = argument.properties();
             let kind = properties.get("backend");
@@ -28,6 +27,14 @@ fn made(argument: &Argument) -> Vec<String> {
                 _ => None,
             };
             own.into_iter().chain(properties.get("logfile")).collect()
+        }
+        "vnc" => {
+            let place = Properties::parse_pairs(value, Some("vnc")).get("vnc");
+            place.and_then(|place| place.strip_prefix("unix:").map(str::to_owned)).into_iter().collect()
+        }
+        "spice" => {
+            let spice = Properties::parse_pairs(value, None);
+            spice.get("addr").filter(|_| spice.is_on("unix")).into_iter().collect()
         }
         "D" => vec![value.to_owned()],
         _ => Vec::new(),
@@ -73,12 +80,20 @@ mod tests {
             "socket,id=t,path=/v/theirs",
             "-D",
             "/v/d",
+            "-vnc",
+            "unix:/v/vnc,password=on",
+            "-vnc",
+            "127.0.0.1:1",
+            "-spice",
+            "unix=on,addr=/v/spice,disable-ticketing=on",
+            "-spice",
+            "port=5900,addr=127.0.0.1",
             "-kernel",
             "/v/kernel",
         ];
         let made = Spec::parse(&words).unwrap().files_made();
-        let expected =
-            ["serial", "a,b", "qmp", "c", "s", "log", "d"].map(|name| PathBuf::from(format!("/v/{name}")));
+        let expected = ["serial", "a,b", "qmp", "c", "s", "log", "d", "vnc", "spice"]
+            .map(|name| PathBuf::from(format!("/v/{name}")));
         assert_eq!(made, expected);
     }
 }

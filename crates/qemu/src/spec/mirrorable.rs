@@ -7,6 +7,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::known::{SHORT_TCP, takes_short_chardev};
+use super::render::waits_for_nobody;
 use super::{Argument, Properties, RamKind, Spec, escape};
 
 /// The id of our own QMP connection on a command line.
@@ -17,9 +19,9 @@ pub(super) const OWN_QMP: &str = "vmirror-qmp";
 pub struct Mirrorable {
     /// The VM's name: letters, digits, `.`, `_`, `-`. Part of the RAM files' names.
     pub name: String,
-    /// The host's name, part of the names of RAM files that are not in `ram_dir`: who else uses the directory, nobody knows.
+    /// The host's name: RAM files are in a directory that is called after it.
     pub host: String,
-    /// Directory for RAM files, on tmpfs or hugetlbfs. RAM that the user has put on a hugetlbfs gets its file there.
+    /// Directory in which that is, on tmpfs or hugetlbfs. RAM that the user has put on a hugetlbfs gets its file there.
     pub ram_dir: PathBuf,
     /// Where QEMU shall listen for us.
     pub qmp_socket: PathBuf,
@@ -112,40 +114,52 @@ const REFUSED_AT_START: &[(&str, &str)] = &[
     ("loadvm", "start it without, then load the snapshot through its monitor"),
 ];
 
-/// The name of the file that holds a piece of a VM's RAM. `@` can be in neither part, so no two are equal.
-#[must_use]
-pub(super) fn ram_file(ram_dir: &Path, vm: &str, backend: &str) -> PathBuf {
-    ram_dir.join(format!("vmirror-{vm}@{backend}"))
-}
+/// What the names of RAM files, and of the directories that they are in, begin with.
+const OURS: &str = "vmirror-";
 
-/// The same in a directory that is not the host's alone.
+/// The directory below `ram_dir`, or another tmpfs or hugetlbfs, that an agent has for its RAM files alone.
 #[must_use]
-pub(super) fn ram_file_elsewhere(directory: &Path, vm: &str, backend: &str, host: &str) -> PathBuf {
+pub fn ram_directory(directory: &Path, host: &str) -> PathBuf {
     let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
     let host: String = host.chars().map(plain).collect();
-    directory.join(format!("vmirror-{vm}@{backend}@{host}"))
+    directory.join(format!("{OURS}{host}"))
+}
+
+/// The file that holds a piece of a VM's RAM. `@` can be in neither part of its name, so no two are equal.
+#[must_use]
+pub(super) fn ram_file(directory: &Path, host: &str, vm: &str, backend: &str) -> PathBuf {
+    ram_directory(directory, host).join(format!("{OURS}{vm}@{backend}"))
+}
+
+/// The directory that a RAM file was put into, at whichever host: not an agent's own below it, but the one that a host is configured
+/// with, or that a file system is mounted on.
+#[must_use]
+pub fn ram_place(file: &Path) -> Option<&Path> {
+    let ours = |path: &Path| {
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(OURS.as_bytes()))
+    };
+    let directory = file.parent()?;
+    if ours(file) && ours(directory) { directory.parent() } else { Some(directory) }
 }
 
 /// The directory on hugetlbfs that a `mem-path` asks for: itself, or the one that its file is or shall be in.
 #[must_use]
 pub(super) fn huge_directory(mem_path: &Path) -> Option<PathBuf> {
-    let directory = if mem_path.is_dir() { mem_path } else { mem_path.parent()? };
+    let directory = if mem_path.is_dir() { mem_path } else { ram_place(mem_path)? };
     crate::ram::huge_page_size(directory).map(|_| directory.to_owned())
 }
 
 impl Mirrorable {
     /// The file for a piece of RAM: in `ram_dir`, unless the user has asked for huge pages at another place.
     fn ram_file(&self, backend: &str, mem_path: Option<&Path>) -> PathBuf {
-        match mem_path.and_then(huge_directory).filter(|directory| *directory != self.ram_dir) {
-            Some(directory) => ram_file_elsewhere(&directory, &self.name, backend, &self.host),
-            None => ram_file(&self.ram_dir, &self.name, backend),
-        }
+        let huge = mem_path.and_then(huge_directory);
+        ram_file(huge.as_deref().unwrap_or(&self.ram_dir), &self.host, &self.name, backend)
     }
 }
 
 impl Spec {
     /// Makes the machine mirrorable: all RAM in shared, named files; our own QMP socket beside the
-    /// user's; not daemonized (the launcher detaches it). The guest sees the same machine as before.
+    /// user's; not daemonized (the launcher detaches it), and waiting for nobody at its sockets. The guest sees the same machine as before.
     ///
     /// # Errors
     /// Names the first option that stands in the way. Nothing is changed then.
@@ -161,6 +175,7 @@ impl Spec {
         spec.share_ram(how)?;
         spec.set_own_qmp(&how.qmp_socket);
         spec.remove_all("daemonize");
+        spec.wait_for_nobody();
         if let Some(pid_file) = &how.pid_file {
             spec.set_pid_file(pid_file);
         }
@@ -279,6 +294,37 @@ impl Spec {
         }
     }
 
+    /// A QEMU that waits for somebody to connect to one of its sockets before it starts answers nobody else either.
+    fn wait_for_nobody(&mut self) {
+        for argument in &mut self.arguments {
+            let Some(value) = argument.value().map(str::to_owned) else { continue };
+            match argument.name() {
+                "chardev" => {
+                    let mut chardev = argument.properties();
+                    let is_socket = chardev.get("backend").as_deref() == Some("socket");
+                    if is_socket && waits(&chardev) {
+                        waits_for_nobody(&mut chardev);
+                        argument.value = Some(chardev.render());
+                    }
+                }
+                name if takes_short_chardev(name) => {
+                    let form = value.strip_prefix("mon:").unwrap_or(&value);
+                    let is_socket = |kind: &str| kind == "unix" || SHORT_TCP.contains(&kind);
+                    let Some((kind, at)) = form.split_once(':').filter(|(kind, _)| is_socket(kind)) else {
+                        continue;
+                    };
+                    let mut socket = Properties::parse_pairs(at, Some("address"));
+                    if waits(&socket) {
+                        waits_for_nobody(&mut socket);
+                        let before = &value[..value.len() - form.len()];
+                        argument.value = Some(format!("{before}{kind}:{}", socket.render()));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
     fn own_qmp(&self) -> Option<(usize, Properties)> {
         self.all("chardev").find(|(_, chardev)| chardev.get("id").as_deref() == Some(OWN_QMP))
     }
@@ -317,6 +363,11 @@ impl Spec {
         }
         advice.join(" ")
     }
+}
+
+/// Whether a socket is one that QEMU waits at for somebody: its default.
+fn waits(socket: &Properties) -> bool {
+    socket.is_on("server") && socket.get("wait").is_none_or(|wait| super::options::is_yes(&wait))
 }
 
 /// Whether every piece of RAM has an id that QEMU would take: it becomes part of a file's name.
@@ -377,138 +428,4 @@ fn human(bytes: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn how() -> Mirrorable {
-        Mirrorable {
-            name: "web1".to_owned(),
-            host: "host-a".to_owned(),
-            ram_dir: PathBuf::from("/dev/shm"),
-            qmp_socket: PathBuf::from("/run/v/web1,a.qmp"),
-            pid_file: None,
-        }
-    }
-
-    fn made(argv: &[&str]) -> Result<Vec<String>, NotMirrorable> {
-        let mut spec = Spec::parse(&[&["q"], argv].concat()).unwrap();
-        let before = spec.clone();
-        match spec.make_mirrorable(&how()) {
-            Ok(()) => Ok(spec.to_argv()[1..].to_vec()),
-            Err(error) => {
-                assert_eq!(spec, before, "a refused machine must stay as it was");
-                Err(error)
-            }
-        }
-    }
-
-    const OWN: [&str; 4] = [
-        "-chardev",
-        "socket,id=vmirror-qmp,path=/run/v/web1,,a.qmp,server=on,wait=off",
-        "-mon",
-        "chardev=vmirror-qmp,mode=control",
-    ];
-
-    #[test]
-    fn plain_memory_gets_a_backend() {
-        let argv = made(&["-M", "q35,accel=tcg", "-m", "512", "-daemonize"]).unwrap();
-        let expected = [
-            "-M",
-            "q35,accel=tcg,memory-backend=pc.ram",
-            "-m",
-            "512",
-            "-object",
-            "memory-backend-file,id=pc.ram,size=536870912B,mem-path=/dev/shm/vmirror-web1@pc.ram,share=on",
-        ];
-        assert_eq!(argv, [expected.as_slice(), &OWN].concat());
-        let argv = made(&["-m", "1G", "-mem-path", "/nonexistent/x"]).unwrap();
-        assert!(
-            argv.contains(&"memory-backend=pc.ram".to_owned()) && !argv.contains(&"-mem-path".to_owned())
-        );
-    }
-
-    #[test]
-    fn named_backends_become_shared_files() {
-        let argv = made(&[
-            "-m",
-            "2G",
-            "-object",
-            "memory-backend-ram,id=n0,size=1G,policy=bind,host-nodes=0",
-            "-object",
-            r#"{"qom-type":"memory-backend-memfd","id":"n1","size":1073741824,"share":true,"seal":true}"#,
-            "-numa",
-            "node,memdev=n0",
-            "-numa",
-            "node,memdev=n1",
-        ])
-        .unwrap();
-        assert_eq!(
-            argv[3],
-            "memory-backend-file,id=n0,size=1G,policy=bind,host-nodes=0,share=on,mem-path=/dev/shm/vmirror-web1@n0"
-        );
-        let second: serde_json::Value = serde_json::from_str(&argv[5]).unwrap();
-        assert_eq!(
-            second,
-            serde_json::json!({"qom-type":"memory-backend-file","id":"n1","size":1_073_741_824,"share":true,
-                "mem-path":"/dev/shm/vmirror-web1@n1"})
-        );
-        assert!(!argv.iter().any(|word| word.contains("memory-backend=")));
-    }
-
-    #[test]
-    fn a_shared_named_file_stays_where_it_is() {
-        let object = "memory-backend-file,id=r,size=64M,share=on,mem-path=/dev/shm/my.ram";
-        let argv = made(&["-machine", "pc,memory-backend=r", "-m", "64", "-object", object]).unwrap();
-        assert_eq!(argv[5], object);
-    }
-
-    #[test]
-    fn making_it_mirrorable_twice_changes_nothing_more() {
-        let mut spec = Spec::parse(&["q", "-m", "64"]).unwrap();
-        spec.make_mirrorable(&how()).unwrap();
-        let once = spec.clone();
-        spec.make_mirrorable(&how()).unwrap();
-        assert_eq!(spec, once);
-        assert_eq!(spec.own_qmp_socket(), Some(how().qmp_socket));
-    }
-
-    #[test]
-    fn refusals_name_the_option() {
-        let table: &[(&[&str], &str)] = &[
-            (&["-incoming", "defer"], "-incoming defer cannot be used"),
-            (&["-loadvm", "x"], "-loadvm x cannot be used"),
-            (&["-snapshot"], "-snapshot cannot be used"),
-            (&["-drive", "file=/d,snapshot=on"], "-drive file=/d,snapshot=on cannot be used"),
-            (&["-readconfig", "f"], "-readconfig f cannot be used"),
-            (&["-device", "vfio-pci,host=1"], "tied to this host: -device vfio-pci,host=1"),
-            (&["-mem-path", "/dev/shm"], "RAM pc.ram is in directory /dev/shm"),
-            (&["-object", "memory-backend-file,id=a,size=1M,mem-path=/tmp"], "RAM a is in directory /tmp"),
-            (&["-object", "memory-backend-memfd,id=a,size=2M,hugetlb=on"], "RAM a is to have huge pages"),
-            (&["-object", "memory-backend-odd,id=a,size=2M"], "RAM a has a backend of unknown kind"),
-            (
-                &["-object", "memory-backend-file,id=a,size=1M,mem-path=/proc/self/exe,share=off"],
-                "RAM a is a private copy",
-            ),
-            (&["-netdev", "tap,id=n,fd=7"], "-netdev tap,id=n,fd=7 uses a descriptor"),
-            (&["-add-fd", "fd=3,set=1"], "-add-fd fd=3,set=1 uses a descriptor"),
-        ];
-        for (argv, message) in table {
-            let error = made(argv).unwrap_err().to_string();
-            assert!(error.starts_with(message), "{error}");
-        }
-        let bad = Mirrorable { name: "../x".to_owned(), ..how() };
-        assert!(matches!(
-            Spec::parse(&["q"]).unwrap().make_mirrorable(&bad),
-            Err(NotMirrorable::Name { .. })
-        ));
-    }
-
-    #[test]
-    fn the_pid_file_asked_for_replaces_the_users() {
-        let mut spec = Spec::parse(&["q", "-pidfile", "/a"]).unwrap();
-        spec.make_mirrorable(&how()).unwrap();
-        assert_eq!(spec.pid_file(), Some(Path::new("/a")));
-        spec.make_mirrorable(&Mirrorable { pid_file: Some("/b".into()), ..how() }).unwrap();
-        assert_eq!(spec.pid_file(), Some(Path::new("/b")));
-    }
-}
+mod tests;

@@ -7,7 +7,9 @@
 mod destination;
 mod devices;
 mod disks;
+mod drivers;
 mod files;
+mod known;
 mod made;
 mod memory;
 mod mirrorable;
@@ -15,14 +17,16 @@ mod network;
 mod options;
 mod parse;
 mod paths;
+pub mod render;
 
 pub use destination::Destination;
 pub use devices::DeclaredDevice;
 pub(crate) use disks::from_file_name;
 pub use disks::{Disk, Protocol};
 pub use files::{FilePurpose, FileUse};
+pub use known::BlockDriver;
 pub use memory::{RamBackend, RamKind, SizeError};
-pub use mirrorable::{Mirrorable, NotMirrorable};
+pub use mirrorable::{Mirrorable, NotMirrorable, ram_directory, ram_place};
 pub use network::{Nic, NicKind};
 pub use options::{Properties, escape};
 pub use parse::ParseError;
@@ -224,6 +228,13 @@ impl Spec {
         sockets
     }
 
+    /// How many seccomp filters QEMU puts itself under.
+    #[must_use]
+    pub fn sandboxes(&self) -> u32 {
+        let on = |(_, sandbox): &(usize, Properties)| sandbox.is_on("enable");
+        u32::try_from(self.all("sandbox").filter(on).count()).unwrap_or(u32::MAX)
+    }
+
     /// Whether QEMU puts itself into the background.
     #[must_use]
     pub fn is_daemonized(&self) -> bool {
@@ -247,6 +258,7 @@ impl Spec {
                 spec.arguments.remove(at);
             }
         }
+        spec.keep_images_apart();
         spec
     }
 
@@ -290,6 +302,17 @@ impl Spec {
 
     fn remove_all(&mut self, name: &str) {
         self.arguments.retain(|argument| argument.name() != name);
+        self.keep_images_apart();
+    }
+
+    /// An option that is not known would take for its value what came after one that is gone. An image goes before it, where it is the
+    /// same image.
+    fn keep_images_apart(&mut self) {
+        while let Some(at) =
+            self.arguments.windows(2).position(|pair| parse::would_be_one(&pair[0], &pair[1]))
+        {
+            self.arguments.swap(at, at + 1);
+        }
     }
 
     fn store(&mut self, at: usize, properties: &Properties) {

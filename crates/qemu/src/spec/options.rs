@@ -112,6 +112,36 @@ impl Properties {
         }
     }
 
+    /// Every value with its key, those of a key that is there more than once all, in order; of nested objects and lists, the keys with
+    /// dots. Flags, which have no value, are not among them.
+    #[must_use]
+    pub fn texts(&self) -> Vec<(String, String)> {
+        match &self.notation {
+            Notation::Pairs(pairs) => pairs
+                .iter()
+                .enumerate()
+                .filter_map(|(position, pair)| match pair {
+                    Pair::Named(name, value) => Some((name.clone(), value.clone())),
+                    Pair::Bare(word) if self.is_implied_value(position) => {
+                        Some((self.implied?.to_owned(), word.clone()))
+                    }
+                    Pair::Bare(_) => None,
+                })
+                .collect(),
+            Notation::Json(object) => {
+                let mut texts = Vec::new();
+                object.iter().for_each(|(key, value)| collect_texts(value, key.clone(), &mut texts));
+                texts
+            }
+        }
+    }
+
+    /// The properties of a JSON object.
+    #[must_use]
+    pub(crate) fn from_object(object: Map<String, Value>) -> Properties {
+        Properties { notation: Notation::Json(object), implied: None }
+    }
+
     /// Gives `key` a text value, in its place if it is there already.
     pub fn set(&mut self, key: &str, value: &str) {
         self.put(key, value, Value::String(value.to_owned()));
@@ -297,6 +327,21 @@ fn collect_keys(object: &Map<String, Value>, prefix: &str, keys: &mut Vec<String
             Value::Object(inner) => collect_keys(inner, &format!("{prefix}{key}."), keys),
             _ => keys.push(format!("{prefix}{key}")),
         }
+    }
+}
+
+fn collect_texts(value: &Value, key: String, texts: &mut Vec<(String, String)>) {
+    match value {
+        Value::Object(inner) => {
+            inner.iter().for_each(|(name, value)| collect_texts(value, format!("{key}.{name}"), texts));
+        }
+        Value::Array(items) => {
+            items
+                .iter()
+                .enumerate()
+                .for_each(|(at, value)| collect_texts(value, format!("{key}.{at}"), texts));
+        }
+        leaf => texts.extend(as_text(leaf).map(|text| (key, text))),
     }
 }
 

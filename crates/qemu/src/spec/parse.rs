@@ -47,7 +47,7 @@ pub enum ParseError {
 }
 
 /// Options without a value.
-const FLAGS: &[&str] = &[
+pub(super) const FLAGS: &[&str] = &[
     "S",
     "alt-grab",
     "async-teardown",
@@ -210,6 +210,7 @@ pub(crate) fn implied_key(option: &str) -> Option<&'static str> {
         "fsdev" | "virtfs" => "fsdriver",
         "fw_cfg" => "name",
         "boot" => "order",
+        "sandbox" => "enable",
         "cpu" => "model",
         _ => return None,
     })
@@ -275,6 +276,13 @@ impl Spec {
         }
         memory::check(self)
     }
+}
+
+/// Whether two arguments, one after the other, would be read as an option and its value.
+pub(super) fn would_be_one(option: &Argument, next: &Argument) -> bool {
+    let takes_next =
+        option_name(option.word()).is_some_and(|name| !FLAGS.contains(&name)) && option.value().is_none();
+    takes_next && option_name(next.word()).is_none()
 }
 
 fn option_name(word: &str) -> Option<&str> {

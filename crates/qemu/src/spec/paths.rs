@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Argument, Properties, Spec, disks::IMAGE_OPTIONS};
+use super::known::takes_short_chardev;
+use super::{Argument, BlockDriver, Properties, Spec, disks::IMAGE_OPTIONS};
 
 impl Spec {
     /// Makes every relative path absolute, as seen from `directory`. Names that QEMU also looks up in its own
@@ -40,9 +41,7 @@ fn resolve(argument: &mut Argument, directory: &Path) {
         "kernel" | "initrd" | "dtb" | "shim" | "pidfile" | "mem-path" | "pflash" | "readconfig" | "D"
         | "L" | "chroot" => absolute(&value, directory),
         "bios" => absolute(&value, directory).filter(|path| Path::new(path).exists()),
-        "serial" | "parallel" | "monitor" | "debugcon" | "qmp" | "qmp-pretty" | "gdb" => {
-            shorthand(&value, directory)
-        }
+        name if takes_short_chardev(name) => shorthand(&value, directory),
         _ => None,
     };
     if let Some(whole) = whole {
@@ -84,7 +83,7 @@ fn resolve(argument: &mut Argument, directory: &Path) {
 fn is_host_file(node: &Properties, key: &str) -> bool {
     let driver =
         key.strip_suffix("filename").map(|prefix| format!("{prefix}driver")).and_then(|key| node.get(&key));
-    matches!(driver.as_deref(), Some("file" | "host_device" | "host_cdrom"))
+    driver.is_some_and(|driver| BlockDriver::of(&driver) == BlockDriver::Local)
 }
 
 fn names_a_file(object: &Properties, key: &str) -> bool {

@@ -7,7 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use qemu::{Mirrorable, Process, Qmp, Spec};
+use qemu::spec::ram_directory;
+use qemu::{Mirrorable, Process, Qmp, RamDirectory, Spec};
 
 /// The QEMU to test with: `QEMU=/path`, else the installed one.
 pub(crate) fn qemu() -> String {
@@ -45,6 +46,7 @@ impl Place {
     }
 
     pub(crate) fn mirrorable(&self, name: &str) -> Mirrorable {
+        RamDirectory::open(&ram_directory(self.ram.path(), "host")).unwrap();
         Mirrorable {
             name: name.to_owned(),
             host: "host".to_owned(),
@@ -55,7 +57,9 @@ impl Place {
     }
 
     pub(crate) async fn launch(&self, spec: &Spec) -> Process {
-        let process = qemu::launch(spec, &self.path("log"), Vec::new(), |_| Ok(())).await.unwrap();
+        let process = qemu::launch(spec, &self.path("log"), qemu::Launch::default(), Vec::new(), |_| Ok(()))
+            .await
+            .unwrap();
         self.launched.borrow_mut().push(process.clone());
         process
     }

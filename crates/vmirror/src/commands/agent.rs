@@ -2,20 +2,35 @@
 
 use std::io::IsTerminal as _;
 use std::path::Path;
+use std::time::Duration;
 
 use agent::error::chain;
-use agent::{Config, ConfigError, Daemon, LockError, StartError};
+use agent::{Config, ConfigError, Daemon, Keeper, LockError, StartError};
+use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::failure::{Exit, Failure};
 
+/// How long the word that the agent is ready waits until its VMs are found again.
+const FOUND: Duration = Duration::from_secs(5);
+
 /// Which messages are logged: `error`, `info` (the usual), `agent=debug,link=trace`, …
 const LOG: &str = "VMIRROR_LOG";
 
+/// The command that a process is started with which keeps images locked.
+const HOLD: &str = "hold-locks";
+
+/// Holds what it was started with open until it is killed.
+pub(super) fn hold() -> ! {
+    loop {
+        std::thread::park();
+    }
+}
+
 pub(super) fn run(config: &Path) -> Result<Exit, Failure> {
     log()?;
-    let config = Config::load(config).map_err(|error| {
+    let mut config = Config::load(config).map_err(|error| {
         let hint = match &error {
             ConfigError::Read { .. } => "name the agent's configuration with --config",
             ConfigError::UnknownKey { .. } => "correct or remove it",
@@ -25,6 +40,8 @@ pub(super) fn run(config: &Path) -> Result<Exit, Failure> {
         };
         Failure::refused("configuration", chain(&error), hint)
     })?;
+    // This very program, whatever has taken its place by then.
+    config.keeper = Some(Keeper { program: "/proc/self/exe".into(), arguments: vec![HOLD.to_owned()] });
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let runtime = runtime.map_err(|error| {
         Failure::refused("runtime", format!("no threads can be set up: {error}"), "see `ulimit -a`")
@@ -45,14 +62,37 @@ async fn serve(config: Config) -> Result<Exit, Failure> {
             _ = interrupt.recv() => {}
         }
     };
+    agent::raise_descriptor_limit();
     let name = config.name.clone();
     let daemon = Daemon::start(config)
         .await
         .map_err(|error| Failure::refused(kind(&error), chain(&error), hint(&error)))?;
-    // On stderr whatever is logged: who starts an agent waits for this line.
-    eprintln!("vmirror agent {name} ready: link {}, api {}", daemon.link(), daemon.api().display());
+    for problem in daemon.problems() {
+        eprintln!("vmirror agent {name}: {}; {}", problem.message, problem.hint);
+    }
+    let ready = format!("vmirror agent {name} ready: link {}, api {}", daemon.link(), daemon.api().display());
+    let vms = daemon.vms().clone();
+    tokio::spawn(async move {
+        // It is served before; who starts an agent waits for this line, and finds the VMs then, but for those whose QEMU hangs.
+        let _ = tokio::time::timeout(FOUND, vms.found()).await;
+        // On stderr whatever is logged.
+        eprintln!("{ready}");
+        tell_service_manager(NotifyState::Ready);
+    });
+    let end = async {
+        end.await;
+        tell_service_manager(NotifyState::Stopping);
+    };
     daemon.run(end).await;
     Ok(Exit::Done)
+}
+
+/// A unit of `Type=notify` counts as started from then on, and what is ordered after it comes then: VMs, whose images are locked here
+/// if they have left.
+fn tell_service_manager(state: NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "the service manager cannot be told");
+    }
 }
 
 fn kind(error: &StartError) -> &'static str {
@@ -76,7 +116,8 @@ fn hint(error: &StartError) -> &'static str {
         StartError::Listen { .. } => "choose an address of this host and a free port for `listen`",
         StartError::Api { .. } => "choose another path for `api`",
         StartError::RamDir(_) => "choose a tmpfs that is mounted, such as /dev/shm",
-        StartError::History(_) | StartError::Journal { .. } => "look after it, or move it out of state_dir",
+        StartError::RamFiles(error) => migration::guest_ram::hint(error),
+        StartError::Journal { .. } => "look after it, or move it out of state_dir",
         _ => "choose directories that this user may write to",
     }
 }

@@ -1,12 +1,13 @@
 //! `vmirror check`, `migrate`, `mirror`, `switch`, `cancel`, `verify`.
 
 use std::num::NonZeroU64;
+use std::time::{Duration, Instant};
 
-use agent::api::types::{BandwidthRequest, CheckReply, MigrateRequest, SessionRef};
+use agent::api::types::{BandwidthRequest, CheckReply, MigrateRequest, SessionRef, VmView};
 use migration::report::DiskMode;
 use migration::report::Verification;
 use migration::source::PlannedDisk;
-use migration::{Goal, Options, Outcome, VmName};
+use migration::{Finding, Goal, Options, Outcome, VmName};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -32,6 +33,7 @@ pub(super) async fn check(client: &Client, asked: Migrate, output: &Output) -> R
     let (name, request) = request(asked)?;
     let reply: CheckReply = client.post(&format!("/v1/vms/{name}/check"), &request).await?;
     output.result(&reply, findings);
+    output.warn(&reply.warnings);
     Ok(if reply.findings.is_empty() { Exit::Done } else { Exit::Refused })
 }
 
@@ -82,10 +84,55 @@ pub(super) async fn begin(
         }
         begun => begun?,
     };
+    let supervised = supervised(client, &name).await;
     let manner = Manner { cancels: Some(&name), until_in_sync: detach };
     let (followed, interrupted) = follow(client, session.id, manner, output).await?;
-    Ok(conclude(followed, interrupted, Some(&request.to), output))
+    // Of one that stays, what kept it here is said.
+    if !matches!(&followed, Followed::Ended(report) if report.outcome != Outcome::Completed) {
+        output.warn(&supervised);
+    }
+    let again = started_again(client, &name, &followed, &supervised).await;
+    Ok(or_twice(conclude(followed, interrupted, Some(&request.to), output), again, output))
 }
+
+/// What has started a machine here, and may start it again.
+async fn supervised(client: &Client, name: &VmName) -> Vec<Finding> {
+    let vm: Option<VmView> = client.get(&format!("/v1/vms/{name}")).await.ok();
+    vm.into_iter().flat_map(|vm| vm.warnings).filter(|found| found.kind == "supervised").collect()
+}
+
+/// A machine that has moved and was started here once more may run twice: a person must look, however well it has moved.
+fn or_twice(exit: Exit, again: Option<Finding>, output: &Output) -> Exit {
+    let Some(Finding { kind, message, hint }) = again else { return exit };
+    output.complain(&Failure::new(Exit::Uncertain, &kind, message, hint));
+    Exit::Uncertain
+}
+
+/// Whether what has started a machine starts it again at once, when it has moved: looked at for a moment, as the agent goes on looking.
+async fn started_again(
+    client: &Client,
+    name: &VmName,
+    followed: &Followed,
+    supervised: &[Finding],
+) -> Option<Finding> {
+    let moved = matches!(followed, Followed::Ended(report) if report.outcome == Outcome::Completed);
+    if !moved || supervised.is_empty() {
+        return None;
+    }
+    let end = Instant::now() + AT_ONCE;
+    while Instant::now() < end {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        let left: Option<VmView> = client.get(&format!("/v1/vms/{name}")).await.ok();
+        if let Some(why) = left.and_then(|vm| vm.problem).filter(|why| why.kind == "started-again") {
+            return Some(why);
+        }
+    }
+    None
+}
+
+/// How long that is, and between two looks.
+const AT_ONCE: Duration = Duration::from_secs(6);
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// The kind of the agent's answer that a machine is under way already.
 const IN_MIGRATION: &str = "in-migration";
@@ -123,10 +170,12 @@ async fn change_bandwidth(
 }
 
 pub(super) async fn switch(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
+    let supervised = supervised(client, name).await;
     let session: SessionRef = client.post(&format!("/v1/vms/{name}/switch"), &()).await?;
     let manner = Manner { cancels: Some(name), until_in_sync: false };
     let (followed, interrupted) = follow(client, session.id, manner, output).await?;
-    Ok(conclude(followed, interrupted, None, output))
+    let again = started_again(client, name, &followed, &supervised).await;
+    Ok(or_twice(conclude(followed, interrupted, None, output), again, output))
 }
 
 pub(super) async fn cancel(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
@@ -190,6 +239,7 @@ mod tests {
                 ),
             ],
             disks: Vec::new(),
+            warnings: Vec::new(),
         };
         insta::assert_snapshot!(findings(&reply), @r"
         web1 cannot move to host-b, for 2 reasons:

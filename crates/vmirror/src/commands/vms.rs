@@ -1,10 +1,10 @@
-//! `vmirror run`, `adopt`, `list`, `show`, `stop`, `release`, `resolve`.
+//! `vmirror run`, `adopt`, `list`, `show`, `stop`, `release`, `forget`, `forget-images`, `resolve`.
 
 use std::path::Path;
 
 use agent::api::types::{
-    AdoptRequest, Decision, Doubt, ReleaseReply, ReleaseRequest, ResolveRequest, RunRequest, StopRequest,
-    VmView,
+    AdoptRequest, Decision, Doubt, ForgetImagesReply, ForgetImagesRequest, KeptView, ReleaseReply,
+    ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmState, VmView,
 };
 use migration::{Origin, VmName};
 use serde::Serialize;
@@ -36,6 +36,7 @@ pub(super) async fn run(
     })?;
     let vm: VmView = client.post("/v1/vms", &RunRequest { name, argv, directory, stale_disks }).await?;
     output.done(&vm, |vm| format!("{} is {}{}", vm.name, vm.state.name(), process(vm)));
+    output.warn(&vm.warnings);
     Ok(Exit::Done)
 }
 
@@ -51,6 +52,7 @@ pub(super) async fn adopt(
     })?;
     let vm: VmView = client.post(&format!("/v1/vms/{name}/adopt"), &AdoptRequest { qmp }).await?;
     output.done(&vm, |vm| format!("{} is taken in, {}{}", vm.name, vm.state.name(), process(vm)));
+    output.warn(&vm.warnings);
     Ok(Exit::Done)
 }
 
@@ -73,13 +75,38 @@ fn table(vms: &[VmView]) -> String {
         table.row([
             vm.name.clone(),
             vm.state.name().to_owned(),
-            bytes(vm.memory),
+            if vm.state == VmState::Left { "-".to_owned() } else { bytes(vm.memory) },
             vm.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
-            if vm.forward.is_some() { "-" } else { origin(vm.origin) }.to_owned(),
+            if has_left(vm) { "-" } else { origin(vm.origin) }.to_owned(),
             movement(vm),
         ]);
     }
-    table.render()
+    let mut text = table.render();
+    for (vm, problem) in vms.iter().filter_map(|vm| Some((vm, vm.problem.as_ref()?))) {
+        text.push_str(&format!("{}: {}; {}\n", vm.name, problem.message, problem.hint));
+    }
+    for (vm, kept) in vms.iter().filter_map(|vm| Some((vm, vm.kept.as_ref()?))) {
+        for (image, problem) in kept.images.iter().filter_map(|image| Some((image, image.problem.as_ref()?)))
+        {
+            text.push_str(&format!("{}: {} {problem}; {NOT_KEPT}\n", vm.name, image.path.display()));
+        }
+    }
+    text
+}
+
+/// What is to be done about an image that is not kept from others as it should be.
+const NOT_KEPT: &str = "see that no QEMU here uses it, and that the VM runs only where it went";
+
+fn has_left(vm: &VmView) -> bool {
+    vm.forward.is_some() || vm.state == VmState::Left
+}
+
+/// What is kept here of one that has left.
+fn locked(kept: &KeptView) -> String {
+    match kept.images.len() {
+        1 => "1 image kept locked".to_owned(),
+        more => format!("{more} images kept locked"),
+    }
 }
 
 fn origin(origin: Origin) -> &'static str {
@@ -96,10 +123,16 @@ fn movement(vm: &VmView) -> String {
         format!("{} → {}", live::stage(progress), progress.destination)
     } else if let Some(forward) = &vm.forward {
         format!("forwarded → {} ({})", forward.to, forward.address)
+    } else if let (VmState::Left, Some(kept)) = (vm.state, &vm.kept) {
+        let to = kept.to.as_deref().unwrap_or("an unknown place");
+        format!("left → {to}; {}", locked(kept))
+    } else if vm.state == VmState::Left {
+        "left".to_owned()
     } else {
         match &vm.doubt {
             Some(Doubt::HandedOver { to, address, .. }) => format!("handed over → {to} ({address})"),
             Some(Doubt::Received { from, .. }) => format!("waits for word from {from}"),
+            Some(Doubt::Journal) => "paused: the journal cannot be written".to_owned(),
             None => match &vm.network_of {
                 Some(host) => format!("in the network of {host}"),
                 None => "-".to_owned(),
@@ -119,28 +152,42 @@ fn describe(vm: &VmView) -> String {
         Some(status) if status != vm.state.name() => format!("{} (QEMU says {status})", vm.state.name()),
         _ => vm.state.name().to_owned(),
     };
-    let mut facts = vec![
-        ("name", vm.name.clone()),
-        ("state", state),
-        ("memory", bytes(vm.memory)),
-        ("process", vm.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())),
-    ];
-    if vm.forward.is_none() {
+    let mut facts = vec![("name", vm.name.clone()), ("state", state)];
+    if vm.state != VmState::Left {
+        facts.push(("memory", bytes(vm.memory)));
+        facts.push(("process", vm.pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string())));
+    }
+    if !has_left(vm) {
         facts.push(("came by", origin(vm.origin).to_owned()));
         facts.push(("generation", vm.generation.to_string()));
         facts.push(("qmp socket", vm.qmp_socket.display().to_string()));
     }
+    facts.extend(vm.log.iter().map(|log| ("output", log.display().to_string())));
     facts.extend(vm.files.iter().map(|file| ("made here", file.display().to_string())));
     facts.extend(vm.taps.iter().map(|tap| ("made here", format!("tap {tap}"))));
     if let Some(host) = &vm.network_of {
         facts.push(("network", format!("that of {host}, through a tunnel, until `vmirror release`")));
     }
-    if vm.session.is_some() || vm.doubt.is_some() || vm.forward.is_some() {
+    if vm.session.is_some() || vm.doubt.is_some() || has_left(vm) {
         facts.push(("migration", movement(vm)));
     }
     if let Some(progress) = &vm.session {
         facts.push(("lag", bytes(progress.remaining_bytes)));
         facts.push(("dirty rate", rate(progress.dirty_rate)));
+    }
+    for image in vm.kept.iter().flat_map(|kept| &kept.images) {
+        facts.push(("kept locked", image.path.display().to_string()));
+        if let Some(problem) = &image.problem {
+            facts.push(("problem", format!("{problem}; {NOT_KEPT}")));
+        }
+    }
+    if let Some(problem) = &vm.problem {
+        facts.push(("problem", problem.message.clone()));
+        facts.push(("", problem.hint.clone()));
+    }
+    for warning in &vm.warnings {
+        facts.push(("warning", warning.message.clone()));
+        facts.push(("", warning.hint.clone()));
     }
     if !vm.argv.is_empty() {
         facts.push(("command", vm.argv.join(" ")));
@@ -178,14 +225,37 @@ pub(super) async fn release(
     Ok(Exit::Done)
 }
 
+pub(super) async fn forget(client: &Client, name: &VmName, output: &Output) -> Result<Exit, Failure> {
+    client.tell(&format!("/v1/vms/{name}/forget"), &()).await?;
+    let done = Done { vm: name.as_ref(), done: "forgotten" };
+    output.done(&done, |done| format!("{} is let go of, and runs on", done.vm));
+    Ok(Exit::Done)
+}
+
+pub(super) async fn forget_images(
+    client: &Client,
+    name: &VmName,
+    force: bool,
+    output: &Output,
+) -> Result<Exit, Failure> {
+    let request = ForgetImagesRequest { force };
+    let reply: ForgetImagesReply = client.post(&format!("/v1/vms/{name}/forget-images"), &request).await?;
+    output.done(&reply, |reply| {
+        let images: Vec<String> = reply.images.iter().map(|image| image.display().to_string()).collect();
+        format!("not kept locked any more: {}", images.join(", "))
+    });
+    Ok(Exit::Done)
+}
+
 pub(super) async fn resolve(
     client: &Client,
     name: &VmName,
     here: bool,
+    force: bool,
     output: &Output,
 ) -> Result<Exit, Failure> {
     let decision = if here { Decision::RunHere } else { Decision::GiveUp };
-    client.tell(&format!("/v1/vms/{name}/resolve"), &ResolveRequest { decision }).await?;
+    client.tell(&format!("/v1/vms/{name}/resolve"), &ResolveRequest { decision, force }).await?;
     let done = Done { vm: name.as_ref(), done: if here { "run-here" } else { "given-up" } };
     output.done(&done, |done| {
         if here {
@@ -214,11 +284,15 @@ mod tests {
             qmp_socket: "/run/vmirror/web1.qmp".into(),
             argv: vec!["qemu-system-x86_64".to_owned(), "-m".to_owned(), "512".to_owned()],
             files: vec!["/dev/shm/vmirror-web1".into()],
+            log: Some("/var/lib/vmirror/logs/web1.log".into()),
             taps: vec!["tap0".to_owned()],
             session: None,
             doubt: None,
+            problem: None,
+            warnings: Vec::new(),
             forward: None,
             network_of: None,
+            kept: None,
         }
     }
 
@@ -240,6 +314,23 @@ mod tests {
         db    uncertain  512.0 MiB     -  run      handed over → host-b (10.9.0.3:7600)
         ");
         assert!(table(&[]).contains("vmirror run"));
+        let image = |path: &str, problem: Option<&str>| agent::api::types::KeptImageView {
+            path: path.into(),
+            problem: problem.map(str::to_owned),
+        };
+        let images = vec![image("/srv/a.img", None), image("/srv/b.img", Some("is open"))];
+        let kept = Some(KeptView { to: Some("host-b".to_owned()), since_unix_ms: 0, images });
+        let left = VmView { state: VmState::Left, pid: None, kept, ..vm("mail") };
+        let text = table(std::slice::from_ref(&left));
+        assert!(text.contains("  left → host-b; 2 images kept locked\n"), "{text}");
+        assert!(text.ends_with(&format!("\nmail: /srv/b.img is open; {NOT_KEPT}\n")), "{text}");
+        assert!(describe(&left).contains("kept locked /srv/a.img\n"));
+        let problem =
+            migration::Finding::new("qemu-silent", "the QEMU of db does not answer: why", "do this");
+        let silent = VmView { state: VmState::Unreachable, problem: Some(problem), ..vm("db") };
+        assert!(
+            table(&[vm("web1"), silent]).ends_with("\ndb: the QEMU of db does not answer: why; do this\n")
+        );
     }
 
     #[test]
@@ -252,9 +343,16 @@ mod tests {
         came by     run
         generation  3
         qmp socket  /run/vmirror/web1.qmp
+        output      /var/lib/vmirror/logs/web1.log
         made here   /dev/shm/vmirror-web1
         made here   tap tap0
         command     qemu-system-x86_64 -m 512
         ");
+        let warnings = vec![migration::Finding::new("ram-exposed", "every user can read it", "chmod 600 it")];
+        let exposed = describe(&VmView { warnings, ..vm("web1") });
+        assert!(
+            exposed.contains("warning     every user can read it\n            chmod 600 it\n"),
+            "{exposed}"
+        );
     }
 }

@@ -3,7 +3,7 @@
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
-use agent::api::types::{Event, EventKind, HistoryEntry, Place, RemovalReason, VmView};
+use agent::api::types::{Event, EventKind, HistoryEntry, Place, ReleaseReason, RemovalReason, VmView};
 use futures::StreamExt as _;
 use migration::{Goal, Outcome, Progress, VmName};
 
@@ -154,6 +154,7 @@ fn words(kind: &EventKind) -> String {
             RemovalReason::Migrated => "runs elsewhere now".to_owned(),
             RemovalReason::Stopped => "stopped".to_owned(),
             RemovalReason::Ended => "ended by itself".to_owned(),
+            RemovalReason::Forgotten => "let go of; it runs on".to_owned(),
             RemovalReason::GivenUp => "given up here".to_owned(),
             RemovalReason::Withdrawn => "the copy here was taken back".to_owned(),
         },
@@ -176,6 +177,16 @@ fn words(kind: &EventKind) -> String {
                 }
                 (_, None) => format!("migration ended ({})", short(&id)),
             }
+        }
+        EventKind::StartedAgain { pid, has } => {
+            format!("has left, and process {pid} here has its {}: two copies may run", has.join(", "))
+        }
+        EventKind::ImageNotKept { image, problem } => format!("{} {problem}", image.display()),
+        EventKind::ImageReleased { image, reason: ReleaseReason::Forgotten } => {
+            format!("{} is not kept locked any more, as somebody said", image.display())
+        }
+        EventKind::ImageReleased { image, reason: ReleaseReason::Removed } => {
+            format!("{} was removed, and is not kept any more", image.display())
         }
         EventKind::Settled { runs: Place::Here } => "settled: runs here".to_owned(),
         EventKind::Settled { runs: Place::There } => "settled: runs at the destination".to_owned(),

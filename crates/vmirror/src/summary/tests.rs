@@ -140,6 +140,13 @@ fn a_completed_migration_ends_with_what_an_operator_asks_first() {
 }
 
 #[test]
+fn what_was_not_as_asked_or_not_heard_is_said() {
+    let text = of(&Report { downtime_ms: 1420.0, health: None, ..report() }, None);
+    assert!(text.contains("downtime  1.42 s, LONGER than asked (50.0 ms asked"), "{text}");
+    assert!(text.contains("health    nothing was heard of it at the destination"), "{text}");
+}
+
+#[test]
 fn a_failed_one_says_where_the_machine_runs_and_claims_nothing_else() {
     let text = of(&refused(), Some("10.9.0.3:7600"));
     assert!(text.starts_with("web1 was not moved to host-b; it runs on host-a as before\n"), "{text}");

@@ -9,7 +9,7 @@ use crate::site::{Agent, Site};
 use crate::text;
 
 /// The QEMU to test with, or why there is none.
-fn qemu() -> Option<String> {
+pub(crate) fn qemu() -> Option<String> {
     let qemu = std::env::var("QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
     let runs = Command::new(&qemu)
         .arg("--version")
@@ -23,7 +23,7 @@ fn qemu() -> Option<String> {
 }
 
 /// Ends a QEMU that outlives its agent, however the test ends.
-struct Ends(Vec<String>);
+pub(crate) struct Ends(pub(crate) Vec<String>);
 
 impl Drop for Ends {
     fn drop(&mut self) {
@@ -46,7 +46,7 @@ impl Drop for Reaped {
 const MACHINE: [&str; 9] =
     ["-machine", "q35", "-accel", "tcg", "-m", "64", "-nodefaults", "-display", "none"];
 
-fn run(agent: &Agent, qemu: &str, name: &str) -> String {
+pub(crate) fn run(agent: &Agent, qemu: &str, name: &str) -> String {
     let arguments = [&["run", name, "--", qemu][..], &MACHINE].concat();
     let output = agent.ask(&arguments);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -60,7 +60,7 @@ fn run(agent: &Agent, qemu: &str, name: &str) -> String {
 }
 
 /// What agents make for machines, by name.
-fn made(site: &Site) -> Vec<String> {
+pub(crate) fn made(site: &Site) -> Vec<String> {
     let files = |dir: &str| std::fs::read_dir(site.path(dir)).unwrap().map(|file| file.unwrap().file_name());
     let all = files("run").chain(files("."));
     let mut all: Vec<_> = all.map(|name| name.to_string_lossy().into_owned()).collect();
@@ -68,7 +68,7 @@ fn made(site: &Site) -> Vec<String> {
     all
 }
 
-fn until(what: &str, holds: impl Fn() -> bool) {
+pub(crate) fn until(what: &str, holds: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !holds() {
         assert!(Instant::now() < deadline, "{what}");
@@ -108,6 +108,33 @@ fn a_machine_whose_qemu_dies_is_off_the_list_and_cleaned_up_after() {
     assert_eq!(made(&agent.site), Vec::<String>::new());
     let events = text(&agent.ask(&["events"]).stdout);
     assert!(events.contains("web1  started\n") && events.contains("web1  ended by itself\n"), "{events}");
+}
+
+#[test]
+fn a_machine_whose_qemu_dies_while_it_is_checked_is_cleaned_up_after() {
+    let Some(qemu) = qemu() else { return };
+    let agent = Agent::start();
+    let pid = run(&agent, &qemu, "web1");
+    // An agent that takes the connection and says nothing: the check lasts for as long as this likes.
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = elsewhere.local_addr().unwrap().to_string();
+    let check = Command::new(crate::PROGRAM)
+        .args(["check", "web1", "--to", &address])
+        .env("VMIRROR_AGENT", agent.site.path("api.sock"))
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut check = Reaped(check);
+    let under_way = elsewhere.accept().unwrap();
+    drop(Ends(vec![pid]));
+    until("its monitor is seen to have closed", || {
+        agent.json(&["show", "web1"])["state"] == json!("unreachable")
+    });
+    assert!(!made(&agent.site).is_empty(), "it is looked after when the check is over");
+    drop((under_way, elsewhere));
+    assert!(!check.0.wait().unwrap().success());
+    until("it is off the list", || agent.json(&["list"]) == json!([]));
+    assert_eq!(made(&agent.site), Vec::<String>::new());
 }
 
 #[test]

@@ -3,11 +3,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod full_disk;
 mod machine;
+mod many;
 mod site;
+mod unclear;
 
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -195,4 +199,21 @@ fn an_agent_without_machines_answers_in_words_and_in_json_and_ends_at_sigterm() 
 
     assert_eq!(agent.terminate(), Some(0));
     assert!(!agent.site.path("api.sock").exists());
+}
+
+#[test]
+fn a_service_manager_is_told_when_the_agent_is_ready_and_when_it_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let told = || {
+        let mut bytes = [0; 512];
+        let length = socket.recv(&mut bytes).unwrap();
+        text(&bytes[..length]).trim().to_owned()
+    };
+    let mut agent = Agent::start_by(&["env", &format!("NOTIFY_SOCKET={}", path.display())], Site::new());
+    assert_eq!(told(), "READY=1");
+    assert_eq!(agent.terminate(), Some(0));
+    assert_eq!(told(), "STOPPING=1");
 }

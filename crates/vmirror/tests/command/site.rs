@@ -50,7 +50,29 @@ impl Agent {
 
     /// Starts one on a site that another has left.
     pub(crate) fn start_at(site: Site) -> Agent {
-        let mut process = Command::new(PROGRAM)
+        Agent::start_by(&[], site)
+    }
+
+    /// Starts one, and does not wait until it has found its machines again: only until it answers.
+    pub(crate) fn start_serving(site: Site) -> Agent {
+        let process = Command::new(PROGRAM)
+            .args(["agent", "--config"])
+            .arg(site.path("agent.toml"))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut agent = Agent { site, process };
+        while !agent.ask(&["list"]).status.success() {
+            assert_eq!(agent.process.try_wait().unwrap(), None, "it has ended");
+        }
+        agent
+    }
+
+    /// Starts one by another program, which is to become it.
+    pub(crate) fn start_by(starter: &[&str], site: Site) -> Agent {
+        let line = [starter, &[PROGRAM]].concat();
+        let mut process = Command::new(line[0])
+            .args(&line[1..])
             .args(["agent", "--config"])
             .arg(site.path("agent.toml"))
             .stderr(Stdio::piped())

@@ -173,14 +173,24 @@ impl PostCopySource {
     }
 
     /// The guest waits for these: they go first, with their neighbours, whether or not they were sent before.
-    pub fn supply(&self, pages: Vec<PageIndex>) {
-        lock(&self.shared.gate.state).asked = Some(Instant::now());
+    ///
+    /// False, and nothing is done, where more would wait to be supplied than each page twice: nobody who waits for pages asks so.
+    #[must_use]
+    pub fn supply(&self, pages: Vec<PageIndex>) -> bool {
         let layout = self.shared.ram.layout();
-        lock(&self.shared.wanted).extend(pages.into_iter().filter(|page| layout.locate(*page).is_some()));
+        {
+            let mut wanted = lock(&self.shared.wanted);
+            if (wanted.len() + pages.len()) as u64 > layout.page_count().saturating_mul(2) {
+                return false;
+            }
+            wanted.extend(pages.into_iter().filter(|page| layout.locate(*page).is_some()));
+        }
+        lock(&self.shared.gate.state).asked = Some(Instant::now());
         if let Some(wants) = &self.wants {
             // Where one word waits to be heard, that is enough.
             let _ = wants.try_send(());
         }
+        true
     }
 
     /// Begins to push what nobody has asked for. At first only while nobody asks.
@@ -452,14 +462,14 @@ mod tests {
                 .unwrap();
 
         // Before anything is pushed; the page itself though it is not among those that are known to be missing.
-        source.supply(vec![PageIndex(asked)]);
+        assert!(source.supply(vec![PageIndex(asked)]));
         let mut expected: Vec<u64> = (CHUNK_PAGES + 32..CHUNK_PAGES + 48).step_by(2).collect();
         expected.push(asked);
         expected.sort_unstable();
         assert_eq!(pages(&mut answers, &layout, expected.len()), expected);
         assert!(rest.read(&mut [0]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock));
         // One that the rest has not come to goes before it, and not twice.
-        source.supply(vec![PageIndex(chunk(2).start)]);
+        assert!(source.supply(vec![PageIndex(chunk(2).start)]));
         let neighbours: Vec<u64> = chunk(2).take(NEIGHBOURHOOD as usize).collect();
         assert_eq!(pages(&mut answers, &layout, neighbours.len()), neighbours);
 
@@ -471,8 +481,11 @@ mod tests {
         source.results.recv().unwrap().unwrap();
         assert_eq!(source.unsent(), 0);
         // What was sent is sent again when it is asked for again: it may have been lost.
-        source.supply(vec![PageIndex(asked)]);
+        assert!(source.supply(vec![PageIndex(asked)]));
         assert_eq!(pages(&mut answers, &layout, 1), [asked]);
         assert!(source.failure().is_none());
+        // Whoever asks for more than there is does not wait for pages: it fills this host's memory.
+        let too_many = usize::try_from(layout.page_count()).unwrap() * 2 + 1;
+        assert!(!source.supply(vec![PageIndex(asked); too_many]));
     }
 }

@@ -9,13 +9,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, fchmod};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::BlockSizes;
 use super::connection;
 pub use super::reply::Reply;
 use super::wire::MAX_STRING;
+use crate::meeting;
 
 /// Clients that may wait to be accepted; all but one of them are turned away.
 const BACKLOG: i32 = 8;
@@ -174,12 +173,7 @@ impl Drop for Server {
 
 /// The socket gets its mode before it has a name, so nobody else can connect in between.
 fn bind(path: &Path) -> io::Result<UnixListener> {
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(UnixListener::from(socket))
+    Ok(UnixListener::from(meeting::listen(path, BACKLOG)?))
 }
 
 /// Closes the connection when its thread ends, even by a panic. Replies may outlive it and hold the socket: the

@@ -1,0 +1,202 @@
+//! Writes what the corpora of these targets begin with: what two agents say to each other, and what they keep.
+
+use fuzzing::Seeds;
+use migration::conntrack::wire::{Flow, Flows, Icmp, Ports, Tcp, Tuple};
+use migration::wire::{
+    BootFile, CgroupLimits, Commit, CpuidWord, Disk, Finding, Findings, Forward, Health, Holds, Known,
+    Lacking, Macvtap, Missing, Neighbour, Nothing, Pages, Port, RamBlock, Reply, Request, Reserve, Reserved,
+    Resume, Running, Sums, Supplied, Tap, ToDestination, ToSource, Vlan, WrongBlocks,
+};
+use migration::{Record, Report};
+use prost::Message as _;
+
+const SESSION: [u8; 16] = [0x5e; 16];
+
+fn text(text: &str) -> String {
+    text.to_owned()
+}
+
+fn tap(netdev: &str) -> Tap {
+    Tap {
+        netdev: text(netdev),
+        ifname: text("vm-web1"),
+        bridge: text("br0"),
+        mtu: 1500,
+        multi_queue: true,
+        mac: text("52:54:00:aa:bb:cc"),
+        port: Some(Port { known: 1023, on: 8, vlans: vec![Vlan { vid: 7, flags: 3 }] }),
+        queue_length: 1000,
+        macvtap: None,
+    }
+}
+
+fn reserve() -> Reserve {
+    let argv = "/usr/bin/qemu-system-x86_64 -m 64M -nodefaults -drive file=/vm/a.img,if=virtio,format=raw";
+    let mode = Macvtap { lower: text("eth0"), mode: 4, mac: text("52:54:00:aa:bb:cd") };
+    Reserve {
+        session: SESSION.to_vec(),
+        name: text("web1"),
+        generation: 3,
+        argv: argv.split(' ').map(text).collect(),
+        machine: text("pc-q35-7.2"),
+        qemu_version: text("7.2.9"),
+        cpu_features: vec![text("avx2")],
+        cpuid: vec![CpuidWord { leaf: 7, subleaf: Some(0), register: text("EBX"), features: 0x1234 }],
+        ram: vec![RamBlock { id: text("pc.ram"), size: 64 << 20, huge_page: 2 << 20 }],
+        disks: vec![Disk {
+            path: text("/vm/a.img"),
+            probe: text("/vm/.vmirror-probe-1"),
+            nonce: vec![1; 16],
+            size: 1 << 30,
+            format: text("raw"),
+            allocated: 4096,
+            ..Disk::default()
+        }],
+        taps: vec![tap("n0")],
+        macvtaps: vec![Tap { macvtap: Some(mode), ..tap("n1") }],
+        streams: 4,
+        secret: vec![9; 192],
+        boot_files: vec![BootFile { path: text("/vm/kernel"), size: 7, hash: vec![3; 16] }],
+        nft: text(TABLE),
+        limits: Some(CgroupLimits {
+            cpu_time: Some(50_000),
+            cpu_period: Some(100_000),
+            cpu_weight: Some(100),
+            memory_max: Some(1 << 30),
+            ..CgroupLimits::default()
+        }),
+        forward: Some(Forward { port: 4789 }),
+        patient: true,
+        post_copy: true,
+        link_port: 7600,
+        ..Reserve::default()
+    }
+}
+
+fn words() {
+    let seeds = Seeds::of(env!("CARGO_MANIFEST_DIR"), "control_words");
+    let commit = Commit { session: SESSION.to_vec(), name: text("web1"), generation: 4 };
+    let neighbour = Neighbour {
+        netdev: text("n0"),
+        mac: text("52:54:00:aa:bb:cc"),
+        addresses: vec![text("10.0.0.2"), text("fe80::1")],
+    };
+    let sums = Sums { barrier: 2, sums: vec![1; 64], audited: 9, disks: vec![0; 64], audited_blocks: 1 };
+    let requests = [
+        ("reserve", Request::Reserve(reserve())),
+        ("device-state", Request::DeviceState(vec![1, 2, 3])),
+        ("hold", Request::HoldDevices(Nothing {})),
+        ("load", Request::Load(sums.clone())),
+        ("commit", Request::Commit(commit.clone())),
+        ("cancel", Request::Cancel(commit.clone())),
+        ("resume", Request::Resume(Resume { commit: Some(commit), secret: vec![9; 192] })),
+        ("known", Request::Known(Known { neighbours: vec![neighbour], flows: Some(connections()) })),
+    ];
+    for (name, request) in requests {
+        seeds.add(name, [&[0][..], &ToDestination::from(request).encode_to_vec()].concat());
+    }
+    let finding = Finding { kind: text("room"), message: text("no room"), hint: text("make some") };
+    let findings = Findings {
+        findings: vec![finding.clone()],
+        cpu_features: vec![text("avx2")],
+        reserved: Some(Reserved {
+            mirrored: vec![0],
+            known: vec![0],
+            existing: vec![0],
+            keeper: vec![4; 16],
+        }),
+        keeper: vec![4; 16],
+    };
+    let supplied = Supplied { sums: vec![1; 64], faults: 7, longest_us: 80, total_us: 100, taken_over: true };
+    let health = Health {
+        watched_ms: 200.0,
+        vcpus: 2,
+        progressing: 1,
+        status: text("running"),
+        problems: vec![finding],
+        frames_dropped: 1,
+    };
+    let replies = [
+        ("reserved", Reply::Reserved(findings.reserved.clone().unwrap_or_default())),
+        ("refused", Reply::Refused(findings.clone())),
+        ("failed", Reply::Failed(findings)),
+        ("barrier", Reply::Barrier(sums)),
+        ("mismatch", Reply::Mismatch(Pages { pages: vec![0, 7, 511] })),
+        ("running", Reply::Running(Running { supplied: Some(supplied), lacked: true })),
+        ("health", Reply::Health(health)),
+        ("missing", Reply::Missing(Missing { first: 64, bits: vec![1; 64], more: true })),
+        ("holds", Reply::Holds(Holds { disk: 0, first: 3, hashes: vec![5; 64], last: false })),
+        ("wrong-blocks", Reply::WrongBlocks(WrongBlocks { blocks: vec![1, 2], checked: true })),
+        ("lacking", Reply::Lacking(Lacking { paths: vec![text("/vm/kernel")] })),
+    ];
+    for (name, reply) in replies {
+        seeds.add(name, [&[1][..], &ToSource::from(reply).encode_to_vec()].concat());
+    }
+}
+
+fn connections() -> Flows {
+    let tuple = |source: [u8; 4], destination: [u8; 4]| Tuple {
+        source: source.to_vec(),
+        destination: destination.to_vec(),
+        protocol: 6,
+        ports: Some(Ports { source: 40_000, destination: 80 }),
+        ..Tuple::default()
+    };
+    let (there, back) = (tuple([10, 0, 0, 2], [10, 0, 0, 3]), tuple([10, 0, 0, 3], [10, 0, 0, 2]));
+    let tcp = Tcp { state: 3, original_flags: 3, reply_flags: 3, original_scale: 7, reply_scale: 14 };
+    let ping = Tuple {
+        source: vec![0xfe; 16],
+        destination: vec![0xfd; 16],
+        protocol: 58,
+        icmp: Some(Icmp { id: 7, kind: 128, code: 0 }),
+        zone: Some(3),
+        ..Tuple::default()
+    };
+    let flow = Flow {
+        original: Some(there),
+        reply: Some(back),
+        seen_reply: true,
+        assured: true,
+        timeout: 431_999,
+        mark: 1,
+        labels: vec![1; 16],
+        tcp: Some(tcp),
+        ..Flow::default()
+    };
+    let echo = Flow { original: Some(ping.clone()), reply: Some(ping), ..Flow::default() };
+    Flows { flows: vec![flow, echo], more: false }
+}
+
+/// As nft 1.0.6 lists one.
+const TABLE: &str = r#"{"nftables": [{"metainfo": {"version": "1.0.6", "json_schema_version": 1}}, {"table": {"family": "inet", "name": "vmirror-web1", "handle": 2}}, {"map": {"family": "inet", "name": "m", "table": "vmirror-web1", "type": "ipv4_addr", "handle": 7, "map": "verdict", "elem": [["10.0.0.2", {"jump": {"target": "other"}}]]}}, {"chain": {"family": "inet", "table": "vmirror-web1", "name": "other", "handle": 1}}, {"add": {"rule": {"family": "inet", "table": "vmirror-web1", "chain": "other", "handle": 8, "expr": [{"counter": {"packets": 1, "bytes": 80}}, {"drop": null}]}}}]}"#;
+
+const REPORT: &str = r#"{"id": "857d0a", "vm": "web1", "source": "host-a", "destination": "host-b", "started_unix_ms": 1700000000000, "engine": "mirror", "outcome": "completed", "error": {"stage": "failed", "kind": "link", "message": "the link is gone", "hint": "see to it", "more": [{"kind": "a", "message": "b", "hint": "c"}]}, "total_ms": 1234.5, "downtime_ms": 17.25, "downtime_asked_ms": 50.0, "downtime_predicted_ms": 20.0, "pause": {"stopped_ms": 0.1, "last_round_ms": 1.0, "device_state_ms": 2.0, "gate_ms": 3.0, "ready_ms": 4.0, "handed_over_ms": 5.0, "running_ms": 6.5}, "tracking_hold_ms": 0.5, "phases": [{"name": "switch-over", "start_ms": 0.0, "duration_ms": 1.5}], "rounds": [{"n": 0, "dirty_pages": 16384, "zero": 3, "unchanged": 2, "delta": 1, "plain": 5, "raw_bytes": 67108864, "wire_bytes": 4096, "duration_ms": 1.5, "scan_ms": 0.5, "paused": false, "estimate": {"dirty_rate": 1e6, "throughput": 2e9, "downtime_ms": null, "time_left_ms": 4.0}}], "memory": {"pages": 16384, "page_size": 4096, "raw_bytes": 67108864, "wire_bytes": 4096}, "disks": [{"name": "/vm/a.img", "size": 1073741824, "raw_bytes": 5, "wire_bytes": 4, "mode": "mirrored"}], "network": {"frames_forwarded": 3, "frames_dropped": 1, "forwarding": {"to": "10.9.0.3", "interfaces": ["vx0"]}}, "device_state_bytes": 100000, "verification": {"audited_pages": 1, "repaired_pages": 0, "gate": "match", "proof": "not-made", "proof_pages": 0, "mismatches": 0}, "health": {"watched_ms": 200.0, "vcpus": 2, "vcpus_progressing": 1}, "post_copy": {"pages": 5, "faults": 2, "longest_fault_ms": 1.5, "mean_fault_ms": 0.5, "duration_ms": 9.0, "links": 1, "counted": "part"}, "quiesced": {"stops": 1, "longest_ms": 2.0, "total_ms": 3.0}, "throttle": {"highest_share": 0.5, "duration_ms": 1.0, "stops": 3, "stopped_ms": 0.1, "longest_stop_ms": 0.05}}"#;
+
+const RECORD: &str = r#"{"name": "web1", "generation": 3, "ownership": {"handed-over": {"session": "5e5e5e5e-5e5e-5e5e-5e5e-5e5e5e5e5e5e", "to": "host-b", "address": "10.9.0.3:7600"}}, "origin": "arrived", "arrived_by": "5e5e5e5e-5e5e-5e5e-5e5e-5e5e5e5e5e5f", "resuming": false, "process": null, "argv": ["qemu-system-x86_64", "-m", "64M"], "qmp_socket": "/run/vmirror/web1.qmp", "memory": 67108864, "made": {"files": ["/dev/shm/vmirror-web1@pc.ram"], "taps": ["vm-web1"]}, "left_behind": ["/vm/a.img"]}"#;
+
+fn journal() {
+    let seeds = Seeds::of(env!("CARGO_MANIFEST_DIR"), "journal_slots");
+    let record = serde_json::from_str::<Record>(RECORD).expect("a record");
+    let json = serde_json::to_vec(&record).expect("a record is JSON");
+    let half = (json.len() as u16).to_le_bytes();
+    let both = |head: [u8; 3], first: &[u8], second: &[u8]| {
+        [&head[..], &(first.len() as u16).to_le_bytes(), first, second].concat()
+    };
+    seeds.add("two", both([0, 2, 3], &json, &json));
+    seeds.add("one", both([2, 2, 0], &json, &[]));
+    seeds.add("later", both([0, 2, 3], &json, b"{\"format\": 2}"));
+    seeds.add("other-version", both([3, 0, 0], b"vmirror2", &half));
+    seeds.add("last", both([0, 255, 1], &json, &json));
+}
+
+fn main() {
+    let package = env!("CARGO_MANIFEST_DIR");
+    words();
+    journal();
+    Seeds::of(package, "known_flows").add("two", connections().encode_to_vec());
+    let seeds = Seeds::of(package, "nft_table");
+    seeds.add("listed", TABLE);
+    seeds.add("another", TABLE.replace("vmirror-web1", "filter"));
+    serde_json::from_str::<Report>(REPORT).expect("a report");
+    Seeds::of(package, "report_json").add("all", REPORT);
+}

@@ -1,0 +1,156 @@
+//! How long either side waits for the other, in one place, so that they fit each other.
+//!
+//! docs/protocol.md has the same as a table; a test here compares the two, and checks that whoever waits waits longer than what it
+//! waits for may take.
+
+use std::time::Duration;
+
+const fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// Destination: a source's first word, and its last, before it closes.
+pub(crate) const FIRST_WORD: Duration = seconds(10);
+/// Destination, right after the start of its agent: until the machine that is asked about is found.
+pub(crate) const FOUND: Duration = seconds(8);
+/// Destination: between two words that it is still at a reservation.
+pub(crate) const WORKING: Duration = seconds(15);
+/// Source: for a word of the destination while it reserves.
+pub(crate) const RESERVE_WORD: Duration = seconds(60);
+/// Source: for a reservation in all. QEMU reserves hundreds of GiB of huge pages meanwhile, and hooks run.
+pub(crate) const RESERVE: Duration = seconds(1200);
+/// Destination: for the files that a machine boots from, all of them.
+pub(crate) const BOOT_FILES: Duration = seconds(600);
+/// Source: for what an image holds that was there before.
+pub(crate) const HOLDS: Duration = seconds(300);
+/// Source: until a round is acknowledged.
+pub(crate) const ROUND: Duration = seconds(300);
+/// Source: until QEMU there waits for pages that are missing.
+pub(crate) const POST_COPY_READY: Duration = seconds(75);
+/// Source, within the pause: until what is known of the guest's addresses and connections is on its way.
+pub(crate) const KNOWN: Duration = seconds(2);
+/// Source, within the pause: beyond the longest downtime that was allowed, until the machine runs on where it was.
+pub(crate) const PATIENCE: Duration = seconds(5);
+/// Destination: until QEMU has loaded the devices.
+pub(crate) const LOAD: Duration = seconds(60);
+/// Source: for word that the machine runs, before it is asked for on another connection.
+pub(crate) const RUNNING: Duration = seconds(10);
+/// Source: for an answer on another connection.
+pub(crate) const ANSWER: Duration = seconds(25);
+/// Source: how often it asks within the migration, and how long apart.
+pub(crate) const SETTLE_TRIES: u32 = 6;
+/// See [`SETTLE_TRIES`].
+pub(crate) const SETTLE_PAUSE: Duration = seconds(5);
+/// Source: until a hand-over is decided, or known to be uncertain, from when it was handed over.
+pub const DECIDED: Duration =
+    RUNNING.saturating_add(ANSWER.saturating_add(SETTLE_PAUSE).saturating_mul(SETTLE_TRIES));
+/// Source: until a copy has been thrown away.
+pub(crate) const CANCEL: Duration = seconds(30);
+/// Source: for the report on the machine's health.
+pub(crate) const HEALTH: Duration = seconds(15);
+/// Destination: for a machine that makes no progress, while its health is watched.
+pub(crate) const WATCH_STILL: Duration = seconds(3);
+/// Destination: for the hook that turns the network, after that.
+pub(crate) const REDIRECT: Duration = seconds(8);
+/// Either: until QEMU has ended that was asked to.
+pub(crate) const QUIT_GRACE: Duration = seconds(5);
+/// Either: until a process is gone that was killed.
+pub(crate) const KILL_GRACE: Duration = seconds(5);
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// Everything that the table has, by its names there.
+    fn all() -> BTreeMap<&'static str, Duration> {
+        let link = link::Deadlines::default();
+        BTreeMap::from([
+            ("connect", link.connect),
+            ("handshake", link.handshake),
+            ("ping", link.ping),
+            ("silence", link.silence),
+            ("stall", link.stall),
+            ("first word", FIRST_WORD),
+            ("found", FOUND),
+            ("still working", WORKING),
+            ("word while reserving", RESERVE_WORD),
+            ("reserved", RESERVE),
+            ("QEMU's start", qemu::START_DEADLINE),
+            ("QEMU's answer", qemu::COMMAND_DEADLINE),
+            ("hook", crate::hooks::MAX_DEADLINE),
+            ("boot files", BOOT_FILES),
+            ("holds", HOLDS),
+            ("round", ROUND),
+            ("post-copy ready", POST_COPY_READY),
+            ("tracking", dirty_tracker::ATTACH_PATIENCE),
+            ("known", KNOWN),
+            ("patience", PATIENCE),
+            ("load", LOAD),
+            ("running", RUNNING),
+            ("answer", ANSWER),
+            ("ask again", SETTLE_PAUSE),
+            ("cancel", CANCEL),
+            ("health", HEALTH),
+            ("no progress", WATCH_STILL),
+            ("network-redirect", REDIRECT),
+            ("quit", QUIT_GRACE),
+            ("kill", KILL_GRACE),
+        ])
+    }
+
+    #[test]
+    fn the_protocol_says_what_is_so() {
+        let text = include_str!("../../../docs/protocol.md");
+        let table = text.split("\n## Deadlines\n").nth(1).expect("a chapter of deadlines");
+        let table = table.split("\n## ").next().unwrap();
+        let mut told = BTreeMap::new();
+        for row in table.lines().filter(|line| line.starts_with("| ")).skip(2) {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            let seconds = cells[2].strip_suffix(" s").and_then(|number| number.replace(',', "").parse().ok());
+            let seconds = seconds.unwrap_or_else(|| panic!("no seconds: {row}"));
+            assert!(told.insert(cells[1], Duration::from_secs(seconds)).is_none(), "twice: {row}");
+        }
+        assert_eq!(told, all());
+    }
+
+    #[test]
+    fn who_waits_waits_longer_than_what_it_waits_for_may_take() {
+        let all = all();
+        let of = |names: &[&str]| names.iter().map(|name| all[name]).sum::<Duration>();
+        for (waits, for_what, why) in [
+            (of(&["silence"]), of(&["ping"]) * 4, "a link with some missed pings is not dead"),
+            (of(&["word while reserving"]), of(&["still working"]) * 3, "a word may be late"),
+            (
+                of(&["reserved"]),
+                of(&["QEMU's start", "hook", "QEMU's answer"]),
+                "a machine in hundreds of GiB of huge pages can be reserved",
+            ),
+            (of(&["reserved"]), of(&["boot files"]), "a source that ships them goes on waiting"),
+            (of(&["handshake"]), of(&["connect"]), "both ends of a connection"),
+            (
+                of(&["answer"]),
+                of(&["found", "connect", "handshake"]),
+                "an agent that has just started answers",
+            ),
+            (
+                of(&["post-copy ready"]),
+                of(&["QEMU's answer"]) + of(&["tracking"]) * 3,
+                "QEMU is told, and held, there",
+            ),
+            (of(&["patience"]), of(&["known"]), "what is known is told within the pause"),
+            (of(&["load"]), of(&["QEMU's answer"]), "QEMU is told there"),
+            (
+                (of(&["answer"]) + of(&["ask again"])) * SETTLE_TRIES,
+                of(&["QEMU's answer"]) * 2,
+                "a QEMU that hangs at its resumption is heard of within the migration",
+            ),
+            // QEMU is asked to quit, waited for, killed and waited for; then the storage daemon is.
+            (of(&["cancel"]), of(&["quit", "quit", "kill", "kill"]), "a copy has been thrown away"),
+            (of(&["health"]), of(&["no progress", "network-redirect"]), "the destination reports in time"),
+        ] {
+            assert!(waits > for_what, "{why}: {waits:?}, {for_what:?}");
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! What processes that hold locks have open, as it is seen from outside: what is on record of them, or of why, may be lost.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use qemu::{KeepOut, Process};
+
+use super::holders::Holder;
+use super::{Fence, Keeper, Locked, State, opened};
+use crate::failure::chain;
+use crate::left_images::LeftImages;
+use crate::vm::VmName;
+use crate::which_file::WhichFile;
+
+/// A file that a process has open.
+#[derive(Debug)]
+struct Open {
+    /// Leads to this very file, whatever its name is by now.
+    through: PathBuf,
+    /// Its name now; of one that was removed, nobody's.
+    path: PathBuf,
+    file: WhichFile,
+    removed: bool,
+}
+
+fn opened_by(process: &Process) -> io::Result<Vec<Open>> {
+    let mut open = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{}/fd", process.pid))? {
+        let through = entry?.path();
+        let found = std::fs::metadata(&through)?;
+        if !found.is_file() && !found.file_type().is_block_device() {
+            continue;
+        }
+        let path = std::fs::read_link(&through)?;
+        let file = WhichFile::of(&through).ok_or(io::ErrorKind::NotFound)?;
+        open.push(Open { through, path, file, removed: found.is_file() && found.nlink() == 0 });
+    }
+    // Another process may have its id by now.
+    if process.look().runs() { Ok(open) } else { Err(io::ErrorKind::NotFound.into()) }
+}
+
+impl Fence {
+    /// Goes on with what earlier agents have left: nothing that is locked is let go of because a record of it cannot be read, is lost, or
+    /// says another place.
+    pub(super) fn go_on_with_holders(&self, state: &mut State) {
+        let mut holders = self.left.holders();
+        holders.retain(|holder| !holder.process.look().is_gone());
+        if let Some(keeper) = &self.keeper {
+            for lost in lost(keeper, self.left.state_dir(), &holders) {
+                tracing::warn!(vm = %lost.vm, pid = lost.process.pid, "a process that keeps images locked is not on record: it is gone on with");
+                holders.push(lost);
+            }
+        }
+        for holder in &mut holders {
+            let vm = &holder.vm;
+            match opened_by(&holder.process) {
+                Ok(open) => {
+                    let names = &holder.images;
+                    let go_on = |open: &Open| state.go_on_with(&self.left, vm, open, names);
+                    holder.images = open.iter().map(go_on).collect();
+                }
+                Err(error) => {
+                    let pid = holder.process.pid;
+                    tracing::error!(vm = %vm, pid, %error, "what a process keeps locked cannot be seen: it is left to that");
+                    for image in &holder.images {
+                        if !state.is_wanted(&self.left, vm, image) {
+                            self.left.keep_found(vm, image, WhichFile::of(image));
+                        }
+                    }
+                }
+            }
+        }
+        self.left.change_holders(|on_record| *on_record = holders);
+    }
+}
+
+impl State {
+    /// Has a file locked that a process has, which knows it by one of these names. Returns by what name it is known here.
+    fn go_on_with(&mut self, left: &LeftImages, vm: &VmName, open: &Open, names: &[PathBuf]) -> PathBuf {
+        if open.removed {
+            return open.path.clone();
+        }
+        if let Some(locked) = self.locks.iter().find(|locked| is_open(&locked.lock, &open.through)) {
+            return locked.path.clone();
+        }
+        let lock = KeepOut::take(&open.through);
+        let is_it = |path: &PathBuf| WhichFile::of(path).as_ref() == Some(&open.file);
+        if lock.as_ref().is_ok_and(|lock| lock.is_written().unwrap_or(false)) && self.used.iter().any(is_it) {
+            // A machine of this host has it again.
+            return open.path.clone();
+        }
+        let to_be_locked = left.to_be_locked();
+        let kept = to_be_locked.iter().find(|kept| kept.vm == *vm && kept.file.as_ref() == Some(&open.file));
+        let named = || names.iter().find(|name| is_it(name)).unwrap_or(&open.path);
+        let path = kept.map_or_else(named, |kept| &kept.path).clone();
+        if kept.is_none() {
+            tracing::warn!(vm = %vm, image = %path.display(), "is kept locked, and nothing on record says why: it stays locked");
+            left.keep_found(vm, &path, Some(open.file.clone()));
+        }
+        let problem = match lock {
+            Ok(lock) => {
+                let problem = opened(&lock);
+                self.locks.push(Locked { vm: vm.clone(), path: path.clone(), lock });
+                problem
+            }
+            Err(error) => Some(format!("cannot be locked: {}", chain(&error))),
+        };
+        match problem {
+            Some(why) => drop(self.problems.insert(path.clone(), why)),
+            None => drop(self.problems.remove(&path)),
+        }
+        path
+    }
+}
+
+/// Whether a lock is on the file that a path leads to.
+pub(super) fn is_open(lock: &KeepOut, path: &Path) -> bool {
+    match (lock.file().metadata(), std::fs::metadata(path)) {
+        (Ok(one), Ok(other)) if one.file_type().is_block_device() => one.rdev() == other.rdev(),
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => false,
+    }
+}
+
+/// Processes of this state directory that are not on record. They say whose they are; and another agent's, in a container of its own, may
+/// say the same, but has its files elsewhere.
+fn lost(keeper: &Keeper, state_dir: &Path, known: &[Holder]) -> Vec<Holder> {
+    let user = rustix::process::geteuid().as_raw();
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let holder = |pid: u32| {
+        let vm = keeper.holds_for(&std::fs::read(format!("/proc/{pid}/cmdline")).ok()?, state_dir)?;
+        if std::fs::metadata(format!("/proc/{pid}")).ok()?.uid() != user {
+            return None;
+        }
+        let process = Process::of_pid(pid, Path::new("")).ok()?;
+        if known.iter().any(|known| known.process == process) {
+            return None;
+        }
+        let open = opened_by(&process).ok()?;
+        let seen = |open: &Open| open.removed || WhichFile::of(&open.path).as_ref() == Some(&open.file);
+        (!open.is_empty() && open.iter().all(seen)).then_some(Holder { vm, process, images: Vec::new() })
+    };
+    pids.filter_map(holder).collect()
+}

@@ -1,0 +1,269 @@
+use super::*;
+use crate::deadlines::KILL_GRACE;
+
+fn image(directory: &Path, name: &str) -> PathBuf {
+    let path = directory.join(name);
+    std::fs::write(&path, b"content").unwrap();
+    path
+}
+
+fn open(state_dir: &Path) -> Fence {
+    Fence::new(Arc::new(LeftImages::open(state_dir)), &[], None)
+}
+
+fn is_locked(path: &Path) -> bool {
+    qemu::ImageLock::take(path).is_err()
+}
+
+/// Whether it is, or soon will be: what another test starts has our files open too, between its fork and its exec.
+fn is_let_go_of(path: &Path) -> bool {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while is_locked(path) && std::time::Instant::now() < deadline {
+        std::thread::yield_now();
+    }
+    !is_locked(path)
+}
+
+#[tokio::test]
+async fn what_was_left_is_locked_until_it_is_forgotten_whoever_looks_after_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, other) = (image(directory.path(), "disk"), image(directory.path(), "other"));
+    let (vm, another): (VmName, VmName) = ("web1".parse().unwrap(), "db".parse().unwrap());
+    let fence = open(directory.path());
+    // Beside the lock of the QEMU that gives it up: there is no moment in between.
+    let qemu = qemu::ImageLock::take(&disk).unwrap();
+    fence.hold(&vm, [disk.as_path()]);
+    drop(qemu);
+    assert!(is_locked(&disk));
+    fence.keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    fence.keep(&another, "host-c", std::slice::from_ref(&other)).await.unwrap();
+    assert_eq!(fence.left.kept_of(&disk), Some((vm.clone(), Some("host-b".to_owned()))));
+    assert_eq!(fence.look().await, []);
+    drop(fence);
+    assert!(is_let_go_of(&disk), "the kernel has let go of it with the process");
+    let fence = open(directory.path());
+    assert!(is_locked(&disk) && is_locked(&other));
+    assert_eq!(fence.left().len(), 2);
+    assert_eq!(fence.forget(&vm).await, std::slice::from_ref(&disk));
+    assert!(is_let_go_of(&disk) && is_locked(&other));
+    drop(fence);
+    let fence = open(directory.path());
+    assert!(is_let_go_of(&disk) && fence.left.kept_of(&disk).is_none() && is_locked(&other));
+}
+
+#[tokio::test]
+async fn one_that_somebody_has_opened_meanwhile_is_told_and_locked_as_soon_as_it_is_free() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = image(directory.path(), "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    open(directory.path()).keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    let supervisor = qemu::ImageLock::take(&disk).unwrap();
+    let fence = open(directory.path());
+    let problem = |fence: &Fence| fence.left().remove(0).images.remove(0).problem;
+    assert!(problem(&fence).unwrap().contains("open for writing in another process"));
+    drop(supervisor);
+    assert_eq!(fence.look().await, []);
+    assert_eq!(problem(&fence), None);
+    assert!(is_locked(&disk));
+}
+
+#[tokio::test]
+async fn one_that_was_removed_takes_no_room_and_another_in_its_place_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = image(directory.path(), "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = open(directory.path());
+    fence.keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    std::fs::remove_file(&disk).unwrap();
+    assert_eq!(fence.look().await, [Seen::Removed(vm.clone(), disk.clone())]);
+    assert!(fence.left().is_empty());
+    fence.keep(&vm, "host-b", &[image(directory.path(), "disk")]).await.unwrap();
+    drop(fence);
+    std::fs::write(directory.path().join("new"), b"somebody's").unwrap();
+    std::fs::rename(directory.path().join("new"), &disk).unwrap();
+    let fence = open(directory.path());
+    assert!(is_let_go_of(&disk));
+    assert!(fence.left()[0].images[0].problem.is_some());
+}
+
+#[tokio::test]
+async fn a_machine_that_comes_back_has_its_images_and_one_that_does_not_after_all_has_them_locked_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = image(directory.path(), "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = open(directory.path());
+    fence.keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    assert!(!fence.others_use(&disk).unwrap(), "what is locked by ourselves is in nobody else's use");
+    fence.lend(&vm).await;
+    let writes = qemu::ImageLock::take(&disk).unwrap();
+    assert!(fence.others_use(&disk).unwrap());
+    assert_eq!(fence.look().await, [], "who writes it is who brings it up to date");
+    fence.hold(&vm, [disk.as_path()]);
+    drop(writes);
+    assert!(is_locked(&disk), "the copy is complete, and may not run yet");
+    fence.take_again(&vm).await;
+    assert!(is_locked(&disk));
+    assert_eq!(fence.let_go(&vm).await, std::slice::from_ref(&disk));
+    let qemu = qemu::ImageLock::take(&disk).unwrap();
+    fence.taken([disk.as_path()]);
+    drop(qemu);
+    assert!(is_let_go_of(&disk) && fence.left().is_empty());
+}
+
+#[tokio::test]
+async fn a_lock_outlives_who_has_taken_it_and_no_longer_than_it_is_wanted() {
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, other) = (image(directory.path(), "disk"), image(directory.path(), "other"));
+    let vm: VmName = "web1".parse().unwrap();
+    let keeper =
+        || Some(Keeper { program: "sh".into(), arguments: vec!["-c".into(), "exec sleep 1000".into()] });
+    let open = || Fence::new(Arc::new(LeftImages::open(directory.path())), &[], keeper());
+    let holders = |fence: &Fence| fence.left.holders();
+    let fence = open();
+    fence.keep(&vm, "host-b", &[disk.clone(), other.clone()]).await.unwrap();
+    let first = holders(&fence);
+    assert_eq!(first.len(), 1);
+    drop(fence);
+    assert!(is_locked(&disk) && is_locked(&other), "no agent runs");
+
+    // The next agent goes on with it.
+    let fence = open();
+    assert_eq!(fence.look().await, []);
+    assert_eq!(holders(&fence), first);
+    // One that was killed is replaced.
+    let _ = first[0].process.kill();
+    assert!(first[0].process.wait_for_end(KILL_GRACE).await);
+    assert_eq!(fence.look().await, []);
+    let second = holders(&fence);
+    assert!(second.len() == 1 && second != first);
+    // What is removed takes no room, in any process.
+    std::fs::remove_file(&other).unwrap();
+    assert_eq!(fence.look().await, [Seen::Removed(vm.clone(), other)]);
+    let third = holders(&fence);
+    assert!(third.len() == 1 && third[0].images == [disk.clone()] && second[0].process.look().is_gone());
+    drop(fence);
+    let fence = open();
+    assert!(fence.look().await.is_empty() && is_locked(&disk));
+    // Another agent's process has its own lock: it has ended when the image is let go of.
+    assert_eq!(fence.let_go(&vm).await, std::slice::from_ref(&disk));
+    assert!(is_let_go_of(&disk) && third[0].process.look().is_gone());
+    fence.take_again(&vm).await;
+    assert!(is_locked(&disk) && holders(&fence).len() == 1);
+    assert_eq!(fence.forget(&vm).await, std::slice::from_ref(&disk));
+    assert!(is_let_go_of(&disk) && holders(&fence).is_empty());
+}
+
+/// One that is told from others by its command line.
+fn waits() -> Option<Keeper> {
+    Some(Keeper { program: "sh".into(), arguments: vec!["-c".into(), "kill -STOP $$".into()] })
+}
+
+fn kept(state_dir: &Path) -> Fence {
+    Fence::new(Arc::new(LeftImages::open(state_dir)), &[], waits())
+}
+
+fn unknown_place(fence: &Fence, vm: &VmName, image: &Path) {
+    let images = vec![KeptImage { path: image.to_owned(), problem: None }];
+    let left: Vec<_> = fence.left().into_iter().map(|left| (left.vm, left.to, left.images)).collect();
+    assert_eq!(left, [(vm.clone(), None, images)]);
+}
+
+#[tokio::test]
+async fn what_is_locked_stays_so_when_the_record_that_says_why_cannot_be_read_or_is_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let disk = image(&place, "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    // Handed over, and nothing was heard: it is in the journal alone.
+    fence.hold(&vm, [disk.as_path()]);
+    fence.post(&vm).await;
+    let holder = fence.left.holders().remove(0).process;
+    drop(fence);
+
+    // The journal says nothing of it to the next agent.
+    let fence = kept(&place);
+    assert_eq!(fence.look().await, []);
+    assert!(holder.look().runs() && is_locked(&disk));
+    unknown_place(&fence, &vm, &disk);
+    assert!(!fence.others_use(&disk).unwrap(), "it is no other program's");
+    drop(fence);
+    // Nor does anything else: the state directory is a new one.
+    std::fs::remove_file(place.join("left-images.json")).unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let others = kept(elsewhere.path());
+    assert!(others.look().await.is_empty() && others.left().is_empty(), "it is another agent's");
+    let fence = kept(&place);
+    assert_eq!(fence.look().await, []);
+    assert!(holder.look().runs() && fence.left.holders().len() == 1);
+    unknown_place(&fence, &vm, &disk);
+    drop(fence);
+    // After a reboot there is no such process.
+    let _ = holder.kill();
+    assert!(holder.wait_for_end(KILL_GRACE).await);
+    let fence = kept(&place);
+    assert_eq!(fence.look().await, []);
+    assert!(is_locked(&disk) && fence.left.holders().len() == 1);
+    unknown_place(&fence, &vm, &disk);
+
+    // It comes back, or a person says so.
+    assert_eq!(fence.let_go(&vm).await, std::slice::from_ref(&disk));
+    assert!(is_let_go_of(&disk) && fence.left.holders().is_empty());
+    fence.take_again(&vm).await;
+    assert!(is_locked(&disk) && fence.left.holders().len() == 1);
+    assert_eq!(fence.forget(&vm).await, std::slice::from_ref(&disk));
+    assert!(is_let_go_of(&disk) && fence.left.holders().is_empty() && fence.left().is_empty());
+}
+
+#[tokio::test]
+async fn an_image_that_was_moved_stays_locked_whatever_is_in_its_place_for_the_next_agent() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let (disk, moved) = (image(&place, "disk"), place.join("moved"));
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    fence.keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    let holders = fence.left.holders();
+    drop(fence);
+    std::fs::rename(&disk, &moved).unwrap();
+    image(&place, "disk");
+    let fence = kept(&place);
+    assert_eq!(fence.look().await, []);
+    assert_eq!(fence.left.holders(), holders);
+    assert!(is_locked(&moved) && !is_locked(&disk));
+    assert!(!fence.others_use(&moved).unwrap());
+    assert_eq!(fence.left()[0].images[0].problem, None);
+    // Removed where it is now, it takes no room.
+    std::fs::remove_file(&moved).unwrap();
+    assert_eq!(fence.look().await, [Seen::Removed(vm, disk)]);
+    assert!(fence.left.holders().is_empty() && holders[0].process.look().is_gone());
+}
+
+#[tokio::test]
+async fn a_process_that_has_what_cannot_be_locked_anew_is_not_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let (disk, other) = (image(&place, "disk"), image(&place, "other"));
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    fence.keep(&vm, "host-b", &[disk.clone(), other.clone()]).await.unwrap();
+    let holders = fence.left.holders();
+    // As of an agent that has no descriptors left when it starts.
+    for unlocked in [vec![&other], vec![&disk, &other]] {
+        let lost = {
+            let mut state = fence.state();
+            let (lost, rest) = std::mem::take(&mut state.locks)
+                .into_iter()
+                .partition::<Vec<_>, _>(|locked| unlocked.contains(&&locked.path));
+            state.locks = rest;
+            lost
+        };
+        lost.into_iter().for_each(|locked| locked.lock.pass_on());
+        fence.post(&vm).await;
+        fence.relieve_idle().await;
+        assert_eq!(fence.left.holders(), holders);
+        assert!(is_locked(&disk) && is_locked(&other));
+    }
+    assert_eq!(fence.forget(&vm).await.len(), 2);
+    assert!(is_let_go_of(&disk) && is_let_go_of(&other) && holders[0].process.look().is_gone());
+}

@@ -1,0 +1,138 @@
+//! What the fuzz targets in `fuzz/` are given of this crate beyond its interface. Compiled for nobody else.
+
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+
+use prost::Message as _;
+use serde_json::{Value, json};
+
+use crate::conntrack::wire::Flows;
+pub use crate::journal::fuzzing::{Slot, slots};
+use crate::nft::{self, NftPattern, NftTable};
+use crate::reservation::Request as Understood;
+use crate::wire::{Known, Reply, Request, ToDestination, ToSource};
+
+/// Understands what a source says.
+///
+/// # Panics
+/// If one that was understood is said in another way, or what is kept of it is beyond a limit.
+pub fn request(bytes: &[u8]) {
+    if !Request::fits(bytes) {
+        return;
+    }
+    let Ok(message) = ToDestination::decode(bytes) else { return };
+    let again = message.encode_to_vec();
+    let second = ToDestination::decode(&again[..]).expect("our own");
+    assert_eq!(second.encode_to_vec(), again);
+    let Some(Ok(request)) = message.request.map(Request::bounded) else { return };
+    assert!(request.vm().len() <= 256);
+    match request {
+        Request::Reserve(reserve) => {
+            let (streams, size) = (reserve.streams, reserve.ram.iter().map(|block| block.size).max());
+            let Ok(understood) = Understood::decode(reserve, &peer()) else { return };
+            assert!(u32::from(understood.layout.streams()) == streams && streams <= 16);
+            assert!(size.is_some_and(|size| size <= 1 << 44) && understood.layout.blocks().len() <= 256);
+            let name = understood.name.to_string();
+            assert!(!name.contains(['/', '\0']) && !name.starts_with('.') && name.len() <= 48, "{name:?}");
+        }
+        Request::Known(Known { flows: Some(flows), .. }) => {
+            let mut taken = Vec::new();
+            let _ = flows.add_to(&mut taken);
+            assert!(taken.len() <= crate::conntrack::MAX_FLOWS);
+        }
+        _ => {}
+    }
+}
+
+/// Understands what a destination says.
+///
+/// # Panics
+/// If one that was understood is said in another way, or names what is beyond the layout.
+pub fn reply(bytes: &[u8]) {
+    if !Reply::fits(bytes) {
+        return;
+    }
+    let Ok(message) = ToSource::decode(bytes) else { return };
+    let again = message.encode_to_vec();
+    let second = ToSource::decode(&again[..]).expect("our own");
+    // As bytes: a number that is none is not equal to itself.
+    assert_eq!(second.encode_to_vec(), again);
+    let Some(Ok(reply)) = message.reply.map(Reply::bounded) else { return };
+    // What it takes is in proportion to what has come.
+    assert!(reply.weight() <= 4096 + bytes.len() * 40, "{} bytes of {}", reply.weight(), bytes.len());
+    if let Reply::Failed(findings) | Reply::Refused(findings) = &reply {
+        let shown = |text: &String| !text.contains(char::is_control) && text.chars().count() <= 4097;
+        let findings = &findings.findings;
+        assert!(findings.iter().all(|it| shown(&it.kind) && shown(&it.message) && shown(&it.hint)));
+    }
+    match reply {
+        Reply::Health(health) => assert!(health.watched_ms >= 0.0 && health.progressing <= health.vcpus),
+        Reply::Barrier(sums) => {
+            assert!(sums.decode(3).is_none_or(|sums| sums.len() == 3));
+            assert!(sums.decode_disks(3).is_none_or(|sums| sums.len() == 3));
+        }
+        Reply::Missing(missing) => {
+            let mut pages = mirror::memory::pages::PageSet::new(1000);
+            let _ = missing.add_to(&mut pages);
+            assert!(pages.len() <= 1000);
+        }
+        Reply::Holds(holds) => {
+            let hashes = holds.decode();
+            assert!(hashes.is_none_or(|hashes| hashes.len() * 16 == holds.hashes.len()));
+        }
+        _ => {}
+    }
+}
+
+fn peer() -> link::Peer {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 7600));
+    link::Peer { name: "host-a".into(), address, local: address }
+}
+
+/// Understands connections of a firewall.
+///
+/// # Panics
+/// If they are told in another way than they were understood, or make no sense.
+pub fn flows(bytes: &[u8]) {
+    let Ok(part) = Flows::decode(bytes) else { return };
+    let mut flows = Vec::new();
+    let sound = part.add_to(&mut flows);
+    assert!(flows.len() <= part.flows.len() && (!sound || flows.len() == part.flows.len()));
+    let mut back = Vec::new();
+    assert!(Flows::of(&flows).iter().all(|part| part.add_to(&mut back)), "our own words");
+    assert_eq!(back, flows);
+}
+
+/// Understands a table of a firewall.
+///
+/// # Panics
+/// If it holds anything else than that table, or is understood in two ways.
+pub fn nft(document: &str) {
+    let table: NftTable =
+        "vmirror-{vm}".parse::<NftPattern>().expect("a pattern").table(&"web1".parse().expect("a name"));
+    let Ok(commands) = nft::commands(document, &table) else { return };
+    for command in &commands {
+        let added = command.as_object().filter(|command| command.len() == 1).and_then(|it| it.get("add"));
+        let object = added.and_then(Value::as_object).filter(|object| object.len() == 1);
+        let (kind, object) = object.and_then(|object| object.iter().next()).expect("add, and one object");
+        let name = if kind == "table" { "name" } else { "table" };
+        assert!(object["family"] == "inet" && object[name] == "vmirror-web1", "{command}");
+    }
+    let again = json!({"nftables": commands}).to_string();
+    assert_eq!(nft::commands(&again, &table).expect("our own"), commands);
+    assert_eq!(nft::altered(commands.clone(), commands), Vec::<String>::new());
+}
+
+/// A file without a name with this content at these places, and a path that leads to it.
+pub(crate) fn memory_file(parts: &[(u64, &[u8])]) -> (File, PathBuf) {
+    let file = rustix::fs::memfd_create("journal", rustix::fs::MemfdFlags::CLOEXEC);
+    let file = File::from(file.expect("memory for a file"));
+    for (at, content) in parts {
+        file.write_all_at(content, *at).expect("memory for a file");
+    }
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    (file, path)
+}

@@ -1,0 +1,172 @@
+//! Who has run a guest, seen from outside: by the CPU time of the threads that run its CPUs.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::{Pair, Side};
+
+/// Between looks.
+const LOOK: Duration = Duration::from_millis(25);
+/// Between looks for QEMUs that have come.
+const LOOK_FOR_QEMU: Duration = Duration::from_millis(200);
+/// A guest that runs uses more than that in a few looks, and a CPU that is only made, loaded or told to stop uses less.
+const RUNS: Duration = Duration::from_millis(12);
+
+/// Watches the guests of a pair of hosts that has one guest, from when this is made until it is dropped.
+#[derive(Debug)]
+pub struct Watch {
+    seen: Arc<Mutex<Seen>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What was seen since it was last asked to begin.
+#[derive(Debug, Default)]
+struct Seen {
+    /// CPU time of each side's guest.
+    used: [Duration; 2],
+    /// The same, when the other side was first seen to run.
+    used_before: [Option<Duration>; 2],
+    doubled: Option<String>,
+    begun: Option<Instant>,
+    /// Looks since then.
+    looks: u64,
+}
+
+impl Seen {
+    /// Both sides have used so much since the last look, nobody knows in which order.
+    fn add(&mut self, more: [Duration; 2]) {
+        self.looks += 1;
+        for (used, more) in self.used.iter_mut().zip(more) {
+            *used += more;
+        }
+        for (side, other) in [(0, 1), (1, 0)] {
+            if self.used[side] >= RUNS && self.used_before[other].is_none() {
+                self.used_before[other] = Some(self.used[other]);
+            }
+        }
+        for side in [0, 1] {
+            // Both have run. The one that was first to must not have run since the other has.
+            let Some(before) = self.used_before[side].filter(|before| *before >= RUNS) else { continue };
+            if self.used[side] - before >= RUNS && self.doubled.is_none() {
+                let at = self.begun.map(|begun| begun.elapsed()).unwrap_or_default();
+                self.doubled = Some(format!(
+                    "{at:.1?} after the beginning host {} is seen to run it though the other has: A {:?}, B {:?}",
+                    SIDES[side], self.used[0], self.used[1]
+                ));
+            }
+        }
+    }
+}
+
+const SIDES: [&str; 2] = ["A", "B"];
+
+impl Watch {
+    /// Begins to watch.
+    ///
+    /// # Panics
+    /// If there is no thread to be had.
+    #[must_use]
+    pub fn begin(pair: &Arc<Pair>) -> Watch {
+        let (seen, stop) = (Arc::<Mutex<Seen>>::default(), Arc::<AtomicBool>::default());
+        let (told, stopped, pair) = (Arc::clone(&seen), Arc::clone(&stop), Arc::downgrade(pair));
+        let thread = thread::spawn(move || {
+            let mut cpus: Vec<Cpu> = Vec::new();
+            let mut looked: Option<Instant> = None;
+            while !AtomicBool::load(&stopped, Relaxed) {
+                if looked.is_none_or(|looked| looked.elapsed() > LOOK_FOR_QEMU) {
+                    let Some(pair) = pair.upgrade() else { return };
+                    look_for(&pair, &mut cpus);
+                    looked = Some(Instant::now());
+                }
+                let mut more = [Duration::ZERO; 2];
+                cpus.retain_mut(|cpu| match time(&cpu.file) {
+                    Some(now) => {
+                        more[cpu.side] += now.saturating_sub(cpu.used);
+                        cpu.used = now;
+                        true
+                    }
+                    None => false,
+                });
+                lock(&told).add(more);
+                thread::sleep(LOOK);
+            }
+        });
+        Watch { seen, stop, thread: Some(thread) }
+    }
+
+    /// Forgets what was seen.
+    pub fn anew(&self) {
+        // Not before all there is to be seen was seen.
+        let looks = lock(&self.seen).looks;
+        while lock(&self.seen).looks < looks + 2 {
+            thread::sleep(LOOK);
+        }
+        *lock(&self.seen) = Seen { begun: Some(Instant::now()), ..Seen::default() };
+    }
+
+    /// That both sides have run the guest in turns, or at the same time: how that was seen.
+    #[must_use]
+    pub fn doubled(&self) -> Option<String> {
+        lock(&self.seen).doubled.clone()
+    }
+
+    /// The sides that run the guest just now.
+    #[must_use]
+    pub fn running(&self) -> Vec<Side> {
+        let before = lock(&self.seen).used;
+        thread::sleep(LOOK * 12);
+        let after = lock(&self.seen).used;
+        // Little enough for a guest that hardly gets a CPU.
+        let runs = |side: &Side| after[*side as usize] - before[*side as usize] >= RUNS / 4;
+        [Side::A, Side::B].into_iter().filter(runs).collect()
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A thread that runs a guest's CPU.
+struct Cpu {
+    side: usize,
+    file: String,
+    used: Duration,
+}
+
+fn look_for(pair: &Pair, cpus: &mut Vec<Cpu>) {
+    for side in [Side::A, Side::B] {
+        for pid in pair.host(side).processes_of("qemu-system") {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+            for task in tasks {
+                let file = task.path().join("schedstat").to_string_lossy().into_owned();
+                let is_cpu = || {
+                    let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+                    name.starts_with("CPU ")
+                };
+                if cpus.iter().all(|cpu| cpu.file != file) && is_cpu() {
+                    // What it has used so far counts: one that has just come has used it since.
+                    cpus.push(Cpu { side: side as usize, used: Duration::ZERO, file });
+                }
+            }
+        }
+    }
+}
+
+/// The first word of schedstat: nanoseconds on a CPU (Documentation/scheduler/sched-stats.rst).
+fn time(file: &str) -> Option<Duration> {
+    let text = fs::read_to_string(file).ok()?;
+    Some(Duration::from_nanos(text.split(' ').next()?.parse().ok()?))
+}

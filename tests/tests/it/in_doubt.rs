@@ -1,0 +1,226 @@
+//! A machine of which it is not certain where it should run: whoever can be asked is asked, nobody else's word counts, and it never runs
+//! twice.
+
+use std::fs;
+use std::time::Duration;
+
+use end_to_end::{Guest, Pair, Points, UnderWay, accounted, until, vmirror};
+use migration::Outcome;
+use migration::points::Point;
+use testbed::{BadDisk, Host, Inventory, Shim, Status};
+
+/// Who runs a guest that should not is heard in that time.
+const HEARD: Duration = Duration::from_secs(2);
+
+/// A guest on host A.
+struct Scene {
+    pair: Pair,
+    guest: Guest,
+    before: Status,
+    /// What host B held before.
+    held: Inventory,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        let pair = Pair::start();
+        let guest = pair.run(pair.a(), "vm", &pair.spec("vm", 128));
+        let (before, held) = (guest.status(), pair.b().inventory().unwrap());
+        Scene { pair, guest, before, held }
+    }
+
+    fn a(&self) -> &Host {
+        self.pair.a()
+    }
+
+    fn b(&self) -> &Host {
+        self.pair.b()
+    }
+
+    fn begin(&self) -> UnderWay<'_> {
+        self.pair.begin("vm", self.a(), self.b(), &["--max-downtime", "60s"])
+    }
+
+    /// Asserts that a host has the machine in doubt, and that it runs nowhere.
+    #[track_caller]
+    fn in_doubt(&self, host: &Host) {
+        until("the machine is in doubt", || {
+            self.pair.show("vm", host).is_some_and(|vm| vm["state"] == "uncertain")
+        });
+        assert!(self.guest.is_silent_for(HEARD), "it runs while in doubt");
+    }
+
+    /// Asserts that the guest runs at the source and nowhere else, has lost nothing, and can be migrated.
+    fn stays_and_moves_after_all(&self) {
+        self.guest.runs_on();
+        until("it runs at the source", || self.pair.runs_on("vm", self.a()));
+        self.pair.holds(self.b(), &self.held);
+        assert_eq!(self.pair.show("vm", self.b()), None);
+        accounted(&self.pair.migrate("vm", self.a(), self.b(), &[]), &self.guest);
+        self.has_moved();
+    }
+
+    /// Asserts that the guest runs at the destination and nowhere else, and has lost nothing.
+    fn has_moved(&self) {
+        until("the guest runs at the destination", || self.pair.runs_on("vm", self.b()));
+        until("the source has let go", || self.pair.show("vm", self.a()).is_none());
+        self.pair.holds_nothing(self.a());
+        let _ = self.guest.sound_since(&self.before);
+    }
+}
+
+/// A guest that was about to be handed over, by a source that can put nothing on record from then on.
+fn not_recorded() -> (Scene, Shim) {
+    let scene = Scene::new();
+    let shim = Shim::new(scene.a().directory(), &scene.a().state_dir()).unwrap();
+    let points = Points::of(scene.a(), shim.environment());
+    let held = points.hold(Point::ReadyHeard);
+    let migration = scene.begin();
+    held.reached();
+    shim.set_disk(BadDisk::FailsToSync).unwrap();
+    drop(held);
+    let said = migration.ended();
+    assert_eq!(said.code, Some(3), "{said:?}\n{}", scene.pair.logs());
+    let report = said.report();
+    assert_eq!(report.outcome, Outcome::Uncertain, "{report:#?}");
+    assert_eq!(report.error.unwrap().finding.kind, "journal");
+    scene.in_doubt(scene.a());
+    (scene, shim)
+}
+
+#[test]
+fn a_guest_that_could_not_be_handed_over_for_its_journal_runs_on_as_soon_as_that_can_be_written() {
+    let (scene, shim) = not_recorded();
+    shim.set_disk(BadDisk::Sound).unwrap();
+    scene.stays_and_moves_after_all();
+}
+
+#[test]
+fn a_person_can_decide_nothing_that_the_journal_cannot_say_and_not_need_to_wait_once_it_can() {
+    let (scene, shim) = not_recorded();
+    for decision in ["--run-here", "--give-up"] {
+        let refusal = scene.pair.refused(scene.a(), &["resolve", "vm", decision]);
+        refusal.is("journal-unusable", &["put on record", "state_dir"]);
+        scene.in_doubt(scene.a());
+    }
+    shim.set_disk(BadDisk::Sound).unwrap();
+    let _ = vmirror(scene.a(), &["resolve", "vm", "--run-here"]).done();
+    assert!(scene.pair.runs_on("vm", scene.a()), "{}", scene.pair.logs());
+    scene.stays_and_moves_after_all();
+}
+
+/// A migration whose source is held at a point after its destination has said that the copy is ready, and whose destination's agent is
+/// another one by now, which has that copy in doubt.
+fn waits_for_the_source(scene: &Scene, point: Point, then: impl FnOnce()) {
+    let points = Points::of(scene.a(), &[]);
+    let held = points.hold(point);
+    let migration = scene.begin();
+    held.reached();
+    scene.b().kill_agent().unwrap();
+    scene.b().start_agent().unwrap();
+    scene.in_doubt(scene.b());
+    then();
+    drop(held);
+    let _ = migration.ended();
+    scene.has_moved();
+}
+
+#[test]
+fn a_copy_is_not_run_on_a_persons_word_while_its_source_says_that_the_machine_is_its_own() {
+    let scene = Scene::new();
+    waits_for_the_source(&scene, Point::ReadyHeard, || {
+        let refusal = scene.pair.refused(scene.b(), &["resolve", "vm", "--run-here"]);
+        refusal.is("owned-there", &["host-a", "its own", "--give-up"]);
+        scene.in_doubt(scene.b());
+    });
+}
+
+#[test]
+fn a_copy_that_its_source_has_handed_over_runs_on_a_persons_word() {
+    let scene = Scene::new();
+    waits_for_the_source(&scene, Point::HandedOver, || {
+        let _ = vmirror(scene.b(), &["resolve", "vm", "--run-here"]).done();
+        scene.guest.runs_on();
+        assert!(scene.pair.runs_on("vm", scene.b()), "{}", scene.pair.logs());
+    });
+}
+
+/// An agent of another host, at the address of host B and in its place.
+fn stranger(scene: &Scene) {
+    let b = scene.b();
+    let address = b.listen().ip().to_string();
+    let certificates = scene.pair.testbed().certificates();
+    let issue = ["cert", "issue", "--dir", certificates.to_str().unwrap(), "--name", "host-c", "--address"];
+    let _ = vmirror(b, &[&issue[..], &[&address]].concat()).done();
+    let places = ["state", "run", "ram"].map(|part| b.directory().join(format!("{part}-of-c")));
+    for place in &places {
+        fs::create_dir(place).unwrap();
+    }
+    b.configure(|config| {
+        config.insert("name".to_owned(), "host-c".into());
+        for (key, place) in ["state_dir", "run_dir", "ram_dir"].into_iter().zip(&places) {
+            config.insert(key.to_owned(), place.to_str().unwrap().into());
+        }
+        let tls = config["tls"].as_table_mut().unwrap();
+        for (key, file) in [("cert", "host-c.pem"), ("key", "host-c-key.pem")] {
+            tls.insert(key.to_owned(), certificates.join(file).to_str().unwrap().into());
+        }
+    })
+    .unwrap();
+    b.start_agent().unwrap();
+}
+
+/// Host B has its own agent again.
+fn no_stranger(scene: &Scene, config: &str) {
+    scene.b().stop_agent().unwrap();
+    fs::write(scene.b().config_path(), config).unwrap();
+    scene.b().start_agent().unwrap();
+}
+
+/// How often that host's agent has said this in its log.
+fn said(host: &Host, what: &str) -> usize {
+    fs::read_to_string(host.agent_log()).unwrap().matches(what).count()
+}
+
+/// What host B has of a machine waits there without an agent, and so does the machine at host A, since that had come to a point; an agent
+/// of another host has come to the place of host B's. Gives back the configuration of that.
+fn left_to_a_stranger(scene: &Scene, point: Point) -> String {
+    let config = fs::read_to_string(scene.b().config_path()).unwrap();
+    let points = Points::of(scene.a(), &[]);
+    let held = points.hold(point);
+    let migration = scene.begin();
+    held.reached();
+    scene.b().kill_agent().unwrap();
+    scene.a().kill_agent().unwrap();
+    assert_eq!(migration.ended().code, Some(3));
+    stranger(scene);
+    scene.a().start_agent().unwrap();
+    config
+}
+
+#[test]
+fn the_word_of_another_agent_at_the_destinations_address_settles_nothing() {
+    let scene = Scene::new();
+    let config = left_to_a_stranger(&scene, Point::HandedOver);
+    scene.in_doubt(scene.a());
+    // It knows nothing of the machine, and never will: that says nothing of host-b.
+    for decision in ["--run-here", "--give-up"] {
+        let refusal = scene.pair.refused(scene.a(), &["resolve", "vm", decision]);
+        refusal.is("unheard", &["host-b cannot be asked"]);
+        scene.in_doubt(scene.a());
+    }
+    no_stranger(&scene, &config);
+    scene.has_moved();
+}
+
+#[test]
+fn a_copy_is_not_forgotten_because_another_agent_at_its_hosts_address_knows_nothing_of_it() {
+    let scene = Scene::new();
+    let config = left_to_a_stranger(&scene, Point::ReadyHeard);
+    // It runs on at host A, and host-b is to throw its copy away: who is there instead is not told that.
+    until("the other agent was asked who it is, or what it has", || {
+        said(scene.b(), "connected and said nothing") > 0 || said(scene.a(), "has thrown its copy away") > 0
+    });
+    no_stranger(&scene, &config);
+    scene.stays_and_moves_after_all();
+}

@@ -1,0 +1,306 @@
+//! A destination that keeps to the protocol up to each message and then lies must not harm the source: its VM runs on untouched, its
+//! agent's memory stays bounded and serves the next migration, and the operator is told who did what.
+
+use super::liar::{Lies, Say, before, field, is_asked_for, resident};
+use end_to_end::{Guest, Pair, Said, vmirror};
+use migration::Outcome;
+use migration::wire::{
+    Audited, Finding, Findings, Health, Holds, Lacking, Missing, Nothing, Pages, Reply, Reserved, Running,
+    Sums, WrongBlocks,
+};
+use testbed::guest_spec::GuestSpec;
+
+/// The most that the source's agent may ever take: several times what a migration of such a VM takes, and a fraction of what is sent.
+const MOST_MIB: u64 = 400;
+/// What would be shown as red, and a line that was never said.
+const ESCAPES: &str = "\u{1b}[31mred\u{7}\r\nerror: faked\u{202e}";
+
+/// A lie: in the place of which reply, what is said, and what the operator is told of it.
+struct Lie {
+    name: &'static str,
+    at: fn(&Reply) -> bool,
+    says: fn(Reply) -> Vec<Say>,
+    told: &'static [&'static str],
+}
+
+fn is_reserved(reply: &Reply) -> bool {
+    matches!(reply, Reply::Reserved(_))
+}
+
+fn is_barrier(reply: &Reply) -> bool {
+    matches!(reply, Reply::Barrier(_))
+}
+
+fn is_ready(reply: &Reply) -> bool {
+    matches!(reply, Reply::Ready(_))
+}
+
+fn barrier(reply: &Reply) -> Sums {
+    match reply {
+        Reply::Barrier(sums) => sums.clone(),
+        other => panic!("{other}"),
+    }
+}
+
+fn one(reply: Reply) -> Vec<Say> {
+    vec![Say::Reply(reply)]
+}
+
+fn reserved(change: impl FnOnce(&mut Reserved)) -> Vec<Say> {
+    let mut reserved = Reserved::default();
+    change(&mut reserved);
+    one(Reply::Reserved(reserved))
+}
+
+fn findings(count: usize, text: &str) -> Findings {
+    let finding = Finding { kind: text.to_owned(), message: text.to_owned(), hint: text.to_owned() };
+    Findings { findings: vec![finding; count], ..Findings::default() }
+}
+
+/// Before anything is sent, while the guest runs, and while it is paused: each message out of place or out of bounds.
+const LIES: &[Lie] = &[
+    Lie {
+        name: "another message in the place of a reservation",
+        at: is_reserved,
+        says: |_| one(Reply::Ready(Nothing {})),
+        told: &["answered a reservation with Ready"],
+    },
+    Lie {
+        name: "a disk that there is not",
+        at: is_reserved,
+        says: |_| reserved(|it| it.mirrored = vec![7]),
+        told: &["wants a disk that there is not"],
+    },
+    Lie {
+        name: "the same disk again and again",
+        at: is_reserved,
+        says: |_| reserved(|it| it.mirrored = vec![0; 200]),
+        told: &["tells mirrored disks twice"],
+    },
+    Lie {
+        name: "an index beyond any list",
+        at: is_reserved,
+        says: |_| reserved(|it| it.known = vec![u32::MAX]),
+        told: &["knows a disk that it does not mirror"],
+    },
+    Lie {
+        name: "a file of the source's",
+        at: is_reserved,
+        says: |_| one(Reply::Lacking(Lacking { paths: vec!["/etc/shadow".to_owned()] })),
+        told: &["wants a file that was not announced"],
+    },
+    Lie {
+        name: "what no image can hold",
+        at: is_reserved,
+        says: |reply| {
+            let beyond = Holds { disk: 9, first: u64::MAX, hashes: vec![7; 320], last: false };
+            vec![Say::Reply(reply), Say::Reply(Reply::Holds(beyond))]
+        },
+        told: &["said Holds instead of reaching barrier"],
+    },
+    Lie {
+        name: "a message of parts without number",
+        at: is_reserved,
+        says: |_| vec![Say::Bytes(field(2, &field(1, &[]).repeat(500_000)))],
+        told: &["made of too many parts"],
+    },
+    Lie {
+        name: "no message",
+        at: is_reserved,
+        says: |_| vec![Say::Bytes(vec![0xff; 1000])],
+        told: &["cannot be decoded"],
+    },
+    Lie {
+        name: "a message of a kind that is none",
+        at: is_barrier,
+        says: |_| vec![Say::Bytes(field(900, b"new"))],
+        told: &["a message of an unknown kind"],
+    },
+    Lie {
+        name: "another barrier",
+        at: is_barrier,
+        says: |reply| one(Reply::Barrier(Sums { barrier: 999, ..barrier(&reply) })),
+        told: &["said Barrier instead of reaching barrier"],
+    },
+    Lie {
+        name: "sums of another number of streams",
+        at: is_barrier,
+        says: |reply| one(Reply::Barrier(Sums { sums: vec![1; 7], ..barrier(&reply) })),
+        told: &["sums for another number of streams"],
+    },
+    Lie {
+        name: "more sums than streams",
+        at: is_barrier,
+        says: |reply| one(Reply::Barrier(Sums { sums: vec![1; 1 << 19], ..barrier(&reply) })),
+        told: &["bytes of sums"],
+    },
+    Lie {
+        name: "a count beyond any",
+        at: is_barrier,
+        says: |reply| one(Reply::Barrier(Sums { audited: u64::MAX, ..barrier(&reply) })),
+        told: &["counts up to 18446744073709551615"],
+    },
+    Lie {
+        name: "blocks of disks that there are not",
+        at: is_barrier,
+        says: |reply| {
+            let wrong = WrongBlocks { blocks: vec![u64::MAX; 8], checked: false };
+            vec![Say::Reply(Reply::WrongBlocks(wrong)), Say::Reply(reply)]
+        },
+        told: &["says more than there is to say"],
+    },
+    Lie {
+        name: "pages without end",
+        at: is_barrier,
+        says: |_| {
+            let pages: Vec<u64> = (0..500_000).map(|page| page % 100).collect();
+            vec![Say::Reply(Reply::Mismatch(Pages { pages })); 200]
+        },
+        told: &["says more than"],
+    },
+    Lie {
+        name: "thousands of large replies",
+        at: is_barrier,
+        says: |_| {
+            let hashes = vec![7; 500 << 10];
+            vec![Say::Reply(Reply::Holds(Holds { disk: 0, first: 0, hashes, last: false })); 400]
+        },
+        told: &["the destination sa"],
+    },
+    Lie {
+        name: "words of a post-copy that is none",
+        at: is_barrier,
+        says: |_| one(Reply::Missing(Missing { first: 1, bits: vec![1; 9], more: true })),
+        told: &["said Missing instead of reaching barrier"],
+    },
+    Lie {
+        name: "a failure with escapes in it",
+        at: is_barrier,
+        says: |_| one(Reply::Failed(findings(100, ESCAPES))),
+        told: &["red"],
+    },
+    Lie {
+        name: "a failure without a reason",
+        at: is_barrier,
+        says: |_| one(Reply::Failed(Findings::default())),
+        told: &["the destination failed"],
+    },
+    Lie {
+        name: "an audit that nobody asked for, in the pause",
+        at: is_ready,
+        says: |_| {
+            let most = u64::MAX;
+            one(Reply::Audited(Audited {
+                pages: most,
+                differing: most,
+                blocks: most,
+                differing_blocks: most,
+            }))
+        },
+        told: &["counts up to"],
+    },
+    Lie {
+        name: "that it runs, before it was handed over",
+        at: is_ready,
+        says: |_| one(Reply::Running(Running::default())),
+        told: &["said Running instead of being ready"],
+    },
+];
+
+fn guest(pair: &Pair) -> Guest {
+    let spec = GuestSpec { fill_mib: 24, rate: 200, ..pair.spec("vm", 128) };
+    pair.run(pair.a(), "vm", &spec)
+}
+
+fn migrate(pair: &Pair, address: &str, options: &[&str]) -> Said {
+    vmirror(pair.a(), &[&["migrate", "vm", "--to", address], options].concat())
+}
+
+fn unshowable(text: &str) -> Option<char> {
+    text.chars().find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}')
+}
+
+#[test]
+fn a_destination_that_lies_is_named_and_the_vm_runs_on() {
+    let pair = Pair::start();
+    let guest = guest(&pair);
+    let first = guest.status();
+    let agent = pair.a().agent_pid().unwrap();
+    for Lie { name, at, says, told } in LIES.iter().filter(|lie| is_asked_for(lie.name)) {
+        let said =
+            before(&pair, Lies::once_for_reply(*at, *says), |address| migrate(&pair, address, &["--json"]));
+        assert_eq!(said.code, Some(1), "{name}: {said:?}\n{}", pair.logs());
+        let report = said.report();
+        assert_eq!((report.outcome, &*report.destination), (Outcome::Failed, "host-b"), "{name}: {report:?}");
+        let Finding { kind, message, .. } = report.error.unwrap().finding.into();
+        assert!(told.iter().all(|words| message.contains(words)), "{name}: {message}");
+        assert!(kind != "protocol" || message.starts_with("host-b: the destination "), "{name}: {message}");
+        assert_eq!(unshowable(&message), None, "{name}: {message:?}");
+        assert!(message.len() < 10_000, "{name}: {} bytes", message.len());
+        assert!(pair.runs_on("vm", pair.a()), "{name}: the VM does not run\n{}", pair.logs());
+        let (most, now) = resident(agent);
+        assert!(most < MOST_MIB, "{name}: the agent took {most} MiB, and has {now} now");
+        eprintln!("{name}: {message} ({most} MiB)");
+    }
+    guest.sound_since(&first);
+    pair.holds_nothing(pair.b());
+    // Whoever was lied to serves the next one.
+    pair.migrate("vm", pair.a(), pair.b(), &[]);
+    guest.sound_since(&first);
+}
+
+#[test]
+fn a_destination_that_falls_silent_holds_nobody_beyond_the_timeout() {
+    let pair = Pair::start();
+    let guest = guest(&pair);
+    let before_it = guest.status();
+    let lies = Lies::once_for_reply(is_barrier, |_| Vec::new());
+    let said = before(&pair, lies, |address| migrate(&pair, address, &["--json", "--timeout", "5s"]));
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.report().error.unwrap().finding.message.contains("5s"), "{said:?}");
+    assert!(pair.runs_on("vm", pair.a()));
+    guest.sound_since(&before_it);
+}
+
+#[test]
+fn reasons_of_a_destination_cannot_write_to_a_terminal_what_they_like() {
+    let pair = Pair::start();
+    let _guest = guest(&pair);
+    let refuse = |_| one(Reply::Refused(findings(300, ESCAPES)));
+    let lies = Lies::once_for_reply(is_reserved, refuse);
+    let said = before(&pair, lies, |address| migrate(&pair, address, &["--quiet"]));
+    assert_eq!(said.code, Some(2), "{said:?}");
+    assert!(said.stderr.contains("red"), "the reason is told: {said:?}");
+    assert_eq!(unshowable(&said.stderr), None, "{said:?}");
+    assert!(!said.stderr.lines().any(|line| line.starts_with("error: faked")), "{said:?}");
+    assert!(pair.runs_on("vm", pair.a()));
+}
+
+#[test]
+fn numbers_of_a_destination_that_are_none_do_not_spoil_the_report() {
+    let pair = Pair::start();
+    let guest = guest(&pair);
+    let first = guest.status();
+    let lie = |_| {
+        let problems = findings(3, ESCAPES).findings;
+        let health = Health {
+            watched_ms: f64::NAN,
+            vcpus: u32::MAX,
+            progressing: 7,
+            status: ESCAPES.to_owned(),
+            problems,
+            frames_dropped: u64::MAX,
+        };
+        one(Reply::Health(health))
+    };
+    let lies = Lies::once_for_reply(|reply| matches!(reply, Reply::Health(_)), lie);
+    let said = before(&pair, lies, |address| migrate(&pair, address, &["--json"]));
+    // It runs there; that nobody knows how it does is worth no alarm.
+    assert_eq!(said.code, Some(0), "{said:?}\n{}", pair.logs());
+    let report = said.report();
+    assert!(report.health.is_none() && report.network.frames_dropped < 1 << 40, "{report:?}");
+    let again = vmirror(pair.a(), &["report", &report.id, "--json"]).done().report();
+    assert_eq!(again, report);
+    assert!(pair.runs_on("vm", pair.b()));
+    guest.sound_since(&first);
+}

@@ -1,0 +1,5 @@
+//! Peers with a good certificate that keep to the protocol up to each message, and then lie.
+
+mod destination;
+mod liar;
+mod source;

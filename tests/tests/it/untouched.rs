@@ -1,0 +1,213 @@
+//! A check, a rehearsal, a migration that fails or is cancelled must not touch what is not the agent's: no path, no socket, no file
+//! with a process's id, no log. Both agents of these tests see one file system, as hosts with shared storage do.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use end_to_end::{PATIENCE, Pair, until, vmirror};
+use testbed::{Host, Programs};
+
+/// What a file is: its kind and mode, its number, its length, when it was changed, what it leads to.
+type Entry = (u32, u64, u64, (i64, i64), Option<PathBuf>);
+
+/// Everything in a directory.
+fn tree(directory: &Path) -> BTreeMap<PathBuf, Entry> {
+    let entry = |path: PathBuf| {
+        let file = fs::symlink_metadata(&path).unwrap();
+        let changed = (file.mtime(), file.mtime_nsec());
+        let leads = fs::read_link(&path).ok();
+        (path, (file.mode(), file.ino(), file.len(), changed, leads))
+    };
+    fs::read_dir(directory).unwrap().map(|file| entry(file.unwrap().path())).collect()
+}
+
+/// What QEMU says to a question at a monitor for people, if it is there.
+fn answer(monitor: &Path, question: &str) -> Option<String> {
+    let mut stream = UnixStream::connect(monitor).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut heard = String::new();
+    let mut until = |stream: &mut UnixStream, prompts: usize| {
+        while heard.matches("(qemu) ").count() < prompts {
+            let mut bytes = [0; 4096];
+            let read = stream.read(&mut bytes).unwrap();
+            assert!(read > 0, "{heard}");
+            heard.push_str(&String::from_utf8_lossy(&bytes[..read]));
+        }
+        heard.clone()
+    };
+    until(&mut stream, 1);
+    stream.write_all(format!("{question}\n").as_bytes()).unwrap();
+    Some(until(&mut stream, 2))
+}
+
+fn runs(monitor: &Path) -> bool {
+    answer(monitor, "info status").is_some_and(|said| said.contains("VM status: running"))
+}
+
+/// A QEMU that somebody else has started, with everything of it in one directory.
+struct Theirs {
+    qemu: Child,
+    directory: PathBuf,
+}
+
+impl Theirs {
+    fn start(host: &Host, directory: &Path) -> Theirs {
+        fs::create_dir(directory).unwrap();
+        let at = |name: &str| directory.join(name).display().to_string();
+        let mut command = host.command(&Programs::find().qemu);
+        let ram = host.ram_dir().join("theirs").display().to_string();
+        let memory = format!("memory-backend-file,id=ram,size=32M,share=on,mem-path={ram}");
+        command.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-object", &memory]);
+        command.args(["-machine", "pc,memory-backend=ram", "-vnc", &format!("unix:{}", at("vnc"))]);
+        for (option, name) in [("-monitor", "monitor"), ("-serial", "serial"), ("-qmp", "qmp")] {
+            command.args([option, &format!("unix:{},server=on,wait=off", at(name))]);
+        }
+        command.args(["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", at("agent"))]);
+        command.args(["-chardev", &format!("file,id=out,path={}", at("out"))]);
+        command.args(["-pidfile", &at("pid"), "-D", &at("log"), "-d", "guest_errors,unimp"]);
+        let qemu = command.stdout(Stdio::null()).spawn().unwrap();
+        let theirs = Theirs { qemu, directory: directory.to_owned() };
+        until("QEMU has started", || runs(&theirs.at("monitor")));
+        fs::write(theirs.at("notes"), "nothing of QEMU's").unwrap();
+        theirs
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+}
+
+impl Drop for Theirs {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+#[test]
+fn nothing_of_the_users_is_touched_before_the_machine_is_the_destinations() {
+    let pair = Pair::start();
+    let (a, b) = (pair.a(), pair.b());
+    let theirs = Theirs::start(a, &pair.a().shared_dir().join("theirs"));
+    let _ = vmirror(a, &["adopt", "vm", "--qmp", theirs.at("qmp").to_str().unwrap()]).done();
+    let before = tree(&theirs.directory);
+    assert!(before.len() >= 8, "{before:?}");
+    let is_untouched = |after: &str| {
+        assert_eq!(tree(&theirs.directory), before, "{after}\n{}", pair.logs());
+        assert!(runs(&theirs.at("monitor")), "{after}");
+    };
+
+    assert_eq!(pair.check("vm"), Vec::<String>::new());
+    is_untouched("a check");
+
+    let _ = pair.mirror("vm", a, b, &[]);
+    is_untouched("a mirror that stands");
+    let _ = vmirror(a, &["cancel", "vm"]).done();
+    pair.holds_nothing(b);
+    is_untouched("a migration that was cancelled");
+
+    let _ = pair.mirror("vm", a, b, &[]);
+    b.kill_agent().unwrap();
+    until("the migration has failed", || pair.show("vm", a).unwrap()["session"].is_null());
+    b.start_agent().unwrap();
+    pair.holds_nothing(b);
+    is_untouched("a migration that failed");
+
+    // The agent's own connection is by a socket of theirs, and is found again.
+    a.stop_agent().unwrap();
+    a.start_agent().unwrap();
+    assert!(pair.runs_on("vm", a));
+    is_untouched("a restart of the agent");
+
+    // When the machine is the destination's, all of it is where its users look for it.
+    let _ = pair.migrate("vm", a, b, &[]);
+    for name in ["monitor", "serial", "qmp", "agent", "vnc", "pid"] {
+        let path = theirs.at(name);
+        until(name, || fs::read_link(&path).is_ok_and(|leads| leads.starts_with(b.run_dir())));
+    }
+    assert!(runs(&theirs.at("monitor")));
+    let pid = pair.show("vm", b).unwrap()["pid"].to_string();
+    assert_eq!(fs::read_to_string(theirs.at("pid")).unwrap().trim(), pid);
+
+    // And when it has left, what leads to it goes with it.
+    let _ = pair.migrate("vm", b, a, &[]);
+    until("the monitor is at its place again", || {
+        fs::read_link(theirs.at("monitor")).is_ok_and(|leads| leads.starts_with(a.run_dir()))
+    });
+    assert!(runs(&theirs.at("monitor")));
+    pair.holds_nothing(b);
+    let _ = vmirror(a, &["stop", "vm", "--force"]).done();
+    let left: Vec<_> = tree(&theirs.directory).into_keys().collect();
+    assert_eq!(left, ["log", "notes", "out"].map(|name| theirs.at(name)), "only plain files are left");
+}
+
+#[test]
+fn what_is_where_a_socket_was_is_not_replaced() {
+    let pair = Pair::start();
+    let (a, b) = (pair.a(), pair.b());
+    let directory = a.shared_dir().join("taken");
+    fs::create_dir(&directory).unwrap();
+    let monitor = directory.join("monitor");
+    // Not where sockets may be placed: it stays where the agent has it.
+    let elsewhere = pair.testbed().directory().join("elsewhere");
+    let unix = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
+    pair.run_tiny(a, "vm", &["-monitor", &unix(&monitor), "-serial", &unix(&elsewhere)]);
+    fs::rename(&monitor, directory.join("moved")).unwrap();
+    // The source's QEMU removes whatever has that name when it ends, if that can be removed so.
+    fs::create_dir(&monitor).unwrap();
+    let _ = pair.migrate("vm", a, b, &[]);
+    assert!(pair.runs_on("vm", b));
+    thread::sleep(Duration::from_secs(1));
+    assert!(fs::symlink_metadata(&monitor).unwrap().is_dir());
+    assert!(fs::symlink_metadata(&elsewhere).is_err());
+    // As soon as it is not in the way any more, the socket has its name.
+    fs::remove_dir(&monitor).unwrap();
+    until("the monitor has its name", || runs(&monitor));
+    let _ = vmirror(b, &["stop", "vm", "--force"]).done();
+    assert!(fs::symlink_metadata(&monitor).is_err());
+}
+
+#[test]
+fn nobody_is_waited_for_at_a_socket() {
+    let pair = Pair::start();
+    let (a, b) = (pair.a(), pair.b());
+    let directory = a.shared_dir().join("waits");
+    fs::create_dir(&directory).unwrap();
+    let serial = directory.join("serial");
+    // QEMU's default is to start when somebody has connected.
+    let start = Instant::now();
+    pair.run_tiny(a, "vm", &["-serial", &format!("unix:{},server=on", serial.display())]);
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+    assert_eq!(pair.check("vm"), Vec::<String>::new());
+    let _ = pair.migrate("vm", a, b, &[]);
+    until("the console can be connected to", || UnixStream::connect(&serial).is_ok());
+    let _ = vmirror(b, &["stop", "vm", "--force"]).done();
+
+    // One that somebody else has started so, and that goes on because somebody has connected.
+    let (qmp, ram) = (directory.join("qmp"), a.ram_dir().join("waits"));
+    let memory = format!("memory-backend-file,id=ram,size=32M,share=on,mem-path={}", ram.display());
+    let mut command = a.command(&Programs::find().qemu);
+    command.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none", "-object", &memory]);
+    command.args(["-machine", "pc,memory-backend=ram"]);
+    command.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);
+    command.args(["-serial", &format!("unix:{},server=on", serial.display())]);
+    let mut qemu = command.spawn().unwrap();
+    let mut console = None;
+    until("the console is connected to", || {
+        console = UnixStream::connect(&serial).ok();
+        console.is_some()
+    });
+    let adopt = ["adopt", "theirs", "--qmp", qmp.to_str().unwrap()];
+    until("it is adopted", || vmirror(a, &adopt).code == Some(0));
+    assert_eq!(pair.check("theirs"), Vec::<String>::new());
+    let _ = pair.migrate("theirs", a, b, &[]);
+    until("the source's QEMU has ended", || qemu.try_wait().unwrap().is_some());
+    until("the console can be connected to", || UnixStream::connect(&serial).is_ok());
+}
