@@ -15,6 +15,7 @@ fn by_nobody(name: &str) -> bool {
         return false;
     }
     let program = std::env::current_exe().unwrap();
+    let name = module_path!().split_once("::").map(|(_, module)| format!("{module}::{name}")).unwrap();
     let as_nobody = |program: &std::path::Path| {
         let mut command = Command::new("setpriv");
         command.args(["--reuid", NOBODY, "--regid", NOBODY, "--clear-groups", "--no-new-privs"]).arg(program);
@@ -24,7 +25,7 @@ fn by_nobody(name: &str) -> bool {
         eprintln!("SKIPPED {name}: {} is out of other users' reach", program.display());
         return true;
     }
-    let output = as_nobody(&program).args(["--exact", name, "--nocapture"]).output().unwrap();
+    let output = as_nobody(&program).args(["--exact", &name, "--nocapture"]).output().unwrap();
     let said =
         format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
