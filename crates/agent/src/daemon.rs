@@ -350,12 +350,16 @@ async fn accept(listener: &Listener, data: &DataConnections, vms: &Vms, incoming
 }
 
 /// Serves a peer, and looks after what it leaves, however that ends.
-async fn served(vms: &Vms, peer: &str, serving: impl Future<Output = ()>) {
-    // What it has left half done is on record, and nothing in memory that others use is changed in more than one step.
-    if AssertUnwindSafe(serving).catch_unwind().await.is_err() {
-        tracing::error!(peer, "the handling of a peer failed by a defect");
+async fn served(vms: &Vms, peer: &str, serving: impl Future<Output = Option<VmName>>) {
+    match AssertUnwindSafe(serving).catch_unwind().await {
+        Ok(Some(vm)) => vms.doubt_copies_from(peer, |name| *name == vm),
+        Ok(None) => {}
+        // What it has left half done is on record, and nothing in memory that others use is changed in more than one step.
+        Err(_) => {
+            tracing::error!(peer, "the handling of a peer failed by a defect");
+            vms.doubt_copies_from(peer, |_| true);
+        }
     }
-    vms.doubt_copies_from(peer);
 }
 
 /// How many connections there are of each peer.

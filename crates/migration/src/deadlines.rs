@@ -40,7 +40,7 @@ pub(crate) const ANSWER: Duration = seconds(25);
 /// Source: how often it asks within the migration, and how long apart.
 pub(crate) const SETTLE_TRIES: u32 = 6;
 /// See [`SETTLE_TRIES`].
-pub(crate) const SETTLE_PAUSE: Duration = seconds(5);
+pub(crate) const SETTLE_PAUSE: Duration = seconds(2);
 /// Source: until a hand-over is decided, or known to be uncertain, from when it was handed over.
 pub const DECIDED: Duration =
     RUNNING.saturating_add(ANSWER.saturating_add(SETTLE_PAUSE).saturating_mul(SETTLE_TRIES));

@@ -39,6 +39,20 @@ async fn a_copy_is_looked_after_though_the_handling_of_its_source_has_failed() {
 }
 
 #[tokio::test]
+async fn a_copy_is_not_in_doubt_because_of_another_connection_of_its_source() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(config(directory.path())).await.unwrap();
+    let vms = daemon.vms().clone();
+    vms.host().journal.claim(ready_copy()).unwrap();
+    served(&vms, "host-b", async { None }).await;
+    served(&vms, "host-b", async { Some("web2".parse().unwrap()) }).await;
+    assert!(vms.views().await.is_empty());
+    served(&vms, "host-b", async { Some("web1".parse().unwrap()) }).await;
+    assert_eq!(vms.views().await[0].state, VmState::Uncertain);
+    daemon.run(std::future::ready(())).await;
+}
+
+#[tokio::test]
 async fn a_peer_with_too_many_connections_is_turned_away_and_another_is_not() {
     let directory = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(config(directory.path())).await.unwrap();

@@ -40,9 +40,9 @@ impl Vms {
     }
 
     /// Copies of this peer that are complete and may not run yet, left behind by a control connection that ended; and those that
-    /// are not complete, and whose QEMU does not end.
-    pub fn doubt_copies_from(&self, peer: &str) {
-        for record in self.host().journal.all() {
+    /// are not complete, and whose QEMU does not end. Others of it, which `concerns` tells, are still being served.
+    pub fn doubt_copies_from(&self, peer: &str, concerns: impl Fn(&VmName) -> bool) {
+        for record in self.host().journal.all().into_iter().filter(|record| concerns(&record.name)) {
             let waits =
                 matches!(&record.ownership, Ownership::Incoming { from, ready: true, .. } if from == peer);
             let is_known = match self.entries().get(&record.name) {
@@ -284,13 +284,11 @@ impl Vms {
 
     /// The record in doubt; from now on nobody else goes after it.
     fn take_doubt(&self, name: &VmName) -> Result<Record, AgentError> {
-        // Its migration is still after the truth, here or at the other host, and nobody has it in doubt yet.
-        let under_way = self.host().journal.get(name).is_some_and(|now| {
-            matches!(now.ownership, Ownership::HandedOver { .. } | Ownership::Incoming { ready: true, .. })
-        });
         let entries = self.entries();
         match entries.get(name) {
-            Some(Entry::Here(_)) | None if under_way => Err(AgentError::HandingOver(name.to_string())),
+            Some(Entry::Here(_)) | None if self.is_under_way(name, entries.get(name)) => {
+                Err(AgentError::HandingOver(name.to_string()))
+            }
             Some(Entry::Uncertain(record, asking)) => {
                 if asking.is_cancelled() {
                     return Err(AgentError::Held { vm: name.to_string(), doing: "resolved" });
@@ -304,5 +302,19 @@ impl Vms {
                 Err(self.unknown(name))
             }
         }
+    }
+
+    /// Whether a migration is still after the truth about a machine, here or at the other host, and nobody has it in doubt yet.
+    fn is_under_way(&self, name: &VmName, entry: Option<&Entry>) -> bool {
+        let session = match entry {
+            Some(Entry::Here(here)) => here.session.as_ref().map(|active| active.id()),
+            _ => None,
+        };
+        self.host().journal.get(name).is_some_and(|now| match &now.ownership {
+            Ownership::HandedOver { .. } | Ownership::Incoming { ready: true, .. } => true,
+            Ownership::Incoming { ready: false, .. } => false,
+            // Offered: its copy is complete, or will be, and the hand-over may be being written down this very moment.
+            Ownership::Owner => now.outgoing.iter().any(|copy| Some(copy.session) == session),
+        })
     }
 }

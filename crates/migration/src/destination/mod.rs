@@ -94,14 +94,14 @@ pub(super) fn violation(what: &str) -> End {
 }
 
 /// Serves one control connection from its first word to its end. `arrived` is called when a machine has become this
-/// host's and runs.
+/// host's and runs. Gives the machine of which it may have left a copy.
 pub async fn serve(
     host: Arc<Host>,
     control: Control,
     peer: Peer,
     data: DataConnections,
     arrived: impl Fn(Vm) + Send,
-) {
+) -> Option<VmName> {
     let (sender, receiver) = control.split();
     let sender = Sender(Arc::new(Mutex::new(sender)));
     let mut source = Source {
@@ -116,10 +116,13 @@ pub async fn serve(
     };
     let first = match timeout(FIRST_WORD, source.word()).await {
         Ok(Ok(first)) => first,
-        Ok(Err(Unheard::Violation(what))) => return source.tell(violation(&what), None).await,
+        Ok(Err(Unheard::Violation(what))) => {
+            source.tell(violation(&what), None).await;
+            return None;
+        }
         Ok(Err(Unheard::Link(_))) | Err(_) => {
             tracing::warn!(peer = %source.peer, "a source connected and said nothing");
-            return;
+            return None;
         }
     };
     if source.may_know_of(&first)
@@ -131,9 +134,10 @@ pub async fn serve(
         // The source asks again.
         let _ = source.reply(word).await;
         let _ = timeout(FIRST_WORD, source.word()).await;
-        return;
+        return None;
     }
     let vm = first.vm().parse::<VmName>().ok();
+    let asks_only = matches!(first, Asked::Whose(_) | Asked::Released(_) | Asked::EndForwarding(_));
     let ended = match first {
         Asked::Reserve(reserve) => source.session(reserve, &data, &arrived).await,
         Asked::Commit(commit) => source.settle(&commit, &arrived).await,
@@ -147,6 +151,7 @@ pub async fn serve(
     if let Err(end) = ended {
         source.tell(end, vm.as_ref()).await;
     }
+    vm.filter(|_| !asks_only)
 }
 
 /// Whether this agent knows what it has of a machine; of one of which it does not, it answers nothing else than that.

@@ -1,9 +1,11 @@
 //! The hand-over and what follows it; and the way back where there is none.
 
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::join;
 use tokio::time::timeout;
 
 use mirror::storage::source::DiskProof;
@@ -31,6 +33,9 @@ use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::settings;
 use crate::vm::{Outgoing, Record};
 use crate::wire::{Reply, Request};
+
+/// A destination that says within this time that the machine runs is waited for alone: a process started meanwhile would lengthen the pause.
+const AT_ONCE: Duration = Duration::from_millis(100);
 
 fn takes_nothing() -> Stop {
     let message =
@@ -136,7 +141,17 @@ impl Controller {
                 other => Err(violation(&format!("said {other} instead of running the VM"))),
             }
         };
-        let told = timeout(RUNNING, running).await;
+        let told = {
+            let mut running = pin!(running);
+            match timeout(AT_ONCE, &mut running).await {
+                Ok(told) => Ok(told),
+                // Its images are not to be this agent's alone for as long as a late answer takes.
+                Err(_) => {
+                    let late = timeout(RUNNING - AT_ONCE, running);
+                    join!(late, self.host.fence.post(&self.vm.record.name)).0
+                }
+            }
+        };
         let heard = matches!(told, Ok(Ok(())));
         if !heard {
             tracing::warn!(vm = %self.vm.record.name, ?told, "no word that the VM runs at the destination");
