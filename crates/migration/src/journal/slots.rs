@@ -82,20 +82,26 @@ impl Slots {
     pub(super) fn load(path: &Path) -> Result<(Slots, Record), JournalError> {
         let failed = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
-        let mut newest = Slot::Nothing;
-        for number in [0, 1] {
-            let slot = read(&file, number, path)?;
-            if slot.sequence() > newest.sequence() {
-                newest = slot;
-            }
+        let (sequence, record) = newest(&file, path)?;
+        Ok((Slots { file, sequence }, record))
+    }
+}
+
+/// The newer of a file's two records, with its number.
+pub(super) fn newest(file: &impl FileExt, path: &Path) -> Result<(u64, Record), JournalError> {
+    let mut newest = Slot::Nothing;
+    for number in [0, 1] {
+        let slot = read(file, number, path)?;
+        if slot.sequence() > newest.sequence() {
+            newest = slot;
         }
-        match newest {
-            Slot::Record(sequence, record) => Ok((Slots { file, sequence }, *record)),
-            Slot::NotUnderstood(_, source) => {
-                Err(JournalError::NotUnderstood { path: path.to_owned(), source: Some(source) })
-            }
-            Slot::Nothing => Err(JournalError::Corrupt(path.to_owned())),
+    }
+    match newest {
+        Slot::Record(sequence, record) => Ok((sequence, *record)),
+        Slot::NotUnderstood(_, source) => {
+            Err(JournalError::NotUnderstood { path: path.to_owned(), source: Some(source) })
         }
+        Slot::Nothing => Err(JournalError::Corrupt(path.to_owned())),
     }
 }
 
@@ -108,7 +114,7 @@ impl Slot {
     }
 }
 
-fn read(file: &File, number: u64, path: &Path) -> Result<Slot, JournalError> {
+fn read(file: &impl FileExt, number: u64, path: &Path) -> Result<Slot, JournalError> {
     let failed = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
     let mut slot = vec![0; SLOT as usize];
     let length = read_as_far_as_it_goes(file, &mut slot, number * SLOT).map_err(failed)?;
@@ -120,7 +126,7 @@ fn read(file: &File, number: u64, path: &Path) -> Result<Slot, JournalError> {
 }
 
 /// A file that was cut off has nothing in the slots that it lacks.
-fn read_as_far_as_it_goes(file: &File, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
+fn read_as_far_as_it_goes(file: &impl FileExt, buffer: &mut [u8], offset: u64) -> std::io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         match file.read_at(&mut buffer[filled..], offset + filled as u64) {

@@ -1,7 +1,7 @@
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt, PermissionsExt as _};
 
-use super::slots::{HEADER, SLOT, whole};
+use super::slots::{HEADER, SLOT, newest, whole};
 use super::*;
 use crate::vm::{Origin, Outgoing, Ownership};
 
@@ -152,6 +152,41 @@ fn a_record_of_a_later_version_does_not_yield_to_the_older_one() {
     // What is older than the record that holds does not matter.
     file.write_all_at(&whole(0, br#"{"ownership":"later"}"#), 0).unwrap();
     assert_eq!(Journal::open(directory.path()).unwrap().all(), [record("a", 1)]);
+}
+
+/// A file on a disk that cannot read one of its slots.
+struct BadSlot {
+    file: File,
+    bad: u64,
+}
+
+impl FileExt for BadSlot {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        if offset / SLOT == self.bad {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        self.file.read_at(buffer, offset)
+    }
+
+    fn write_at(&self, _: &[u8], _: u64) -> io::Result<usize> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+}
+
+#[test]
+fn a_slot_that_the_disk_cannot_read_does_not_yield_to_the_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vms/a.journal");
+    let journal = Journal::open(directory.path()).unwrap();
+    journal.claim(record("a", 1)).unwrap();
+    rewrite(&journal, "a", 2);
+    assert_eq!(newest(&File::open(&path).unwrap(), &path).unwrap(), (2, record("a", 2)));
+    // Sequence 2 is in slot 0, and what is in the other one is older; but who cannot read one does not know which is which.
+    for bad in [0, 1] {
+        let error = newest(&BadSlot { file: File::open(&path).unwrap(), bad }, &path).unwrap_err();
+        let JournalError::Io { action: "read", source, .. } = &error else { panic!("{error:?}") };
+        assert_eq!(source.raw_os_error(), Some(libc::EIO));
+    }
 }
 
 /// Found by the fuzz target `journal_slots`: no journal writes that often, but a file may say so.
