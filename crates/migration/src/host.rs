@@ -1,5 +1,8 @@
 //! The host a controller runs on: what it may use, and what it allows its peers.
 
+#[cfg(test)]
+pub(crate) mod testing;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -458,3 +458,6 @@ fn still_redirecting(host: &Host) -> Finding {
         "see the log of that agent for how it ends",
     )
 }
+
+#[cfg(test)]
+mod tests;

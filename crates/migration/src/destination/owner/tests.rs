@@ -1,0 +1,239 @@
+use std::path::Path;
+use std::pin::pin;
+use std::process::{Child, Command};
+
+use link::{ControlReceiver, ControlSender};
+use qemu::Process;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixListener;
+
+use super::*;
+use crate::destination::Sender;
+use crate::destination::network::Frames;
+use crate::host::testing::Hosts;
+use crate::vm::Origin;
+use crate::wire::ToSource;
+
+const SESSION: Uuid = Uuid::from_u128(7);
+
+/// What a QEMU says when it is told something, its answer last; with no answer it ends.
+type Says = fn(&str) -> Vec<Value>;
+
+/// A QEMU that says so.
+fn qemu(socket: &Path, says: Says) {
+    let listener = UnixListener::bind(socket).unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (read, mut write) = stream.into_split();
+            let mut say = async |what: Value| write.write_all(format!("{what}\n").as_bytes()).await.unwrap();
+            say(json!({"QMP": {"version": {"qemu": {}}, "capabilities": []}})).await;
+            let mut lines = BufReader::new(read).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                let request: Value = serde_json::from_str(&line).unwrap();
+                let told = match request["execute"].as_str().unwrap() {
+                    "qmp_capabilities" => vec![json!({"return": {}})],
+                    command => says(command),
+                };
+                let answers = told.iter().any(|what| what.get("event").is_none());
+                for mut what in told {
+                    if what.get("event").is_none() {
+                        what["id"] = request["id"].clone();
+                    }
+                    say(what).await;
+                }
+                if !answers {
+                    return;
+                }
+            }
+        }
+    });
+}
+
+fn resumes() -> Value {
+    json!({"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}})
+}
+
+fn refuses() -> Value {
+    json!({"error": {"class": "GenericError", "desc": "no"}})
+}
+
+fn status(status: &str) -> Value {
+    json!({"return": {"status": status, "running": status == "running"}})
+}
+
+/// A complete copy on host B, whose QEMU says so, and what host A has to say about it on a new connection.
+struct Scene {
+    hosts: Hosts,
+    record: Record,
+    source: Source,
+    heard: ControlReceiver,
+    _says: ControlSender,
+    process: Child,
+}
+
+impl Scene {
+    async fn new(says: Says) -> Scene {
+        let hosts = Hosts::new().await;
+        let qmp_socket = hosts.directory.path().join("qmp");
+        qemu(&qmp_socket, says);
+        let process = Command::new("sleep").arg("600").spawn().unwrap();
+        let from = "host-a".to_owned();
+        let standing = Standing {
+            ownership: Ownership::Incoming { session: SESSION, from: from.clone(), ready: true },
+            arrived_by: Some(SESSION),
+            arrived_from: Some(from),
+            has_run: false,
+            ..Standing::own()
+        };
+        let record = Record {
+            argv: vec!["qemu-system-x86_64".to_owned()],
+            process: Some(Process::of_pid(process.id(), &qmp_socket).unwrap()),
+            qmp_socket,
+            ..Record::new("web1".parse().unwrap(), standing, Origin::Arrived)
+        };
+        hosts.b.journal.claim(record.clone()).unwrap();
+        let address = hosts.address();
+        let (connected, (control, peer)) = tokio::join!(hosts.a.endpoint.connect(&address), hosts.accept());
+        let (sender, receiver) = control.split();
+        let source = Source {
+            host: Arc::clone(&hosts.b),
+            peer,
+            sender: Sender(Arc::new(tokio::sync::Mutex::new(sender))),
+            receiver,
+            attending: None,
+            working: None,
+            frames: Frames::default(),
+            interfaces: None,
+        };
+        let (_says, heard) = connected.unwrap().split();
+        Scene { hosts, record, source, heard, _says, process }
+    }
+
+    /// As the source says it that has handed the machine over.
+    fn commit(&self) -> wire::Commit {
+        wire::Commit {
+            session: SESSION.as_bytes().to_vec(),
+            name: self.record.name.to_string(),
+            generation: self.record.generation + 1,
+        }
+    }
+
+    /// Asks what became of the machine. Returns as what kind it failed.
+    async fn settles(&mut self) -> String {
+        let commit = self.commit();
+        match self.source.settle(&commit, &|_: Vm| {}).await {
+            Err(End::Failed(findings)) => findings[0].kind.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn on_record(&self) -> Option<Record> {
+        self.hosts.b.journal.get(&self.record.name)
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[tokio::test]
+async fn of_a_qemu_that_may_have_run_the_guest_it_is_not_said_that_it_has_not() {
+    let manners: [(&str, Says); 4] = [
+        ("it ends when it is told to run it", |_| Vec::new()),
+        ("it ends when it has begun to", |command| match command {
+            "cont" => vec![resumes()],
+            _ => Vec::new(),
+        }),
+        ("it refuses, and somebody else has it run", |command| match command {
+            "cont" => vec![refuses()],
+            _ => vec![status("running")],
+        }),
+        ("it refuses, and the guest has been elsewhere since", |command| match command {
+            "cont" => vec![refuses()],
+            _ => vec![status("postmigrate")],
+        }),
+    ];
+    for (how, says) in manners {
+        let mut scene = Scene::new(says).await;
+        assert_eq!(scene.settles().await, "not-resumed", "{how}");
+        let now = scene.on_record().unwrap_or_else(|| panic!("{how}, and it is forgotten"));
+        assert!(Standing::from(&now).is_unseen(), "{how}: {now:?}");
+        assert_eq!(scene.hosts.b.journal.mark(SESSION).unwrap(), None, "{how}");
+        assert!(scene.process.try_wait().unwrap().is_none(), "{how}, and it is killed");
+        // Nor when it is asked once more.
+        assert_ne!(scene.settles().await, kind::NO_COPY, "{how}");
+    }
+}
+
+#[tokio::test]
+async fn a_copy_that_its_qemu_refuses_to_run_is_ended_before_its_source_may_have_it_back() {
+    let mut scene = Scene::new(|command| match command {
+        "cont" => vec![refuses()],
+        _ => vec![status("paused")],
+    })
+    .await;
+    assert_eq!(scene.settles().await, kind::NO_COPY);
+    assert!(scene.process.try_wait().unwrap().is_some(), "it was not killed");
+    assert_eq!(scene.on_record(), None);
+    assert_eq!(scene.hosts.b.journal.mark(SESSION).unwrap(), Some(Mark::NeverRan));
+    assert_eq!(scene.settles().await, kind::NO_COPY, "asked once more");
+}
+
+#[tokio::test]
+async fn a_qemu_that_says_too_late_that_it_has_run_the_guest_has_run_it() {
+    let late = QmpError::Deadline { command: "cont", after: Duration::from_secs(30) };
+    let scene = Scene::new(|command| match command {
+        "cont" => vec![resumes(), json!({"return": {}})],
+        _ => vec![status("paused")],
+    })
+    .await;
+    let qmp = Qmp::connect(&scene.record.qmp_socket).await.unwrap();
+    let mut events = qmp.events();
+    assert!(never_ran(&qmp, &mut events, &late).await, "it was not told to");
+    // What it does after the deadline.
+    qmp.cont().await.unwrap();
+    assert!(!never_ran(&qmp, &mut events, &late).await, "it told of a beginning");
+    let (_, mut missed) = broadcast::channel(1);
+    assert!(!never_ran(&qmp, &mut missed, &late).await, "it may have told of one, unheard");
+}
+
+#[tokio::test]
+async fn a_copy_that_becomes_the_owner_while_it_is_to_be_thrown_away_is_not_said_to_be_gone() {
+    let mut scene = Scene::new(|_| Vec::new()).await;
+    let (commit, journal) = (scene.commit(), Arc::clone(&scene.hosts.b.journal));
+    // Who follows the source's word on another connection.
+    let deciding = journal.decide(&scene.record.name).await;
+    {
+        let mut withdrawn = pin!(scene.source.abandon(&commit));
+        tokio::select! {
+            biased;
+            said = withdrawn.as_mut() => panic!("it did not wait: {said:?}"),
+            () = std::future::ready(()) => {}
+        }
+        let from = "host-a".to_owned();
+        let event = Event::Committed { session: SESSION, from, generation: commit.generation, mark: None };
+        journal.on(&mut scene.record, event, |_| {}).unwrap();
+        drop(deciding);
+        withdrawn.await.unwrap();
+    }
+    let heard = scene.heard.receive::<ToSource>().await.unwrap().reply;
+    assert!(matches!(heard, Some(Reply::Running(_))), "{heard:?}");
+    assert_eq!(scene.on_record().unwrap().ownership, Ownership::Owner);
+    assert!(scene.process.try_wait().unwrap().is_none(), "it is killed");
+}
+
+#[tokio::test]
+async fn a_copy_that_is_not_wanted_is_gone_when_that_is_said() {
+    let mut scene = Scene::new(|_| Vec::new()).await;
+    let commit = scene.commit();
+    let said = scene.source.abandon(&commit).await;
+    assert!(matches!(said, Err(End::Cancelled)), "{said:?}");
+    assert_eq!(scene.on_record(), None);
+    assert!(scene.process.try_wait().unwrap().is_some(), "it was not killed");
+    // Nor can anybody have it run any more.
+    assert_eq!(scene.settles().await, kind::NO_COPY);
+}

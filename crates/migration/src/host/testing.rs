@@ -1,0 +1,80 @@
+//! Two hosts in this process, and the link between them.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use link::{Bandwidth, Control, Deadlines, Endpoint, Identity, Incoming, Listener, Peer, certificates};
+use tempfile::TempDir;
+
+use super::{Allow, Firewall, Host};
+use crate::destination::PostCopies;
+use crate::fence::Fence;
+use crate::forward::Forwards;
+use crate::hooks::Hooks;
+use crate::journal::Journal;
+use crate::left_images::LeftImages;
+use crate::lifecycle::Lingering;
+use crate::logs::Logs;
+
+/// `host-a`, and `host-b`, which listens.
+pub(crate) struct Hosts {
+    pub(crate) a: Arc<Host>,
+    pub(crate) b: Arc<Host>,
+    pub(crate) directory: TempDir,
+    listener: Listener,
+}
+
+impl Hosts {
+    pub(crate) async fn new() -> Hosts {
+        let directory = tempfile::tempdir().unwrap();
+        certificates::init(directory.path()).unwrap();
+        let [a, b] = ["host-a", "host-b"].map(|name| host(directory.path(), name));
+        let listener = Listener::bind(&b.endpoint, "127.0.0.1:0").await.unwrap();
+        Hosts { a, b, directory, listener }
+    }
+
+    /// Of host B.
+    pub(crate) fn address(&self) -> String {
+        self.listener.local_addr().to_string()
+    }
+
+    /// What connects to host B.
+    pub(crate) async fn accept(&self) -> (Control, Peer) {
+        match self.listener.accept().await.unwrap() {
+            Incoming::Control(control, peer) => (control, peer),
+            Incoming::Data(..) => panic!("a data stream"),
+        }
+    }
+}
+
+fn host(directory: &Path, name: &str) -> Arc<Host> {
+    let files = certificates::issue(directory, name, &["127.0.0.1".to_owned()]).unwrap();
+    let identity = Identity::load(&directory.join("ca.pem"), &files.certificate, &files.key).unwrap();
+    let own = directory.join(name);
+    std::fs::create_dir(&own).unwrap();
+    let left = Arc::new(LeftImages::open(&own));
+    Arc::new(Host {
+        name: name.to_owned(),
+        endpoint: Endpoint::new(&identity, Deadlines::default()).unwrap(),
+        journal: Arc::new(Journal::open(&own).unwrap()),
+        run_dir: own.clone(),
+        logs: Logs::new(&own, 1 << 20),
+        ram_dir: own.clone(),
+        allow: Allow::default(),
+        hooks: Hooks::default(),
+        firewall: Firewall::default(),
+        trust_seccomp: false,
+        bandwidth: Bandwidth::new(None),
+        switch_cost: Arc::default(),
+        neighbourhood: Arc::default(),
+        post_copies: PostCopies::default(),
+        lingering: Lingering::default(),
+        recovering: crate::recovering::Recovering::default(),
+        ram_files: Arc::default(),
+        fence: Arc::new(Fence::new(Arc::clone(&left), &[], None)),
+        left,
+        forwards: Arc::new(Forwards::open(&own)),
+        forward_port: 4789,
+        link_port: Arc::default(),
+    })
+}
