@@ -178,3 +178,34 @@ fn a_machine_that_has_come_and_was_migrated_on_by_others_is_not_resumed() {
     let back = after(gone, answered).standing.unwrap();
     assert_eq!(after(back, Event::Found(Qemu::Switched)).effects, [Effect::Resume]);
 }
+
+#[test]
+fn what_another_state_directory_than_the_one_that_took_the_copy_says_of_it_is_not_believed() {
+    let offered = offered_anew(Standing::own(), 2).standing.unwrap();
+    let gone = |keeper| {
+        let (session, to) = (number(2), "host-2".to_owned());
+        let event = Event::HandedOver { session, to: to.clone(), address: to, keeper, supplies: false };
+        after(offered.clone(), event).standing.unwrap()
+    };
+    let no_copy = |keeper| Event::Answered { session: number(2), answer: Answer::NoCopy { keeper } };
+    let (took, other) = (Some(number(70)), Some(number(71)));
+    for says in [other, None] {
+        let step = after(gone(took), no_copy(says));
+        assert_eq!((step.standing, step.effects), (Some(gone(took)), vec![Effect::Doubt]), "{says:?}");
+    }
+    assert_eq!(after(gone(took), no_copy(took)).effects, [Effect::Resume]);
+    // An agent of before it was told.
+    assert_eq!(after(gone(None), no_copy(None)).effects, [Effect::Resume]);
+    let unknown = Event::Answered { session: number(2), answer: Answer::Unknown };
+    assert_eq!(after(gone(took), unknown).effects, [Effect::Ask]);
+}
+
+#[test]
+fn who_remembers_nothing_of_a_copy_does_not_say_that_it_never_ran() {
+    let asks = |mark| Event::Committed { session: number(2), from: "a".to_owned(), generation: 1, mark };
+    assert_eq!(on(None, asks(None)).effects, [Effect::Say(Word::Unknown)]);
+    assert_eq!(on(None, asks(Some(Mark::NeverRan))).effects, [Effect::Say(Word::NoCopy)]);
+    assert_eq!(on(None, asks(Some(Mark::Ran))).effects, [Effect::Say(Word::Running)]);
+    // Nor of one that came by another migration.
+    assert_eq!(after(ready_copy(), asks(None)).effects, [Effect::Say(Word::Unknown)]);
+}
