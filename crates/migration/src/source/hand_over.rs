@@ -20,7 +20,7 @@ use super::rounds::Rounds;
 use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::{Prepared, VM_PAUSED};
-use crate::deadlines::{CANCEL, HEALTH, KNOWN, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
+use crate::deadlines::{CANCEL, HEALTH, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
 use crate::failure::{Finding, chain};
 use crate::health;
 use crate::hooks::Hook;
@@ -36,16 +36,6 @@ use crate::wire::{Reply, Request};
 
 /// A destination that says within this time that the machine runs is waited for alone: a process started meanwhile would lengthen the pause.
 const AT_ONCE: Duration = Duration::from_millis(100);
-
-fn takes_nothing() -> Stop {
-    let message =
-        format!("the destination did not take what is known of the guest's network within {KNOWN:?}");
-    Stop::Failed(Finding::new(
-        "link",
-        message,
-        "see to the network between the hosts, and to the destination's agent",
-    ))
-}
 
 /// Whether it has ended because somebody else has stopped the guest.
 fn was_stopped(stop: &Stop) -> bool {
@@ -98,14 +88,7 @@ impl Controller {
         let destination = self.held.destination.as_mut().ok_or_else(nothing_held)?;
         // While the journal is written the destination's firewall is told.
         let known = self.held.network.as_ref().map(Network::known).unwrap_or_default();
-        let told = async {
-            for known in known {
-                destination.send(Request::Known(known)).await?;
-            }
-            Ok::<_, Stop>(())
-        };
-        // The guest is paused meanwhile, and nothing has been handed over yet.
-        timeout(KNOWN, told).await.map_err(|_| takes_nothing())??;
+        destination.tell_known(known).await?;
         points::reach(Point::ReadyHeard).await;
         let event = Event::HandedOver {
             session: self.id,

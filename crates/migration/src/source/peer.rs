@@ -19,7 +19,7 @@ use uuid::Uuid;
 use super::earlier;
 use super::stop::Stop;
 use crate::boot_files;
-use crate::deadlines::{RESERVE, RESERVE_WORD};
+use crate::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
 use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::machine::{self, Machine};
@@ -214,6 +214,23 @@ impl Destination {
         Ok(())
     }
 
+    /// Tells what is known of the guest's network. The guest is paused meanwhile, and nothing has been handed over yet.
+    pub(super) async fn tell_known(&self, known: Vec<wire::Known>) -> Result<(), Stop> {
+        let told = async {
+            for part in known {
+                self.send(Request::Known(part)).await?;
+            }
+            Ok::<_, Stop>(())
+        };
+        timeout(KNOWN, told).await.unwrap_or_else(|_| Err(takes_nothing()))
+    }
+
+    /// Has QEMU there wait for pages that it does not have.
+    pub(super) async fn prepare_post_copy(&mut self) -> Result<(), Stop> {
+        self.send(Request::PostCopy(wire::Nothing {})).await?;
+        ready_for_post_copy(self).await
+    }
+
     /// Tells the destination that the machine is its own, and waits for what it says.
     pub(super) async fn commit(&mut self, commit: wire::Commit) -> Result<Answer, Stop> {
         self.send(Request::Commit(commit)).await?;
@@ -273,15 +290,15 @@ fn knows_nothing(finding: &wire::Finding) -> bool {
     [kind::BUSY, kind::RECORD_UNREADABLE].contains(&finding.kind.as_str())
 }
 
-/// Whoever says what comes of a reservation.
+/// Whoever is listened to.
 trait Words {
-    /// The next word, if that is soon enough.
-    fn word(&mut self, limit: Duration) -> impl Future<Output = Result<Reply, Stop>> + Send;
+    /// The next word, if that is soon enough. `what` is what is expected.
+    fn word(&mut self, limit: Duration, what: &str) -> impl Future<Output = Result<Reply, Stop>> + Send;
 }
 
 impl Words for Destination {
-    async fn word(&mut self, limit: Duration) -> Result<Reply, Stop> {
-        self.receive_within(limit, "answer the reservation").await
+    async fn word(&mut self, limit: Duration, what: &str) -> Result<Reply, Stop> {
+        self.receive_within(limit, what).await
     }
 }
 
@@ -289,11 +306,29 @@ impl Words for Destination {
 async fn patiently(destination: &mut impl Words, until: Instant) -> Result<Reply, Stop> {
     loop {
         let left = until.saturating_duration_since(Instant::now());
-        match destination.word(RESERVE_WORD.min(left)).await? {
+        match destination.word(RESERVE_WORD.min(left), "answer the reservation").await? {
             Reply::Working(_) => {}
             reply => return Ok(reply),
         }
     }
+}
+
+/// Waits until QEMU there waits for pages that it does not have.
+async fn ready_for_post_copy(destination: &mut impl Words) -> Result<(), Stop> {
+    match destination.word(POST_COPY_READY, "be ready for post-copy").await? {
+        Reply::PostCopyReady(_) => Ok(()),
+        other => Err(violation(&format!("said {other} instead of being ready for post-copy"))),
+    }
+}
+
+fn takes_nothing() -> Stop {
+    let message =
+        format!("the destination did not take what is known of the guest's network within {KNOWN:?}");
+    Stop::Failed(Finding::new(
+        "link",
+        message,
+        "see to the network between the hosts, and to the destination's agent",
+    ))
 }
 
 fn says(failed: &wire::Findings, kind: &str) -> bool {
@@ -414,42 +449,4 @@ fn wire_ram(block: &qemu::RamBlock) -> wire::RamBlock {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    impl Words for mpsc::Receiver<Reply> {
-        async fn word(&mut self, limit: Duration) -> Result<Reply, Stop> {
-            let word = timeout(limit, self.recv()).await.ok().flatten();
-            word.ok_or_else(|| lost(LinkError::Closed))
-        }
-    }
-
-    /// Says so many times that it is at it, so many seconds apart, and then that it has reserved. Returns how long that was waited for,
-    /// and whether it was heard.
-    async fn reserved(times: u64, apart: u64) -> (u64, bool) {
-        let (tell, mut inbox) = mpsc::channel(1);
-        let destination = tokio::spawn(async move {
-            for _ in 0..times {
-                tokio::time::sleep(Duration::from_secs(apart)).await;
-                if tell.send(Reply::Working(wire::Nothing {})).await.is_err() {
-                    return;
-                }
-            }
-            tokio::time::sleep(Duration::from_secs(apart)).await;
-            let _ = tell.send(Reply::Reserved(wire::Reserved::default())).await;
-        });
-        let begin = Instant::now();
-        let heard = matches!(patiently(&mut inbox, begin + RESERVE).await, Ok(Reply::Reserved(_)));
-        destination.abort();
-        (begin.elapsed().as_secs(), heard)
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_destination_that_is_at_it_is_waited_for_and_one_that_says_nothing_is_not() {
-        assert_eq!(reserved(0, 59).await, (59, true));
-        assert_eq!(reserved(0, 61).await, (60, false));
-        assert_eq!(reserved(59, 15).await, (900, true), "a huge VM, and a slow hook");
-        assert_eq!(reserved(2, 61).await, (60, false));
-        assert_eq!(reserved(1_000_000, 15).await, (1200, false), "for ever is too long");
-    }
-}
+mod tests;

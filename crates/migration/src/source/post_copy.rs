@@ -20,13 +20,12 @@ use uuid::Uuid;
 use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::deadlines::POST_COPY_READY;
 use crate::failure::{Failure, Finding, Stage, chain, kind};
 use crate::host::Host;
 use crate::ownership::Event;
 use crate::report::{self, Counted};
 use crate::vm::{Ownership, Record};
-use crate::wire::{self, Nothing, Reply, Request};
+use crate::wire::{self, Reply, Request};
 
 /// First and longest wait between two attempts to make a lost link again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
@@ -273,11 +272,7 @@ impl Controller {
         let bandwidth = Arc::clone(&self.orders.bandwidth);
         let throughput = self.rounds()?.estimate.wire_rate;
         let destination = self.destination()?;
-        destination.send(Request::PostCopy(Nothing {})).await?;
-        match destination.receive_within(POST_COPY_READY, "be ready for post-copy").await? {
-            Reply::PostCopyReady(_) => {}
-            other => return Err(violation(&format!("said {other} instead of being ready for post-copy"))),
-        }
+        destination.prepare_post_copy().await?;
         let address = destination.address().to_owned();
         Streams::open(&endpoint, &address, session, streams, &bandwidth, throughput).await
     }
