@@ -2,12 +2,14 @@
 //! twice.
 
 use std::fs;
+use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
-use end_to_end::{Guest, Pair, Points, UnderWay, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, Points, Refusal, UnderWay, accounted, until, vmirror};
 use migration::Outcome;
 use migration::points::Point;
-use testbed::{BadDisk, Host, Inventory, Shim, Status};
+use testbed::{BadDisk, Host, Inventory, Shim, Status, fault};
 
 /// Who runs a guest that should not is heard in that time.
 const HEARD: Duration = Duration::from_secs(2);
@@ -222,5 +224,99 @@ fn a_copy_is_not_forgotten_because_another_agent_at_its_hosts_address_knows_noth
         said(scene.b(), "connected and said nothing") > 0 || said(scene.a(), "has thrown its copy away") > 0
     });
     no_stranger(&scene, &config);
+    scene.stays_and_moves_after_all();
+}
+
+/// A machine that host A has handed over, and that host B has not heard of; both agents have ended.
+fn handed_over_unheard(scene: &Scene) {
+    let points = Points::of(scene.a(), &[]);
+    let held = points.hold(Point::HandedOver);
+    let migration = scene.begin();
+    held.reached();
+    scene.b().kill_agent().unwrap();
+    scene.a().kill_agent().unwrap();
+    assert_eq!(migration.ended().code, Some(3));
+}
+
+/// The migration by which a host has, or has had, the machine.
+fn arrived_by(state_dir: &Path) -> String {
+    let journal = fs::read(state_dir.join("vms/vm.journal")).unwrap();
+    let journal = String::from_utf8_lossy(&journal);
+    journal.split("\"arrived_by\":\"").nth(1).unwrap()[..36].to_owned()
+}
+
+#[test]
+fn a_destination_that_has_lost_its_state_directory_gives_nothing_back_to_the_source() {
+    let scene = Scene::new();
+    handed_over_unheard(&scene);
+    let (state, aside) = (scene.b().state_dir(), scene.b().directory().join("aside"));
+    fs::rename(&state, &aside).unwrap();
+    for knows_of_it in [false, true] {
+        // As of a volume that is not mounted; and one of another agent's, which says that the copy never ran.
+        fs::create_dir(&state).unwrap();
+        if knows_of_it {
+            fs::create_dir(state.join("withdrawn")).unwrap();
+            fs::write(state.join("withdrawn").join(arrived_by(&aside)), "").unwrap();
+        }
+        scene.b().start_agent().unwrap();
+        scene.a().start_agent().unwrap();
+        scene.in_doubt(scene.a());
+        // What the agent is answered is what a person is told.
+        let refusal = scene.pair.refused(scene.a(), &["resolve", "vm", "--give-up"]);
+        refusal.is("unknown-there", &["host-b"]);
+        scene.in_doubt(scene.a());
+        assert_eq!(scene.pair.show("vm", scene.b()), None);
+        scene.a().stop_agent().unwrap();
+        scene.b().stop_agent().unwrap();
+        fs::remove_dir_all(&state).unwrap();
+    }
+    fs::rename(&aside, &state).unwrap();
+    scene.b().start_agent().unwrap();
+    scene.a().start_agent().unwrap();
+    scene.has_moved();
+}
+
+#[test]
+fn who_gives_up_a_copy_that_is_just_let_run_is_not_told_that_it_is_gone() {
+    let scene = Scene::new();
+    let b_points = Points::of(scene.b(), &[]);
+    let points = Points::of(scene.a(), &[]);
+    let handed_over = points.hold(Point::HandedOver);
+    let migration = scene.begin();
+    handed_over.reached();
+    scene.b().kill_agent().unwrap();
+    scene.b().start_agent_with(b_points.options()).unwrap();
+    scene.in_doubt(scene.b());
+    let owned = b_points.hold(Point::Owned);
+    drop(handed_over);
+    owned.reached();
+    thread::scope(|threads| {
+        let person = threads.spawn(|| vmirror(scene.b(), &["resolve", "vm", "--give-up", "--json"]));
+        until("it has been decided", || said(scene.b(), "resolved by a person") > 0);
+        drop(owned);
+        let refused = Refusal::told(&person.join().unwrap());
+        assert_eq!(refused.kind, "settled", "{refused:?}\n{}", scene.pair.logs());
+    });
+    scene.guest.runs_on();
+    assert_eq!(migration.ended().code, Some(0));
+    scene.has_moved();
+}
+
+#[test]
+fn a_destination_whose_qemu_dies_when_it_is_told_to_run_the_guest_does_not_say_that_it_never_has() {
+    let scene = Scene::new();
+    let points = Points::of(scene.b(), &[]);
+    let owned = points.hold(Point::Owned);
+    let migration = scene.begin();
+    owned.reached();
+    fault::kill(scene.pair.qemu(scene.b()).unwrap());
+    drop(owned);
+    let said = migration.ended();
+    assert_eq!(said.code, Some(3), "{said:?}\n{}", scene.pair.logs());
+    scene.in_doubt(scene.a());
+    let there = scene.pair.show("vm", scene.b()).unwrap();
+    assert_eq!(there["state"], "unreachable", "{there}");
+    // Who has looked, and knows that it never ran, says so there.
+    let _ = vmirror(scene.b(), &["resolve", "vm", "--give-up"]).done();
     scene.stays_and_moves_after_all();
 }
