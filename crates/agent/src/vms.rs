@@ -185,6 +185,7 @@ impl Vms {
             _ => None,
         };
         if let Some(vm) = idle {
+            warnings.extend(migration::lifecycle::may_never_have_run(&vm).await);
             warnings.extend(migration::tied(self.host(), &vm).await);
         }
         warnings

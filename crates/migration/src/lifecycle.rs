@@ -28,6 +28,7 @@ pub use forget::{Forgotten, Lingering, forget, forget_incomplete};
 pub(crate) use forget::{ended, session_over};
 pub use paths::{LONGEST_SOCKET_PATH, NameTooLong, longest_name};
 pub(crate) use paths::{Paths, fits};
+pub use ran::may_never_have_run;
 pub use recover::{Occasion, Recovered, recover};
 pub use resolve::{Resolution, resolve};
 pub use start::{adopt, run};

@@ -172,6 +172,13 @@ pub async fn adopt(qmp_socket: &Path) -> Result<Adopted, AdoptError> {
     Ok(Adopted { vm: Vm { process, spec, qmp_socket: socket }, machine, qmp })
 }
 
+/// Whether a QEMU was started to receive a migration, as far as that can be read. The command line by which it is [taken in](adopt)
+/// does not say so any more.
+#[must_use]
+pub fn was_started_incoming(process: &Process) -> bool {
+    command_line(process.pid).is_ok_and(|(spec, _)| spec.is_incoming())
+}
+
 /// The command line of a running QEMU, with the binary as the kernel knows it and all paths absolute; and its working
 /// directory.
 fn command_line(pid: u32) -> Result<(Spec, PathBuf), AdoptError> {

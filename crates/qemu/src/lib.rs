@@ -29,7 +29,7 @@ pub mod spec;
 mod storage_daemon;
 mod user;
 
-pub use adopt::{AdoptError, Adopted, adopt};
+pub use adopt::{AdoptError, Adopted, adopt, was_started_incoming};
 pub use descriptors::{raise_descriptor_limit, with_former_descriptor_limit};
 pub use image::{Image, ImageError, Qcow2, probe_format};
 pub use image_lock::{ImageLock, ImageLockError, KeepOut, in_use};

@@ -216,3 +216,40 @@ fn a_migration_of_its_users_is_not_cancelled_by_an_agent_that_is_started_again()
     accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     guest.sound_since(&before);
 }
+
+/// Whether a machine is told to be somebody's copy that may never have run.
+fn may_be_a_copy(pair: &Pair, name: &str) -> bool {
+    let shown = vmirror(pair.a(), &["show", name, "--json"]).done().json();
+    let warnings = shown["warnings"].as_array().cloned().unwrap_or_default();
+    warnings.iter().any(|warning| warning["kind"] == "paused-copy")
+}
+
+#[test]
+fn a_copy_that_has_never_run_is_not_taken_in_without_a_word_of_that() {
+    let pair = Pair::start();
+    let (spec, qmp) = by_hand(&pair, pair.a(), "vm");
+    let mut started = pair.a().boot(&spec).unwrap();
+    started.wait_ready(PATIENCE).unwrap();
+    // Somebody has it come here, and has not let it run yet.
+    let incoming = pair.a().directory().join("incoming");
+    let (mut copy, copy_qmp) = by_hand(&pair, pair.a(), "copy");
+    let own = pair.a().directory().join("second.qmp");
+    copy.extra.extend(["-S".into(), "-incoming".into(), format!("unix:{}", incoming.display())]);
+    copy.extra.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", own.display())]);
+    let _copy = pair.a().boot(&copy).unwrap();
+    until("it can come", || incoming.exists());
+    let mut monitor = Qmp::connect(&qmp);
+    monitor.execute("migrate", json!({ "uri": format!("unix:{}", incoming.display()) }));
+    until("it has come", || monitor.execute("query-migrate", json!({}))["status"] == "completed");
+
+    let said = vmirror(pair.a(), &["adopt", "copy", "--qmp", copy_qmp.to_str().unwrap()]).done();
+    assert!(said.stdout.contains("taken in, paused"), "{said:?}");
+    for words in ["may be a copy that has never run", "somebody else's migration", "vmirror forget copy"] {
+        assert!(said.stderr.contains(words), "{words:?} is not said: {said:?}");
+    }
+    assert!(may_be_a_copy(&pair, "copy"));
+    let mut own = Qmp::connect(&own);
+    own.execute("cont", json!({}));
+    until("it runs", || pair.runs_on("copy", pair.a()));
+    assert!(!may_be_a_copy(&pair, "copy"));
+}

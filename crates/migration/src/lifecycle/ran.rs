@@ -9,7 +9,7 @@ use tokio::time::timeout;
 use crate::deadlines::QUIT_GRACE;
 use crate::destination::NEVER_RAN;
 use crate::failure::{Finding, chain};
-use crate::vm::Record;
+use crate::vm::{Origin, Record, Vm, VmName};
 
 /// CPU time that no vCPU needs to come to be, to be loaded and to wait: one that has used more has run a guest, though that may be
 /// paused now.
@@ -85,6 +85,34 @@ pub(super) fn runs_here(record: &Record, status: &str) -> Finding {
     )
 }
 
+/// What is to be said of a machine that was adopted while its guest was paused, where that may be a copy that has never run: of a
+/// migration that somebody else has made, or that an agent with another state directory has served.
+pub async fn may_never_have_run(vm: &Vm) -> Option<Finding> {
+    let process = vm.record.process.as_ref().filter(|_| vm.record.origin == Origin::Adopted)?;
+    if vm.qmp.status().await.ok()?.running {
+        return None;
+    }
+    let ran = has_run(&vm.record, Some(&vm.qmp)).await;
+    paused_copy(&vm.record.name, process.pid, &ran, qemu::was_started_incoming(process))
+}
+
+fn paused_copy(name: &VmName, pid: u32, ran: &Ran, incoming: bool) -> Option<Finding> {
+    let finding = || {
+        Finding::new(
+            "paused-copy",
+            format!(
+                "the guest of {name} is paused, and its QEMU (process {pid}) was started to receive a migration: it may be a copy that \
+                 has never run, and somebody else's migration to here may still be under way"
+            ),
+            format!(
+                "before you let it run, find out whether the VM runs elsewhere, or is to: two copies would spoil its disks; \
+                 `vmirror forget {name}` lets go of this one"
+            ),
+        )
+    };
+    (incoming && matches!(ran, Ran::Never)).then(finding)
+}
+
 /// One of which neither can be told.
 pub(super) fn may_run_here(record: &Record, why: &str) -> Finding {
     let pid = record.process.as_ref().map_or(0, |process| process.pid);
@@ -113,6 +141,15 @@ mod tests {
         for status in ["running", "postmigrate", "finish-migrate", "shutdown", "io-error", "guest-panicked"] {
             assert!(matches!(by_status(status, none), Ran::Has(_)), "{status}");
         }
+    }
+
+    #[test]
+    fn only_who_was_started_to_receive_and_has_not_run_may_be_somebody_elses_copy() {
+        let name = "web1".parse().unwrap();
+        let told = |ran, incoming| paused_copy(&name, 7, &ran, incoming).is_some();
+        assert!(told(Ran::Never, true));
+        assert!(!told(Ran::Never, false), "it was started paused");
+        assert!(!told(Ran::Has("paused".to_owned()), true), "its user has paused it");
     }
 
     #[test]
