@@ -113,6 +113,9 @@ mod tests {
             assert!(told.insert(cells[1], Duration::from_secs(seconds)).is_none(), "twice: {row}");
         }
         assert_eq!(told, all());
+        let (apart, answer) = (SETTLE_PAUSE.as_secs(), ANSWER.as_secs());
+        let settled = format!("asks {SETTLE_TRIES} times, {apart} s apart (an answer may take {answer} s)");
+        assert!(text.contains(&settled), "{settled:?} is not said");
     }
 
     #[test]

@@ -262,8 +262,7 @@ fn a_destination_that_has_lost_its_state_directory_gives_nothing_back_to_the_sou
         scene.a().start_agent().unwrap();
         scene.in_doubt(scene.a());
         // What the agent is answered is what a person is told.
-        let refusal = scene.pair.refused(scene.a(), &["resolve", "vm", "--give-up"]);
-        refusal.is("unknown-there", &["host-b"]);
+        Refusal::of(scene.a(), &["resolve", "vm", "--give-up"]).is("unknown-there", &["host-b"]);
         scene.in_doubt(scene.a());
         assert_eq!(scene.pair.show("vm", scene.b()), None);
         scene.a().stop_agent().unwrap();
