@@ -381,6 +381,13 @@ impl Record {
         record
     }
 
+    /// Whether its guest may stand still by our doing, by a switch-over, a scan of its memory or the end of a copy job, or was to be let run
+    /// and was not seen to: it is this host's and is let run where it is found so.
+    #[must_use]
+    pub fn may_stand_still(&self) -> bool {
+        self.switching || self.resuming || self.pauses
+    }
+
     /// The name of the tap interface of one of the machine's network back ends, if it is on one, and that has a name.
     pub(crate) fn interface(&self, nic: &Nic) -> Option<String> {
         let NicKind::Tap { ifname, .. } = &nic.kind else { return None };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use migration::report::Verification;
 use migration::source::Readiness;
-use migration::{Command, Goal, Options, Outcome, Ownership, Report, VmName};
+use migration::{Command, Goal, Options, Outcome, Ownership, Record, Report, VmName};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -195,30 +195,7 @@ impl Vms {
                     self.watch(&record, &report.destination);
                 }
             }
-            Some(Some(record)) if matches!(record.ownership, Ownership::HandedOver { .. }) => {
-                self.doubt(record)
-            }
-            Some(Some(record)) if self.host().journal.is_unsettled(name) => self.unsettled(record),
-            // Tried again until its QEMU does as it is told, or is gone.
-            Some(Some(record)) if record.switching => {
-                self.silent(
-                    record,
-                    "its guest is paused by a switch-over and could not be resumed".to_owned(),
-                );
-            }
-            Some(Some(record)) => {
-                let vm = match self.entries().get_mut(name) {
-                    Some(Entry::Here(here)) => {
-                        here.vm.record = record;
-                        Some(here.vm.clone())
-                    }
-                    _ => None,
-                };
-                // Listening begins anew, for a QEMU that ended meanwhile was not cleaned up after.
-                if let Some(vm) = vm {
-                    self.keep(vm);
-                }
-            }
+            Some(Some(record)) => self.stays(record),
         }
         let (outcome, error) = (report.outcome, report.error.clone());
         let why = error.as_ref().map(|failure| failure.finding.message.as_str());
@@ -236,6 +213,33 @@ impl Vms {
 }
 
 impl Vms {
+    /// Keeps a machine that a migration has not taken away, as what its record says.
+    fn stays(&self, record: Record) {
+        let name = record.name.clone();
+        if matches!(record.ownership, Ownership::HandedOver { .. }) {
+            return self.doubt(record);
+        }
+        if self.host().journal.is_unsettled(&name) {
+            return self.unsettled(record);
+        }
+        if record.may_stand_still() {
+            // Tried again until its QEMU does as it is told, or is gone.
+            let why = "its guest is paused by a migration and could not be resumed";
+            return self.silent(record, why.to_owned());
+        }
+        let vm = match self.entries().get_mut(&name) {
+            Some(Entry::Here(here)) => {
+                here.vm.record = record;
+                Some(here.vm.clone())
+            }
+            _ => None,
+        };
+        // Listening begins anew, for a QEMU that ended meanwhile was not cleaned up after.
+        if let Some(vm) = vm {
+            self.keep(vm);
+        }
+    }
+
     /// How the machine came here that this session is of, as long as its name is still the session's.
     fn arrival(&self, name: &VmName, session: Uuid) -> Option<Option<Uuid>> {
         match self.entries().get(name) {
@@ -268,7 +272,69 @@ fn address(to: &str) -> Result<(), AgentError> {
 
 #[cfg(test)]
 mod tests {
-    use super::address;
+    use std::path::PathBuf;
+
+    use migration::Vm;
+    use qemu::{Process, Qmp, Spec};
+    use serde_json::{Value, json};
+    use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+    use tokio::net::UnixListener;
+
+    use super::*;
+    use crate::Daemon;
+    use crate::api::tests::config;
+    use crate::api::types::VmState;
+
+    /// A QEMU whose guest is paused and stays so.
+    async fn stays_paused(listener: UnixListener) {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (read, mut write) = stream.into_split();
+            let greeting = json!({"QMP": {"version": {"qemu": {}}, "capabilities": []}});
+            write.write_all(format!("{greeting}\n").as_bytes()).await.unwrap();
+            let mut lines = BufReader::new(read).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                let request: Value = serde_json::from_str(&line).unwrap();
+                let mut answer = match request["execute"].as_str() {
+                    Some("qmp_capabilities") => json!({"return": {}}),
+                    Some("query-status") => json!({"return": {"status": "paused", "running": false}}),
+                    _ => json!({"error": {"class": "GenericError", "desc": "no"}}),
+                };
+                answer["id"] = request["id"].clone();
+                write.write_all(format!("{answer}\n").as_bytes()).await.unwrap();
+            }
+        }
+    }
+
+    /// How a machine is listed whose migration has ended, with this on record.
+    async fn listed(on_record: Value) -> VmState {
+        let directory = tempfile::tempdir().unwrap();
+        let daemon = Daemon::start(config(directory.path())).await.unwrap();
+        let vms = daemon.vms().clone();
+        let qmp_socket: PathBuf = directory.path().join("qmp");
+        tokio::spawn(stays_paused(UnixListener::bind(&qmp_socket).unwrap()));
+        let mut record = json!({
+            "name": "web1", "generation": 0, "ownership": "owner", "origin": "adopted", "arrived_by": null,
+            "arrived_from": null, "resuming": false, "process": null, "argv": ["qemu-system-x86_64"],
+            "qmp_socket": &qmp_socket, "memory": 0, "made": { "files": [], "taps": [] },
+        });
+        record.as_object_mut().unwrap().extend(on_record.as_object().unwrap().clone());
+        let mut record: Record = serde_json::from_value(record).unwrap();
+        record.process = Some(Process::of_pid(std::process::id(), &qmp_socket).unwrap());
+        let (name, argv) = (record.name.clone(), record.argv.clone());
+        vms.host().journal.claim(record.clone()).unwrap();
+        let qmp = Qmp::connect(&qmp_socket).await.unwrap();
+        vms.keep(Vm { record: record.clone(), spec: Spec::parse(&argv).unwrap(), qmp });
+        vms.stays(record);
+        vms.view(&name).await.unwrap().state
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_was_not_resumed_is_not_listed_as_one_that_somebody_has_paused() {
+        assert_eq!(listed(json!({})).await, VmState::Paused);
+        for flag in ["switching", "resuming", "pauses"] {
+            assert_eq!(listed(json!({ flag: true })).await, VmState::Unreachable, "{flag}");
+        }
+    }
 
     #[test]
     fn addresses_without_a_host_or_a_port_are_refused() {
