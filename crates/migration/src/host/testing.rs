@@ -1,10 +1,13 @@
-//! Two hosts in this process, and the link between them.
+//! Two hosts in this process, the link between them, and a QEMU.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use link::{Bandwidth, Control, Deadlines, Endpoint, Identity, Incoming, Listener, Peer, certificates};
+use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixListener;
 
 use super::{Allow, Firewall, Host};
 use crate::destination::PostCopies;
@@ -77,4 +80,37 @@ fn host(directory: &Path, name: &str) -> Arc<Host> {
         forward_port: 4789,
         link_port: Arc::default(),
     })
+}
+
+/// What a QEMU says when it is told something, its answer last; with no answer it ends.
+pub(crate) type Says = fn(&str) -> Vec<Value>;
+
+/// A QEMU that says so.
+pub(crate) fn qemu(socket: &Path, says: Says) {
+    let listener = UnixListener::bind(socket).unwrap();
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (read, mut write) = stream.into_split();
+            let mut say = async |what: Value| write.write_all(format!("{what}\n").as_bytes()).await.unwrap();
+            say(json!({"QMP": {"version": {"qemu": {}}, "capabilities": []}})).await;
+            let mut lines = BufReader::new(read).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                let request: Value = serde_json::from_str(&line).unwrap();
+                let told = match request["execute"].as_str().unwrap() {
+                    "qmp_capabilities" => vec![json!({"return": {}})],
+                    command => says(command),
+                };
+                let answers = told.iter().any(|what| what.get("event").is_none());
+                for mut what in told {
+                    if what.get("event").is_none() {
+                        what["id"] = request["id"].clone();
+                    }
+                    say(what).await;
+                }
+                if !answers {
+                    return;
+                }
+            }
+        }
+    });
 }

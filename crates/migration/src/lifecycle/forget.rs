@@ -245,7 +245,7 @@ async fn may_go(host: &Host, record: &Record, qmp: Option<&Qmp>) -> Result<(), F
     let kept = match incoming {
         true => match ran::has_run(record, qmp).await {
             Ran::Has(status) => Some(ran::runs_here(record, &status)),
-            Ran::Never | Ran::Unheard(_) => None,
+            Ran::Never | Ran::Idle(_) | Ran::Unheard(_) => None,
         },
         false => None,
     };
@@ -323,7 +323,7 @@ pub async fn forget_incomplete(host: &Host) {
     for record in host.journal.all() {
         if matches!(record.ownership, Ownership::Incoming { ready: false, .. }) {
             // What may be more than a copy is looked at again by the next agent.
-            if matches!(ran::has_run(&record, None).await, Ran::Never) {
+            if matches!(ran::has_run(&record, None).await, Ran::Never | Ran::Idle(_)) {
                 forget(host, &record, None).await.kept_on_record();
             }
         }

@@ -22,7 +22,9 @@ pub(super) enum Ran {
     Never,
     /// It runs, or has run; what QEMU says of it.
     Has(String),
-    /// QEMU does not answer, and has worked too much for one that has never run a guest.
+    /// QEMU does not answer, and has not worked more than one does that has never run a guest.
+    Idle(String),
+    /// QEMU does not answer, and has worked too much for that.
     Unheard(String),
 }
 
@@ -60,7 +62,7 @@ fn by_work(process: &Process, why: String) -> Ran {
     let threads = std::fs::read_dir(format!("/proc/{}/task", process.pid)).into_iter().flatten().flatten();
     let ids = threads.filter_map(|thread| thread.file_name().to_str()?.parse::<u32>().ok());
     let worked: Duration = ids.filter(|id| *id != process.pid).filter_map(|id| used(process, id)).sum();
-    if worked < RAN { Ran::Never } else { Ran::Unheard(why) }
+    if worked < RAN { Ran::Idle(why) } else { Ran::Unheard(why) }
 }
 
 fn used(process: &Process, thread: u32) -> Option<Duration> {
@@ -110,7 +112,7 @@ fn paused_copy(name: &VmName, pid: u32, ran: &Ran, incoming: bool) -> Option<Fin
             ),
         )
     };
-    (incoming && matches!(ran, Ran::Never)).then(finding)
+    (incoming && matches!(ran, Ran::Never | Ran::Idle(_))).then(finding)
 }
 
 /// One of which neither can be told.
@@ -156,13 +158,13 @@ mod tests {
     fn who_is_silent_and_has_not_worked_has_run_nothing() {
         let itself = |pid| Process::of_pid(pid, std::path::Path::new("")).unwrap();
         let mut sleeps = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        assert!(matches!(by_work(&itself(sleeps.id()), String::new()), Ran::Never));
+        assert!(matches!(by_work(&itself(sleeps.id()), String::new()), Ran::Idle(_)));
         sleeps.kill().unwrap();
         sleeps.wait().unwrap();
         let worker = std::thread::spawn(move || {
             let begin = std::time::Instant::now();
             let worked = || by_work(&itself(std::process::id()), "silent".to_owned());
-            while matches!(worked(), Ran::Never) && begin.elapsed() < Duration::from_secs(60) {}
+            while matches!(worked(), Ran::Idle(_)) && begin.elapsed() < Duration::from_secs(60) {}
             worked()
         });
         assert!(matches!(worker.join().unwrap(), Ran::Unheard(why) if why == "silent"));

@@ -75,7 +75,7 @@ pub async fn recover(host: &Host, record: Record, occasion: Occasion) -> Recover
         (Ownership::Incoming { ready, .. }, _) => match look {
             Look::Runs if *ready => Found::There,
             Look::Runs => match ran::has_run(&record, None).await {
-                Ran::Never => Found::There,
+                Ran::Never | Ran::Idle(_) => Found::There,
                 Ran::Has(status) => {
                     kept = Some(ran::runs_here(&record, &status));
                     Found::Ran

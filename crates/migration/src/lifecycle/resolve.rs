@@ -1,11 +1,8 @@
 //! What a person decides about a machine in doubt, carried out.
 
-use qemu::Qmp;
-
+use super::ran::{self, Ran};
 use super::recover::reconnect;
 use super::{RunError, ended, forget_decided, has_own_disks, own_disks};
-use crate::destination::NEVER_RAN;
-use crate::failure::chain;
 use crate::host::Host;
 use crate::ownership::{Asked, Effect, Event, Why};
 use crate::source::Settled;
@@ -101,17 +98,17 @@ async fn may_be_given_up(host: &Host, record: &mut Record, force: bool) -> Resul
             Err(failure) => Err(RunError::Unsettled { name, why: failure.finding.message }),
         },
         Ownership::Owner => {
-            let Some(process) = &record.process else { return Ok(()) };
-            if process.look().is_gone() {
-                return Ok(());
-            }
-            let asked = async { Qmp::connect(&record.qmp_socket).await?.status().await };
-            match asked.await {
-                Ok(state) if state.running => Err(RunError::RunsHere(name)),
-                Ok(state) if force || NEVER_RAN.contains(&state.status.as_str()) => Ok(()),
-                Ok(state) => Err(RunError::MayRunHere { name, why: format!("QEMU says {}", state.status) }),
-                Err(_) if force => Ok(()),
-                Err(e) => Err(RunError::MayRunHere { name, why: chain(&e) }),
+            // A guest that somebody has paused has run all the same, which its vCPUs tell.
+            match ran::has_run(record, None).await {
+                Ran::Never => Ok(()),
+                Ran::Has(status) if status == "running" => Err(RunError::RunsHere(name)),
+                Ran::Has(_) | Ran::Idle(_) | Ran::Unheard(_) if force => Ok(()),
+                Ran::Has(status) => {
+                    let why = format!("QEMU says {status}, and its guest has run");
+                    Err(RunError::MayRunHere { name, why })
+                }
+                // It was told to run: one that has hardly worked may have written to its disks.
+                Ran::Idle(why) | Ran::Unheard(why) => Err(RunError::MayRunHere { name, why }),
             }
         }
     }
@@ -133,5 +130,64 @@ fn refused(record: &Record, before: Ownership, why: Why) -> RunError {
         Why::Changed | Why::NameTaken | Why::CopyWaits | Why::CopiesLeft | Why::NotInDoubt => {
             RunError::Settled(name)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use qemu::Process;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::host::testing::{Hosts, Says, qemu};
+    use crate::ownership::Standing;
+    use crate::vm::Origin;
+
+    /// What comes of it when a machine is given up that was not seen to run, and whose QEMU says this.
+    async fn given_up(says: Says, force: bool) -> Result<(), RunError> {
+        let hosts = Hosts::new().await;
+        let qmp_socket = hosts.directory.path().join("qmp");
+        qemu(&qmp_socket, says);
+        let standing = Standing { resuming: true, has_run: false, ..Standing::own() };
+        let mut record = Record {
+            process: Some(Process::of_pid(std::process::id(), &qmp_socket).unwrap()),
+            qmp_socket,
+            ..Record::new("web1".parse().unwrap(), standing, Origin::Arrived)
+        };
+        may_be_given_up(&hosts.b, &mut record, force).await
+    }
+
+    fn paused() -> Value {
+        json!({"return": {"status": "paused", "running": false}})
+    }
+
+    fn vcpu(thread: u32) -> Value {
+        json!({"return": [{"cpu-index": 0, "thread-id": thread}]})
+    }
+
+    #[tokio::test]
+    async fn a_machine_whose_guest_has_run_is_not_given_up_because_somebody_has_paused_it() {
+        let idle: Says = |command| match command {
+            "query-status" => vec![paused()],
+            _ => vec![json!({"return": []})],
+        };
+        assert!(given_up(idle, false).await.is_ok());
+        // This very thread, as if it were a vCPU's.
+        let begin = Instant::now();
+        let itself = Process::of_pid(std::process::id(), std::path::Path::new("")).unwrap();
+        let worked = || qemu::vcpu_cpu_time(&itself, rustix::thread::gettid().as_raw_pid() as u32).unwrap();
+        while worked() < Duration::from_millis(600) && begin.elapsed() < Duration::from_secs(60) {}
+        let has_run: Says = |command| match command {
+            "query-status" => vec![paused()],
+            _ => vec![vcpu(rustix::thread::gettid().as_raw_pid() as u32)],
+        };
+        let refused = given_up(has_run, false).await;
+        assert!(matches!(refused, Err(RunError::MayRunHere { .. })), "{refused:?}");
+        assert!(given_up(has_run, true).await.is_ok(), "a person's word");
+        let silent: Says = |_| Vec::new();
+        let refused = given_up(silent, false).await;
+        assert!(matches!(refused, Err(RunError::MayRunHere { .. })), "{refused:?}");
     }
 }

@@ -1,54 +1,18 @@
-use std::path::Path;
 use std::pin::pin;
 use std::process::{Child, Command};
 
 use link::{ControlReceiver, ControlSender};
 use qemu::Process;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::UnixListener;
 
 use super::*;
 use crate::destination::Sender;
 use crate::destination::network::Frames;
-use crate::host::testing::Hosts;
+use crate::host::testing::{Hosts, Says, qemu};
 use crate::vm::Origin;
 use crate::wire::ToSource;
 
 const SESSION: Uuid = Uuid::from_u128(7);
-
-/// What a QEMU says when it is told something, its answer last; with no answer it ends.
-type Says = fn(&str) -> Vec<Value>;
-
-/// A QEMU that says so.
-fn qemu(socket: &Path, says: Says) {
-    let listener = UnixListener::bind(socket).unwrap();
-    tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            let (read, mut write) = stream.into_split();
-            let mut say = async |what: Value| write.write_all(format!("{what}\n").as_bytes()).await.unwrap();
-            say(json!({"QMP": {"version": {"qemu": {}}, "capabilities": []}})).await;
-            let mut lines = BufReader::new(read).lines();
-            while let Ok(Some(line)) = lines.next_line().await {
-                let request: Value = serde_json::from_str(&line).unwrap();
-                let told = match request["execute"].as_str().unwrap() {
-                    "qmp_capabilities" => vec![json!({"return": {}})],
-                    command => says(command),
-                };
-                let answers = told.iter().any(|what| what.get("event").is_none());
-                for mut what in told {
-                    if what.get("event").is_none() {
-                        what["id"] = request["id"].clone();
-                    }
-                    say(what).await;
-                }
-                if !answers {
-                    return;
-                }
-            }
-        }
-    });
-}
 
 fn resumes() -> Value {
     json!({"event": "RESUME", "timestamp": {"seconds": 1, "microseconds": 0}})
