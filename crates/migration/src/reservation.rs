@@ -8,6 +8,7 @@ pub(crate) mod disks;
 mod examine;
 mod kernel_use;
 mod macvtaps;
+mod others;
 mod set_up;
 mod taps;
 

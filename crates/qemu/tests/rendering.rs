@@ -56,6 +56,17 @@ const REFUSED: &[&[&str]] = &[
     &["-smbios", "type=11,path=/etc/shadow,path=FILES/x"],
     &["-drive", "file=FILES/x,if=virtio,format=raw,file.locking=off"],
     &["-blockdev", r#"{"driver":"file","filename":"FILES/x","node-name":"f","locking":"off"}"#],
+    &["-drive", "file=FILES/x,if=virtio,format=raw,read-only=on,force-share=on"],
+    &["-drive", "file=FILES/x,if=virtio,format=raw,read-only=on,force-share"],
+    &["-drive", "file=FILES/x,if=virtio,format=raw,read-only=on,file.force-share=yes"],
+    &[
+        "-drive",
+        r#"file=json:{"driver":"raw",,"file":{"driver":"file",,"filename":"FILES/x",,"force-share":true}},if=virtio"#,
+    ],
+    &[
+        "-blockdev",
+        r#"{"driver":"file","filename":"FILES/x","node-name":"f","read-only":true,"force-share":true}"#,
+    ],
     &["-object", "filter-dump,id=f,netdev=n,file=/etc/cron.d/x"],
     &["-trace", "enable=*,file=/etc/cron.d/x"],
     &["-writeconfig", "/etc/cron.d/x"],

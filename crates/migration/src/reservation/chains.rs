@@ -7,12 +7,14 @@ use std::path::{Path, PathBuf};
 use qemu::Image;
 use qemu::spec::FilePurpose;
 
+use super::others::{self, base_of};
 use super::{Request, disks};
 use crate::failure::{Finding, chain};
 use crate::host::Host;
+use crate::vm::VmName;
 
 /// How many images may be based on each other.
-const LONGEST: usize = 64;
+pub(super) const LONGEST: usize = 64;
 
 impl Request {
     /// Follows every image that is there to whatever it is based on.
@@ -24,11 +26,13 @@ impl Request {
         let flash = self.spec.files().into_iter().filter(|file| file.purpose == FilePurpose::Flash);
         let images: Vec<(PathBuf, Option<String>)> =
             drives.chain(flash.map(|file| (file.path, None))).filter(|(path, _)| path.exists()).collect();
-        findings.extend(images.into_iter().filter_map(|(image, format)| follow(host, &image, format).err()));
+        let followed =
+            images.into_iter().filter_map(|(image, format)| follow(host, &self.name, &image, format).err());
+        findings.extend(followed);
     }
 }
 
-fn follow(host: &Host, image: &Path, format: Option<String>) -> Result<(), Finding> {
+fn follow(host: &Host, name: &VmName, image: &Path, format: Option<String>) -> Result<(), Finding> {
     let (mut path, mut format) = (image.to_owned(), format);
     for _ in 0..LONGEST {
         // What is opened as raw names nothing, whatever is in it.
@@ -47,6 +51,29 @@ fn follow(host: &Host, image: &Path, format: Option<String>) -> Result<(), Findi
                 return Err(Finding::new("disk-unreadable", message, "let the agent use it"));
             }
         };
+        // What is there now says nothing of what is when QEMU opens it.
+        if let Some(writer) = others::writer(host, name, &path) {
+            return Err(Finding::new(
+                "disk-in-use",
+                format!("{} on {} is written by VM {writer} there", path.display(), host.name),
+                "give each VM an image of its own; one that several are to write must be raw, and be said to be",
+            ));
+        }
+        let may_be_any = |format: &str| host.allow.disk_drivers.iter().any(|driver| driver == format);
+        if let Some(stated) =
+            format.as_deref().filter(|stated| *stated != found.format() && !may_be_any(stated))
+        {
+            return Err(Finding::new(
+                "disk-format",
+                format!(
+                    "{} on {} is of format {}, and would be opened as {stated}",
+                    path.display(),
+                    host.name,
+                    found.format()
+                ),
+                "remove it there, or start the VM with the format that it has",
+            ));
+        }
         let header = match found {
             Image::Raw { .. } => return Ok(()),
             Image::Qcow2(header) => header,
@@ -77,8 +104,7 @@ fn follow(host: &Host, image: &Path, format: Option<String>) -> Result<(), Findi
             ));
         }
         let Some(backing) = header.backing else { return Ok(()) };
-        let directory = std::fs::canonicalize(&path).ok();
-        let base = directory.as_deref().and_then(Path::parent).unwrap_or(Path::new("/")).join(&backing);
+        let base = base_of(&path, &backing);
         let named = backing.to_string_lossy();
         let is_protocol = named.find([':', '/']).is_some_and(|at| named.as_bytes()[at] == b':');
         if is_protocol || !disks::allowed(host, &base) {
@@ -102,4 +128,67 @@ fn follow(host: &Host, image: &Path, format: Option<String>) -> Result<(), Findi
         format!("{} on {} is based on more than {LONGEST} images", image.display(), host.name),
         "merge some of them (qemu-img commit)",
     ))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::host::testing::Hosts;
+    use crate::ownership::Standing;
+    use crate::vm::{Origin, Record};
+
+    /// Makes an image that is based on this.
+    pub(in crate::reservation) fn qcow2(path: &Path, backing: Option<&str>) {
+        let mut image = vec![0; 65536];
+        image[..8].copy_from_slice(b"QFI\xfb\0\0\0\x02");
+        image[20..24].copy_from_slice(&16_u32.to_be_bytes());
+        image[24..32].copy_from_slice(&(1_u64 << 20).to_be_bytes());
+        if let Some(backing) = backing {
+            image[8..16].copy_from_slice(&512_u64.to_be_bytes());
+            image[16..20].copy_from_slice(&(backing.len() as u32).to_be_bytes());
+            image[512..512 + backing.len()].copy_from_slice(backing.as_bytes());
+        }
+        std::fs::write(path, image).unwrap();
+    }
+
+    /// What is said of an image with this format on the command line.
+    fn followed(host: &Host, image: &Path, format: Option<&str>) -> Option<&'static str> {
+        let name = "web2".parse().unwrap();
+        let kinds = ["disk-format", "disk-in-use", "path-not-allowed", "argument-not-allowed"];
+        let kind = follow(host, &name, image, format.map(str::to_owned)).err()?.kind;
+        Some(kinds.into_iter().find(|known| *known == kind).unwrap_or_else(|| panic!("{kind}")))
+    }
+
+    #[tokio::test]
+    async fn an_image_that_may_yet_come_to_name_other_files_is_not_opened() {
+        let mut hosts = Hosts::new().await;
+        let place = hosts.directory.path().to_owned();
+        let host = Arc::get_mut(&mut hosts.b).unwrap();
+        host.allow.disk_dirs = vec![place.clone()];
+        let [raw, top, base] = ["raw", "top", "base"].map(|name| place.join(name));
+        std::fs::write(&raw, [0; 4096]).unwrap();
+        qcow2(&base, None);
+        qcow2(&top, Some("base"));
+        for (image, format) in [(&raw, None), (&raw, Some("raw")), (&top, None), (&top, Some("qcow2"))] {
+            assert_eq!(followed(host, image, format), None, "{image:?} {format:?}");
+        }
+        assert_eq!(followed(host, &raw, Some("qcow2")), Some("disk-format"));
+        assert_eq!(followed(host, &top, Some("luks")), Some("disk-format"));
+        // An operator has said that it may be whatever it is.
+        host.allow.disk_drivers = vec!["vpc".to_owned()];
+        assert_eq!(followed(host, &raw, Some("vpc")), None);
+
+        for written in [&raw, &base] {
+            let argv = ["q", "-drive", &format!("file={},format=raw", written.display())];
+            let argv = argv.map(str::to_owned).to_vec();
+            let of = Record::new("web1".parse().unwrap(), Standing::own(), Origin::Run);
+            host.journal.claim(Record { argv, ..of }).unwrap();
+            let through = if written == &raw { &raw } else { &top };
+            assert_eq!(followed(host, through, None), Some("disk-in-use"), "{written:?}");
+            assert_eq!(followed(host, written, Some("raw")), None, "it names nothing, whatever is in it");
+            host.journal.remove(&"web1".parse().unwrap(), None).unwrap();
+        }
+    }
 }

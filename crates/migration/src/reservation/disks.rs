@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Access;
 
-use super::{Request, kernel_use, mib, read_probe};
+use super::{Request, kernel_use, mib, others, read_probe};
 use crate::disks;
 use crate::drives;
 use crate::failure::{Finding, chain};
@@ -279,11 +279,10 @@ impl Request {
                 "remove it there, or overwrite it with --disks mirror",
             );
         }
-        let others = host.journal.all().into_iter().filter(|record| record.name != self.name);
-        if others.flat_map(|record| record.made.images).any(|image| image.path == path) {
+        if let Some(user) = others::user(host, &self.name, path) {
             return finding(
                 "disk-in-use",
-                format!("{shown} on {} is another VM's, which is coming in", host.name),
+                format!("{shown} on {} is VM {user}'s, which is there or comes in", host.name),
                 "end that migration, or move the image away",
             );
         }

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::super::options::is_yes;
 use super::super::{Argument, BlockDriver, Properties};
 use super::{Outcome, Remedy, Renderer, Stop};
 
 /// Keys whose values are texts.
 const TEXTS: &[&str] = &["serial", "id", "node-name"];
+const FORCE_SHARE: &str = "force-share";
 
 /// The image of an option that is one: `-hda`, `-cdrom`, the word without an option.
 pub(super) fn image(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome {
@@ -22,13 +24,27 @@ pub(super) fn drive(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome
         file_name(renderer, argument, argument.value().unwrap_or_default())?;
         return Ok(vec![argument.clone()]);
     }
-    leaves(renderer, argument, &argument.properties().texts())?;
+    let properties = argument.properties();
+    // In the short notation a word alone stands for `on`.
+    if properties.keys().iter().any(|key| last_of(key) == FORCE_SHARE && properties.is_on(key)) {
+        return ignores_locks(renderer, argument).map(|()| vec![argument.clone()]);
+    }
+    leaves(renderer, argument, &properties.texts())?;
     Ok(vec![argument.clone()])
+}
+
+fn last_of(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or(key)
+}
+
+/// What another machine writes meanwhile, it would read: a header that names other files, among others.
+fn ignores_locks(renderer: &mut Renderer<'_>, argument: &Argument) -> Result<(), Stop> {
+    renderer.unknown(argument, "it does not mind who has its image locked")
 }
 
 fn leaves(renderer: &mut Renderer<'_>, argument: &Argument, leaves: &[(String, String)]) -> Result<(), Stop> {
     for (key, text) in leaves {
-        let last = key.rsplit('.').next().unwrap_or(key);
+        let last = last_of(key);
         match last {
             "driver" | "format" => driver(renderer, argument, text)?,
             // In the short notation a name of a protocol, or a whole description, can stand where a file's stands.
@@ -37,6 +53,7 @@ fn leaves(renderer: &mut Renderer<'_>, argument: &Argument, leaves: &[(String, S
             "locking" if !["on", "auto"].contains(&text.as_str()) => {
                 return renderer.unknown(argument, "it takes no lock on its image");
             }
+            FORCE_SHARE if is_yes(text) => return ignores_locks(renderer, argument),
             _ if TEXTS.contains(&last) => {}
             _ if text.contains('/') => renderer.may_read(argument, Path::new(text))?,
             _ => {}
