@@ -111,6 +111,25 @@ fn a_person_can_decide_nothing_that_the_journal_cannot_say_and_not_need_to_wait_
     scene.stays_and_moves_after_all();
 }
 
+/// Bytes of a half of a record's file.
+const SLOT: usize = 256 * 1024;
+
+#[test]
+fn what_was_handed_over_and_not_heard_of_is_on_record_twice_while_it_is_asked_about() {
+    let scene = Scene::new();
+    let (migration, destination) = scene.pair.handed_over("vm");
+    let record = scene.a().state_dir().join("vms/vm.journal");
+    until("both halves of its record say so", || {
+        let slots = fs::read(&record).unwrap();
+        let says = |slot: &[u8]| String::from_utf8_lossy(slot).contains("\"ownership\":{\"handed-over\"");
+        slots.chunks(SLOT).filter(|slot| says(slot)).count() == 2
+    });
+    assert!(!migration.has_ended(), "{}", scene.pair.logs());
+    drop(destination);
+    assert_eq!(migration.ended().report().outcome, Outcome::Completed);
+    scene.has_moved();
+}
+
 /// A migration whose source is held at a point after its destination has said that the copy is ready, and whose destination's agent is
 /// another one by now, which has that copy in doubt.
 fn waits_for_the_source(scene: &Scene, point: Point, then: impl FnOnce()) {

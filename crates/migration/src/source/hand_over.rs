@@ -139,6 +139,7 @@ impl Controller {
         if !heard {
             tracing::warn!(vm = %self.vm.record.name, ?told, "no word that the VM runs at the destination");
             self.held.destination = None;
+            self.settle_record();
             self.host.fence.post(&self.vm.record.name).await;
             self.settle().await?;
         }
@@ -153,11 +154,18 @@ impl Controller {
         if heard && self.options.engine == Engine::Mirror {
             self.host.switch_cost.measured(cost(&self.report.pause));
         }
-        // Into the other slot too: not even a journal that loses its newer half may say that the machine is here.
+        if heard {
+            self.settle_record();
+        }
+        Ok(())
+    }
+
+    /// Not even a journal that loses its newer half may say that the machine is here: who was not heard may run it for as long as nobody
+    /// answers.
+    fn settle_record(&self) {
         if let Err(e) = self.host.journal.settle(&self.vm.record.name) {
             tracing::error!(vm = %self.vm.record.name, error = chain(&e), "the journal cannot be written");
         }
-        Ok(())
     }
 
     /// Asks the destination again and again what became of the machine.
