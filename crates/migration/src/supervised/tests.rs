@@ -51,7 +51,6 @@ fn a_unit_that_restarts_is_found_by_the_cgroup_and_its_files() {
         found.certain && found.what.contains("web1.service") && found.what.contains("Restart=always"),
         "{found:?}"
     );
-    assert!(found.remedy.contains("mask --runtime web1.service"), "{found:?}");
     let v1 = "12:cpu:/system.slice\n1:name=systemd:/system.slice/web1.service/below\n0::/";
     assert!(made.qemu(1, v1).unwrap().certain);
 
@@ -71,9 +70,74 @@ fn a_unit_that_restarts_is_found_by_the_cgroup_and_its_files() {
     // One of a user's manager; and one that nothing is known of.
     made.file("run/user/1000/systemd/transient/mine.service", "[Service]\nRestart=always\n");
     let users = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/mine.service";
-    assert!(made.qemu(1, users).unwrap().remedy.contains("systemctl --user mask"));
+    assert!(made.qemu(1, users).unwrap().certain);
     let unknown = made.qemu(1, "0::/system.slice/odd.service").unwrap();
     assert!(!unknown.certain && unknown.what.contains("cannot be read"), "{unknown:?}");
+}
+
+#[test]
+fn what_is_to_be_done_about_a_unit_has_effect_wherever_its_file_is() {
+    for (file, cgroup) in [
+        ("etc/systemd/system/web1.service", "0::/system.slice/web1.service"),
+        ("run/systemd/transient/run-u7.service", "0::/system.slice/run-u7.service"),
+        ("usr/lib/systemd/system/vm@.service", "0::/system.slice/system-vm.slice/vm@db.service"),
+        (
+            "run/user/1000/systemd/transient/mine.service",
+            "0::/user.slice/user-1000.slice/user@1000.service/app.slice/mine.service",
+        ),
+        (
+            "etc/systemd/user/own.service",
+            "0::/user.slice/user-1000.slice/user@1000.service/app.slice/own.service",
+        ),
+    ] {
+        let made = Made::new();
+        made.file(file, "[Service]\nRestart=always\n");
+        // Whoever says so with `systemctl edit`, or has.
+        made.file(&format!("{}.d/override.conf", file), "[Service]\nRestart=on-failure\n");
+        let Supervisor { remedy, certain, .. } = made.qemu(1, cgroup).unwrap();
+        assert!(certain && remedy.contains("daemon-reload") && !remedy.contains("mask"), "{remedy}");
+        let (_, rest) = remedy.split_once("printf '").unwrap();
+        let (text, rest) = rest.split_once("' > '/").unwrap();
+        let (place, _) = rest.split_once('\'').unwrap();
+        made.file(place, &text.replace("\\n", "\n"));
+        assert_eq!(made.qemu(1, cgroup), None, "{file}: {remedy}");
+    }
+}
+
+/// What operators are told.
+const OPERATIONS: &str = include_str!("../../../../docs/operations.md");
+
+#[test]
+fn the_documentation_says_of_a_unit_what_the_agent_says() {
+    let row = OPERATIONS.lines().find(|line| line.starts_with("| a systemd unit with `Restart=`")).unwrap();
+    let remedy = {
+        let made = Made::new();
+        made.file("etc/systemd/system/UNIT.service", "[Service]\nRestart=always\n");
+        made.qemu(1, "0::/system.slice/UNIT.service").unwrap().remedy
+    };
+    let command = remedy.split('`').nth(1).unwrap();
+    assert!(row.contains(command), "{command}");
+    assert!(!OPERATIONS.contains("mask --runtime"), "it has no effect on units in /etc");
+}
+
+#[test]
+fn no_unit_in_the_documentation_stops_its_machine_with_the_agent() {
+    let blocks = OPERATIONS.split("```ini\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let of_machines: Vec<&str> = blocks.filter(|block| block.contains("vmirror.service")).collect();
+    assert!(!of_machines.is_empty());
+    for block in of_machines {
+        // Each of these passes a stop, or a restart, of the agent on.
+        for key in ["Requires", "Requisite", "BindsTo", "PartOf", "StopPropagatedFrom"] {
+            assert!(!block.contains(&format!("{key}=")), "{block}");
+        }
+        for line in [
+            "After=vmirror.service",
+            "Wants=vmirror.service",
+            "ExecCondition=/usr/bin/systemctl is-active --quiet vmirror.service",
+        ] {
+            assert!(block.lines().any(|is| is == line), "{line} is not in:\n{block}");
+        }
+    }
 }
 
 #[test]

@@ -24,6 +24,9 @@ const SYSTEM: [&str; 10] = [
 const USER: [&str; 4] =
     ["etc/systemd/user", "run/systemd/user", "usr/local/lib/systemd/user", "usr/lib/systemd/user"];
 
+/// The last word in a directory's drop-ins is that of the one whose name comes last.
+const DROP_IN: &str = "zz-vmirror.conf";
+
 /// A service that a process belongs to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Unit {
@@ -39,13 +42,8 @@ pub(super) fn of(root: &Path, pid: u32, own: u32) -> Option<Supervisor> {
         return None;
     }
     let restart = asked(root, &unit).or_else(|| on_disk(root, &unit));
-    let name = &unit.name;
-    let who = if unit.user.is_some() { " --user" } else { "" };
-    let remedy = format!(
-        "say `systemctl{who} mask --runtime {name}` before it leaves, and for good `systemctl{who} edit {name}` with Restart=no, and `systemctl{who} disable {name}`"
-    );
+    let (name, remedy) = (&unit.name, remedy(&unit));
     match restart.as_deref() {
-        // What is masked is not started.
         Some("" | "no") => None,
         Some(restart) => Some(Supervisor {
             what: format!("unit {name}, by its Restart={restart},"),
@@ -57,6 +55,21 @@ pub(super) fn of(root: &Path, pid: u32, own: u32) -> Option<Supervisor> {
             Some(Supervisor { what, certain: false, remedy })
         }
     }
+}
+
+/// Drop-ins of all directories count, which no unit file and no link in another directory does: a unit in /etc cannot be masked from /run,
+/// and one that was made while the host runs cannot be edited.
+fn remedy(unit: &Unit) -> String {
+    let Unit { name, user } = unit;
+    let (directory, who) = match user {
+        None => ("/run/systemd/system".to_owned(), ""),
+        Some(user) => (format!("/run/user/{user}/systemd/user"), " --user"),
+    };
+    format!(
+        "before it leaves, say `mkdir -p '{directory}/{name}.d' && printf '[Service]\\nRestart=no\\n' > \
+         '{directory}/{name}.d/{DROP_IN}' && systemctl{who} daemon-reload`, after which this is not found any more; for good, \
+         `systemctl{who} edit '{name}'` with Restart=no, and `systemctl{who} disable '{name}'`"
+    )
 }
 
 /// The service in whose cgroup a process is.
