@@ -28,6 +28,11 @@ const NETWORK: [&str; 12] = [
     "beegfs",
     "fuse.moosefs",
 ];
+/// File systems that one host has at a time, and containers on it with one kernel.
+const ON_ONE_HOST: [&str; 13] = [
+    "ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "tmpfs", "overlay", "vfat",
+    "exfat",
+];
 /// Servers that are another one for each host.
 const LOCAL: [&str; 4] = ["localhost", "127.", "[::1]", "//localhost"];
 
@@ -94,14 +99,48 @@ fn on_network(path: &Path, file: &Metadata) -> Option<String> {
 
 /// Where a path is on a network file system, by the lines of proc(5) about mounts.
 fn place_on_network(real: &Path, mounts: &str) -> Option<String> {
-    let lines = mounts.lines().filter_map(Mount::of);
-    // Of those mounted at the same place the last one is seen.
-    let mount = lines
-        .filter(|mount| real.starts_with(&mount.point))
-        .max_by_key(|mount| mount.point.components().count())?;
+    let mount = mount_of(real, mounts)?;
     let shared = NETWORK.contains(&mount.kind) && !LOCAL.iter().any(|local| mount.source.starts_with(local));
     let within = real.strip_prefix(&mount.point).ok()?;
     shared.then(|| format!("{} {} {}", mount.kind, mount.source, mount.root.join(within).display()))
+}
+
+/// How far locks on a file reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LocksReach {
+    /// Everybody who can have the file open: it is this host's alone, or its file system carries locks between hosts.
+    All,
+    /// Nobody on another host, as far as is known.
+    ThisHost,
+}
+
+/// How far locks on a file reach, by the file system that it is on.
+pub(crate) fn locks_reach(path: &Path) -> LocksReach {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    fs::canonicalize(path).map_or(LocksReach::ThisHost, |real| reach(&real, &mounts))
+}
+
+fn reach(real: &Path, mounts: &str) -> LocksReach {
+    let Some(mount) = mount_of(real, mounts) else { return LocksReach::ThisHost };
+    let has = |option: &str| mount.options.split(',').any(|given| given == option);
+    let carries = match mount.kind {
+        kind if ON_ONE_HOST.contains(&kind) => true,
+        "nfs" | "nfs4" => {
+            let local = mount.options.split(',').find_map(|given| given.strip_prefix("local_lock="));
+            !has("nolock") && local.is_none_or(|local| local == "none")
+        }
+        "ceph" => true,
+        "gfs2" => !has("localflocks"),
+        "lustre" => has("flock"),
+        _ => false,
+    };
+    if carries { LocksReach::All } else { LocksReach::ThisHost }
+}
+
+/// Of those mounted at the same place the last one is seen.
+fn mount_of<'a>(real: &Path, mounts: &'a str) -> Option<Mount<'a>> {
+    let lines = mounts.lines().filter_map(Mount::of);
+    lines.filter(|mount| real.starts_with(&mount.point)).max_by_key(|mount| mount.point.components().count())
 }
 
 struct Mount<'a> {
@@ -109,6 +148,8 @@ struct Mount<'a> {
     point: PathBuf,
     kind: &'a str,
     source: &'a str,
+    /// Of the file system, not of where it is mounted.
+    options: &'a str,
 }
 
 impl Mount<'_> {
@@ -117,7 +158,8 @@ impl Mount<'_> {
         let mut before = before.split(' ').skip(3);
         let (root, point) = (unescape(before.next()?), unescape(before.next()?));
         let mut after = after.split(' ');
-        Some(Mount { root, point, kind: after.next()?, source: after.next()? })
+        let (kind, source) = (after.next()?, after.next()?);
+        Some(Mount { root, point, kind, source, options: after.next().unwrap_or_default() })
     }
 }
 
@@ -146,6 +188,46 @@ mod tests {
         for local in ["/var/a.img", "/mnt/own/a.img", "/mnt/tmp/a.img", "/srv/my vms2/a.img"] {
             assert_eq!(place(local), None, "{local}");
         }
+    }
+
+    #[test]
+    fn locks_reach_another_host_only_where_the_file_system_is_known_to_carry_them() {
+        let on = |kind: &str, options: &str| {
+            let mounts = format!(
+                "25 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw\n40 25 0:50 / /srv/my\\040vms rw,nolock - {kind} filer:/vol {options}\n"
+            );
+            reach(Path::new("/srv/my vms/a.img"), &mounts)
+        };
+        for (kind, options) in [
+            ("nfs4", "rw,vers=4.2,local_lock=none,addr=10.0.0.1"),
+            ("nfs", "rw,vers=3,addr=10.0.0.1"),
+            ("ceph", "rw"),
+            ("gfs2", "rw,lockproto=lock_dlm"),
+            ("lustre", "rw,flock,lazystatfs"),
+            ("xfs", "rw"),
+            ("tmpfs", "rw,size=1g"),
+        ] {
+            assert_eq!(on(kind, options), LocksReach::All, "{kind} {options}");
+        }
+        for (kind, options) in [
+            ("nfs", "rw,vers=3,nolock,local_lock=all"),
+            ("nfs", "rw,vers=3,nolock"),
+            ("nfs4", "rw,local_lock=flock"),
+            ("nfs", "rw,local_lock=posix"),
+            ("nfs4", "rw,local_lock=all"),
+            ("gfs2", "rw,localflocks"),
+            ("lustre", "rw,localflock"),
+            ("lustre", "rw"),
+            ("ocfs2", "rw"),
+            ("cifs", "rw"),
+            ("9p", "rw,trans=virtio"),
+            ("virtiofs", "rw"),
+            ("fuse.glusterfs", "rw"),
+            ("of-tomorrow", "rw"),
+        ] {
+            assert_eq!(on(kind, options), LocksReach::ThisHost, "{kind} {options}");
+        }
+        assert_eq!(reach(Path::new("/a.img"), ""), LocksReach::ThisHost, "nothing is known");
     }
 
     fn device(root: &Path, name: &str, files: &[(&str, &str)], on: &[&str]) -> PathBuf {

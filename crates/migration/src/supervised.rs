@@ -9,6 +9,7 @@ use std::path::Path;
 use qemu::Spec;
 
 use crate::failure::Finding;
+use crate::identity::{self, LocksReach};
 use crate::journal::blocking;
 use crate::options::{Disks, Options};
 use crate::vm::Record;
@@ -70,13 +71,16 @@ fn said(supervisor: &Supervisor, name: &str, fenced: bool, accepted: bool) -> Su
 }
 
 /// Whether the machine has a disk that another copy of it could not open: its QEMU has locks on it, which it has not where it was told so
-/// (`locking=off`), nor where the file system knows none. The locks of a block device do not reach another host, and its own are kept where
-/// it is mirrored.
+/// (`locking=off`), nor where the file system knows none. Where the disk is shared these locks are the destination's by then: those of a
+/// block device do not reach this host, nor do those of many file systems. Where it is mirrored its own are kept.
 fn is_fenced(spec: &Spec, options: &Options) -> bool {
+    let reach = |path: &Path| {
+        let is_file = std::fs::metadata(path).is_ok_and(|file| file.is_file());
+        is_file && identity::locks_reach(path) == LocksReach::All
+    };
     spec.disks().into_iter().filter(|disk| !disk.read_only && !disk.is_backing).any(|disk| {
         let Some(path) = disk.host_path() else { return false };
-        let counts = |file: std::fs::Metadata| file.is_file() || options.disks == Disks::Mirror;
-        std::fs::metadata(path).is_ok_and(counts) && qemu::in_use(path).unwrap_or(false)
+        (options.disks == Disks::Mirror || reach(path)) && qemu::in_use(path).unwrap_or(false)
     })
 }
 
