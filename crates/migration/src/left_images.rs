@@ -21,6 +21,7 @@ use std::time::{Duration, SystemTime};
 
 use qemu::Spec;
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::disks;
 use crate::failure::Finding;
@@ -62,6 +63,10 @@ struct Remnant {
     at: SystemTime,
     /// Its length and when it was last written, of a file.
     written: Option<(u64, SystemTime)>,
+    /// The migration by which it was complete, of a machine that its source was not heard to have: it may be all that there is of its
+    /// disks, and is removed by people only.
+    #[serde(default)]
+    complete: Option<Uuid>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -229,6 +234,24 @@ impl LeftImages {
     /// # Errors
     /// When that cannot be put on record: another agent would not know of it.
     pub(crate) fn leave(&self, vm: &VmName, path: &Path, left: Left) -> io::Result<()> {
+        self.leave_as(vm, path, left, None)
+    }
+
+    /// The same of a copy that was complete, and of which the source has not said that it is worthless.
+    ///
+    /// # Errors
+    /// As [`LeftImages::leave`].
+    pub(crate) fn leave_complete(
+        &self,
+        vm: &VmName,
+        path: &Path,
+        left: Left,
+        session: Uuid,
+    ) -> io::Result<()> {
+        self.leave_as(vm, path, left, Some(session))
+    }
+
+    fn leave_as(&self, vm: &VmName, path: &Path, left: Left, complete: Option<Uuid>) -> io::Result<()> {
         self.change(|now| {
             let image = now.of(vm, path);
             if image.kept.is_some() && image.vm != *vm {
@@ -238,8 +261,29 @@ impl LeftImages {
             // What it was before, it still is: somebody's of before, or made here.
             let left = image.remnant.as_ref().map_or(left, |before| before.left);
             image.vm = vm.clone();
-            image.remnant = Some(Remnant { left, at: SystemTime::now(), written: written(path) });
+            image.remnant = Some(Remnant { left, at: SystemTime::now(), written: written(path), complete });
         })
+    }
+
+    /// The source of a copy says that it has the machine: what that copy has left is worth no more than what an attempt leaves that failed.
+    pub(crate) fn source_has_it(&self, session: Uuid) {
+        // What cannot be put on record is there for longer than need be.
+        let _ = self.change(|now| {
+            let remnants = now.images.iter_mut().filter_map(|image| image.remnant.as_mut());
+            for remnant in remnants.filter(|remnant| remnant.complete == Some(session)) {
+                remnant.complete = None;
+            }
+        });
+    }
+
+    /// Images here that a complete copy of a machine has left, of which nobody has said that they are worthless.
+    #[must_use]
+    pub fn complete_of(&self, vm: &VmName) -> Vec<PathBuf> {
+        let is_complete =
+            |image: &&Image| image.remnant.as_ref().is_some_and(|remnant| remnant.complete.is_some());
+        let known = self.known();
+        let theirs = known.now.images.iter().filter(|image| image.vm == *vm && image.is_remnant());
+        theirs.filter(is_complete).map(|image| image.path.clone()).collect()
     }
 
     /// Remembers the images of a machine that has left for good: what they are, and that they stay locked. Said again it is as it was.
@@ -258,7 +302,7 @@ impl LeftImages {
                 let left = image.remnant.as_ref().map_or(Left::Behind, |before| before.left);
                 let (written, before) = (written(path), image.remnant.take());
                 let same = before.filter(|before| before.written == written);
-                image.remnant = Some(same.unwrap_or(Remnant { left, at, written }));
+                image.remnant = Some(same.unwrap_or(Remnant { left, at, written, complete: None }));
                 let same = image.kept.take().filter(|kept| kept.to.as_deref() == Some(to));
                 image.kept = Some(same.unwrap_or(Kept { to: Some(to.to_owned()), at }));
             }
@@ -405,6 +449,13 @@ impl LeftImages {
         self.expire_older_than(THERE, &made.chain(theirs).collect::<Vec<_>>());
     }
 
+    /// As if all of it had been there for long enough.
+    #[cfg(test)]
+    pub(crate) fn expire_now(&self) {
+        std::thread::sleep(Duration::from_millis(2));
+        self.expire_older_than(Duration::ZERO, &[]);
+    }
+
     fn expire_older_than(&self, age: Duration, used: &[PathBuf]) {
         // What is gone is found to be gone again.
         let _ = self.change(|now| {
@@ -415,7 +466,8 @@ impl LeftImages {
                 // Where it cannot be told whether a QEMU has it open, one may have.
                 let in_use = || used.contains(path) || qemu::in_use(path).unwrap_or(true);
                 if image.is_there() {
-                    if remnant.left == Left::Behind || !old || in_use() {
+                    let stays = remnant.left == Left::Behind || remnant.complete.is_some();
+                    if stays || !old || in_use() {
                         continue;
                     }
                     if image.is_remnant() {

@@ -290,6 +290,9 @@ impl Request {
             tracing::info!(vm = %self.name, from = peer, "discarding the copy of an earlier migration");
             // One that lingers keeps its name, and is found so.
             let _ = lifecycle::forget_decided(host, &record, None, mark).await;
+            if let Some(session) = record.arrived_by {
+                host.left.source_has_it(session);
+            }
         }
     }
 }

@@ -343,6 +343,15 @@ pub struct ResolveRequest {
     pub force: bool,
 }
 
+/// Its answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResolveReply {
+    /// The machine.
+    pub vm: String,
+    /// Images here of a complete copy that was given up: they stay until somebody removes them.
+    pub images: Vec<PathBuf>,
+}
+
 /// What a person decides about a machine whose hand-over is uncertain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

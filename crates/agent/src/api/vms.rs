@@ -10,8 +10,8 @@ use migration::forward::Released;
 use super::Api;
 use super::refusal::{Body, InPath, Refusal, vm_name};
 use super::types::{
-    AdoptRequest, ForgetImagesReply, ForgetImagesRequest, ReleaseReply, ReleaseRequest, ResolveRequest,
-    RunRequest, StopRequest, VmView,
+    AdoptRequest, ForgetImagesReply, ForgetImagesRequest, ReleaseReply, ReleaseRequest, ResolveReply,
+    ResolveRequest, RunRequest, StopRequest, VmView,
 };
 use crate::error::AgentError;
 
@@ -81,10 +81,12 @@ pub(super) async fn resolve(
     State(api): State<Api>,
     InPath(name): InPath<String>,
     Body(request): Body<ResolveRequest>,
-) -> Result<StatusCode, Refusal> {
+) -> Result<Json<ResolveReply>, Refusal> {
     let name = vm_name(&name)?;
-    to_the_end(async move { api.vms.resolve(&name, request.decision, request.force).await }).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let vm = name.to_string();
+    let resolved = async move { api.vms.resolve(&name, request.decision, request.force).await };
+    let images = to_the_end(resolved).await?;
+    Ok(Json(ResolveReply { vm, images }))
 }
 
 pub(super) async fn forget(

@@ -1,5 +1,6 @@
 //! Machines in the middle of a hand-over whose end is not known: asked about until it is.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use migration::lifecycle::{self, Forgotten, Occasion, Recovered, Resolution, RunError};
@@ -194,11 +195,17 @@ impl Vms {
         }
     }
 
-    /// Does what a person has decided about a machine whose hand-over is uncertain.
+    /// Does what a person has decided about a machine whose hand-over is uncertain. Returns the images here of a copy that was given up
+    /// and was complete, which stay.
     ///
     /// # Errors
     /// [`AgentError::NotUncertain`] when there is nothing to decide, or why it could not be done.
-    pub async fn resolve(&self, name: &VmName, decision: Decision, force: bool) -> Result<(), AgentError> {
+    pub async fn resolve(
+        &self,
+        name: &VmName,
+        decision: Decision,
+        force: bool,
+    ) -> Result<Vec<PathBuf>, AgentError> {
         self.open()?;
         let unseen = |silent: &Silent| silent.record.resuming && decision == Decision::GiveUp;
         let record = match self.take_silent_if(name, unseen) {
@@ -206,7 +213,7 @@ impl Vms {
             None => self.take_doubt(name)?,
         };
         if record.ownership == Ownership::Owner && !record.resuming {
-            return self.resolve_unsettled(name, record, decision).await;
+            return self.resolve_unsettled(name, record, decision).await.map(|()| Vec::new());
         }
         tracing::warn!(vm = %name, ?decision, force, "resolved by a person");
         let resolution = match decision {
@@ -217,7 +224,7 @@ impl Vms {
             Ok(Some(vm)) => {
                 self.keep(vm);
                 self.tell(name, EventKind::Settled { runs: Place::Here });
-                Ok(())
+                Ok(Vec::new())
             }
             Ok(None) => {
                 self.drop_entry(name, RemovalReason::GivenUp);
@@ -227,7 +234,7 @@ impl Vms {
                     let (host, left) = (self.host().clone(), record.clone());
                     self.inner.tasks.spawn(async move { source::release(&host, &left).await });
                 }
-                Ok(())
+                Ok(self.host().left.complete_of(name))
             }
             Err(error) => {
                 self.still_in_doubt(name, record, &error);

@@ -37,6 +37,7 @@ use qemu::{Qmp, Spec};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
 use arrivals::Arrivals;
 use copy::{Copy, Upkeep};
@@ -137,6 +138,11 @@ pub async fn serve(
         return None;
     }
     let vm = first.vm().parse::<VmName>().ok();
+    let session = match &first {
+        Asked::Reserve(reserve) => Uuid::from_slice(&reserve.session).ok(),
+        Asked::Cancel(commit) => Uuid::from_slice(&commit.session).ok(),
+        _ => None,
+    };
     let asks_only = matches!(first, Asked::Whose(_) | Asked::Released(_) | Asked::EndForwarding(_));
     let ended = match first {
         Asked::Reserve(reserve) => source.session(reserve, &data, &arrived).await,
@@ -149,6 +155,9 @@ pub async fn serve(
         other => Err(violation(&format!("began with {other}"))),
     };
     if let Err(end) = ended {
+        if let (End::Cancelled, Some(session)) = (&end, session) {
+            source.host.left.source_has_it(session);
+        }
         source.tell(end, vm.as_ref()).await;
     }
     vm.filter(|_| !asks_only)

@@ -70,7 +70,7 @@ impl Earlier {
     /// Adding what was added before changes nothing.
     pub(super) fn add_to(&self, now: &mut OnRecord) {
         for EarlierRemnant { vm, path, left, at, file, written } in &self.remnants {
-            let remnant = Remnant { left: *left, at: *at, written: *written };
+            let remnant = Remnant { left: *left, at: *at, written: *written, complete: None };
             image(now, vm, path, file.as_ref()).remnant.get_or_insert(remnant);
         }
         for EarlierKept { vm, path, to, at, file } in &self.locked.images {

@@ -271,9 +271,11 @@ fn is_worthless(file: &Path) -> bool {
 /// has nothing in it is worth nothing.
 fn leave_images(left: &LeftImages, record: &Record) {
     // Those of a machine that is this host's are its disks, whatever its record says.
-    if !matches!(record.ownership, Ownership::Incoming { .. }) {
-        return;
-    }
+    let Ownership::Incoming { session, ready, .. } = record.ownership else { return };
+    let leave = |path: &Path, why| match ready {
+        true => left.leave_complete(&record.name, path, why, session),
+        false => left.leave(&record.name, path, why),
+    };
     for MadeImage { path, fresh, made_as, file: made } in &record.made.images {
         if let Some(made_as) = made_as {
             let _ = std::fs::remove_file(made_as);
@@ -287,9 +289,9 @@ fn leave_images(left: &LeftImages, record: &Record) {
         match (fresh, file.is_file() && file.blocks() * 512 > UNWRITTEN) {
             (true, false) => drop(std::fs::remove_file(path)),
             // One that is not on record is refused when it is in the way, and overwritten by nobody.
-            (true, true) => drop(left.leave(&record.name, path, Left::Unfinished)),
+            (true, true) => drop(leave(path, Left::Unfinished)),
             (false, _) if record.made.images_written => {
-                drop(left.leave(&record.name, path, Left::Behind));
+                drop(leave(path, Left::Behind));
             }
             (false, _) => {}
         }
@@ -434,5 +436,32 @@ mod tests {
         let record = copy(&path, None, WhichFile::of(&path));
         leave_images(&left, &record);
         assert_eq!(left.left_by(&path), Some(record.name));
+    }
+
+    #[test]
+    fn the_disks_of_a_complete_copy_are_there_until_its_source_is_heard_to_have_the_machine() {
+        let place = tempfile::tempdir().unwrap();
+        let left = LeftImages::open(place.path());
+        let [complete, not] = ["complete", "not"].map(|name| place.path().join(name));
+        for (path, is_ready) in [(&complete, true), (&not, false)] {
+            std::fs::write(path, vec![1; 2 * UNWRITTEN as usize]).unwrap();
+            let mut record = copy(path, None, WhichFile::of(path));
+            if let Ownership::Incoming { ready, .. } = &mut record.ownership {
+                *ready = is_ready;
+            }
+            leave_images(&left, &record);
+            left.expire_now();
+            assert_eq!(path.exists(), is_ready, "{path:?}");
+            assert_eq!(left.complete_of(&record.name), Vec::from_iter(is_ready.then(|| path.clone())));
+            if let Ownership::Incoming { session, .. } = record.ownership {
+                left.source_has_it(Uuid::new_v4());
+                left.expire_now();
+                assert_eq!(path.exists(), is_ready, "{path:?}: said of another");
+                left.source_has_it(session);
+                // Nor does the next agent take it for what it is not.
+                LeftImages::open(place.path()).expire_now();
+                assert!(!path.exists());
+            }
+        }
     }
 }

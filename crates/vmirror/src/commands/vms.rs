@@ -1,10 +1,10 @@
 //! `vmirror run`, `adopt`, `list`, `show`, `stop`, `release`, `forget`, `forget-images`, `resolve`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use agent::api::types::{
     AdoptRequest, Decision, Doubt, ForgetImagesReply, ForgetImagesRequest, KeptView, ReleaseReply,
-    ReleaseRequest, ResolveRequest, RunRequest, StopRequest, VmState, VmView,
+    ReleaseRequest, ResolveReply, ResolveRequest, RunRequest, StopRequest, VmState, VmView,
 };
 use migration::{Origin, VmName};
 use serde::Serialize;
@@ -247,6 +247,32 @@ pub(super) async fn forget_images(
     Ok(Exit::Done)
 }
 
+/// What came of a person's decision.
+#[derive(Serialize)]
+struct Resolved<'a> {
+    vm: &'a str,
+    done: &'a str,
+    images: Vec<PathBuf>,
+}
+
+impl Resolved<'_> {
+    fn words(&self) -> String {
+        if self.done == "run-here" {
+            return format!("{} runs here", self.vm);
+        }
+        let removed = format!("what was left of {} here is removed", self.vm);
+        if self.images.is_empty() {
+            return removed;
+        }
+        let images: Vec<String> = self.images.iter().map(|image| image.display().to_string()).collect();
+        format!(
+            "{removed}, but for its disks, which were complete: {}. If its source is lost they are all that there is of them. Remove them \
+             yourself once it runs elsewhere",
+            images.join(", ")
+        )
+    }
+}
+
 pub(super) async fn resolve(
     client: &Client,
     name: &VmName,
@@ -255,15 +281,10 @@ pub(super) async fn resolve(
     output: &Output,
 ) -> Result<Exit, Failure> {
     let decision = if here { Decision::RunHere } else { Decision::GiveUp };
-    client.tell(&format!("/v1/vms/{name}/resolve"), &ResolveRequest { decision, force }).await?;
-    let done = Done { vm: name.as_ref(), done: if here { "run-here" } else { "given-up" } };
-    output.done(&done, |done| {
-        if here {
-            format!("{} runs here", done.vm)
-        } else {
-            format!("what was left of {} here is removed", done.vm)
-        }
-    });
+    let request = ResolveRequest { decision, force };
+    let ResolveReply { images, .. } = client.post(&format!("/v1/vms/{name}/resolve"), &request).await?;
+    let done = Resolved { vm: name.as_ref(), done: if here { "run-here" } else { "given-up" }, images };
+    output.done(&done, Resolved::words);
     Ok(Exit::Done)
 }
 
@@ -271,6 +292,17 @@ pub(super) async fn resolve(
 mod tests {
     use super::*;
     use agent::api::types::VmState;
+
+    #[test]
+    fn who_gives_a_complete_copy_up_is_told_of_its_disks() {
+        let words = |done, images: &[&str]| {
+            Resolved { vm: "web1", done, images: images.iter().map(PathBuf::from).collect() }.words()
+        };
+        assert_eq!(words("run-here", &[]), "web1 runs here");
+        assert_eq!(words("given-up", &[]), "what was left of web1 here is removed");
+        let told = words("given-up", &["/srv/web1.raw"]);
+        assert!(told.contains("/srv/web1.raw") && told.contains("Remove them yourself"), "{told}");
+    }
 
     fn vm(name: &str) -> VmView {
         VmView {
