@@ -2,7 +2,8 @@
 //! more, a supervisor or a person, fails at the lock instead of making a second copy.
 //!
 //! The locks are QEMU's own. They are taken while the QEMU that gives an image up still has its own, since theirs and ours do not
-//! stand in each other's way, and let go of in the moment before a QEMU here is to open the image. A process that does nothing else
+//! stand in each other's way, and let go of in the moment before a QEMU here is to open the image: who brings an image up to date for a
+//! machine that comes back does so under them. A process that does nothing else
 //! (`holders`) has the files open too, so that the locks outlive the agent; where there is none, the next agent takes them before it does
 //! anything else, by what is on record. Such a process ends only when its images were forgotten, removed, or are a machine's of this host
 //! again: one of which no record says why it is there is gone on with.
@@ -15,9 +16,9 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use qemu::{KeepOut, Spec};
+use qemu::{ImageLock, ImageLockError, KeepOut, QmpError, Spec};
 
 use crate::disks;
 use crate::failure::chain;
@@ -26,6 +27,14 @@ use crate::vm::{Ownership, Record, VmName};
 use crate::which_file::WhichFile;
 pub(crate) use holders::Holder;
 pub use holders::Keeper;
+
+/// How long apart, and how often, a QEMU that finds an image locked is told to run its machine once more. The guest is paused meanwhile.
+const LOCKED_OUT: (Duration, u32) = (Duration::from_millis(20), 100);
+
+/// Whether QEMU has found an image locked by another process.
+fn is_locked_out(error: &QmpError) -> bool {
+    matches!(error, QmpError::Refused { desc, .. } if desc.starts_with("Failed to get") && desc.contains("lock"))
+}
 
 #[derive(Debug)]
 struct Locked {
@@ -41,7 +50,7 @@ struct State {
     problems: HashMap<PathBuf, String>,
     /// Machines whose locks are to outlive the agent.
     guarded: HashSet<VmName>,
-    /// Machines on their way back: who brings them up to date writes their images, and keeps others out meanwhile.
+    /// Machines whose images are written here, for their return or by whom a person has started.
     lent: HashSet<VmName>,
     /// What machines of this host write, by the records that there were.
     used: HashSet<PathBuf>,
@@ -141,35 +150,113 @@ impl Fence {
 
     /// A QEMU of this host is to open the images of a machine now. Returns which were locked.
     pub(crate) async fn let_go(&self, vm: &VmName) -> Vec<PathBuf> {
-        let theirs = {
-            let mut state = self.state();
-            state.guarded.remove(vm);
-            let (theirs, others): (Vec<Locked>, Vec<Locked>) =
-                std::mem::take(&mut state.locks).into_iter().partition(|lock| lock.vm == *vm);
-            state.locks = others;
-            theirs
-        };
-        let images = theirs.into_iter().map(|lock| lock.path).collect();
+        let images = self.give_way(vm);
         self.relieve(vm).await;
         images
     }
 
-    /// The machine comes back: its images are written by who brings them up to date, and kept from others by that.
+    /// Has a QEMU of this host, by `resume`, take its images, which are free for just as long as it takes to do so. It tries again where
+    /// somebody else was quicker, who may not last: whoever starts the machine once more fails for want of a tap or socket as well. Who
+    /// has kept the images stays, without a lock, until it is relieved.
+    ///
+    /// # Errors
+    /// What `resume` said last. The images are locked again.
+    pub(crate) async fn hand_to<F: Future<Output = Result<(), QmpError>>>(
+        &self,
+        vm: &VmName,
+        resume: impl Fn() -> F,
+    ) -> Result<(), QmpError> {
+        let has_own_locks = {
+            let state = self.state();
+            let mut theirs = state.locks.iter().filter(|locked| locked.vm == *vm);
+            theirs.any(|locked| locked.lock.is_kept_by_others().unwrap_or(true))
+        };
+        if has_own_locks {
+            // An earlier agent's process, whose locks are not let go of with these.
+            self.relieve(vm).await;
+        }
+        let images = self.give_way(vm);
+        let mut tries = LOCKED_OUT.1;
+        loop {
+            match resume().await {
+                Ok(()) => return Ok(()),
+                Err(e) if tries > 0 && is_locked_out(&e) => {
+                    tracing::warn!(vm = %vm, error = chain(&e), "another process has an image of the VM: QEMU is told to run it once more");
+                    tries -= 1;
+                    tokio::time::sleep(LOCKED_OUT.0).await;
+                }
+                Err(e) => {
+                    self.hold(vm, images.iter().map(PathBuf::as_path));
+                    self.relieve(vm).await;
+                    return Err(e);
+                }
+            }
+        }
+    }
+
+    fn give_way(&self, vm: &VmName) -> Vec<PathBuf> {
+        let mut state = self.state();
+        state.guarded.remove(vm);
+        let (theirs, others): (Vec<Locked>, Vec<Locked>) =
+            std::mem::take(&mut state.locks).into_iter().partition(|lock| lock.vm == *vm);
+        state.locks = others;
+        theirs.into_iter().map(|lock| lock.path).collect()
+    }
+
+    /// The machine comes back: who brings an image up to date locks it beside what keeps others out, which stays. None for an image that is
+    /// not locked.
+    ///
+    /// # Errors
+    /// As of [`ImageLock::beside`].
+    pub(crate) async fn write(&self, vm: &VmName, image: &Path) -> Result<Option<ImageLock>, ImageLockError> {
+        match self.write_beside(vm, image) {
+            // An earlier agent's process has locks of its own beside these. One that shares these takes its place.
+            Err(ImageLockError::InUse { .. })
+                if self.left.holders().iter().any(|holder| holder.vm == *vm) =>
+            {
+                self.post_another(vm).await;
+                self.write_beside(vm, image)
+            }
+            done => done,
+        }
+    }
+
+    fn write_beside(&self, vm: &VmName, image: &Path) -> Result<Option<ImageLock>, ImageLockError> {
+        let mut state = self.state();
+        let kept = state.locks.iter().find(|locked| locked.vm == *vm && lost::is_open(&locked.lock, image));
+        let Some(kept) = kept else { return Ok(None) };
+        let lock = ImageLock::beside(image, &kept.lock)?;
+        state.lent.insert(vm.clone());
+        Ok(Some(lock))
+    }
+
+    /// A QEMU that a person starts is to have the images of a machine that has left.
     pub(crate) async fn lend(&self, vm: &VmName) {
         self.state().lent.insert(vm.clone());
         let _ = self.let_go(vm).await;
     }
 
-    /// Nobody writes the images of a machine here any more, and it does not run here: those that were kept are locked again.
+    /// Nobody writes the images of a machine here any more, and it does not run here: those that were kept are, and no other.
     pub(crate) async fn take_again(&self, vm: &VmName) {
-        {
+        let is_kept = {
             let mut state = self.state();
             state.lent.remove(vm);
-            for kept in self.left.to_be_locked().iter().filter(|kept| kept.vm == *vm) {
+            let mut kept = self.left.to_be_locked();
+            kept.retain(|kept| kept.vm == *vm);
+            state.locks.retain(|lock| lock.vm != *vm || kept.iter().any(|kept| kept.path == lock.path));
+            for kept in &kept {
                 let _ = state.lock_kept(kept);
             }
+            if kept.is_empty() {
+                state.guarded.remove(vm);
+            }
+            !kept.is_empty()
+        };
+        if is_kept {
+            self.post(vm).await;
+        } else {
+            self.relieve(vm).await;
         }
-        self.post(vm).await;
     }
 
     /// A machine has left for good: its images are remnants, and stay locked.

@@ -74,6 +74,35 @@ impl ImageLock {
         }
         Ok(lock)
     }
+
+    /// Takes them beside one's own that keep others out, which stay: at no moment can anybody else open the image for writing.
+    ///
+    /// # Errors
+    /// As of [`ImageLock::take`]. A reader that does not let others write counts.
+    pub fn beside(path: &Path, kept: &KeepOut) -> Result<ImageLock, ImageLockError> {
+        let failed = |source| ImageLockError::System { path: path.to_owned(), source };
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+        let lock = ImageLock { file };
+        // A file does not see its own locks, and so the one that is kept sees those of others, until this one has the same.
+        let is_free = |bytes: [i64; 2]| {
+            let locked = bytes.map(|byte| is_locked(&kept.file, byte).map_err(failed));
+            for byte in locked {
+                if byte? {
+                    return Err(ImageLockError::InUse { path: path.to_owned() });
+                }
+            }
+            Ok(())
+        };
+        is_free([DOES + WRITE, DOES + RESIZE])?;
+        for byte in [DOES + READ, DOES + WRITE] {
+            set(&lock.file, byte, 1, libc::F_RDLCK).map_err(failed)?;
+        }
+        is_free([FORBIDS + READ, FORBIDS + WRITE])?;
+        for byte in KEEPS_OUT {
+            set(&lock.file, byte, 1, libc::F_RDLCK).map_err(failed)?;
+        }
+        Ok(lock)
+    }
 }
 
 impl Drop for ImageLock {
@@ -114,6 +143,14 @@ impl KeepOut {
     /// What the system said.
     pub fn is_written(&self) -> io::Result<bool> {
         is_locked(&self.file, DOES + WRITE)
+    }
+
+    /// Whether somebody else lets nobody write the image, as this does.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn is_kept_by_others(&self) -> io::Result<bool> {
+        is_locked(&self.file, FORBIDS + WRITE)
     }
 
     /// Leaves the locks to whoever else has this very file open. As when the process ends, they go with the last of them.
@@ -215,6 +252,30 @@ mod tests {
         for byte in [DOES + WRITE, FORBIDS + READ] {
             assert!(!is_locked(&reader, byte).unwrap());
         }
+        drop(kept);
+        drop(ImageLock::take(image.path()).unwrap());
+    }
+
+    #[test]
+    fn who_writes_beside_its_own_lock_lets_nobody_in_at_any_moment() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let kept = KeepOut::take(image.path()).unwrap();
+        let reader = File::open(image.path()).unwrap();
+        for byte in [FORBIDS + WRITE, DOES + WRITE] {
+            set(&reader, byte, 1, libc::F_RDLCK).unwrap();
+            assert!(matches!(ImageLock::beside(image.path(), &kept), Err(ImageLockError::InUse { .. })));
+            set(&reader, byte, 1, libc::F_UNLCK).unwrap();
+        }
+        assert!(!kept.is_written().unwrap(), "an attempt leaves nothing");
+        let writer = ImageLock::beside(image.path(), &kept).unwrap();
+        assert!(is_locked(&reader, DOES + WRITE).unwrap(), "who reads can tell");
+        drop(kept);
+        assert!(ImageLock::take(image.path()).is_err());
+        let kept = KeepOut::take(image.path()).unwrap();
+        assert!(kept.is_kept_by_others().unwrap());
+        drop(writer);
+        assert!(!kept.is_kept_by_others().unwrap());
+        assert!(ImageLock::take(image.path()).is_err());
         drop(kept);
         drop(ImageLock::take(image.path()).unwrap());
     }

@@ -123,6 +123,8 @@ pub struct Serve {
     pub writable: bool,
     /// Whether to read it though another process writes it, or has it locked for itself. Only for what is not writable.
     pub force_share: bool,
+    /// The caller has the image locked: QEMU neither takes locks nor minds those of others.
+    pub locked: bool,
     /// The name of the export, at most 26 letters: letters, digits, `-`, `.` and `_`, a letter first.
     pub export: String,
 }
@@ -246,7 +248,7 @@ impl StorageDaemon {
     }
 
     /// Serves an image on [`StorageDaemon::nbd_socket`]. Discards reach the file, zeros are written as they come, and
-    /// QEMU's image locks are taken, unless `force_share` is asked for.
+    /// QEMU's image locks are taken, unless `force_share` is asked for or the caller has them.
     ///
     /// # Errors
     /// With QEMU's words, such as `Failed to get "write" lock` if a QEMU has the image open. Nothing is left of what
@@ -307,6 +309,7 @@ fn file_node(image: &Serve, name: &str) -> Value {
         "driver": protocol_driver(&image.path),
         "node-name": name,
         "filename": image.path,
+        "locking": if image.locked { "off" } else { "auto" },
         "discard": "unmap",
         "read-only": !image.writable,
         "force-share": image.force_share,

@@ -41,6 +41,7 @@ fn serve(path: &Path, format: &str, export: &str) -> Serve {
         backing: ServedBacking::AsNamed,
         writable: true,
         force_share: false,
+        locked: false,
         export: export.to_owned(),
     }
 }

@@ -269,22 +269,38 @@ fn a_machine_that_comes_back_has_its_images_and_what_is_forgotten_is_free() {
     let Some(scene) = Scene::new() else { return };
     let Scene { supervisor, guest, before, pair } = scene;
     let (a, b) = (pair.a(), pair.b());
+    // Its supervisor tries on and on meanwhile. What it has begun and was locked out of, but for the guest itself and the latest.
+    let is_out = || supervisor.begun() <= supervisor.locked_out() + 2;
     accounted(&pair.migrate("vm", a, b, &[]), &guest);
-    // Nobody is to stand in the way of its return.
-    drop(supervisor);
-    until("what was begun has ended", || pair.qemu(a).is_none());
 
     // An attempt that comes to nothing leaves them locked.
     let migration = pair.begin("vm", b, a, &["--bandwidth", "8MiB/s"]);
     migration.reaches("synchronize");
+    assert!(DISKS.iter().all(|(name, _)| is_locked(a, name)), "{}", pair.logs());
     let _ = vmirror(b, &["cancel", "vm"]).done();
     let _ = migration.ended();
-    until("the copy is thrown away", || pair.qemu(a).is_none());
+    until("the copy is thrown away", || pair.show("vm", a).is_none());
     assert!(DISKS.iter().all(|(name, _)| is_locked(a, name)), "{}", pair.logs());
     assert!(pair.left("vm", a).is_some());
+    // Nor does one whose agent ends.
+    let migration = pair.begin("vm", b, a, &["--bandwidth", "8MiB/s"]);
+    migration.reaches("synchronize");
+    a.kill_agent().unwrap();
+    let _ = migration.ended();
+    let begun = supervisor.begun();
+    until("it was tried some times", || supervisor.begun() > begun + 4);
+    assert!(is_out() && holders(a) == 1, "{}", supervisor.said());
+    a.start_agent_with(&local()).unwrap();
+    until("the copy is thrown away", || {
+        pair.left("vm", a).is_some_and(|left| left["kept"]["to"] == "host-b")
+    });
+    assert!(DISKS.iter().all(|(name, _)| is_locked(a, name)), "{}", pair.logs());
 
     accounted(&pair.migrate("vm", b, a, &[]), &guest);
     assert!(pair.runs_on("vm", a) && pair.left("vm", a).is_none(), "{}", pair.logs());
+    assert!(is_out(), "{}\n{}", supervisor.said(), pair.logs());
+    assert_eq!(holders(a), 0);
+    drop(supervisor);
     assert!(pair.left("vm", b).is_some() && DISKS.iter().all(|(name, _)| is_locked(b, name)));
     let _ = guest.sound_since(&before);
 

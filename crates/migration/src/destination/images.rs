@@ -159,12 +159,13 @@ impl Images {
     ) -> Result<Vec<Box<dyn Image>>, Finding> {
         let journaled = host.journal.amend(record, |now| now.made.images_written = true);
         journaled.map_err(|e| Finding::new("journal", chain(&e), "see to the destination's state_dir"))?;
-        // Where the machine has left them here, they were kept from everybody.
-        host.fence.lend(&record.name).await;
         let mut opened: Vec<Box<dyn Image>> = Vec::new();
         let room = self.room.unwrap_or(Room::Thin);
         for plan in &self.planned {
             let path = &plan.path;
+            // Where the machine has left them here, they were kept from everybody, and are so at every moment until QEMU has them.
+            let kept = host.fence.write(&record.name, path).await;
+            let kept = kept.map_err(|e| unusable(host, path, &e))?;
             match &self.daemon {
                 Some(daemon) if plan.format != "raw" => {
                     let export = format!("disk{}", plan.number);
@@ -174,15 +175,18 @@ impl Images {
                         backing: ServedBacking::AsNamed,
                         writable: true,
                         force_share: false,
+                        locked: kept.is_some(),
                         export: export.clone(),
                     };
+                    self.locks.extend(kept);
                     daemon.serve(&serve).await.map_err(|e| unusable(host, path, &e))?;
                     let client = Client::connect(&daemon.nbd_socket(), &export);
                     let client = client.map_err(|e| unusable(host, path, &e))?;
                     opened.push(Box::new(ServedImage::new(client, room)));
                 }
                 _ => {
-                    self.locks.push(ImageLock::take(path).map_err(|e| unusable(host, path, &e))?);
+                    let lock = kept.map_or_else(|| ImageLock::take(path), Ok);
+                    self.locks.push(lock.map_err(|e| unusable(host, path, &e))?);
                     let image = RawImage::writable(path, room).map_err(|e| unusable(host, path, &e))?;
                     opened.push(Box::new(image));
                 }

@@ -1,6 +1,5 @@
 //! From a copy that is ready to a machine of this host: the commit, and the settlement of one that was not heard of.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -158,22 +157,21 @@ impl Source {
         points::reach(Point::Owned).await;
         let mut events = qmp.events();
         // QEMU locks its images itself when it is told to run, and finds them free.
-        let fenced = host.fence.let_go(&record.name).await;
+        let cont = || qmp.cont();
         // What the guest sends while its interfaces are down is lost.
         let resumed = match network {
             Some((mut interfaces, neighbours)) => {
                 interfaces.hold_back(&self.frames);
                 lifecycle::raise_taps(&record).await;
                 let play = async { interfaces.are_up(&self.frames, &neighbours) };
-                tokio::join!(qmp.cont(), play).0
+                tokio::join!(host.fence.hand_to(&record.name, cont), play).0
             }
             None => {
                 lifecycle::raise_taps(&record).await;
-                qmp.cont().await
+                host.fence.hand_to(&record.name, cont).await
             }
         };
         if let Err(e) = resumed {
-            host.fence.hold(&record.name, fenced.iter().map(PathBuf::as_path));
             return self.not_resumed(record, images, &qmp, &mut events, &e).await;
         }
         points::reach(Point::Resumed).await;
@@ -185,6 +183,7 @@ impl Source {
             tokio::spawn(insist(Arc::clone(&host), record.clone()));
         }
         host.fence.taken(images.iter().map(|image| image.path.as_path()));
+        host.fence.relieve(&record.name).await;
         drop(deciding);
         tracing::info!(vm = %record.name, from = %self.peer, "a VM has arrived and runs");
         places::give(&host, &record);

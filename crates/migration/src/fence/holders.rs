@@ -9,7 +9,7 @@ use std::process::Command;
 use qemu::Process;
 use serde::{Deserialize, Serialize};
 
-use super::Fence;
+use super::{Fence, State};
 use crate::deadlines::KILL_GRACE;
 use crate::failure::chain;
 use crate::vm::VmName;
@@ -45,9 +45,22 @@ pub(crate) struct Holder {
 impl Fence {
     /// Has the locks of a machine outlive the agent.
     pub(crate) async fn post(&self, vm: &VmName) {
-        let Some(keeper) = &self.keeper else { return };
         let _posting = self.posting.lock().await;
-        let Some((files, images)) = self.unheld(vm) else { return };
+        if let Some((files, images)) = self.unheld(vm) {
+            self.start(vm, files, images).await;
+        }
+    }
+
+    /// Has another process than there is hold the locks of a machine: it shares those of this agent.
+    pub(super) async fn post_another(&self, vm: &VmName) {
+        let _posting = self.posting.lock().await;
+        let (files, images) = self.state().held(vm);
+        self.start(vm, files, images).await;
+    }
+
+    /// Starts one that has these files, and ends those that it stands in for.
+    async fn start(&self, vm: &VmName, files: Vec<OwnedFd>, images: Vec<PathBuf>) {
+        let Some(keeper) = &self.keeper else { return };
         let mut command = Command::new(&keeper.program);
         command.args(&keeper.arguments).arg(vm.as_ref()).arg(self.left.state_dir());
         let started = qemu::keep_open(command, files, |process| {
@@ -79,14 +92,7 @@ impl Fence {
         let mut guard = self.state();
         guard.guarded.insert(vm.clone());
         let state = &*guard;
-        let (mut files, mut images) = (Vec::new(), Vec::new());
-        for locked in state.locks.iter().filter(|locked| locked.vm == *vm) {
-            match locked.lock.file().try_clone() {
-                Ok(file) => files.push(file.into()),
-                Err(error) => tracing::error!(vm = %vm, %error, "a lock cannot be passed on"),
-            }
-            images.push(locked.path.clone());
-        }
+        let (files, images) = state.held(vm);
         // It may have what could not be locked here, and nothing that is not to be locked any more.
         let holds = |holder: &&Holder| {
             holder.vm == *vm
@@ -133,7 +139,7 @@ impl Fence {
     }
 
     /// Ends what holds the locks of a machine.
-    pub(super) async fn relieve(&self, vm: &VmName) {
+    pub(crate) async fn relieve(&self, vm: &VmName) {
         if !self.left.holders().iter().any(|holder| holder.vm == *vm) {
             return;
         }
@@ -154,5 +160,20 @@ impl Fence {
         if !theirs.is_empty() {
             self.left.change_holders(|holders| holders.retain(|holder| !theirs.contains(holder)));
         }
+    }
+}
+
+impl State {
+    /// The files that are locked of a machine, for another process, and their names.
+    fn held(&self, vm: &VmName) -> (Vec<OwnedFd>, Vec<PathBuf>) {
+        let (mut files, mut images) = (Vec::new(), Vec::new());
+        for locked in self.locks.iter().filter(|locked| locked.vm == *vm) {
+            match locked.lock.file().try_clone() {
+                Ok(file) => files.push(file.into()),
+                Err(error) => tracing::error!(vm = %vm, %error, "a lock cannot be passed on"),
+            }
+            images.push(locked.path.clone());
+        }
+        (files, images)
     }
 }

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use super::*;
 use crate::deadlines::KILL_GRACE;
 
@@ -266,4 +268,71 @@ async fn a_process_that_has_what_cannot_be_locked_anew_is_not_ended() {
     }
     assert_eq!(fence.forget(&vm).await.len(), 2);
     assert!(is_let_go_of(&disk) && is_let_go_of(&other) && holders[0].process.look().is_gone());
+}
+
+fn refused(desc: &str) -> QmpError {
+    QmpError::Refused { command: "cont", class: "GenericError".to_owned(), desc: desc.to_owned() }
+}
+
+#[tokio::test]
+async fn images_are_free_only_while_a_qemu_takes_them_whoever_else_tries() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let disk = image(&place, "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    fence.keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    drop(fence);
+    let fence = kept(&place);
+    // First with an earlier agent's process, and then with one that shares this one's locks.
+    for _ in 0..2 {
+        let told = AtomicUsize::new(0);
+        let refuse = |desc: &'static str, until: usize| {
+            let (told, disk) = (&told, &disk);
+            move || async move {
+                assert!(is_let_go_of(disk));
+                if told.fetch_add(1, Ordering::Relaxed) < until { Err(refused(desc)) } else { Ok(()) }
+            }
+        };
+        let dead = fence.hand_to(&vm, refuse("Block node is read-only", 9)).await;
+        assert!(dead.is_err() && told.swap(0, Ordering::Relaxed) == 1 && is_locked(&disk));
+        fence.post(&vm).await;
+        fence.hand_to(&vm, refuse("Failed to get \"write\" lock", 2)).await.unwrap();
+        assert!(told.into_inner() == 3 && is_let_go_of(&disk));
+        fence.relieve(&vm).await;
+        fence.take_again(&vm).await;
+        assert!(is_locked(&disk) && fence.left.holders().len() == 1);
+    }
+    let _ = fence.forget(&vm).await;
+}
+
+#[tokio::test]
+async fn an_image_of_a_machine_that_comes_back_is_written_under_the_locks_that_keep_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let (disk, fresh) = (image(&place, "disk"), image(&place, "fresh"));
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    fence.keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    assert!(fence.write(&vm, &fresh).await.unwrap().is_none());
+    drop(fence.write(&vm, &disk).await.unwrap().unwrap());
+    drop(fence);
+    let fence = kept(&place);
+    let earlier = fence.left.holders();
+    let writes = fence.write(&vm, &disk).await.unwrap().unwrap();
+    assert!(
+        qemu::in_use(&disk).unwrap() && fence.left.holders() != earlier && fence.left.holders().len() == 1
+    );
+    assert_eq!(fence.look().await, [], "it is no second copy");
+    // As when the agent ends: who writes has its own locks no more.
+    drop(fence);
+    drop(writes);
+    assert!(is_locked(&disk));
+    let fence = kept(&place);
+    // One that was made for its return, and has not become its disk.
+    fence.hold(&vm, [fresh.as_path()]);
+    fence.take_again(&vm).await;
+    assert!(is_locked(&disk) && is_let_go_of(&fresh) && fence.left.holders().len() == 1);
+    assert_eq!(fence.forget(&vm).await.len(), 1);
+    assert!(is_let_go_of(&disk) && fence.left.holders().is_empty());
 }

@@ -224,7 +224,6 @@ pub(crate) async fn forget_decided(
     }
     if !matches!(record.ownership, Ownership::HandedOver { .. }) {
         // What goes leaves what was kept before it came.
-        let _ = host.fence.let_go(&record.name).await;
         host.fence.take_again(&record.name).await;
     }
     let removed = host.journal.remove(&record.name, mark).map_err(|e| {

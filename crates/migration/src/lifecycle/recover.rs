@@ -172,11 +172,7 @@ pub(super) async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, Run
         tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
         raise_taps(&record).await;
         // QEMU locks its images itself when it is told to run, and finds them free.
-        let fenced = host.fence.let_go(&record.name).await;
-        if let Err(e) = crate::source::resume_here(&qmp).await {
-            host.fence.hold(&record.name, fenced.iter().map(PathBuf::as_path));
-            return Err(e.into());
-        }
+        host.fence.hand_to(&record.name, || crate::source::resume_here(&qmp)).await?;
         network::turn(host, &record, &qmp);
     } else if switching {
         // A stream of ours that was under way has lost its reader; QEMU ends it by itself, or is told to.

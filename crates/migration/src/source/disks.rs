@@ -447,6 +447,7 @@ impl Disks {
                     writable: false,
                     // The machine's QEMU is still there, and has given it up.
                     force_share: true,
+                    locked: false,
                     export: disk.name.clone(),
                 };
                 daemon.serve(&serve).await?;
