@@ -15,8 +15,9 @@ use crate::{Said, Side, UnderWay, vmirror};
 /// longest of is a source that asks every 60 s.
 const BY_ITSELF: Duration = Duration::from_secs(75);
 const AT_ALL: Duration = Duration::from_secs(120);
-/// What is given back may come a moment after everything else.
 const LOOK_AGAIN: Duration = Duration::from_millis(150);
+/// What is given back may come a moment after everything else: a tap is held while the guest is announced anew, and a copy is waited for.
+const GIVEN_BACK: Duration = Duration::from_secs(30);
 /// How long a guest may take to check all of its memory.
 const CHECK: Duration = Duration::from_secs(60);
 
@@ -122,16 +123,19 @@ impl<'a> Judge<'a> {
     }
 
     pub(super) fn judge(mut self) -> Run {
+        let mut left_since = None;
         loop {
             if let Some(how) = self.lane.watch.doubled() {
                 return self.run(Outcome::Doubled, how, None);
             }
             let standing = self.look();
             let elapsed = self.begun.elapsed();
+            left_since = standing.leak.then(|| left_since.unwrap_or_else(Instant::now));
+            let is_left = left_since.is_some_and(|since| since.elapsed() > GIVEN_BACK);
             match &standing.missing {
                 None => return self.settled(standing.at),
                 Some(_) if standing.doubt && !self.person && elapsed > BY_ITSELF => self.decide(),
-                Some(missing) if elapsed > AT_ALL || (standing.leak && elapsed > BY_ITSELF) => {
+                Some(missing) if elapsed > AT_ALL || is_left => {
                     let missing = missing.clone();
                     return self.unsettled(&standing, &missing);
                 }

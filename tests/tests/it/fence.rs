@@ -317,6 +317,8 @@ fn a_machine_that_comes_back_has_its_images_and_what_is_forgotten_is_free() {
         std::fs::remove_file(image(a, name)).unwrap();
     }
     until("nothing is kept", || pair.left("vm", a).is_none() && holders(a) == 0);
+    // Made by the last QEMUs that the supervisor has begun, if it was.
+    let _ = std::fs::remove_file(a.ram_dir().join("own"));
     pair.holds_nothing(a);
     let _ = guest.sound_since(&before);
 }

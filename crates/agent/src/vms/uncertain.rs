@@ -119,6 +119,12 @@ impl Vms {
                 }
                 Ok(Settled::UnknownThere | Settled::Unknown) => {
                     tracing::debug!(vm = %name, "not settled yet");
+                    // Its QEMU there may wait for memory that is here, and answer nobody until it has that.
+                    if record.supplies
+                        && let Err(failure) = source::supply(self.host(), &record).await
+                    {
+                        tracing::debug!(vm = %name, why = failure.finding.message, "no memory is asked for");
+                    }
                 }
                 Err(failure) => {
                     tracing::error!(vm = %name, why = failure.finding.message, "cannot be settled")
