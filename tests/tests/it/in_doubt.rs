@@ -338,3 +338,35 @@ fn a_destination_whose_qemu_dies_when_it_is_told_to_run_the_guest_does_not_say_t
     let _ = vmirror(scene.b(), &["resolve", "vm", "--give-up"]).done();
     scene.stays_and_moves_after_all();
 }
+
+#[test]
+fn where_the_agents_do_not_reach_each_other_a_person_runs_it_at_the_destination() {
+    let scene = Scene::new();
+    handed_over_unheard(&scene);
+    // As for who reaches both: one host is looked at while the other one's agent cannot be.
+    scene.b().start_agent().unwrap();
+    scene.in_doubt(scene.b());
+    scene.pair.refused(scene.b(), &["resolve", "vm", "--run-here"]).is("unheard", &["host-a"]);
+    let _ = vmirror(scene.b(), &["resolve", "vm", "--run-here", "--force"]).done();
+    assert!(scene.pair.runs_on("vm", scene.b()), "{}", scene.pair.logs());
+    // Nothing is said at the source, which hears of it.
+    scene.a().start_agent().unwrap();
+    scene.has_moved();
+}
+
+#[test]
+fn where_the_agents_do_not_reach_each_other_a_person_runs_it_at_the_source() {
+    let scene = Scene::new();
+    handed_over_unheard(&scene);
+    scene.b().start_agent().unwrap();
+    scene.in_doubt(scene.b());
+    let said = vmirror(scene.b(), &["resolve", "vm", "--give-up"]).done();
+    assert!(said.stdout.contains("what was left of vm here is removed"), "{said:?}");
+    scene.b().stop_agent().unwrap();
+    scene.a().start_agent().unwrap();
+    scene.in_doubt(scene.a());
+    scene.pair.refused(scene.a(), &["resolve", "vm", "--run-here"]).is("unheard", &["host-b"]);
+    let _ = vmirror(scene.a(), &["resolve", "vm", "--run-here", "--force"]).done();
+    scene.b().start_agent().unwrap();
+    scene.stays_and_moves_after_all();
+}

@@ -115,7 +115,7 @@ fn an_image_that_another_machine_uses_is_not_overwritten() {
     let Some(pair) = pair() else { return };
     disk::create(&image(pair.b(), "vm.raw"), Format::Raw, SIZE).unwrap();
     run(&pair, pair.b(), "other", &pair.b().local_dir().join("vm.raw"), Format::Raw);
-    refused(&pair, OVER).is("disk-in-use", &["vm.raw on host-b is in use by another program"]);
+    refused(&pair, OVER).is("disk-in-use", &["vm.raw on host-b is VM other's"]);
     refused(&pair, &[]).is("disk-exists", &["vm.raw"]);
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Who sends a machine may have sent what is in an image here, byte for byte, with an earlier one.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use qemu::Image;
 use qemu::spec::FilePurpose;
@@ -17,18 +17,21 @@ use crate::vm::VmName;
 pub(super) const LONGEST: usize = 64;
 
 impl Request {
-    /// Follows every image that is there to whatever it is based on.
-    pub(super) fn examine_chains(&self, host: &Host, findings: &mut Vec<Finding>) {
+    /// Follows every image that is there to whatever it is based on. What is said of one already is not said twice.
+    pub(super) fn examine_chains(&self, host: &Host, said: &[Finding]) -> Vec<Finding> {
         let drives = self.spec.disks().into_iter().filter_map(|disk| {
             let path = disk.host_path()?.to_owned();
             Some((path, disk.format))
         });
         let flash = self.spec.files().into_iter().filter(|file| file.purpose == FilePurpose::Flash);
-        let images: Vec<(PathBuf, Option<String>)> =
-            drives.chain(flash.map(|file| (file.path, None))).filter(|(path, _)| path.exists()).collect();
-        let followed =
-            images.into_iter().filter_map(|(image, format)| follow(host, &self.name, &image, format).err());
-        findings.extend(followed);
+        let images = drives.chain(flash.map(|file| (file.path, None))).filter(|(path, _)| path.exists());
+        let followed = images.filter_map(|(image, format)| {
+            let finding = follow(host, &self.name, &image, format).err()?;
+            let begins = format!("{} on ", image.display());
+            let same = |other: &Finding| other.kind == finding.kind && other.message.starts_with(&begins);
+            (!said.iter().any(same)).then_some(finding)
+        });
+        followed.collect()
     }
 }
 

@@ -283,7 +283,7 @@ impl Request {
             return finding(
                 "disk-in-use",
                 format!("{shown} on {} is VM {user}'s, which is there or comes in", host.name),
-                "end that migration, or move the image away",
+                "end that one, or move the image away",
             );
         }
         let Ok(file) = std::fs::metadata(path) else {

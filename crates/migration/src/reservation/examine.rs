@@ -63,11 +63,13 @@ impl Request {
         }
         self.examine_consistency(&mut findings);
         self.examine_arguments(host, &mut findings);
-        self.examine_chains(host, &mut findings);
+        let chains_at = findings.len();
         self.examine_user(host, &mut findings);
         self.examine_memory(host, &mut findings);
         self.examine_files(host, &mut findings);
         let planned = self.examine_disks(host, &mut findings);
+        let chained = self.examine_chains(host, &findings);
+        findings.splice(chains_at..chains_at, chained);
         self.examine_taps(host, &mut findings).await;
         findings.extend(firewall::examine(host, &self.nft));
         findings.extend(host.hooks.examine().map(|error| error.finding(&host.name)));
