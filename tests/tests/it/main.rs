@@ -45,6 +45,7 @@ mod slow_link;
 mod soak;
 mod socket_paths;
 mod stalled;
+mod state_lost;
 mod state_set_back;
 mod storage;
 mod storage_back_and_forth;
