@@ -211,17 +211,15 @@ pub(crate) fn size(text: &str) -> Result<u64, SizeError> {
     }
     let unit = 1u64 << shift;
     let value = whole.parse::<u64>().ok().and_then(|value| value.checked_mul(unit)).ok_or_else(wrong)?;
-    if value > LARGEST {
-        return Err(wrong());
-    }
     if fraction.is_empty() {
-        return Ok(value);
+        return if value <= LARGEST { Ok(value) } else { Err(wrong()) };
     }
     // Integer arithmetic: 12 digits of fraction are more than any size that makes sense has.
     let fraction = &fraction[..fraction.len().min(12)];
     let scale = 10u128.pow(u32::try_from(fraction.len()).map_err(|_| wrong())?);
     let part = fraction.parse::<u128>().map_err(|_| wrong())? * u128::from(unit) / scale;
-    value.checked_add(u64::try_from(part).map_err(|_| wrong())?).ok_or_else(wrong)
+    let value = value.checked_add(u64::try_from(part).map_err(|_| wrong())?);
+    value.filter(|value| *value <= LARGEST).ok_or_else(wrong)
 }
 
 #[cfg(test)]
@@ -269,6 +267,8 @@ mod tests {
             "0xfffffffffffffff",
             "4097T",
             "15E",
+            "0.6E",
+            "4096.5T",
         ] {
             assert_eq!(size(text), Err(SizeError { text: text.to_owned() }));
         }
