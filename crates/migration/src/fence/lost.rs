@@ -15,19 +15,22 @@ use crate::which_file::WhichFile;
 
 /// A file that a process has open.
 #[derive(Debug)]
-struct Open {
+pub(super) struct Open {
     /// Leads to this very file, whatever its name is by now.
     through: PathBuf,
     /// Its name now; of one that was removed, nobody's.
-    path: PathBuf,
+    pub(super) path: PathBuf,
     file: WhichFile,
     removed: bool,
 }
 
-fn opened_by(process: &Process) -> io::Result<Vec<Open>> {
+pub(super) fn opened_by(process: &Process) -> io::Result<Vec<Open>> {
     let mut open = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{}/fd", process.pid))? {
         let through = entry?.path();
+        if !is_passed_on(process, &through)? {
+            continue;
+        }
         let found = std::fs::metadata(&through)?;
         if !found.is_file() && !found.file_type().is_block_device() {
             continue;
@@ -38,6 +41,20 @@ fn opened_by(process: &Process) -> io::Result<Vec<Open>> {
     }
     // Another process may have its id by now.
     if process.look().runs() { Ok(open) } else { Err(io::ErrorKind::NotFound.into()) }
+}
+
+/// Whether a descriptor was handed to a process: what it opens itself, as every program does when it starts, it passes on to none.
+fn is_passed_on(process: &Process, descriptor: &Path) -> io::Result<bool> {
+    let number = descriptor.file_name().unwrap_or_default();
+    let info = Path::new(&format!("/proc/{}/fdinfo", process.pid)).join(number);
+    let info = match std::fs::read_to_string(info) {
+        // Closed already.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        info => info?,
+    };
+    let flags =
+        info.lines().find_map(|line| i32::from_str_radix(line.strip_prefix("flags:")?.trim(), 8).ok());
+    Ok(flags.is_some_and(|flags| flags & libc::O_CLOEXEC == 0))
 }
 
 impl Fence {

@@ -1,5 +1,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use qemu::Process;
+
 use super::*;
 use crate::deadlines::KILL_GRACE;
 
@@ -335,4 +337,17 @@ async fn an_image_of_a_machine_that_comes_back_is_written_under_the_locks_that_k
     assert!(is_locked(&disk) && is_let_go_of(&fresh) && fence.left.holders().len() == 1);
     assert_eq!(fence.forget(&vm).await.len(), 1);
     assert!(is_let_go_of(&disk) && fence.left.holders().is_empty());
+}
+
+#[test]
+fn what_a_process_has_opened_itself_is_no_image() {
+    let directory = tempfile::tempdir().unwrap();
+    let (handed, own) = (image(directory.path(), "handed"), image(directory.path(), "own"));
+    // Files of the standard library are not passed on, and this one is.
+    let (handed, _own) = (std::fs::File::open(&handed).unwrap(), std::fs::File::open(&own).unwrap());
+    rustix::io::fcntl_setfd(&handed, rustix::io::FdFlags::empty()).unwrap();
+    let process = Process::of_pid(std::process::id(), Path::new("")).unwrap();
+    let names: Vec<PathBuf> = lost::opened_by(&process).unwrap().into_iter().map(|open| open.path).collect();
+    let is_open = |name: &str| names.contains(&directory.path().canonicalize().unwrap().join(name));
+    assert!(is_open("handed") && !is_open("own"), "{names:?}");
 }
