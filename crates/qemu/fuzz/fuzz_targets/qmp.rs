@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use fuzzing::Input;
 use libfuzzer_sys::fuzz_target;
@@ -14,6 +15,10 @@ use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, Runtime};
+use tokio::time::timeout;
+
+/// A client that sends nothing for so long waits for something else than it gets: the connection ends, before its deadline of half a minute.
+const SILENCE: Duration = Duration::from_millis(20);
 
 static RUNTIME: LazyLock<Runtime> =
     LazyLock::new(|| Builder::new_current_thread().enable_all().build().expect("a runtime"));
@@ -43,7 +48,7 @@ async fn answer(stream: UnixStream, lines: &[u8]) {
     for line in lines.split(|byte| *byte == b'\n') {
         let mut said = line.to_vec();
         if line.starts_with(b"{\"return\"") || line.starts_with(b"{\"error\"") {
-            let Ok(Some(command)) = commands.next_line().await else { return };
+            let Ok(Ok(Some(command))) = timeout(SILENCE, commands.next_line()).await else { return };
             let command: Value = serde_json::from_str(&command).expect("a command is JSON");
             said.splice(..1, format!("{{\"id\":{},", command["id"]).into_bytes());
         }
