@@ -36,9 +36,6 @@ help:
 demo: setup build
 	$(as_root) cargo run --release --quiet --package bench --bin demo
 
-# Most of them wait for a guest or a deadline, so there are more of them than processors.
-test test-full: export RUST_TEST_THREADS ?= $(shell expr 2 \* $$(nproc))
-
 # T=network_frames runs one file of the end-to-end tests, or those tests that have this in their name.
 test: setup build-tests
 	@rm -f $(TIMES)

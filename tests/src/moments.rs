@@ -50,7 +50,11 @@ impl Pair {
         let (migration, stopped) = self.switching_over_with(vm, options);
         let source = fault::pause(self.a().agent_pid().unwrap());
         drop(stopped);
-        until("the copy is ready", || journal(self.b(), vm).contains("\"ready\":true"));
+        until("the copy is ready", || {
+            let record = journal(self.b(), vm);
+            assert!(!record.is_empty(), "the copy was thrown away\n{}", self.logs());
+            record.contains("\"ready\":true")
+        });
         (migration, source)
     }
 

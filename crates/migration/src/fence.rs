@@ -16,7 +16,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use qemu::{ImageLock, ImageLockError, KeepOut, QmpError, Spec};
 
@@ -28,8 +28,10 @@ use crate::which_file::WhichFile;
 pub(crate) use holders::Holder;
 pub use holders::Keeper;
 
-/// How long apart, and how often, a QEMU that finds an image locked is told to run its machine once more. The guest is paused meanwhile.
-const LOCKED_OUT: (Duration, u32) = (Duration::from_millis(20), 100);
+/// For how long, and how long apart, a QEMU that finds an image locked is told to run its machine once more. The guest is paused meanwhile.
+const LOCKED_OUT: Duration = Duration::from_secs(2);
+/// See [`LOCKED_OUT`].
+const ONCE_MORE: Duration = Duration::from_millis(20);
 
 /// Whether QEMU has found an image locked by another process.
 fn is_locked_out(error: &QmpError) -> bool {
@@ -175,19 +177,23 @@ impl Fence {
             // An earlier agent's process, whose locks are not let go of with these.
             self.relieve(vm).await;
         }
-        let images = self.give_way(vm);
-        let mut tries = LOCKED_OUT.1;
+        let begun = Instant::now();
+        let mut images = Vec::new();
         loop {
+            // Whoever looks after images has locked them again meanwhile.
+            images.extend(self.give_way(vm));
             match resume().await {
                 Ok(()) => return Ok(()),
-                Err(e) if tries > 0 && is_locked_out(&e) => {
+                Err(e) if begun.elapsed() < LOCKED_OUT && is_locked_out(&e) => {
                     tracing::warn!(vm = %vm, error = chain(&e), "another process has an image of the VM: QEMU is told to run it once more");
-                    tries -= 1;
-                    tokio::time::sleep(LOCKED_OUT.0).await;
+                    tokio::time::sleep(ONCE_MORE).await;
                 }
                 Err(e) => {
                     self.hold(vm, images.iter().map(PathBuf::as_path));
                     self.relieve(vm).await;
+                    if !images.is_empty() {
+                        self.post(vm).await;
+                    }
                     return Err(e);
                 }
             }

@@ -15,16 +15,16 @@ use crate::which_file::WhichFile;
 
 /// A file that a process has open.
 #[derive(Debug)]
-pub(super) struct Open {
+struct Open {
     /// Leads to this very file, whatever its name is by now.
     through: PathBuf,
     /// Its name now; of one that was removed, nobody's.
-    pub(super) path: PathBuf,
+    path: PathBuf,
     file: WhichFile,
     removed: bool,
 }
 
-pub(super) fn opened_by(process: &Process) -> io::Result<Vec<Open>> {
+fn opened_by(process: &Process) -> io::Result<Vec<Open>> {
     let mut open = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{}/fd", process.pid))? {
         let through = entry?.path();
@@ -44,7 +44,7 @@ pub(super) fn opened_by(process: &Process) -> io::Result<Vec<Open>> {
 }
 
 /// Whether a descriptor was handed to a process: what it opens itself, as every program does when it starts, it passes on to none.
-fn is_passed_on(process: &Process, descriptor: &Path) -> io::Result<bool> {
+pub(super) fn is_passed_on(process: &Process, descriptor: &Path) -> io::Result<bool> {
     let number = descriptor.file_name().unwrap_or_default();
     let info = Path::new(&format!("/proc/{}/fdinfo", process.pid)).join(number);
     let info = match std::fs::read_to_string(info) {
