@@ -115,10 +115,11 @@ impl Client {
     }
 
     async fn read<T: DeserializeOwned>(&self, response: Response) -> Result<T, Failure> {
-        let status = response.status();
-        debug_assert_ne!(status, StatusCode::NO_CONTENT);
+        let is_empty = response.status() == StatusCode::NO_CONTENT;
         let bytes = response.bytes().await.map_err(|error| lost(&self.socket, &chain(&error)))?;
-        serde_json::from_slice(&bytes).map_err(|error| not_understood(&error.to_string()))
+        // What an agent of an earlier version has done is done, though it has nothing to tell.
+        let text: &[u8] = if is_empty { b"{}" } else { &bytes };
+        serde_json::from_slice(text).map_err(|error| not_understood(&error.to_string()))
     }
 
     /// The agent could not be asked. Why is in the innermost error, which is the operating system's.
@@ -175,4 +176,30 @@ fn not_understood(why: &str) -> Failure {
         format!("the agent's answer cannot be understood: {why}"),
         "use the vmirror command of the agent's version",
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use agent::api::types::{Decision, ResolveReply, ResolveRequest};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_an_earlier_agent_has_done_is_done_though_it_says_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("api.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let agent = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await.unwrap();
+            stream.write_all(b"HTTP/1.1 204 No Content\r\n\r\n").await.unwrap();
+        };
+        let client = Client::new(&socket).unwrap();
+        let request = ResolveRequest { decision: Decision::RunHere, force: true };
+        let asked = client.post::<_, ResolveReply>("/v1/vms/web1/resolve", &request);
+        let ((), reply) = tokio::join!(agent, asked);
+        assert_eq!(reply.unwrap(), ResolveReply::default());
+    }
 }

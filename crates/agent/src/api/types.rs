@@ -344,7 +344,9 @@ pub struct ResolveRequest {
 }
 
 /// Its answer.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+// An agent that runs since before there were images to tell of answers nothing.
+#[serde(default)]
 pub struct ResolveReply {
     /// The machine.
     pub vm: String,

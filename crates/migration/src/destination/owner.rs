@@ -183,7 +183,8 @@ impl Source {
             tokio::spawn(insist(Arc::clone(&host), record.clone()));
         }
         host.fence.taken(images.iter().map(|image| image.path.as_path()));
-        host.fence.relieve(&record.name).await;
+        // Those that it does not use any more are kept on.
+        host.fence.take_again(&record.name).await;
         drop(deciding);
         tracing::info!(vm = %record.name, from = %self.peer, "a VM has arrived and runs");
         places::give(&host, &record);

@@ -351,3 +351,22 @@ fn what_a_process_has_opened_itself_is_no_image() {
     drop(own);
     assert!(!is_passed_on(1 << 20).unwrap(), "one that is closed");
 }
+
+#[tokio::test]
+async fn an_image_that_a_machine_has_come_back_without_stays_locked() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let (disk, other) = (image(&place, "disk"), image(&place, "other"));
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    fence.keep(&vm, "host-b", &[disk.clone(), other.clone()]).await.unwrap();
+    drop(fence.write(&vm, &disk).await.unwrap().unwrap());
+    fence.hand_to(&vm, || async { Ok(()) }).await.unwrap();
+    fence.taken([disk.as_path()]);
+    fence.take_again(&vm).await;
+    assert!(is_let_go_of(&disk) && is_locked(&other));
+    assert_eq!(fence.left.holders().len(), 1);
+    assert_eq!(fence.look().await, []);
+    assert_eq!(fence.forget(&vm).await, std::slice::from_ref(&other));
+    assert!(is_let_go_of(&other));
+}

@@ -179,8 +179,8 @@ pub(super) async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, Run
         let _ = qmp.migrate_cancel().await;
     }
     // It has its images, whatever was kept of an earlier stay.
-    let _ = host.fence.let_go(&record.name).await;
     host.fence.taken(disks::written(&spec).iter().map(PathBuf::as_path));
+    host.fence.take_again(&record.name).await;
     if crate::source::disks::has_jobs(&qmp).await {
         // It is stopped while they are given up.
         host.journal.amend(&mut record, |now| now.pauses = true)?;

@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use qemu::Image;
-use qemu::spec::FilePurpose;
+use qemu::spec::{BlockDriver, FilePurpose};
 
 use super::others::{self, base_of};
 use super::{Request, disks};
@@ -38,8 +38,9 @@ impl Request {
 fn follow(host: &Host, name: &VmName, image: &Path, format: Option<String>) -> Result<(), Finding> {
     let (mut path, mut format) = (image.to_owned(), format);
     for _ in 0..LONGEST {
-        // What is opened as raw names nothing, whatever is in it.
-        if format.as_deref() == Some("raw") {
+        // What is opened as raw, or without a format, names nothing, whatever is in it.
+        let stated = format.as_deref().map(|stated| (stated, BlockDriver::of(stated)));
+        if matches!(stated, Some(("raw", _) | (_, BlockDriver::Local))) {
             return Ok(());
         }
         let found = match qemu::probe_format(&path) {
@@ -63,9 +64,9 @@ fn follow(host: &Host, name: &VmName, image: &Path, format: Option<String>) -> R
             ));
         }
         let may_be_any = |format: &str| host.allow.disk_drivers.iter().any(|driver| driver == format);
-        if let Some(stated) =
-            format.as_deref().filter(|stated| *stated != found.format() && !may_be_any(stated))
-        {
+        // A filter passes on whatever is below it.
+        let stated = stated.filter(|(_, driver)| *driver != BlockDriver::Filter).map(|(stated, _)| stated);
+        if let Some(stated) = stated.filter(|stated| *stated != found.format() && !may_be_any(stated)) {
             return Err(Finding::new(
                 "disk-format",
                 format!(
@@ -74,7 +75,7 @@ fn follow(host: &Host, name: &VmName, image: &Path, format: Option<String>) -> R
                     host.name,
                     found.format()
                 ),
-                "remove it there, or start the VM with the format that it has",
+                "start the VM with the format that it has; or have another image there",
             ));
         }
         let header = match found {
@@ -177,6 +178,13 @@ pub(super) mod tests {
         for (image, format) in [(&raw, None), (&raw, Some("raw")), (&top, None), (&top, Some("qcow2"))] {
             assert_eq!(followed(host, image, format), None, "{image:?} {format:?}");
         }
+        for format in ["file", "host_device", "host_cdrom", "copy-on-read", "throttle"] {
+            assert_eq!(followed(host, &raw, Some(format)), None, "{format}");
+        }
+        assert_eq!(followed(host, &top, Some("host_device")), None, "it is not opened as what it is");
+        let elsewhere = place.join("elsewhere");
+        qcow2(&elsewhere, Some("/elsewhere/base"));
+        assert_eq!(followed(host, &elsewhere, Some("throttle")), Some("path-not-allowed"));
         assert_eq!(followed(host, &raw, Some("qcow2")), Some("disk-format"));
         assert_eq!(followed(host, &top, Some("luks")), Some("disk-format"));
         // An operator has said that it may be whatever it is.

@@ -96,6 +96,8 @@ fn what_is_to_be_done_about_a_unit_has_effect_wherever_its_file_is() {
         made.file(&format!("{}.d/override.conf", file), "[Service]\nRestart=on-failure\n");
         let Supervisor { remedy, certain, .. } = made.qemu(1, cgroup).unwrap();
         assert!(certain && remedy.contains("daemon-reload") && !remedy.contains("mask"), "{remedy}");
+        let is_users = cgroup.contains("user@1000");
+        assert_eq!(remedy.contains("systemctl --user --machine=1000@ daemon-reload"), is_users, "{remedy}");
         let (_, rest) = remedy.split_once("printf '").unwrap();
         let (text, rest) = rest.split_once("' > '/").unwrap();
         let (place, _) = rest.split_once('\'').unwrap();

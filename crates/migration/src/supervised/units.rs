@@ -62,8 +62,9 @@ pub(super) fn of(root: &Path, pid: u32, own: u32) -> Option<Supervisor> {
 fn remedy(unit: &Unit) -> String {
     let Unit { name, user } = unit;
     let (directory, who) = match user {
-        None => ("/run/systemd/system".to_owned(), ""),
-        Some(user) => (format!("/run/user/{user}/systemd/user"), " --user"),
+        None => ("/run/systemd/system".to_owned(), String::new()),
+        // Root's own manager is another one.
+        Some(user) => (format!("/run/user/{user}/systemd/user"), format!(" --user --machine={user}@")),
     };
     format!(
         "before it leaves, say `mkdir -p '{directory}/{name}.d' && printf '[Service]\\nRestart=no\\n' > \
@@ -94,13 +95,16 @@ fn service_in(path: &str) -> Option<Unit> {
 
 /// What systemd says.
 fn asked(root: &Path, unit: &Unit) -> Option<String> {
-    // Another root, or a user's manager, that this process has no connection to.
-    if root != Path::new("/") || unit.user.is_some() || !Path::new("/run/systemd/system").is_dir() {
+    if root != Path::new("/") || !Path::new("/run/systemd/system").is_dir() {
         return None;
     }
-    // A manager that hangs is not waited for.
+    // A manager that hangs is not waited for. A user's may be out of reach: its files are asked then.
     let mut show = Command::new("timeout");
-    show.args(["2", "systemctl", "show", "--property=Restart", "--property=LoadState", "--", &unit.name]);
+    show.args(["2", "systemctl"]);
+    if let Some(user) = unit.user {
+        show.args(["--user".to_owned(), format!("--machine={user}@")]);
+    }
+    show.args(["show", "--property=Restart", "--property=LoadState", "--", &unit.name]);
     let said = show.output().ok().filter(|said| said.status.success())?;
     let text = String::from_utf8(said.stdout).ok()?;
     let value = |key: &str| text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
