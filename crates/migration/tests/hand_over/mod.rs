@@ -4,6 +4,7 @@ pub(crate) mod source;
 pub(crate) mod state;
 pub(crate) mod world;
 
+use migration::Ownership;
 use migration::ownership::{Asked, Effect, Event, SourceSays, Standing, Withdrawal};
 use stateright::{Model, Property};
 
@@ -212,9 +213,20 @@ impl HandOver {
             }
         }
         let nothing = at.record.is_none() && at.qemu.is_none() && !at.unreadable;
-        // Who has looked at the others, where it waits at most, while nobody asks or answers about it.
-        let elsewhere =
-            state.hosts.iter().any(|other| other.owns() || other.runs() || other.step != Step::Idle);
+        // Who has looked at the others, where it waits at most, while nobody asks or answers about it, and nobody says that its journal may
+        // have another word than its own.
+        let is_unsaid = |other: &Host| {
+            let whose = |record: &Option<Standing>| record.as_ref().map(|now| now.ownership.clone());
+            whose(&other.record) != whose(&other.disk)
+        };
+        // Listed as uncertain, or as soon as its agent is there.
+        let is_in_doubt = |other: &Host| {
+            let handed_over = |disk: &Standing| matches!(disk.ownership, Ownership::HandedOver { .. });
+            other.up != Power::Lost && other.disk.as_ref().is_some_and(handed_over)
+        };
+        let may_have_it =
+            |other: &Host| other.owns() || other.runs() || other.step != Step::Idle || is_in_doubt(other);
+        let elsewhere = state.hosts.iter().any(|other| may_have_it(other) || is_unsaid(other));
         let said = !state.links.is_empty();
         if state.past.restored == Some(host) && nothing && state.running() == 0 && !elsewhere && !said {
             actions.push(say(Person::StartAnew));

@@ -1,5 +1,6 @@
 //! What the production code does with the effects that `ownership::on` names, and with what it hears: the thin part, mirrored.
 
+use migration::Ownership;
 use migration::concerned::whose;
 use migration::ownership::{self, Answer, Asked, Effect, Event, Mark, Standing, Word};
 
@@ -392,15 +393,20 @@ impl HandOver {
             }
             return;
         }
-        let Some(effects) = self.happen(state, host, Event::RunHere { asked, force }) else { return };
+        let decided = self.happen(state, host, Event::RunHere { asked, force });
+        // A person's word counts from when the next agent may find it.
+        let is_owner = |disk: &Standing| disk.ownership == Ownership::Owner;
+        if let Some(session) = incoming
+            && state.hosts[host].disk.as_ref().is_some_and(is_owner)
+        {
+            state.past.handed_over |= 1 << session;
+        }
+        let Some(effects) = decided else { return };
         if !effects.contains(&Effect::Resume) {
             state.hosts[host].step = of.map_or(Step::Idle, Step::InDoubt);
             return;
         }
         state.hosts[host].step = Step::Idle;
-        if let Some(session) = incoming {
-            state.past.handed_over |= 1 << session;
-        }
         HandOver::carry_out(state, host, &effects, None);
     }
 }
