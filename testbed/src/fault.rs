@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -24,10 +26,32 @@ pub(crate) fn signal(pid: i32, signal: Signal) {
 #[derive(Debug)]
 pub struct Paused(i32);
 
-/// Stops a process, as a host without CPU time would.
+/// Stops a process, as a host without CPU time would. None of its threads runs when this returns: on a busy host they may for long after
+/// the signal was sent.
+///
+/// # Panics
+/// If it does not stop.
 pub fn pause(pid: i32) -> Paused {
     signal(pid, Signal::STOP);
-    Paused(pid)
+    let paused = Paused(pid);
+    let begun = Instant::now();
+    while !rests(pid) {
+        assert!(begun.elapsed() < UNTIL_STOPPED, "process {pid} does not stop");
+        thread::sleep(Duration::from_millis(1));
+    }
+    paused
+}
+
+/// Longer than a busy host takes.
+const UNTIL_STOPPED: Duration = Duration::from_secs(60);
+
+/// Whether no thread of a process runs, or will before it is told to go on. One that waits in the kernel stops before it leaves it.
+fn rests(pid: i32) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let states: Vec<char> = tasks.filter_map(|task| state_in(&task.path())).collect();
+    let stops = |state: &char| "TtZX".contains(*state);
+    states.iter().all(|state| stops(state) || *state == 'D')
+        && (states.is_empty() || states.iter().any(stops))
 }
 
 impl Drop for Paused {
@@ -62,7 +86,7 @@ pub fn fail(pid: i32, call: &str, file: &Path, error: &str) -> Result<Failing, T
     let attached = lines.by_ref().map_while(Result::ok).find(|line| line.contains(" attached"));
     let message = || "did not get hold of the process".to_owned();
     attached.ok_or_else(|| TestbedError::Tool { command: STRACE.to_owned(), message: message() })?;
-    std::thread::spawn(move || lines.for_each(drop));
+    thread::spawn(move || lines.for_each(drop));
     Ok(failing)
 }
 
@@ -81,7 +105,12 @@ pub(crate) fn is_zombie(pid: i32) -> bool {
 
 /// The state of a process as in `/proc/PID/stat`: `R`, `S`, `T` (stopped), `Z` and others; none when it is gone.
 pub fn state(pid: i32) -> Option<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    state_in(&Path::new("/proc").join(pid.to_string()))
+}
+
+/// The same of a process or thread with this directory.
+fn state_in(directory: &Path) -> Option<char> {
+    let stat = fs::read_to_string(directory.join("stat")).ok()?;
     // The name in parentheses may itself contain any of them.
     stat.rsplit_once(") ")?.1.chars().next()
 }
@@ -89,12 +118,11 @@ pub fn state(pid: i32) -> Option<char> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::{Duration, Instant};
 
     fn reaches(pid: i32, wanted: char) -> bool {
         let start = Instant::now();
         while state(pid) != Some(wanted) && start.elapsed() < Duration::from_secs(10) {
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
         state(pid) == Some(wanted)
     }
@@ -104,7 +132,7 @@ mod tests {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = child.id().cast_signed();
         let paused = pause(pid);
-        assert!(reaches(pid, 'T'));
+        assert_eq!(state(pid), Some('T'));
         drop(paused);
         assert!(reaches(pid, 'S'));
         kill(pid);

@@ -10,10 +10,11 @@ use std::time::Instant;
 use rustix::process::Signal;
 
 use super::{Host, KILL_TIMEOUT};
+use crate::fault::{self, Paused};
 use crate::running::POLL;
 use crate::tool::{run, tail};
 use crate::wire::{BRIDGE, LINK, UPLINK};
-use crate::{TestbedError, fault, inventory};
+use crate::{TestbedError, inventory};
 
 impl Host {
     /// Limits (or widens) the room for guest RAM, in bytes: for "no room" tests.
@@ -87,7 +88,9 @@ impl Host {
         // All at once: nobody is to see another one end.
         let processes = self.processes();
         processes.iter().for_each(|pid| fault::signal(*pid, Signal::STOP));
+        let stopped: Vec<Paused> = processes.iter().map(|pid| fault::pause(*pid)).collect();
         processes.into_iter().for_each(fault::kill);
+        drop(stopped);
         self.kill_agent()?;
         let start = Instant::now();
         while !self.processes().is_empty() {
