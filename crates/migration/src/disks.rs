@@ -171,13 +171,13 @@ pub(crate) fn images(spec: &Spec) -> Vec<(PathBuf, bool)> {
     disks.chain(flash.map(|file| (file.path, false))).collect()
 }
 
-/// Those of them that are the machine's to write: nobody else's any more. One that is only read, or the base of another, may be others' as
-/// well.
+/// Those of them that are the machine's to write: nobody else's any more. One that is only read, as also with `snapshot=on`, or the base of
+/// another, may be others' as well.
 pub(crate) fn written(spec: &Spec) -> Vec<PathBuf> {
     let shared: Vec<PathBuf> = spec
         .disks()
         .into_iter()
-        .filter(|disk| disk.read_only || disk.is_backing)
+        .filter(|disk| !disk.is_written())
         .filter_map(|disk| disk.host_path().map(Path::to_owned))
         .collect();
     images(spec).into_iter().map(|(path, _)| path).filter(|path| !shared.contains(path)).collect()

@@ -5,6 +5,7 @@ use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use qemu::spec::Disk;
 use qemu::{Process, Spec};
 
 use crate::vm::Record;
@@ -44,7 +45,7 @@ impl Marks {
     }
 
     fn in_spec(spec: &Spec) -> Marks {
-        let written = spec.disks().into_iter().filter(|disk| !disk.read_only && !disk.is_backing);
+        let written = spec.disks().into_iter().filter(Disk::is_written);
         let ram = spec.ram_backends().into_iter().filter_map(|backend| Some(("RAM file", backend.mem_path?)));
         let pid_file = spec.pid_file().map(|file| ("pid file", file.to_owned()));
         Marks {
@@ -169,6 +170,8 @@ mod tests {
         let others = format!("file={},format=raw", at("other"));
         assert_eq!(found(&["-drive", &others]), None);
         assert_eq!(found(&["-drive", &format!("{drive},readonly=on")]), None, "reading is no second copy");
+        assert_eq!(found(&["-drive", &format!("{drive},snapshot=on")]), None, "nor is what is thrown away");
+        assert_eq!(found(&["-snapshot", "-drive", &drive]), None);
         assert_eq!(found(&["-drive", &drive, "-incoming", "defer"]), None);
     }
 }

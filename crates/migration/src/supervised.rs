@@ -7,6 +7,7 @@ mod units;
 use std::path::Path;
 
 use qemu::Spec;
+use qemu::spec::Disk;
 
 use crate::failure::Finding;
 use crate::identity::{self, LocksReach};
@@ -78,7 +79,7 @@ fn is_fenced(spec: &Spec, options: &Options) -> bool {
         let is_file = std::fs::metadata(path).is_ok_and(|file| file.is_file());
         is_file && identity::locks_reach(path) == LocksReach::All
     };
-    spec.disks().into_iter().filter(|disk| !disk.read_only && !disk.is_backing).any(|disk| {
+    spec.disks().into_iter().filter(Disk::is_written).any(|disk| {
         let Some(path) = disk.host_path() else { return false };
         (options.disks == Disks::Mirror || reach(path)) && qemu::in_use(path).unwrap_or(false)
     })

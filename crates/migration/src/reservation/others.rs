@@ -84,13 +84,16 @@ mod tests {
         let hosts = Hosts::new().await;
         let place = hosts.directory.path();
         let at = |name: &str| place.join(name);
-        for (image, backing) in [("disk", None), ("cd", None), ("base", None), ("top", Some("base"))] {
+        for (image, backing) in
+            [("disk", None), ("cd", None), ("base", None), ("top", Some("base")), ("thrown", None)]
+        {
             qcow2(&at(image), backing);
         }
         std::os::unix::fs::symlink(at("disk"), at("link")).unwrap();
         let drive = |image: &str, more: &str| format!("file={},format=qcow2{more}", at(image).display());
         let argv = ["q", "-drive", &drive("disk", ""), "-drive", &drive("cd", ",read-only=on")];
-        let argv = argv.iter().copied().chain(["-drive", &drive("top", "")]).map(str::to_owned).collect();
+        let more = ["-drive", &drive("top", ""), "-drive", &drive("thrown", ",snapshot=on")];
+        let argv = argv.iter().copied().chain(more).map(str::to_owned).collect();
         let ownership = Ownership::Incoming { session: Uuid::nil(), from: "host-c".to_owned(), ready: false };
         let standing = Standing { ownership, ..Standing::own() };
         let [one, other] = ["web1", "web2"].map(|name| name.parse::<VmName>().unwrap());
@@ -105,6 +108,7 @@ mod tests {
         assert_eq!(known("link"), (true, true));
         assert_eq!(known("cd"), (false, true));
         assert_eq!(known("base"), (false, true));
+        assert_eq!(known("thrown"), (false, true));
         assert_eq!(known("another"), (false, false));
         assert_eq!(writer(&hosts.b, &one, &at("disk")), None, "its own");
     }

@@ -36,6 +36,8 @@ pub struct Disk {
     pub read_only: bool,
     /// Whether it is a backing file that another image on the command line names.
     pub is_backing: bool,
+    /// Whether what the guest writes goes to a file without a name, and is lost with it (`snapshot=on`).
+    pub is_temporary: bool,
     /// Whether a drive of the guest has it from the start: all but nodes of `-blockdev` that no `-device` names.
     pub is_attached: bool,
 }
@@ -45,6 +47,12 @@ impl Disk {
     #[must_use]
     pub fn host_path(&self) -> Option<&Path> {
         (self.protocol == Protocol::File).then_some(self.path.as_path())
+    }
+
+    /// Whether QEMU writes the image.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        !(self.read_only || self.is_backing || self.is_temporary)
     }
 }
 
@@ -57,7 +65,14 @@ impl Spec {
     /// (that is among the [`Spec::files`]).
     #[must_use]
     pub fn disks(&self) -> Vec<Disk> {
-        let mut disks: Vec<Disk> = self.arguments.iter().filter_map(disk_of_option).collect();
+        // Nodes of `-blockdev` are not meant by that, nor a drive that says otherwise itself.
+        let all_temporary = self.has("snapshot");
+        let of_options = self.arguments.iter().filter_map(|argument| {
+            let disk = disk_of_option(argument)?;
+            let says = argument.name() == "drive" && argument.properties().get("snapshot").is_some();
+            Some(Disk { is_temporary: disk.is_temporary || all_temporary && !says, ..disk })
+        });
+        let mut disks: Vec<Disk> = of_options.collect();
         disks.extend(self.block_nodes());
         disks
     }
@@ -138,6 +153,7 @@ pub(super) fn drive_disk(drive: &Properties) -> Option<Disk> {
     disk.id = drive.get("id").or_else(|| drive.get("node-name"));
     disk.file_node = drive.get("file.node-name");
     disk.read_only = cdrom || drive.is_on("readonly") || drive.is_on("read-only");
+    disk.is_temporary = drive.is_on("snapshot");
     Some(disk)
 }
 
@@ -151,6 +167,7 @@ pub(crate) fn from_file_name(file: &str, format: Option<&str>) -> Disk {
         file_node: None,
         read_only: false,
         is_backing: false,
+        is_temporary: false,
         is_attached: true,
     };
     if let Some(text) = file.strip_prefix("json:")
@@ -253,6 +270,7 @@ impl Node {
             file_node: if is_format { below.name.clone() } else { None },
             read_only,
             is_backing,
+            is_temporary: false,
             is_attached: true,
         })
     }
@@ -313,6 +331,17 @@ mod tests {
         assert_eq!(found[0].path, Path::new("/d/a,b.qcow2"));
         assert!(found[1].read_only && !found[0].read_only);
         assert_eq!(found[0].id.as_deref(), Some("d0"));
+    }
+
+    #[test]
+    fn an_image_whose_changes_go_elsewhere_is_not_written() {
+        let written = |argv: &[&str]| disks(argv).iter().map(Disk::is_written).collect::<Vec<_>>();
+        let drives = ["-drive", "file=/a,snapshot=on", "-drive", "file=/b,snapshot=off", "-drive", "file=/c"];
+        let node = ["-hda", "/d", "-blockdev", "driver=file,filename=/e,node-name=e"];
+        assert_eq!(written(&[&drives[..], &node].concat()), [false, true, true, true, true]);
+        // Of all that do not say otherwise; nodes are not meant.
+        let all = [&["-snapshot"], &drives[..], &node].concat();
+        assert_eq!(written(&all), [false, true, false, false, true]);
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl Spec {
                 "drive" if argument.properties().get("if").as_deref() == Some("pflash") => {
                     if let Some(disk) = disks::drive_disk(&argument.properties()) {
                         let path = disk.path.to_string_lossy().into_owned();
-                        add(Some(path), FilePurpose::Flash, !disk.read_only);
+                        add(Some(path), FilePurpose::Flash, disk.is_written());
                     }
                 }
                 _ => {}
