@@ -153,10 +153,12 @@ pub(crate) enum Command {
     Resolve {
         /// The VM
         name: VmName,
-        /// It does not run at the destination and never will: resume it here
+        /// Let it run here, by what the other agent answers: at its source, when the destination has given its copy up; at a
+        /// destination where a copy waits, when the source says that it has handed it over
         #[arg(long, group = "decision")]
         run_here: bool,
-        /// It runs at the destination: remove what is left of it here
+        /// Remove what is left of it here: at its source, when the destination says that it runs there; at a destination, the copy
+        /// that waits, or what came and never ran, but for the disks of a complete copy: its source may run it then
         #[arg(long, group = "decision")]
         give_up: bool,
         /// Even if the other agent cannot be asked, or says that it knows nothing of the VM, or, with --run-here, that it is its own
@@ -468,6 +470,17 @@ mod tests {
         assert!(!cli.json);
         let Command::Run { argv, .. } = cli.command else { panic!("not run") };
         assert_eq!(argv, ["qemu-system-x86_64", "-m", "1G", "--json", "-agent"]);
+    }
+
+    #[test]
+    fn what_a_decision_does_is_said_of_either_host() {
+        let mut cli = Cli::command();
+        let resolve = cli.find_subcommand_mut("resolve").unwrap();
+        for decision in ["run_here", "give_up"] {
+            let argument = resolve.get_arguments().find(|argument| argument.get_id() == decision).unwrap();
+            let help = argument.get_help().unwrap().to_string();
+            assert!(help.contains("at its source") && help.contains("at a destination"), "{help}");
+        }
     }
 
     #[test]
