@@ -11,7 +11,7 @@
 //!        ──HandedOver──► HandedOver ── Commit ─────────────────────────────────Committed──► Owner, resuming
 //!                        │        ◄────────────────── Running ──────────────────Resumed───► Owner
 //!                        ├─Answered(Running)──► discarded
-//!                        └─Answered(NoCopy)───► Owner, resuming ──Resumed──► Owner
+//!                        └─Answered(NoCopy)───► Owner, resuming, outgoing ──Resumed──► Owner, outgoing
 //! ```
 //!
 //! `tests/hand_over_model.rs` checks this very function with every order of events, crashes and decisions of people.

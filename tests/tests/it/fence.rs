@@ -258,6 +258,13 @@ fn a_machine_that_stays_has_its_images() {
     let writes = scene.guest.status().disks.unwrap().writes;
     until("it writes on", || scene.guest.status().disks.unwrap().writes > writes + 50);
     assert!(scene.pair.left("vm", scene.a()).is_none());
+    // The destination hears so: what the complete copy has left there is not kept for ever.
+    let there = scene.b().state_dir().join("left-images.json");
+    until("nothing counts as all that there is of its disks", || {
+        let there = std::fs::read_to_string(&there).unwrap();
+        assert!(there.contains("\"remnant\": {"), "{there}");
+        !there.contains("\"complete\": \"")
+    });
     // And leaves them when it goes after all.
     accounted(&scene.pair.migrate("vm", scene.a(), scene.b(), &[]), &scene.guest);
     scene.none_is_started_again();

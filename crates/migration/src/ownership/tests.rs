@@ -102,8 +102,10 @@ fn a_copy_that_could_not_be_withdrawn_is_not_forgotten_for_a_later_migration() {
     assert_eq!(sessions(&gone), [1]);
     assert_eq!(after(gone.clone(), Event::Found(Qemu::Gone)).effects, [Effect::Ask, Effect::Abandon]);
     let answer = Answer::NoCopy { keeper: None };
-    let back = after(gone.clone(), Event::Answered { session: number(2), answer }).standing.unwrap();
-    assert_eq!(sessions(&back), [1]);
+    let back = after(gone.clone(), Event::Answered { session: number(2), answer });
+    // The disks of a complete copy stay there until it is told.
+    assert_eq!(back.effects, [Effect::Resume, Effect::Abandon]);
+    assert_eq!(sessions(&back.standing.unwrap()), [1, 2]);
     let asked = Asked::Destination(Withdrawal::Unheard);
     let back = after(gone, Event::RunHere { asked, force: true }).standing.unwrap();
     assert_eq!(sessions(&back), [1, 2]);
@@ -176,7 +178,7 @@ fn a_machine_that_has_come_and_was_migrated_on_by_others_is_not_resumed() {
         handed_over(offered_anew(after(arrived(), Event::Resumed).standing.unwrap(), 2).standing.unwrap(), 2);
     let answered = Event::Answered { session: number(2), answer: Answer::NoCopy { keeper: None } };
     let back = after(gone, answered).standing.unwrap();
-    assert_eq!(after(back, Event::Found(Qemu::Switched)).effects, [Effect::Resume]);
+    assert_eq!(after(back, Event::Found(Qemu::Switched)).effects, [Effect::Resume, Effect::Abandon]);
 }
 
 #[test]
@@ -193,9 +195,10 @@ fn what_another_state_directory_than_the_one_that_took_the_copy_says_of_it_is_no
         let step = after(gone(took), no_copy(says));
         assert_eq!((step.standing, step.effects), (Some(gone(took)), vec![Effect::Doubt]), "{says:?}");
     }
-    assert_eq!(after(gone(took), no_copy(took)).effects, [Effect::Resume]);
+    let taken_back = [Effect::Resume, Effect::Abandon];
+    assert_eq!(after(gone(took), no_copy(took)).effects, taken_back);
     // An agent of before it was told.
-    assert_eq!(after(gone(None), no_copy(None)).effects, [Effect::Resume]);
+    assert_eq!(after(gone(None), no_copy(None)).effects, taken_back);
     let unknown = Event::Answered { session: number(2), answer: Answer::Unknown };
     assert_eq!(after(gone(took), unknown).effects, [Effect::Ask]);
 }

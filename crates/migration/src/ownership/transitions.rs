@@ -175,8 +175,15 @@ fn taken_back(standing: &Standing) -> Standing {
     }
 }
 
+/// The same, of a destination that is still to hear so.
+fn taken_back_from(standing: &Standing, left: Outgoing) -> Standing {
+    let mut back = taken_back(standing);
+    back.outgoing.push(left);
+    back
+}
+
 fn answered(standing: &Standing, session: Uuid, answer: Answer) -> Step {
-    let Ownership::HandedOver { session: of, keeper, .. } = &standing.ownership else {
+    let Ownership::HandedOver { session: of, to, address, keeper, .. } = &standing.ownership else {
         return refused(standing, Why::Changed);
     };
     if *of != session {
@@ -188,7 +195,11 @@ fn answered(standing: &Standing, session: Uuid, answer: Answer) -> Step {
         Answer::NoCopy { keeper: here } if keeper.is_some() && *keeper != here => {
             stays(standing, [Effect::Doubt])
         }
-        Answer::NoCopy { .. } => becomes(taken_back(standing), [Effect::Resume]),
+        // What was made there for a copy that was complete stays until the source is heard to have the machine.
+        Answer::NoCopy { .. } => {
+            let left = Outgoing { session, to: Some(to.clone()), address: address.clone() };
+            becomes(taken_back_from(standing, left), [Effect::Resume, Effect::Abandon])
+        }
         Answer::Unknown | Answer::Other => stays(standing, [Effect::Ask]),
     }
 }
@@ -291,9 +302,7 @@ fn run_here(standing: &Standing, asked: Asked, force: bool) -> Step {
                 Withdrawal::Done | Withdrawal::Unknown => becomes(taken_back(standing), [Effect::Resume]),
                 // It is told as soon as it can be.
                 Withdrawal::Unheard => {
-                    let mut back = taken_back(standing);
-                    back.outgoing.push(outgoing);
-                    becomes(back, [Effect::Resume, Effect::Abandon])
+                    becomes(taken_back_from(standing, outgoing), [Effect::Resume, Effect::Abandon])
                 }
             }
         }

@@ -461,10 +461,13 @@ impl Controller {
             self.happened(Event::Resumed, |now| now.pauses = false);
         }
         self.host.forwards.undo(self.id).await;
-        let mut told = true;
-        if let Some(destination) = &mut self.held.destination {
-            told = destination.cancel(commit(self.id, &self.vm), CANCEL).await == Withdrawal::Done;
-        }
+        let told = match &mut self.held.destination {
+            Some(destination) => {
+                destination.cancel(commit(self.id, &self.vm), CANCEL).await == Withdrawal::Done
+            }
+            // It was not heard, and said on another connection that the machine may run here.
+            None => false,
+        };
         match self.vm.record.outgoing.iter().find(|outgoing| outgoing.session == self.id).cloned() {
             // One that could not be resumed is not forgotten to have been paused by us: that is on record beside it.
             Some(outgoing) if told => {

@@ -159,7 +159,7 @@ impl HandOver {
                 state.hosts[host].step = Step::Asked(session);
             }
             (SourceAction::Keep, Step::Keeping(_)) => {
-                HandOver::carry_out(state, host, &[Effect::Resume], None);
+                HandOver::carry_out(state, host, &[Effect::Resume, Effect::Abandon], None);
                 state.hosts[host].step = Step::Idle;
             }
             (SourceAction::Supply, Step::Given(_)) => {

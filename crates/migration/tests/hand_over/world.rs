@@ -343,7 +343,7 @@ impl HandOver {
         };
         state.hosts[host].step = match effects[..] {
             [Effect::Release] => Step::Given(session),
-            [Effect::Resume] => Step::Keeping(session),
+            [Effect::Resume, ..] => Step::Keeping(session),
             _ => Step::InDoubt(session),
         };
     }
