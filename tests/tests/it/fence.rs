@@ -272,6 +272,32 @@ fn a_machine_that_stays_has_its_images() {
 }
 
 #[test]
+fn images_of_a_machine_that_stays_and_does_not_take_them_are_locked_again() {
+    let Some(scene) = Scene::new() else { return };
+    let (migration, stopped) = scene.pair.handed_over("vm");
+    let qemu = scene.pair.qemu(scene.b()).unwrap();
+    testbed::fault::kill(qemu);
+    let state = || std::fs::read_to_string(format!("/proc/{qemu}/stat")).unwrap_or_default();
+    let threads = || std::fs::read_dir(format!("/proc/{qemu}/task")).map_or(0, Iterator::count);
+    until("it has ended, but for its status", || threads() <= 1 && state().contains(") Z "));
+    // QEMU is told to run it, and does nothing.
+    let hangs = testbed::fault::pause(scene.pair.qemu(scene.a()).unwrap());
+    drop(stopped);
+    let locked = || DISKS.iter().all(|(name, _)| is_locked(scene.a(), name));
+    until("QEMU may take its images", || !locked());
+    until("it has not, and nobody else may", || locked() && holders(scene.a()) == 1);
+    drop(hangs);
+    let said = migration.ended();
+    assert_eq!(said.code, Some(3), "{said:?}\n{}", scene.pair.logs());
+    // It is told again.
+    until("it runs on", || scene.pair.runs_on("vm", scene.a()));
+    let writes = scene.guest.status().disks.unwrap().writes;
+    until("it writes", || scene.guest.status().disks.unwrap().writes > writes + 50);
+    until("nobody else holds its images", || holders(scene.a()) == 0);
+    let _ = scene.guest.sound_since(&scene.before);
+}
+
+#[test]
 fn a_machine_that_comes_back_has_its_images_and_what_is_forgotten_is_free() {
     let Some(scene) = Scene::new() else { return };
     let Scene { supervisor, guest, before, pair } = scene;

@@ -21,6 +21,7 @@ use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::{Prepared, VM_PAUSED};
 use crate::deadlines::{CANCEL, HEALTH, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
+use crate::disks;
 use crate::failure::{Finding, chain};
 use crate::health;
 use crate::hooks::Hook;
@@ -377,9 +378,10 @@ impl Controller {
         })
     }
 
-    /// Has the machine run here again.
+    /// Has the machine run here again. QEMU is to have its images, and nobody else before it.
     async fn resume(&self) -> Result<(), Stop> {
-        super::resume_here(&self.vm.qmp).await.map_err(|e| self.not_resumed(&e))
+        let resume = || super::resume_here(&self.vm.qmp);
+        self.host.fence.hand_to(&self.vm.record.name, resume).await.map_err(|e| self.not_resumed(&e))
     }
 
     fn not_resumed(&self, error: &QmpError) -> Stop {
@@ -387,7 +389,7 @@ impl Controller {
         Stop::Uncertain(Finding::new(
             NOT_RESUMED,
             format!("the VM is still this host's, but could not be resumed: {}", chain(error)),
-            format!("see its log, and resume it over QMP at {socket}"),
+            format!("see its log; the agent tries again, by its QMP socket {socket}"),
         ))
     }
 
@@ -395,8 +397,6 @@ impl Controller {
     pub(super) async fn undo(&mut self, stop: Stop) {
         let mut stop = stop;
         self.let_go();
-        // QEMU is to have its images again.
-        let _ = self.host.fence.let_go(&self.vm.record.name).await;
         let left_stopped = self.held.rounds.as_ref().map(Rounds::left_stopped);
         let mut resumed = true;
         if self.held.qemu {
@@ -408,8 +408,8 @@ impl Controller {
             }
             if was_stopped(&stop) {
                 // By somebody else while QEMU sent: it stays so.
-                let left = super::leave_stopped(&self.vm.qmp).await;
-                if let Err(e) = left {
+                let leave = || super::leave_stopped(&self.vm.qmp);
+                if let Err(e) = self.host.fence.hand_to(&self.vm.record.name, leave).await {
                     (resumed, stop) = (false, self.not_resumed(&e));
                 }
             } else if let Err(why) = self.resume().await {
@@ -459,6 +459,9 @@ impl Controller {
         // One that could not be resumed is resumed by the next agent that finds this on record.
         if resumed {
             self.happened(Event::Resumed, |now| now.pauses = false);
+            // It has its images, whatever is kept of an earlier stay.
+            self.host.fence.taken(disks::written(&self.vm.spec).iter().map(PathBuf::as_path));
+            self.host.fence.take_again(&self.vm.record.name).await;
         }
         self.host.forwards.undo(self.id).await;
         let told = match &mut self.held.destination {
