@@ -134,7 +134,7 @@ impl Daemon {
         }
         // What is only to be read later keeps no agent from its machines.
         if let Err(error) = make_private(&config.log_dir) {
-            tracing::error!(error = %migration::failure::chain(&error), "no VM can be started or received without log_dir");
+            tracing::error!(error = %finding::chain(&error), "no VM can be started or received without log_dir");
         }
         if let Some(user) = config.allow.other_user() {
             if !rustix::process::geteuid().is_root() {

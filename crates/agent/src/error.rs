@@ -1,6 +1,6 @@
 //! Why the agent does not do what it was asked.
 
-pub use migration::failure::chain;
+pub use finding::chain;
 use migration::lifecycle::for_where;
 use migration::{BadName, Failure, Finding, JournalError, OptionError};
 use uuid::Uuid;

@@ -3,7 +3,7 @@
 use qemu::spec::BlockDriver;
 use qemu::{Qmp, QmpError, Spec};
 
-use crate::failure::Finding;
+use finding::Finding;
 
 /// What the nodes that a mirror itself puts into QEMU's graph are called by.
 pub(crate) const OUR_NODES: &str = "vmirror-disk";

@@ -3,9 +3,9 @@
 use dirty_tracker::{AttachError, InjectError, KnownFilters, may_attach, seccomp_filters};
 use qemu::Spec;
 
-use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::vm::{Origin, Record};
+use finding::{Finding, chain, kind};
 
 /// Which of the filters that QEMU is under are known.
 ///

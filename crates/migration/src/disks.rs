@@ -10,12 +10,12 @@ use qemu::spec::FilePurpose;
 use uuid::Uuid;
 
 use crate::drives;
-use crate::failure::{Finding, chain};
 use crate::identity;
 use crate::options::{Disks, Engine, Options};
 use crate::report;
 use crate::vm::Vm;
 use crate::wire;
+use finding::{Finding, chain};
 
 /// Formats that can be made at a destination.
 pub(crate) const FORMATS: [&str; 2] = ["raw", "qcow2"];

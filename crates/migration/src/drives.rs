@@ -9,8 +9,8 @@ use qemu::qmp::Drive;
 use qemu::spec::{Disk, FilePurpose, Protocol};
 use qemu::{QmpError, Spec};
 
-use crate::failure::Finding;
 use crate::vm::Vm;
+use finding::Finding;
 
 /// Which file, or which block device, something is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

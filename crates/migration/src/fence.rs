@@ -21,10 +21,10 @@ use std::time::{Duration, Instant, SystemTime};
 use qemu::{ImageLock, ImageLockError, KeepOut, QmpError, Spec};
 
 use crate::disks;
-use crate::failure::chain;
 use crate::left_images::{LeftImages, ToBeLocked, among, same_file};
 use crate::vm::{Ownership, Record, VmName};
 use crate::which_file::WhichFile;
+use finding::chain;
 pub(crate) use holders::Holder;
 pub use holders::Keeper;
 

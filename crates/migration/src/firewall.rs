@@ -1,9 +1,9 @@
 //! A machine's own table in the firewall, which moves with it.
 
-use crate::failure::{Finding, chain};
 use crate::host::Host;
-use crate::nft;
 use crate::vm::VmName;
+use finding::{Finding, chain};
+use network::nft;
 
 /// A description that is longer would not fit into a message with all else.
 const LONGEST: usize = 512 << 10;
@@ -12,7 +12,7 @@ const KIND: &str = "firewall";
 /// Describes the table that a machine has here; empty where it has none.
 pub(crate) async fn describe(host: &Host, name: &VmName) -> Result<String, Finding> {
     let Some(pattern) = &host.firewall.nft_table else { return Ok(String::new()) };
-    let table = pattern.table(name);
+    let table = pattern.table(name.as_ref());
     let told = |e: nft::NftError| {
         Finding::new(KIND, format!("on {}: {}", host.name, chain(&e)), "see `nft list table` there")
     };
@@ -41,7 +41,7 @@ pub(crate) fn examine(host: &Host, document: &str) -> Option<Finding> {
 /// Makes the table that a machine had at its source.
 pub(crate) async fn make(host: &Host, name: &VmName, document: &str) -> Result<(), Finding> {
     let Some(pattern) = &host.firewall.nft_table else { return Ok(()) };
-    let table = pattern.table(name);
+    let table = pattern.table(name.as_ref());
     let told = |e: nft::NftError| {
         Finding::new(
             KIND,
@@ -58,7 +58,7 @@ pub(crate) async fn make(host: &Host, name: &VmName, document: &str) -> Result<(
 /// Removes it with the machine.
 pub(crate) async fn remove(host: &Host, name: &VmName) {
     let Some(pattern) = &host.firewall.nft_table else { return };
-    if let Err(e) = nft::remove(&pattern.table(name)).await {
+    if let Err(e) = nft::remove(&pattern.table(name.as_ref())).await {
         tracing::error!(vm = %name, error = chain(&e), "its firewall table is left");
     }
 }

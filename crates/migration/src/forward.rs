@@ -12,15 +12,15 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::destination::forwarded;
-use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::journal::Journal;
 use crate::source::unforward;
 use crate::state_file::StateFile;
-use crate::tap::port::Port;
-use crate::tap::tunnel::Tunnel;
-use crate::tap::{self, Interfaces, TapError};
 use crate::vm::{Ownership, Record, VmName};
+use finding::{Finding, chain, kind};
+use network::interfaces::port::Port;
+use network::interfaces::tunnel::Tunnel;
+use network::interfaces::{self, Interfaces, TapError};
 
 /// UDP port of VXLAN (RFC 7348).
 pub const PORT: u16 = 4789;
@@ -202,7 +202,7 @@ impl Forwards {
         let _changing = self.changing.lock().await;
         let its = |forward: &Forward| forward.session == session;
         for forward in self.all().iter().filter(|forward| its(forward)) {
-            tap::remove_all(&forward.interfaces()).await;
+            interfaces::remove_all(&forward.interfaces()).await;
         }
         self.forget(its);
     }
@@ -213,8 +213,8 @@ impl Forwards {
         let its = |forward: &Forward| forward.vm == *vm;
         for forward in self.all().iter().filter(|forward| its(forward)) {
             tracing::info!(vm = %vm, to = forward.to, "what comes for it is not forwarded any more");
-            tap::remove_all(&forward.interfaces()).await;
-            tap::remove_all(&forward.chained).await;
+            interfaces::remove_all(&forward.interfaces()).await;
+            interfaces::remove_all(&forward.chained).await;
         }
         self.forget(its);
     }

@@ -7,11 +7,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 
 use prost::Message as _;
-use serde_json::{Value, json};
 
-use crate::conntrack::wire::Flows;
 pub use crate::journal::fuzzing::{Slot, slots};
-use crate::nft::{self, NftPattern, NftTable};
 use crate::reservation::Request as Understood;
 use crate::wire::{Known, Reply, Request, ToDestination, ToSource};
 
@@ -41,7 +38,7 @@ pub fn request(bytes: &[u8]) {
         Request::Known(Known { flows: Some(flows), .. }) => {
             let mut taken = Vec::new();
             let _ = flows.add_to(&mut taken);
-            assert!(taken.len() <= crate::conntrack::MAX_FLOWS);
+            assert!(taken.len() <= network::conntrack::MAX_FLOWS);
         }
         _ => {}
     }
@@ -90,40 +87,6 @@ pub fn reply(bytes: &[u8]) {
 fn peer() -> link::Peer {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 7600));
     link::Peer { name: "host-a".into(), address, local: address }
-}
-
-/// Understands connections of a firewall.
-///
-/// # Panics
-/// If they are told in another way than they were understood, or make no sense.
-pub fn flows(bytes: &[u8]) {
-    let Ok(part) = Flows::decode(bytes) else { return };
-    let mut flows = Vec::new();
-    let sound = part.add_to(&mut flows);
-    assert!(flows.len() <= part.flows.len() && (!sound || flows.len() == part.flows.len()));
-    let mut back = Vec::new();
-    assert!(Flows::of(&flows).iter().all(|part| part.add_to(&mut back)), "our own words");
-    assert_eq!(back, flows);
-}
-
-/// Understands a table of a firewall.
-///
-/// # Panics
-/// If it holds anything else than that table, or is understood in two ways.
-pub fn nft(document: &str) {
-    let table: NftTable =
-        "vmirror-{vm}".parse::<NftPattern>().expect("a pattern").table(&"web1".parse().expect("a name"));
-    let Ok(commands) = nft::commands(document, &table) else { return };
-    for command in &commands {
-        let added = command.as_object().filter(|command| command.len() == 1).and_then(|it| it.get("add"));
-        let object = added.and_then(Value::as_object).filter(|object| object.len() == 1);
-        let (kind, object) = object.and_then(|object| object.iter().next()).expect("add, and one object");
-        let name = if kind == "table" { "name" } else { "table" };
-        assert!(object["family"] == "inet" && object[name] == "vmirror-web1", "{command}");
-    }
-    let again = json!({"nftables": commands}).to_string();
-    assert_eq!(nft::commands(&again, &table).expect("our own"), commands);
-    assert_eq!(nft::altered(commands.clone(), commands), Vec::<String>::new());
 }
 
 /// A file without a name with this content at these places, and a path that leads to it.

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use qemu::spec::{ram_directory, ram_place};
 use qemu::{MadeRamFile, RamBlock, RamDirectory, RamFileError, Spec, User};
 
-use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::vm::{Record, VmName};
+use finding::{Finding, chain};
 
 /// The RAM files that a command line names.
 pub(crate) fn files(spec: &Spec) -> Vec<PathBuf> {

@@ -1,10 +1,10 @@
 //! Interfaces that a QEMU was given by descriptor: its command line has a number, and only its process knows which interface that is.
 
-use mirror::network::tap::interface_behind;
+use network::tap::interface_behind;
 use qemu::{NicKind, Process, Spec};
 use serde::{Deserialize, Serialize};
 
-use crate::tap::{Interfaces, Kind, Tap};
+use network::interfaces::{Interfaces, Kind, Tap};
 
 /// An interface that a QEMU was given by descriptor.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -23,9 +23,9 @@ use crate::left_images::LeftImages;
 use crate::lifecycle::Lingering;
 use crate::logs::Logs;
 use crate::neighbourhood::Neighbourhood;
-use crate::nft::NftPattern;
 use crate::recovering::Recovering;
 use crate::room::RamFiles;
+use network::nft::NftPattern;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]

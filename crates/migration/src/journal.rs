@@ -425,7 +425,7 @@ impl Journal {
             && let Err(error) = self.on(&mut record, Event::Released { session }, |_| {})
         {
             // It is remembered for longer than need be.
-            tracing::warn!(vm = %record.name, error = crate::failure::chain(&error), "the journal cannot be written");
+            tracing::warn!(vm = %record.name, error = finding::chain(&error), "the journal cannot be written");
         }
         self.marks.forget(session);
     }

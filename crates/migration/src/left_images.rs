@@ -24,12 +24,12 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::disks;
-use crate::failure::Finding;
 use crate::fence::Holder;
 use crate::journal::Journal;
 use crate::state_file::StateFile;
 use crate::vm::VmName;
 use crate::which_file::WhichFile;
+use finding::Finding;
 
 /// How long an image of an attempt that failed is there for the next one.
 const THERE: Duration = Duration::from_secs(24 * 3600);

@@ -16,11 +16,11 @@ use std::time::Duration;
 
 use qemu::{QmpError, User};
 
-use crate::failure::Finding;
 use crate::host::Host;
 use crate::journal::JournalError;
 use crate::room::Shortage;
 use crate::vm::{Record, Vm, VmName};
+use finding::Finding;
 
 pub use disown::{DisownError, disown};
 pub(crate) use forget::forget_decided;

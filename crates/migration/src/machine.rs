@@ -7,16 +7,15 @@ use crate::blockers;
 use crate::cgroup;
 use crate::confinement;
 use crate::disks::{self, Disk};
-use crate::failure::Finding;
 use crate::host::Host;
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
 use crate::supervised;
-use crate::tap::macvtap::Macvtap;
-use crate::tap::port::Port;
-use crate::tap::{Interfaces, Kind};
 use crate::vm::Vm;
 use crate::wire;
+use finding::Finding;
+use network::interfaces::macvtap::Macvtap;
+use network::interfaces::{Interfaces, Kind};
 
 /// Everything the destination must provide, and what the source needs to mirror.
 #[derive(Debug)]
@@ -56,7 +55,7 @@ impl Machine {
             Some(Err(e)) => {
                 findings.push(Finding::new(
                     "ram-not-mirrorable",
-                    crate::failure::chain(&e),
+                    finding::chain(&e),
                     "start the VM with `vmirror run`, or with RAM in a shared memory-backend-file",
                 ));
                 Vec::new()
@@ -67,7 +66,7 @@ impl Machine {
             match dirty_tracker::kernel_support() {
                 Err(e) => findings.push(Finding::new(
                     "kernel-too-old",
-                    crate::failure::chain(&e),
+                    finding::chain(&e),
                     "boot this host with Linux 6.7 or newer, or migrate with --engine qemu",
                 )),
                 Ok(()) => findings.extend(confinement::check(host, &vm.record, &vm.spec).await),
@@ -80,7 +79,7 @@ impl Machine {
                 Err(e) => {
                     findings.push(Finding::new(
                         "qemu-gone",
-                        crate::failure::chain(&e),
+                        finding::chain(&e),
                         "see what became of the VM with `vmirror show`",
                     ));
                     return (None, findings);
@@ -109,7 +108,7 @@ impl Machine {
         let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
         let limits = cgroup::read::limits(&vm.record).unwrap_or_else(|e| {
-            let message = format!("the VM's limits: {}", crate::failure::chain(&e));
+            let message = format!("the VM's limits: {}", finding::chain(&e));
             findings.push(Finding::new("cgroup", message, e.hint()));
             cgroup::Limits::default()
         });
@@ -234,7 +233,7 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
     let interfaces = match Interfaces::open() {
         Ok(interfaces) => interfaces,
         Err(e) => {
-            let finding = Finding::new("network", crate::failure::chain(&e), "let the agent use netlink");
+            let finding = Finding::new("network", finding::chain(&e), "let the agent use netlink");
             return (Vec::new(), vec![finding]);
         }
     };
@@ -251,7 +250,7 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
         match interfaces.describe(&ifname).await {
             Ok(Some(tap)) => {
                 let macvtap = match &tap.kind {
-                    Kind::Macvtap(macvtap) => macvtap.wire(),
+                    Kind::Macvtap(macvtap) => wire::Macvtap::of(macvtap),
                     Kind::Tap | Kind::Other(_) => None,
                 };
                 if macvtap.is_none() && tap.kind != Kind::Tap {
@@ -285,11 +284,7 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
                     (None, None) => (String::new(), Ok(None)),
                 };
                 let port = port.unwrap_or_else(|e| {
-                    findings.push(Finding::new(
-                        "network",
-                        crate::failure::chain(&e),
-                        "let the agent use netlink",
-                    ));
+                    findings.push(Finding::new("network", finding::chain(&e), "let the agent use netlink"));
                     None
                 });
                 taps.push(wire::Tap {
@@ -300,7 +295,7 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
                     queue_length: tap.queue_length.unwrap_or_default(),
                     multi_queue: nic.queues > 1,
                     mac: nic.mac.unwrap_or_default(),
-                    port: port.as_ref().map(Port::wire),
+                    port: port.as_ref().map(Into::into),
                     macvtap,
                 });
             }
@@ -314,7 +309,7 @@ async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {
             )),
             Err(e) => findings.push(Finding::new(
                 "network",
-                crate::failure::chain(&e),
+                finding::chain(&e),
                 "see whether the interface is still there",
             )),
         }

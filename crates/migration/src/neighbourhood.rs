@@ -5,8 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use mirror::network::mac::Mac;
-use mirror::network::snoop::{Side, Snoop};
+use network::mac::Mac;
+use network::snoop::{Side, Snoop};
 use qemu::Spec;
 
 use crate::vm::{Record, VmName};

@@ -3,11 +3,11 @@
 use qemu::Spec;
 use uuid::Uuid;
 
-use crate::failure::{Finding, chain};
 use crate::hooks::{Hook, HookInterface, Occasion, Side};
 use crate::host::Host;
-use crate::tap::Interfaces;
 use crate::vm::{Ownership, Record};
+use finding::{Finding, chain};
+use network::interfaces::Interfaces;
 
 /// Runs a hook for a machine that moves; nothing where there is none.
 ///

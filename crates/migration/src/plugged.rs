@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use qemu::{Qmp, QmpError, Spec};
 
-use crate::failure::Finding;
+use finding::Finding;
 
 /// Where QEMU lists devices with an id, and those without.
 const LISTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];

@@ -29,7 +29,6 @@ use crate::boot_files;
 use crate::cgroup::Limits;
 use crate::destination::forwarded::Tunnels;
 use crate::destination::images::Images;
-use crate::failure::{Finding, chain};
 use crate::guest_ram;
 use crate::host::Host;
 use crate::journal::JournalError;
@@ -38,6 +37,7 @@ use crate::options::MAX_STREAMS;
 use crate::ownership::{self, Effect, Event, Standing};
 use crate::vm::{Made, Origin, Record, VmName};
 use crate::wire;
+use finding::{Finding, chain};
 
 pub(crate) use disks::{Planned, SECTOR};
 use macvtaps::Descriptors;

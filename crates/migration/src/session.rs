@@ -5,9 +5,9 @@ use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use crate::failure::Finding;
 use crate::progress::Progress;
 use crate::report::{Report, Verification};
+use finding::Finding;
 
 /// What can be asked of a running session.
 #[derive(Debug)]

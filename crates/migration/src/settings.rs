@@ -10,9 +10,9 @@ use qemu::{Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::failure::chain;
 use crate::host::Host;
 use crate::vm::Record;
+use finding::chain;
 
 /// What QEMU's migration is set to, as far as we set it to something else.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

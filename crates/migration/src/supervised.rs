@@ -9,11 +9,11 @@ use std::path::Path;
 use qemu::Spec;
 use qemu::spec::Disk;
 
-use crate::failure::Finding;
 use crate::identity::{self, LocksReach};
 use crate::journal::blocking;
 use crate::options::{Disks, Options};
 use crate::vm::Record;
+use finding::Finding;
 
 /// Where the host's files are seen.
 const ROOT: &str = "/";

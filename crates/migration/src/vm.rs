@@ -12,8 +12,8 @@ use uuid::Uuid;
 use crate::handed_in::HandedIn;
 use crate::ownership::Standing;
 use crate::settings::Settings;
-use crate::tap::port::Port;
 use crate::which_file::WhichFile;
+use network::interfaces::port::Port;
 
 /// The name of a virtual machine: 1 to 48 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
 /// It becomes part of file names, so nothing else is let in.

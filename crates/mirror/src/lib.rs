@@ -23,5 +23,4 @@ pub mod layout;
 pub mod ledger;
 mod meeting;
 pub mod memory;
-pub mod network;
 pub mod storage;

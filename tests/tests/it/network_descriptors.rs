@@ -3,7 +3,7 @@
 use std::os::fd::AsFd as _;
 
 use end_to_end::{Pair, accounted, all_came_once, unbroken, until};
-use mirror::network::tap::OwnTap;
+use network::tap::OwnTap;
 use testbed::guest_spec::Nic;
 use testbed::root_or_skip;
 

@@ -65,7 +65,7 @@ fn the_example_of_the_contract_is_understood() {
     );
     assert_eq!(config.hooks.deadline, Duration::from_secs(90));
     assert!(!config.firewall.conntrack);
-    let table = config.firewall.nft_table.unwrap().table(&"web1".parse().unwrap());
+    let table = config.firewall.nft_table.unwrap().table("web1");
     assert_eq!(table.to_string(), "bridge vmirror-web1");
 }
 

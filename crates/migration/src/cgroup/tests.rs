@@ -270,7 +270,7 @@ async fn the_kernel_keeps_what_is_made_and_says_it_again() {
     let plan = Plan::new(limits, &parent, &"web1".parse().unwrap()).unwrap();
     match plan.make() {
         Err(e) if e.hint().contains("as root") => {
-            eprintln!("skipped: {}", crate::failure::chain(&e));
+            eprintln!("skipped: {}", finding::chain(&e));
             return;
         }
         made => made.unwrap(),

@@ -20,12 +20,12 @@ use super::storage::broke;
 use super::tail::{self, Attendance, Tail};
 use super::{End, Source, failed, qemu_gone, violation};
 use crate::deadlines::LOAD;
-use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
 use crate::vm::PostCopy;
 use crate::wire::{self, NETWORK_STREAM, Reply, Request as Asked};
+use finding::{Finding, chain, kind};
 
 /// A copy while it is being mirrored.
 pub(super) struct Copy {

@@ -7,14 +7,13 @@ use uuid::Uuid;
 
 use super::network;
 use super::{End, Source};
-use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::journal::Journal;
-use crate::tap::port::Port;
-use crate::tap::tunnel::{Tunnel, identifier};
-use crate::tap::{self, Interfaces, TapError};
 use crate::vm::{Forwarded, Ownership, Record};
 use crate::wire::{self, Reply};
+use ::network::interfaces::tunnel::{Tunnel, identifier};
+use ::network::interfaces::{self, Interfaces, TapError};
+use finding::{Finding, chain, kind};
 
 /// What a source asks for, within bounds.
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +62,7 @@ impl Tunnels {
         let forwarded = Forwarded {
             tap: tap.ifname.clone(),
             home: tap.bridge.clone(),
-            port: tap.port.as_ref().and_then(Port::decode),
+            port: tap.port.as_ref().and_then(wire::Port::checked),
             bridge: bridge.clone(),
             tunnel: tunnel.name(),
         };
@@ -117,7 +116,7 @@ pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Res
     // All of them are in the network here, so nothing of the tunnels is needed any more.
     let left = interfaces_of(&record);
     let recorded = host.journal.amend(&mut record, |now| now.made.forwarded.clear());
-    tap::remove_all(&left).await;
+    interfaces::remove_all(&left).await;
     recorded.map_err(|e| Finding::new("journal", chain(&e), "see to the disk of state_dir"))?;
     tracing::info!(vm = %record.name, "it is in the network of this host now");
     network::announce(host, &record);

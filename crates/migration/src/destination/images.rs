@@ -11,13 +11,13 @@ use qemu::{Create, ImageLock, NewFormat, Serve, ServedBacking, StorageDaemon, Us
 use rustix::fs::{FallocateFlags, fallocate};
 use uuid::Uuid;
 
-use crate::failure::{Finding, chain};
 use crate::fence::Fence;
 use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::reservation::{Planned, SECTOR};
 use crate::vm::{MadeImage, Record, VmName};
 use crate::which_file::WhichFile;
+use finding::{Finding, chain};
 
 /// Who may read an image that is made here: its owner, who is whom QEMU runs as.
 const MODE: u32 = 0o600;

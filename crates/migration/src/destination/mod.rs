@@ -47,7 +47,6 @@ use relay::Relay;
 use crate::boot_files::Arriving;
 use crate::confinement;
 use crate::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
-use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::lifecycle::{self, Forgotten};
 use crate::ownership::{Effect, Event, Word};
@@ -56,6 +55,7 @@ use crate::reservation::{Request, Reservation};
 use crate::vm::{PostCopy, Record, Vm, VmName};
 use crate::wire::bounds::{self, Unheard};
 use crate::wire::{self, Reply, Request as Asked, ToSource};
+use finding::{Finding, chain, kind};
 
 /// Why a session did not become a machine here.
 #[derive(Debug)]

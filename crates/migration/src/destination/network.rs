@@ -4,23 +4,24 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::network::PacketSocket;
+use ::network::announce;
+use ::network::destination::{HeldBack, NetworkDestination, Played};
+use ::network::diversion::Diversion;
+use ::network::mac::Mac;
+use ::network::tap::{OwnTap, QueuePlace};
 use link::{AbortHandle, DataReceiver};
-use mirror::network::PacketSocket;
-use mirror::network::announce;
-use mirror::network::destination::{HeldBack, NetworkDestination, Played};
-use mirror::network::diversion::Diversion;
-use mirror::network::mac::Mac;
-use mirror::network::tap::{OwnTap, QueuePlace};
 use qemu::{Qmp, Spec};
 use tokio::task::JoinHandle;
 
 use super::{End, failed};
-use crate::conntrack::{self, Flow};
-use crate::failure::{Finding, chain};
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::vm::{Record, VmName};
-use crate::{occasion, tap, wire};
+use crate::{occasion, wire};
+use ::network::conntrack::{self, Flow};
+use ::network::interfaces;
+use finding::{Finding, chain};
 
 /// A source that still has something after that long has it for ever.
 const STRAGGLERS: Duration = Duration::from_secs(15);
@@ -143,7 +144,7 @@ impl Interfaces {
     /// Gets hold of them: nothing has to be looked for once they are needed.
     pub(super) async fn of(record: &Record, spec: &Spec) -> Interfaces {
         let mut interfaces = Interfaces::to_announce(record, spec);
-        let kernel = tap::Interfaces::open().ok();
+        let kernel = interfaces::Interfaces::open().ok();
         for interface in interfaces.each.iter_mut().filter(|interface| !interface.macvtap) {
             let Interface { ifname, socket, own, .. } = interface;
             match PacketSocket::to_guest(ifname) {
@@ -284,7 +285,7 @@ pub(super) async fn is_home(host: &Host, record: &Record) {
 }
 
 /// Prepares to hold back what is sent to a tap.
-async fn prepare(kernel: &tap::Interfaces, tap: &str) -> Option<(OwnTap, Diversion)> {
+async fn prepare(kernel: &interfaces::Interfaces, tap: &str) -> Option<(OwnTap, Diversion)> {
     let own = OwnTap::make().ok()?;
     match kernel.prepare_diversion(tap, own.name()).await {
         Ok(diversion) => Some((own, diversion)),

@@ -13,7 +13,6 @@ use super::network::{self, Interfaces, Known};
 use super::{End, Source, failed, no_copy, qemu_gone, unknown_copy, violation};
 use crate::concerned;
 use crate::deadlines::{FIRST_WORD, KILL_GRACE, REDIRECT};
-use crate::failure::{Finding, chain, kind};
 use crate::health;
 use crate::hooks::Hook;
 use crate::host::Host;
@@ -25,6 +24,7 @@ use crate::points::{self, Point};
 use crate::settings;
 use crate::vm::{MadeImage, Ownership, Record, Vm, VmName};
 use crate::wire::{self, Reply, Request as Asked};
+use finding::{Finding, chain, kind};
 
 /// Between attempts to put on record that a machine runs.
 const AGAIN: Duration = Duration::from_secs(5);

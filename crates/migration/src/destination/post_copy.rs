@@ -23,12 +23,12 @@ pub use super::tail::PostCopies;
 use super::tail::{self, State, Tail};
 use super::{End, Source, failed, interrupted, no_copy, violation};
 use crate::confinement;
-use crate::failure::{Finding, chain, kind};
 use crate::health;
 use crate::host::Host;
 use crate::vm::{Departed, GivenDescriptor, Ownership, PostCopy, Record};
 use crate::wire::bounds;
 use crate::wire::{self, Missing, Reply};
+use finding::{Finding, chain, kind};
 
 /// Where full userfaultfds come from.
 pub(crate) const DEVICE: &str = "/dev/userfaultfd";

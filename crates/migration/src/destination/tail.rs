@@ -22,11 +22,11 @@ use uuid::Uuid;
 use super::arrivals::Arrivals;
 use super::post_copy::{DEVICE, Waiting};
 use super::{End, Sender, failed, violation};
-use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::options::MAX_STREAMS;
 use crate::vm::{GivenDescriptor, PostCopy, Record, Supplied, VmName};
 use crate::wire::{self, Missing, Reply};
+use finding::{Finding, chain, kind};
 
 /// The machines of this host whose memory is not complete, by the migration that brought them. Clones are handles to
 /// the same.

@@ -8,10 +8,10 @@ use qemu::{KeepOut, Process};
 
 use super::holders::Holder;
 use super::{Fence, Keeper, Locked, State, opened};
-use crate::failure::chain;
 use crate::left_images::LeftImages;
 use crate::vm::VmName;
 use crate::which_file::WhichFile;
+use finding::chain;
 
 /// A file that a process has open.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use super::JournalError;
 pub(super) fn of(state_dir: &Path) -> Uuid {
     kept(state_dir).unwrap_or_else(|error| {
         tracing::error!(
-            error = crate::failure::chain(&error),
+            error = finding::chain(&error),
             "state_dir has no identity: no source will believe what is said here of copies"
         );
         Uuid::new_v4()

@@ -17,7 +17,6 @@ use super::taps::remove_taps;
 use crate::cgroup;
 use crate::deadlines::{KILL_GRACE, QUIT_GRACE};
 use crate::destination::forwarded;
-use crate::failure::{Finding, chain};
 use crate::firewall;
 use crate::guest_ram;
 use crate::hooks::Hook;
@@ -26,9 +25,10 @@ use crate::left_images::{Left, LeftImages};
 use crate::occasion;
 use crate::ownership::{self, Effect, Event, Mark, Standing};
 use crate::places;
-use crate::tap;
 use crate::vm::{MadeImage, Origin, Ownership, Record, VmName};
 use crate::which_file::WhichFile;
+use finding::{Finding, chain};
+use network::interfaces;
 
 /// An image that takes no more than this, in bytes, has nothing of a disk in it: a new qcow2 image takes 196 KiB.
 const UNWRITTEN: u64 = 256 << 10;
@@ -204,7 +204,7 @@ pub(crate) async fn forget_decided(
     }
     host.logs.ended(&record.name, record.made.rehearsal);
     remove_taps(record, goes).await;
-    tap::remove_all(&forwarded::interfaces(host, record)).await;
+    interfaces::remove_all(&forwarded::interfaces(host, record)).await;
     let left = match &record.ownership {
         // Once more, if something of it has changed until its QEMU was gone, or could not be put on record.
         Ownership::HandedOver { to, .. } => host.fence.keep(&record.name, to, &record.left_behind).await,

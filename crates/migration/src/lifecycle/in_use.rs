@@ -8,9 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::Paths;
-use crate::failure::Finding;
 use crate::host::Host;
 use crate::vm::Record;
+use finding::Finding;
 
 /// A process, and what it has of a machine.
 #[derive(Debug, PartialEq, Eq)]

@@ -8,12 +8,12 @@ use super::ran::{self, Ran};
 use super::{RunError, forget_decided, raise_taps};
 use crate::destination::network;
 use crate::disks;
-use crate::failure::{Finding, chain};
 use crate::handed_in;
 use crate::host::Host;
 use crate::ownership::{self, Effect, Event, Qemu as Found, Standing};
 use crate::source::disks::Uncleared;
 use crate::vm::{Ownership, Record, Vm, VmName};
+use finding::{Finding, chain};
 
 /// What became of a machine while the agent was away.
 #[derive(Debug)]

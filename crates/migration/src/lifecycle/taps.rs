@@ -1,11 +1,11 @@
 //! A machine's interfaces on one host: brought up when it runs, removed when it has gone.
 
-use mirror::network::mac::Mac;
+use network::mac::Mac;
 
-use crate::failure::chain;
 use crate::handed_in::HandedIn;
-use crate::tap::{self, Interfaces, Kind, Tap, TapError};
 use crate::vm::Record;
+use finding::chain;
+use network::interfaces::{self, Interfaces, Kind, Tap, TapError};
 
 /// Lets frames through the taps made for a machine, and through its macvtaps, whoever made them.
 pub(crate) async fn raise_taps(record: &Record) {
@@ -44,7 +44,7 @@ pub(super) async fn remove_taps(record: &Record, goes: bool) {
     let is_made = |name: &str| record.made.taps.iter().any(|tap| tap == name);
     let left: Vec<&str> =
         macvtaps(record).map(|(name, _)| name).filter(|name| goes && !is_made(name)).collect();
-    tap::remove_all(&record.made.taps).await;
+    interfaces::remove_all(&record.made.taps).await;
     if left.is_empty() {
         return;
     }

@@ -8,9 +8,9 @@ use qemu::spec::render::{Purpose, Rendering};
 
 use super::Request;
 use crate::disks;
-use crate::failure::Finding;
 use crate::host::Host;
 use crate::lifecycle::Paths;
+use finding::Finding;
 
 impl Request {
     /// Finds what that user could not open: it is told before anything is copied.

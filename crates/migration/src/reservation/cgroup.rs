@@ -3,9 +3,9 @@
 use super::Request;
 use crate::cgroup::CgroupError;
 use crate::cgroup::make::Plan;
-use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::vm::Record;
+use finding::{Finding, chain};
 
 impl Request {
     /// Why the machine's limits cannot be kept here, as far as that can be told without making anything.

@@ -9,9 +9,9 @@ use qemu::spec::{BlockDriver, FilePurpose};
 
 use super::others::{self, base_of};
 use super::{Request, disks};
-use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::vm::VmName;
+use finding::{Finding, chain};
 
 /// How many images may be based on each other.
 pub(super) const LONGEST: usize = 64;

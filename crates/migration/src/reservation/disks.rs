@@ -9,12 +9,12 @@ use rustix::fs::Access;
 use super::{Request, kernel_use, mib, others, read_probe};
 use crate::disks;
 use crate::drives;
-use crate::failure::{Finding, chain};
 use crate::host::Host;
 use crate::identity;
 use crate::lifecycle::for_where;
 use crate::vm::VmName;
 use crate::wire;
+use finding::{Finding, chain};
 
 /// A disk that is to be mirrored.
 #[derive(Debug, Clone)]

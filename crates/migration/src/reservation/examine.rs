@@ -5,7 +5,6 @@ use std::path::{Component, Path, PathBuf};
 use qemu::spec::{FilePurpose, ram_place};
 
 use super::{Planned, Request, disks, file_name, mib};
-use crate::failure::Finding;
 use crate::firewall;
 use crate::host::Host;
 use crate::lifecycle;
@@ -13,6 +12,7 @@ use crate::machine;
 use crate::ownership::{self, Effect, Standing, Why};
 use crate::room;
 use crate::vm::Record;
+use finding::Finding;
 
 impl Request {
     /// Everything that can be told without starting anything.

@@ -7,12 +7,11 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use qemu::Spec;
 use rustix::io::DupFlags;
 
-use crate::failure::Finding;
 use crate::handed_in::HandedIn;
 use crate::host::Host;
-use crate::tap::macvtap::Macvtap;
-use crate::tap::{Interfaces, Kind, TapError};
 use crate::wire;
+use finding::Finding;
+use network::interfaces::{Interfaces, Kind, TapError};
 
 /// Queues of one macvtap: the kernel has no more.
 const MAX_QUEUES: u32 = 256;
@@ -24,7 +23,7 @@ pub(super) async fn examine(
     host: &Host,
     interfaces: &Interfaces,
 ) -> Vec<Finding> {
-    let Some(wanted) = Macvtap::decode(macvtap) else {
+    let Some(wanted) = macvtap.checked() else {
         let message = format!("interface {} is a macvtap such as there is none", tap.ifname);
         return vec![Finding::new("protocol", message, "update the agents")];
     };
@@ -91,7 +90,7 @@ pub(super) async fn make(
     queue_length: Option<u32>,
     interfaces: &Interfaces,
 ) -> Result<(), TapError> {
-    let macvtap = Macvtap::decode(macvtap).ok_or_else(|| TapError::Missing(macvtap.lower.clone()))?;
+    let macvtap = macvtap.checked().ok_or_else(|| TapError::Missing(macvtap.lower.clone()))?;
     interfaces.make_macvtap(&tap.ifname, &macvtap, tap.mtu, queue_length).await
 }
 

@@ -12,7 +12,6 @@ use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started
 use crate::cgroup::{CgroupError, make};
 use crate::destination::images::Images;
 use crate::destination::post_copy;
-use crate::failure::{Finding, chain};
 use crate::firewall;
 use crate::guest_ram;
 use crate::hooks::Hook;
@@ -23,6 +22,7 @@ use crate::occasion;
 use crate::settings::Settings;
 use crate::vm::Record;
 use crate::wire;
+use finding::{Finding, chain};
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed. Its stream carries no RAM;
 /// but for the last of these, where RAM is to come by it.

@@ -2,11 +2,11 @@
 
 use super::{Request, macvtaps};
 use crate::destination::forwarded::Tunnels;
-use crate::failure::{Finding, chain};
 use crate::host::Host;
-use crate::tap::port::Port;
-use crate::tap::{self, Interfaces};
 use crate::vm::Record;
+use crate::wire;
+use finding::{Finding, chain};
+use network::interfaces::{self, Interfaces};
 
 /// The longest queue of a tap that is made here, in frames.
 const MAX_QUEUE: u32 = 65_536;
@@ -31,7 +31,7 @@ impl Request {
             let mut refuse = |kind: &str, message: String, hint: &str| {
                 findings.push(Finding::new(kind, message, hint));
             };
-            if tap.ifname.is_empty() || tap.ifname.len() > tap::MAX_NAME {
+            if tap.ifname.is_empty() || tap.ifname.len() > interfaces::MAX_NAME {
                 refuse("protocol", format!("{:?} cannot name an interface", tap.ifname), "update the agents");
                 continue;
             }
@@ -58,7 +58,7 @@ impl Request {
                     "make the bridge there, or rename it",
                 );
             }
-            let port = tap.port.as_ref().map(Port::decode);
+            let port = tap.port.as_ref().map(wire::Port::checked);
             if matches!(port, Some(None)) {
                 refuse(
                     "protocol",
@@ -94,7 +94,7 @@ impl Request {
                 );
             }
             if let Ok(Some(there)) = interfaces.describe(&tap.ifname).await {
-                let free = tap::is_free(&tap.ifname, tap.multi_queue).unwrap_or(false);
+                let free = interfaces::is_free(&tap.ifname, tap.multi_queue).unwrap_or(false);
                 if !free || there.bridge.as_deref() != wanted || self.forward.is_some() {
                     refuse(
                         "interface-taken",
@@ -148,7 +148,7 @@ impl Request {
             if let Some(port) = tap
                 .port
                 .as_ref()
-                .and_then(Port::decode)
+                .and_then(wire::Port::checked)
                 .filter(|_| bridge.is_some() && self.forward.is_none())
             {
                 interfaces.set_port(&tap.ifname, &port).await.map_err(|e| failed(&e))?;

@@ -30,7 +30,6 @@ use super::switch::{self, Fencing, Prepared};
 use super::throttle::Throttling;
 use crate::confinement;
 use crate::disks::Disk;
-use crate::failure::{Finding, chain, kind};
 use crate::firewall;
 use crate::host::Host;
 use crate::lifecycle::{self, Paths};
@@ -44,6 +43,7 @@ use crate::session::Session;
 use crate::settings::Settings;
 use crate::vm::Vm;
 use crate::wire::{self, Request};
+use finding::{Finding, chain, kind};
 
 /// Most data streams that an agent chooses by itself.
 const CHOSEN_STREAMS: usize = 4;

@@ -22,9 +22,9 @@ use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::deadlines::HOLDS;
 use crate::disks::Disk;
-use crate::failure::{Finding, chain};
 use crate::progress::DiskProgress;
 use crate::wire::{self, Reply};
+use finding::{Finding, chain};
 
 /// What everything that is put into QEMU's block graph is called by.
 const NAME: &str = crate::blockers::OUR_NODES;

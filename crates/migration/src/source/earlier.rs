@@ -4,10 +4,10 @@
 use uuid::Uuid;
 
 use super::settlement::withdrawn;
-use crate::failure::Finding;
 use crate::host::Host;
 use crate::ownership::MOST_OUTGOING;
 use crate::vm::{Outgoing, VmName};
+use finding::Finding;
 
 fn left(host: &Host, name: &VmName) -> Vec<Outgoing> {
     host.journal.get(name).map(|record| record.outgoing).unwrap_or_default()

@@ -9,14 +9,13 @@ use uuid::Uuid;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::deadlines::ANSWER;
-use crate::failure::{Finding, Stage, chain, kind};
 use crate::forward::Forward;
 use crate::host::Host;
-use crate::tap::port::Port;
-use crate::tap::tunnel::{Tunnel, identifier};
-use crate::tap::{Interfaces, TapError};
 use crate::vm::Vm;
 use crate::wire::{self, Reply, Request};
+use ::network::interfaces::tunnel::{Tunnel, identifier};
+use ::network::interfaces::{Interfaces, TapError};
+use finding::{Finding, Stage, chain, kind};
 
 /// Makes this host's ends of the tunnels for a machine.
 pub(super) async fn begin(
@@ -47,7 +46,7 @@ pub(super) async fn begin(
         generation: vm.record.generation,
         macs: taps.iter().map(|tap| tap.mac.clone()).collect(),
         tunnels,
-        ports: taps.iter().map(|tap| tap.port.as_ref().and_then(Port::decode)).collect(),
+        ports: taps.iter().map(|tap| tap.port.as_ref().and_then(wire::Port::checked)).collect(),
         chained: chained.flat_map(|tap| [tap.tunnel.clone(), tap.bridge.clone()]).collect(),
     };
     host.forwards.begin(forward).await

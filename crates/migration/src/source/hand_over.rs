@@ -22,7 +22,6 @@ use super::stop::Stop;
 use super::switch::{Prepared, VM_PAUSED};
 use crate::deadlines::{CANCEL, HEALTH, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
 use crate::disks;
-use crate::failure::{Finding, chain};
 use crate::health;
 use crate::hooks::Hook;
 use crate::lifecycle;
@@ -34,6 +33,7 @@ use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::settings;
 use crate::vm::{Outgoing, Record};
 use crate::wire::{Reply, Request};
+use finding::{Finding, chain};
 
 /// A destination that says within this time that the machine runs is waited for alone: a process started meanwhile would lengthen the pause.
 const AT_ONCE: Duration = Duration::from_millis(100);

@@ -37,7 +37,6 @@ pub use post_copy::supply;
 pub use settlement::{Settled, release, settle, supplied};
 pub(crate) use settlement::{abandon, abandon_all, whose, withdraw};
 
-use crate::failure::{Failure, Finding, Stage, chain};
 use crate::firewall;
 use crate::guest_ram;
 use crate::host::Host;
@@ -49,6 +48,7 @@ use crate::supervised;
 use crate::vm::Vm;
 use crate::wire;
 use controller::Controller;
+use finding::{Failure, Finding, Stage, chain};
 use peer::Destination;
 
 /// How long QEMU may take to go back to running.

@@ -5,22 +5,22 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use ::network::PacketSocket;
+use ::network::diversion::Diversion;
+use ::network::mac::Mac;
+use ::network::mark;
+use ::network::source::NetworkSource;
+use ::network::tap::{OwnTap, QemuQueue};
 use link::{Bandwidth, Endpoint};
-use mirror::network::PacketSocket;
-use mirror::network::diversion::Diversion;
-use mirror::network::mac::Mac;
-use mirror::network::mark;
-use mirror::network::source::NetworkSource;
-use mirror::network::tap::{OwnTap, QemuQueue};
 use uuid::Uuid;
 
-use crate::conntrack::{self, Flow};
-use crate::failure::chain;
 use crate::host::Host;
 use crate::report;
-use crate::tap::{Interfaces, TapError};
 use crate::vm::VmName;
 use crate::wire::{self, NETWORK_STREAM};
+use ::network::conntrack::{self, Flow};
+use ::network::interfaces::{Interfaces, TapError};
+use finding::chain;
 
 /// For so long nothing must have come for a guest that has gone, before what comes is not diverted any more.
 const QUIET: Duration = Duration::from_millis(300);

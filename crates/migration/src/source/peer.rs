@@ -20,7 +20,6 @@ use super::earlier;
 use super::stop::Stop;
 use crate::boot_files;
 use crate::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
-use crate::failure::{Finding, chain, kind};
 use crate::host::Host;
 use crate::machine::{self, Machine};
 use crate::options::{DiskRoom, Engine, OnDiverge, Options};
@@ -30,6 +29,7 @@ use crate::reservation::CPU_FEATURE_MISSING;
 use crate::vm::Vm;
 use crate::wire::bounds::{self, Unheard};
 use crate::wire::{self, Reply, Request, ToDestination};
+use finding::{Finding, chain, kind};
 
 /// Words of the destination that may wait for somebody to listen, and the bytes that they may take.
 const UNREAD: usize = 4096;

@@ -23,11 +23,11 @@ use super::peer::violation;
 use super::stop::Stop;
 use super::switch::{self, Prepared, UNTIL_PAUSED};
 use crate::deadlines::PATIENCE;
-use crate::failure::Finding;
 use crate::lifecycle::Paths;
 use crate::options::OnDiverge;
 use crate::report::{Pause, Phase, Round};
 use crate::wire::{Reply, Request, Sums};
+use finding::Finding;
 
 /// The capability by which QEMU slows a guest that it cannot follow.
 pub(super) const THROTTLES: &str = "auto-converge";

@@ -28,9 +28,9 @@ use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::confinement;
 use crate::deadlines::ROUND;
-use crate::failure::Finding;
 use crate::report::{Memory, Quiesced, Round, Verification};
 use crate::wire::{Reply, Request, Sums};
+use finding::Finding;
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;

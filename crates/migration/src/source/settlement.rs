@@ -7,12 +7,12 @@ use uuid::Uuid;
 
 use super::peer::Destination;
 use crate::deadlines::{ANSWER, CANCEL};
-use crate::failure::{Failure, Finding, Stage, chain};
 use crate::host::Host;
 use crate::journal::JournalError;
 use crate::ownership::{Answer, Effect, Event, SourceSays, Withdrawal};
 use crate::vm::{Outgoing, Ownership, Record, VmName};
 use crate::wire::{self, Reply, Request};
+use finding::{Failure, Finding, Stage, chain};
 
 /// First and longest wait between two attempts to tell a destination that its copy is worthless.
 const ABANDON_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));

@@ -1,6 +1,6 @@
 //! Why a migration stops before its end.
 
-use crate::failure::{Failure, Finding, Stage, chain, kind};
+use finding::{Failure, Finding, Stage, chain, kind};
 
 /// Why a migration stops before its end.
 #[derive(Debug)]

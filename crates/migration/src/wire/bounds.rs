@@ -13,7 +13,7 @@ use super::{
     BootFile, Commit, Disk, Finding, Findings, HOLDS_HASHES, Health, Known, MISSING_BYTES, Reply, Request,
     Reserve, Reserved, Sums, Supplied, Tap, ToDestination, ToSource,
 };
-use crate::nft::MAX_DOCUMENT;
+use network::nft::MAX_DOCUMENT;
 
 /// Most parts of a message, and of each of its parts that is looked into.
 const MOST_PARTS: usize = 8192;

@@ -1,5 +1,6 @@
 //! What is said of a machine's network.
 
+use network::interfaces::{macvtap, port};
 use prost::Message;
 
 /// A tap interface as it is at the source.
@@ -105,5 +106,55 @@ pub struct Known {
     pub neighbours: Vec<Neighbour>,
     /// Connections of its that the source's firewall knows, or some of them.
     #[prost(message, optional, tag = "2")]
-    pub flows: Option<crate::conntrack::wire::Flows>,
+    pub flows: Option<::network::conntrack::wire::Flows>,
+}
+
+impl From<&port::Port> for Port {
+    fn from(port: &port::Port) -> Port {
+        let (known, on) = port.switches();
+        Port { known, on, vlans: port.vlans().map(|(vid, flags)| Vlan { vid: vid.into(), flags }).collect() }
+    }
+}
+
+impl Port {
+    /// What it says. None where it makes no sense.
+    pub(crate) fn checked(&self) -> Option<port::Port> {
+        port::Port::of(self.known, self.on, self.vlans.iter().map(|vlan| (vlan.vid, vlan.flags)))
+    }
+}
+
+impl Macvtap {
+    /// None of one that is on nothing of this host's, or in a mode that is more than its number.
+    pub(crate) fn of(macvtap: &macvtap::Macvtap) -> Option<Macvtap> {
+        Some(Macvtap { lower: macvtap.lower.clone()?, mode: macvtap.number()?, mac: macvtap.mac.to_string() })
+    }
+
+    /// What it says. None where it makes no sense.
+    pub(crate) fn checked(&self) -> Option<macvtap::Macvtap> {
+        macvtap::Macvtap::of(&self.lower, self.mode, &self.mac)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn settings_of_a_port_come_as_they_were_sent(
+            known: u32, on: u32, vlans in proptest::collection::btree_map(1..=4094_u32, 0..4_u32, 0..20)
+        ) {
+            let port = port::Port::of(known, on, vlans).unwrap();
+            prop_assert_eq!(Port::from(&port).checked(), Some(port));
+        }
+    }
+
+    #[test]
+    fn a_macvtap_comes_as_it_was_sent() {
+        for mode in [1, 2, 4, 8] {
+            let sent = Macvtap { lower: "eth0".into(), mode, mac: "52:54:00:00:00:01".into() };
+            assert_eq!(sent.checked().as_ref().and_then(Macvtap::of), Some(sent));
+        }
+    }
 }

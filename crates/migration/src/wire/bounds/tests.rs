@@ -33,8 +33,8 @@ fn a_short_message_that_would_be_a_long_one_in_memory_is_not_decoded() {
 
 #[test]
 fn the_largest_messages_that_make_sense_are_heard() {
-    let flow = crate::conntrack::wire::Flow { labels: vec![1; 16], ..Default::default() };
-    let flows = crate::conntrack::wire::Flows { flows: vec![flow; 4096], more: true };
+    let flow = network::conntrack::wire::Flow { labels: vec![1; 16], ..Default::default() };
+    let flows = network::conntrack::wire::Flows { flows: vec![flow; 4096], more: true };
     let addresses = vec!["fe80::1234:5678:9abc:def0".to_owned(); MOST_ADDRESSES];
     let netdev = "hostnet0".to_owned();
     let neighbour = Neighbour { netdev, mac: "52:54:00:aa:bb:cc".to_owned(), addresses };

@@ -161,8 +161,8 @@ fn lock(learned: &Mutex<Addresses>) -> MutexGuard<'_, Addresses> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::announce::frames;
-    use crate::network::packet::attach_filter;
+    use crate::announce::frames;
+    use crate::packet::attach_filter;
     use std::os::unix::net::UnixDatagram;
 
     /// What passes of a frame. A filter may be attached to any socket; these need no privilege, and have no tags.

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::namespaces::{Namespace, available};
-use migration::conntrack::wire::{self, Flows};
-use migration::conntrack::{self, ConntrackError, Entered, Flow, MAX_FLOWS};
+use network::conntrack::wire::{self, Flows};
+use network::conntrack::{self, ConntrackError, Entered, Flow, MAX_FLOWS};
 
 const CLIENT: &str = "10.77.0.1";
 const SERVER: &str = "10.77.0.2";

@@ -13,10 +13,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use libc::sock_filter;
-use mirror::network::PacketSocket;
-use mirror::network::announce::frames;
-use mirror::network::mac::Mac;
-use mirror::network::snoop::{Side, Snoop};
+use network::PacketSocket;
+use network::announce::frames;
+use network::mac::Mac;
+use network::snoop::{Side, Snoop};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 

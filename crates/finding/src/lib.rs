@@ -1,4 +1,4 @@
-//! Why a migration ended other than asked, in the form that crosses the API.
+//! What is said of a thing that is not as it should be: in words for a person, with what to do, and a name for scripts.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,27 +17,27 @@ pub enum Stage {
 }
 
 /// Kinds of findings on which something depends; the others are for people and scripts alone.
-pub(crate) mod kind {
+pub mod kind {
     /// Tracking of memory cannot begin.
-    pub(crate) const TRACKING: &str = "tracking";
+    pub const TRACKING: &str = "tracking";
     /// The copy is not equal to the original.
-    pub(crate) const GATE: &str = "gate";
+    pub const GATE: &str = "gate";
     /// Memory that was missing at the hand-over does not come.
-    pub(crate) const POST_COPY: &str = "post-copy";
+    pub const POST_COPY: &str = "post-copy";
     /// The machine was handed over and has ended at the destination before its memory was complete.
-    pub(crate) const ENDED_THERE: &str = "ended-there";
+    pub const ENDED_THERE: &str = "ended-there";
     /// The destination has no complete copy, and will never run one.
-    pub(crate) const NO_COPY: &str = "no-copy";
+    pub const NO_COPY: &str = "no-copy";
     /// Nothing can be said of the machine now: ask again.
-    pub(crate) const BUSY: &str = "busy";
+    pub const BUSY: &str = "busy";
     /// What is on record of the machine cannot be read: nobody can say anything of it.
-    pub(crate) const RECORD_UNREADABLE: &str = "record-unreadable";
+    pub const RECORD_UNREADABLE: &str = "record-unreadable";
     /// The destination knows nothing of the copy: it may have run, or may not.
-    pub(crate) const UNKNOWN_COPY: &str = "unknown-copy";
+    pub const UNKNOWN_COPY: &str = "unknown-copy";
     /// The peer does not keep to the protocol.
-    pub(crate) const PROTOCOL: &str = "protocol";
+    pub const PROTOCOL: &str = "protocol";
     /// The machine is in no other host's network.
-    pub(crate) const NOT_FORWARDED: &str = "not-forwarded";
+    pub const NOT_FORWARDED: &str = "not-forwarded";
 }
 
 /// One reason, in words for a person and a name for a script.

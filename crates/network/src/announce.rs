@@ -119,7 +119,7 @@ fn ethernet(destination: Mac, source: Mac, ethertype: u16, payload: &[u8]) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::addresses::sender;
+    use crate::addresses::sender;
     use proptest::prelude::*;
 
     const MAC: Mac = Mac::from_bytes([0x52, 0x54, 0x00, 0x12, 0x34, 0x56]);

@@ -1,6 +1,6 @@
 //! Flows as one agent tells them another.
 //!
-//! As of all messages between agents (`crate::wire`): a tag keeps its meaning, new fields are optional, and what a peer says is checked
+//! As of all messages between agents: a tag keeps its meaning, new fields are optional, and what a peer says is checked
 //! where it comes in.
 
 use std::net::IpAddr;

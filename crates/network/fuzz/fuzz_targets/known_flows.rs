@@ -4,4 +4,4 @@
 
 use fuzzing as _;
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| migration::fuzzing::flows(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| network::fuzzing::flows(data));

@@ -4,9 +4,9 @@
 //! until the machine is this host's: until then no frame of the guest's network reaches it.
 
 mod diversion;
-pub(crate) mod macvtap;
-pub(crate) mod port;
-pub(crate) mod tunnel;
+pub mod macvtap;
+pub mod port;
+pub mod tunnel;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -19,26 +19,30 @@ use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMess
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute};
 use rtnetlink::{Handle, LinkUnspec};
 
-use crate::failure::chain;
+use finding::chain;
 use macvtap::Macvtap;
 
 /// Longest name of an interface that the kernel takes.
-pub(crate) const MAX_NAME: usize = 15;
+pub const MAX_NAME: usize = 15;
 
 /// A tap interface as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Tap {
-    pub(crate) bridge: Option<String>,
-    pub(crate) mtu: u32,
+pub struct Tap {
+    /// The bridge it is a port of.
+    pub bridge: Option<String>,
+    /// Bytes.
+    pub mtu: u32,
     /// Frames that may wait for the guest.
-    pub(crate) queue_length: Option<u32>,
-    pub(crate) up: bool,
-    pub(crate) kind: Kind,
+    pub queue_length: Option<u32>,
+    /// Frames reach it.
+    pub up: bool,
+    /// What kind of interface it is.
+    pub kind: Kind,
 }
 
 /// What kind of interface it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     /// A tap.
     Tap,
     /// A macvtap.
@@ -99,13 +103,17 @@ pub enum TapError {
 
 /// The kernel's networking, in the network namespace of this agent.
 #[derive(Debug)]
-pub(crate) struct Interfaces {
+pub struct Interfaces {
     handle: Handle,
     connection: tokio::task::JoinHandle<()>,
 }
 
 impl Interfaces {
-    pub(crate) fn open() -> Result<Interfaces, TapError> {
+    /// Those of this process's network namespace.
+    ///
+    /// # Errors
+    /// [`TapError::Netlink`]
+    pub fn open() -> Result<Interfaces, TapError> {
         let (connection, handle, _) = rtnetlink::new_connection().map_err(TapError::Netlink)?;
         Ok(Interfaces { handle, connection: tokio::spawn(connection) })
     }
@@ -122,7 +130,7 @@ impl Interfaces {
     }
 
     /// An interface, if there is one of the name.
-    pub(crate) async fn describe(&self, name: &str) -> Result<Option<Tap>, TapError> {
+    pub async fn describe(&self, name: &str) -> Result<Option<Tap>, TapError> {
         let Some(link) = self.find(name).await? else { return Ok(None) };
         let up = link.header.flags.contains(LinkFlags::Up);
         let kind = match self.macvtap(&link).await? {
@@ -158,7 +166,7 @@ impl Interfaces {
     }
 
     /// The addresses of a neighbour of this host, by its MAC address.
-    pub(crate) async fn neighbours(&self, mac: [u8; 6]) -> Result<Vec<IpAddr>, TapError> {
+    pub async fn neighbours(&self, mac: [u8; 6]) -> Result<Vec<IpAddr>, TapError> {
         let failed =
             |source| TapError::Request { action: "list neighbours of", name: "any".to_owned(), source };
         let mut all = self.handle.neighbours().get().execute();
@@ -182,12 +190,12 @@ impl Interfaces {
     }
 
     /// Whether there is an interface of the name.
-    pub(crate) async fn exists(&self, name: &str) -> Result<bool, TapError> {
+    pub async fn exists(&self, name: &str) -> Result<bool, TapError> {
         Ok(self.find(name).await?.is_some())
     }
 
     /// Makes a tap, which the user `owner` may use beside root, joins it to its bridge, and leaves it down.
-    pub(crate) async fn make(
+    pub async fn make(
         &self,
         name: &str,
         bridge: Option<&str>,
@@ -224,20 +232,20 @@ impl Interfaces {
     }
 
     /// Makes it a port of a bridge.
-    pub(crate) async fn join(&self, name: &str, bridge: &str) -> Result<(), TapError> {
+    pub async fn join(&self, name: &str, bridge: &str) -> Result<(), TapError> {
         let change =
             LinkUnspec::new_with_index(self.index(name).await?).controller(self.index(bridge).await?);
         self.change("move", name, change.build()).await
     }
 
     /// Lets frames through.
-    pub(crate) async fn raise(&self, name: &str) -> Result<(), TapError> {
+    pub async fn raise(&self, name: &str) -> Result<(), TapError> {
         let change = LinkUnspec::new_with_index(self.index(name).await?).up().build();
         self.change("raise", name, change).await
     }
 
     /// Removes an interface, if it is there.
-    pub(crate) async fn remove(&self, name: &str) -> Result<(), TapError> {
+    pub async fn remove(&self, name: &str) -> Result<(), TapError> {
         let Some(link) = self.find(name).await? else { return Ok(()) };
         let removed = self.handle.link().del(link.header.index).execute().await;
         removed.map_err(|source| TapError::Request { action: "remove", name: name.to_owned(), source })
@@ -267,7 +275,7 @@ fn silence(name: &str) {
 }
 
 /// Removes interfaces that were made for a machine. Of those that cannot be the log says why.
-pub(crate) async fn remove_all(names: &[String]) {
+pub async fn remove_all(names: &[String]) {
     if names.is_empty() {
         return;
     }
@@ -311,7 +319,7 @@ fn name(link: LinkMessage) -> Option<String> {
 }
 
 /// Whether a tap that exists is free: no process has it open.
-pub(crate) fn is_free(name: &str, multi_queue: bool) -> io::Result<bool> {
+pub fn is_free(name: &str, multi_queue: bool) -> io::Result<bool> {
     match ioctl::attach(name, multi_queue, false) {
         Ok(_attached) => Ok(true),
         Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),

@@ -17,8 +17,6 @@ use serde_json::{Map, Value, json};
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
-use crate::vm::VmName;
-
 /// Longest description of a table, in bytes of JSON.
 pub const MAX_DOCUMENT: usize = 1 << 20;
 
@@ -93,8 +91,8 @@ impl FromStr for NftPattern {
 impl NftPattern {
     /// The table of a machine.
     #[must_use]
-    pub fn table(&self, vm: &VmName) -> NftTable {
-        NftTable { family: self.family, name: self.name.replace(VM, vm.as_ref()) }
+    pub fn table(&self, vm: &str) -> NftTable {
+        NftTable { family: self.family, name: self.name.replace(VM, vm) }
     }
 }
 
@@ -364,7 +362,7 @@ mod tests {
     use super::*;
 
     fn table() -> NftTable {
-        "vmirror-{vm}".parse::<NftPattern>().unwrap().table(&"web1".parse().unwrap())
+        "vmirror-{vm}".parse::<NftPattern>().unwrap().table("web1")
     }
 
     fn refused(document: &str) -> String {
@@ -376,9 +374,7 @@ mod tests {
 
     #[test]
     fn a_pattern_names_a_table_for_each_machine() {
-        let name = |pattern: &str| {
-            pattern.parse::<NftPattern>().unwrap().table(&"web1".parse().unwrap()).to_string()
-        };
+        let name = |pattern: &str| pattern.parse::<NftPattern>().unwrap().table("web1").to_string();
         assert_eq!(name("vmirror-{vm}"), "inet vmirror-web1");
         assert_eq!(name("inet vm_{vm}.rules"), "inet vm_web1.rules");
         assert_eq!(name("bridge v{vm}"), "bridge vweb1");

@@ -1,10 +1,10 @@
 //! A table of nftables, read on one host and loaded on another: two network namespaces.
 
 use crate::namespaces::{Namespace, available};
-use migration::nft::{self, NftError, NftPattern, NftTable};
+use network::nft::{self, NftError, NftPattern, NftTable};
 
 fn table(pattern: &str) -> NftTable {
-    pattern.parse::<NftPattern>().unwrap().table(&"w".parse().unwrap())
+    pattern.parse::<NftPattern>().unwrap().table("w")
 }
 
 /// What there is of everything that a table may hold.

@@ -15,21 +15,23 @@ const IDENTIFIERS: u32 = (1 << 24) - 1;
 
 /// One end of a tunnel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Tunnel {
-    pub(crate) identifier: u32,
+pub struct Tunnel {
+    /// VXLAN network identifier.
+    pub identifier: u32,
     /// Address of this host, and of the other.
-    pub(crate) local: IpAddr,
-    pub(crate) remote: IpAddr,
+    pub local: IpAddr,
+    /// Its other end.
+    pub remote: IpAddr,
     /// UDP port, of both.
-    pub(crate) port: u16,
+    pub port: u16,
     /// The bridge here that it is a port of.
-    pub(crate) bridge: String,
+    pub bridge: String,
     /// Bytes. What does not fit the path to the other host with 50 bytes more (70 over IPv6) is fragmented.
-    pub(crate) mtu: u32,
+    pub mtu: u32,
 }
 
 /// The network identifier of a machine's tap: both hosts know it by the migration.
-pub(crate) fn identifier(session: Uuid, tap: usize) -> u32 {
+pub fn identifier(session: Uuid, tap: usize) -> u32 {
     let [a, b, c, ..] = session.into_bytes();
     let tap = u32::try_from(tap).unwrap_or(0) % IDENTIFIERS;
     (u32::from_be_bytes([0, a, b, c]) + tap) % IDENTIFIERS + 1
@@ -37,19 +39,19 @@ pub(crate) fn identifier(session: Uuid, tap: usize) -> u32 {
 
 impl Tunnel {
     /// The name of the interface.
-    pub(crate) fn name(&self) -> String {
+    pub fn name(&self) -> String {
         format!("vmf{:06x}", self.identifier)
     }
 
     /// The name of a bridge that is made for it.
-    pub(crate) fn own_bridge(identifier: u32) -> String {
+    pub fn own_bridge(identifier: u32) -> String {
         format!("vmb{identifier:06x}")
     }
 }
 
 impl Interfaces {
     /// Makes a bridge that this host has nothing to say on.
-    pub(crate) async fn make_bridge(&self, name: &str, mtu: u32) -> Result<(), TapError> {
+    pub async fn make_bridge(&self, name: &str, mtu: u32) -> Result<(), TapError> {
         let bridge = LinkBridge::new(name)
             .down()
             .append_info_data(InfoBridge::ForwardDelay(0))
@@ -60,7 +62,7 @@ impl Interfaces {
     }
 
     /// Makes an end of a tunnel, in its bridge and down; or nothing.
-    pub(crate) async fn make_tunnel(&self, tunnel: &Tunnel) -> Result<(), TapError> {
+    pub async fn make_tunnel(&self, tunnel: &Tunnel) -> Result<(), TapError> {
         let name = tunnel.name();
         let link = LinkVxlan::new(&name, tunnel.identifier).port(tunnel.port).learning(false);
         let link = match (tunnel.local, tunnel.remote) {

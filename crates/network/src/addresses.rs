@@ -141,7 +141,7 @@ impl Addresses {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::announce::frames;
+    use crate::announce::frames;
     use proptest::prelude::*;
 
     const MAC: Mac = Mac::from_bytes([0x52, 0x54, 0x00, 0x12, 0x34, 0x56]);

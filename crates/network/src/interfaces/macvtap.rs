@@ -8,8 +8,8 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::mac::Mac;
 use futures::TryStreamExt;
-use mirror::network::mac::Mac;
 use rtnetlink::packet_route::link::{
     InfoData, InfoMacVtap, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, MacVlanMode,
 };
@@ -17,35 +17,34 @@ use rtnetlink::{LinkMacVtap, LinkUnspec};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
 use super::{Interfaces, TapError, ioctl};
-use crate::wire;
 
 /// A macvtap as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Macvtap {
+pub struct Macvtap {
     /// The interface that it is on; None where that is in another network namespace.
-    pub(crate) lower: Option<String>,
-    pub(crate) mode: MacVlanMode,
+    pub lower: Option<String>,
+    /// Which frames pass between it, its neighbours on the same interface and the network.
+    pub mode: MacVlanMode,
     /// What the lower interface takes for it.
-    pub(crate) mac: Mac,
+    pub mac: Mac,
 }
 
 impl Macvtap {
-    /// For the wire. None where it is on nothing of this host's, or in a mode that is more than its number.
-    pub(crate) fn wire(&self) -> Option<wire::Macvtap> {
-        let lower = self.lower.clone()?;
-        carried(self.mode).then(|| wire::Macvtap { lower, mode: self.mode.into(), mac: self.mac.to_string() })
+    /// One on that interface, by the kernel's number of its mode. None where it makes no sense.
+    pub fn of(lower: &str, mode: u32, mac: &str) -> Option<Macvtap> {
+        let (mode, mac) = (MacVlanMode::from(mode), mac.parse::<Mac>().ok()?);
+        let makes_sense = is_plain(mode) && !mac.is_group() && !lower.is_empty();
+        makes_sense.then(|| Macvtap { lower: Some(lower.to_owned()), mode, mac })
     }
 
-    /// From the wire. None where it makes no sense.
-    pub(crate) fn decode(macvtap: &wire::Macvtap) -> Option<Macvtap> {
-        let (mode, mac) = (MacVlanMode::from(macvtap.mode), macvtap.mac.parse::<Mac>().ok()?);
-        let makes_sense = carried(mode) && !mac.is_group() && !macvtap.lower.is_empty();
-        makes_sense.then(|| Macvtap { lower: Some(macvtap.lower.clone()), mode, mac })
+    /// The kernel's number of its mode; none where that is not all there is to say of it.
+    pub fn number(&self) -> Option<u32> {
+        is_plain(self.mode).then(|| self.mode.into())
     }
 }
 
 /// A mode that needs nothing but its number.
-fn carried(mode: MacVlanMode) -> bool {
+fn is_plain(mode: MacVlanMode) -> bool {
     use MacVlanMode::{Bridge, Passthrough, Private, Vepa};
     matches!(mode, Private | Vepa | Bridge | Passthrough)
 }
@@ -73,7 +72,7 @@ impl Interfaces {
     }
 
     /// Makes one, and leaves it down.
-    pub(crate) async fn make_macvtap(
+    pub async fn make_macvtap(
         &self,
         name: &str,
         macvtap: &Macvtap,
@@ -92,23 +91,19 @@ impl Interfaces {
     }
 
     /// Gives it its address and lets frames through.
-    pub(crate) async fn raise_macvtap(&self, name: &str, mac: Mac) -> Result<(), TapError> {
+    pub async fn raise_macvtap(&self, name: &str, mac: Mac) -> Result<(), TapError> {
         let change = LinkUnspec::new_with_index(self.index(name).await?);
         self.change("raise", name, change.address(mac.bytes().to_vec()).up().build()).await
     }
 
     /// Lets no frames through any more.
-    pub(crate) async fn bring_down(&self, name: &str) -> Result<(), TapError> {
+    pub async fn bring_down(&self, name: &str) -> Result<(), TapError> {
         let change = LinkUnspec::new_with_index(self.index(name).await?).down().build();
         self.change("bring down", name, change).await
     }
 
     /// Another interface that is up and takes what is for this address from the same lower one, which gives it to one only.
-    pub(crate) async fn takes_the_same(
-        &self,
-        macvtap: &Macvtap,
-        name: &str,
-    ) -> Result<Option<String>, TapError> {
+    pub async fn takes_the_same(&self, macvtap: &Macvtap, name: &str) -> Result<Option<String>, TapError> {
         let lower = self.index(macvtap.lower.as_deref().unwrap_or_default()).await?;
         let mut all = self.handle.link().get().execute();
         let failed = |source| TapError::Request { action: "list", name: "of any kind".to_owned(), source };
@@ -129,7 +124,7 @@ impl Interfaces {
     }
 
     /// Opens queues of one. `directory` is for a device file that is there for a moment only.
-    pub(crate) async fn open_macvtap(
+    pub async fn open_macvtap(
         &self,
         name: &str,
         queues: usize,
@@ -203,24 +198,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sent_is_understood_and_nonsense_is_not() {
-        let of = |lower: &str, mode, mac: &str| wire::Macvtap {
-            lower: lower.to_owned(),
-            mode,
-            mac: mac.to_owned(),
-        };
+    fn what_makes_no_sense_is_none() {
         for mode in [1, 2, 4, 8] {
-            let sent = of("eth0", mode, "52:54:00:00:00:01");
-            assert_eq!(Macvtap::decode(&sent).and_then(|macvtap| macvtap.wire()), Some(sent));
+            let one = Macvtap::of("eth0", mode, "52:54:00:00:00:01").unwrap();
+            assert_eq!(one.number(), Some(mode));
         }
-        for nonsense in [
-            of("eth0", 16, "52:54:00:00:00:01"),
-            of("eth0", 0, "52:54:00:00:00:01"),
-            of("", 4, "52:54:00:00:00:01"),
-            of("eth0", 4, "53:54:00:00:00:01"),
-            of("eth0", 4, ""),
+        for (lower, mode, mac) in [
+            ("eth0", 16, "52:54:00:00:00:01"),
+            ("eth0", 0, "52:54:00:00:00:01"),
+            ("", 4, "52:54:00:00:00:01"),
+            ("eth0", 4, "53:54:00:00:00:01"),
+            ("eth0", 4, ""),
         ] {
-            assert_eq!(Macvtap::decode(&nonsense), None, "{nonsense:?}");
+            assert_eq!(Macvtap::of(lower, mode, mac), None, "{lower} {mode} {mac}");
         }
     }
 

@@ -13,7 +13,6 @@ use rtnetlink::{LinkBridgePort, LinkBridgeVlan};
 use serde::{Deserialize, Serialize};
 
 use super::{Interfaces, TapError};
-use crate::wire;
 
 /// What is on or off at a port. Their places are their bits on the wire: a new one comes last.
 const SWITCHES: [fn(bool) -> InfoBridgePort; 10] = [
@@ -36,7 +35,7 @@ const LAST_VLAN: u32 = 4094;
 
 /// The settings of a port.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub(crate) struct Port {
+pub struct Port {
     /// Which switches are known, and which of them are on.
     known: u32,
     on: u32,
@@ -45,26 +44,27 @@ pub(crate) struct Port {
 }
 
 impl Port {
-    /// For the wire.
-    pub(crate) fn wire(&self) -> wire::Port {
-        let vlan = |(&vid, &flags): (&u16, &u32)| wire::Vlan { vid: vid.into(), flags };
-        wire::Port { known: self.known, on: self.on, vlans: self.vlans.iter().map(vlan).collect() }
+    /// Settings that were told by their bits. None where they make no sense.
+    pub fn of(known: u32, on: u32, vlans: impl IntoIterator<Item = (u32, u32)>) -> Option<Port> {
+        let vlan = |(vid, flags): (u32, u32)| {
+            let makes_sense = (1..=LAST_VLAN).contains(&vid) && flags & !(PVID | UNTAGGED) == 0;
+            Some((u16::try_from(vid).ok()?, flags)).filter(|_| makes_sense)
+        };
+        Some(Port { known, on, vlans: vlans.into_iter().map(vlan).collect::<Option<_>>()? })
     }
 
-    /// From the wire. None where it makes no sense.
-    pub(crate) fn decode(port: &wire::Port) -> Option<Port> {
-        let mut vlans = BTreeMap::new();
-        for vlan in &port.vlans {
-            if !(1..=LAST_VLAN).contains(&vlan.vid) || vlan.flags & !(PVID | UNTAGGED) != 0 {
-                return None;
-            }
-            vlans.insert(u16::try_from(vlan.vid).ok()?, vlan.flags);
-        }
-        Some(Port { known: port.known, on: port.on, vlans })
+    /// A bit for each switch that is known, and those that are on.
+    pub fn switches(&self) -> (u32, u32) {
+        (self.known, self.on)
+    }
+
+    /// VLANs that it is in, with their flags. 1: frames without a tag are of it. 2: its frames leave without a tag.
+    pub fn vlans(&self) -> impl Iterator<Item = (u16, u32)> {
+        self.vlans.iter().map(|(vid, flags)| (*vid, *flags))
     }
 
     /// Whether its bridge must look at tags.
-    pub(crate) fn has_vlans(&self) -> bool {
+    pub fn has_vlans(&self) -> bool {
         !self.vlans.is_empty()
     }
 }
@@ -95,7 +95,7 @@ fn switches(link: &LinkMessage) -> (u32, u32) {
 
 impl Interfaces {
     /// The settings of a port of that bridge.
-    pub(crate) async fn port(&self, name: &str, bridge: &str) -> Result<Port, TapError> {
+    pub async fn port(&self, name: &str, bridge: &str) -> Result<Port, TapError> {
         let link = self.find(name).await?.ok_or_else(|| TapError::Missing(name.to_owned()))?;
         let (known, on) = switches(&link);
         let vlans = match self.looks_at_tags(bridge).await? {
@@ -106,7 +106,7 @@ impl Interfaces {
     }
 
     /// Whether a bridge looks at VLAN tags.
-    pub(crate) async fn looks_at_tags(&self, bridge: &str) -> Result<bool, TapError> {
+    pub async fn looks_at_tags(&self, bridge: &str) -> Result<bool, TapError> {
         let Some(link) = self.find(bridge).await? else { return Ok(false) };
         Ok(link.attributes.iter().any(|attribute| {
             let LinkAttribute::LinkInfo(info) = attribute else { return false };
@@ -141,7 +141,7 @@ impl Interfaces {
     }
 
     /// Gives a port of a bridge these settings.
-    pub(crate) async fn set_port(&self, name: &str, port: &Port) -> Result<(), TapError> {
+    pub async fn set_port(&self, name: &str, port: &Port) -> Result<(), TapError> {
         let index = self.index(name).await?;
         let switches = SWITCHES.iter().enumerate().filter(|(bit, _)| port.known & (1 << bit) != 0);
         let change = switches.fold(LinkBridgePort::new(index), |change, (bit, switch)| {
@@ -175,23 +175,11 @@ impl Interfaces {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        #[test]
-        fn settings_come_as_they_were_sent(
-            known: u32, on: u32, vlans in proptest::collection::btree_map(1..=4094_u16, 0..4_u32, 0..20)
-        ) {
-            let port = Port { known, on, vlans };
-            prop_assert_eq!(Port::decode(&port.wire()), Some(port));
-        }
-    }
 
     #[test]
     fn vlans_that_there_are_not_are_no_settings() {
         for (vid, flags) in [(0, 0), (4095, 0), (70_000, 0), (7, 4)] {
-            let port = wire::Port { known: 0, on: 0, vlans: vec![wire::Vlan { vid, flags }] };
-            assert_eq!(Port::decode(&port), None, "{vid} {flags}");
+            assert_eq!(Port::of(0, 0, [(vid, flags)]), None, "{vid} {flags}");
         }
     }
 }

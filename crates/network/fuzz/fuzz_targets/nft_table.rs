@@ -6,6 +6,6 @@ use fuzzing as _;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     if let Ok(document) = std::str::from_utf8(data) {
-        migration::fuzzing::nft(document);
+        network::fuzzing::nft(document);
     }
 });

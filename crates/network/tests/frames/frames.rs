@@ -5,14 +5,14 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use mirror::network::PacketSocket;
-use mirror::network::announce;
-use mirror::network::destination::NetworkDestination;
-use mirror::network::diversion::Diversion;
-use mirror::network::mac::Mac;
-use mirror::network::mark;
-use mirror::network::source::NetworkSource;
-use mirror::network::tap::{OwnTap, QemuQueue};
+use network::PacketSocket;
+use network::announce;
+use network::destination::NetworkDestination;
+use network::diversion::Diversion;
+use network::mac::Mac;
+use network::mark;
+use network::source::NetworkSource;
+use network::tap::{OwnTap, QemuQueue};
 
 use super::{GUEST, OTHER, between_two_interfaces, ip, wait_until};
 

@@ -1,6 +1,6 @@
 //! An interface of our own that what is sent to a tap is diverted to.
 
-use mirror::network::diversion::Diversion;
+use crate::diversion::Diversion;
 use rtnetlink::LinkUnspec;
 use rtnetlink::packet_route::link::LinkAttribute;
 
@@ -11,7 +11,7 @@ const WAITING: u32 = 8192;
 
 impl Interfaces {
     /// How many frames that were sent to an interface have been dropped for want of room.
-    pub(crate) async fn dropped(&self, name: &str) -> Result<u64, TapError> {
+    pub async fn dropped(&self, name: &str) -> Result<u64, TapError> {
         let link = self.find(name).await?.ok_or_else(|| TapError::Missing(name.to_owned()))?;
         let dropped = link.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::Stats64(stats) => Some(stats.tx_dropped),
@@ -21,7 +21,7 @@ impl Interfaces {
     }
 
     /// Prepares to divert what is sent to a tap to another interface, which is brought up for that. Nothing is diverted yet.
-    pub(crate) async fn prepare_diversion(&self, tap: &str, to: &str) -> Result<Diversion, TapError> {
+    pub async fn prepare_diversion(&self, tap: &str, to: &str) -> Result<Diversion, TapError> {
         let link = self.find(tap).await?.ok_or_else(|| TapError::Missing(tap.to_owned()))?;
         let mtu = link.attributes.iter().find_map(|attribute| match attribute {
             LinkAttribute::Mtu(mtu) => Some(*mtu),
