@@ -10,6 +10,7 @@ use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use libc::sock_filter;
@@ -30,6 +31,9 @@ fn between_two_interfaces(test: impl FnOnce() + Send + 'static) {
         println!("skipped: needs root, for a network namespace");
         return;
     }
+    // Descriptors are the whole process's, and interfaces of two namespaces can have the same name: one test at a time.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let thread = std::thread::spawn(|| {
         // SAFETY: a network namespace is of this thread alone; no descriptor or other state of the process is unshared.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
