@@ -19,9 +19,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::endpoint::{Deadlines, Peer};
+use crate::deadlines::Deadlines;
 use crate::error::LinkError;
 use crate::hello::printable;
+use crate::peer::Peer;
 
 /// The longest message, in bytes.
 pub const MAX_FRAME: usize = 1 << 20;

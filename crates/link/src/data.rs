@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::{ClientConnection, ServerConnection};
 
 use crate::bandwidth::{Bandwidth, MAX_QUANTUM};
-use crate::endpoint::Peer;
+use crate::peer::Peer;
 
 /// The content of a full TLS record, in bytes (RFC 8446, section 5.1).
 const RECORD: usize = 16 << 10;

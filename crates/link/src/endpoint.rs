@@ -1,8 +1,8 @@
 //! Connecting to a peer, and the TLS that both directions share.
 
 use std::fmt;
-use std::io::{self, IoSlice, Read, Write};
-use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::io::{self, Read as _, Write as _};
+use std::net::ToSocketAddrs as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use rustls::client::Resumption;
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, ClientConnection, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
-use socket2::{SockRef, TcpKeepalive};
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio_rustls::TlsConnector;
 use uuid::Uuid;
@@ -18,96 +18,16 @@ use uuid::Uuid;
 use crate::bandwidth::Bandwidth;
 use crate::control::Control;
 use crate::data::DataSender;
+use crate::deadlines::Deadlines;
 use crate::error::{ConnectError, HelloError, Step, TlsError};
 use crate::hello::{self, Answer, DataHello, Hello, Purpose};
 use crate::identity::{Identity, subject_name};
+use crate::peer::Peer;
+use crate::socket::{Timed, linger, linger_blocking, set_options};
+use crate::versions::VersionRange;
 
 /// What agents say they speak inside TLS (ALPN), so that no other service is mistaken for one.
 const ALPN: &[u8] = b"vmirror";
-/// How long a peer that was turned away may take to read why.
-pub(crate) const LINGER: Duration = Duration::from_millis(500);
-
-/// Protocol versions that an agent speaks: from the lowest to the highest, all in between included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VersionRange {
-    min: u32,
-    max: u32,
-}
-
-impl VersionRange {
-    /// The versions this build speaks.
-    pub const SPOKEN: Self = Self { min: 1, max: 1 };
-
-    /// A range; `None` if it is empty or has version 0 in it, which is no version.
-    #[must_use]
-    pub const fn new(min: u32, max: u32) -> Option<Self> {
-        if min == 0 || min > max { None } else { Some(Self { min, max }) }
-    }
-
-    /// The lowest version.
-    #[must_use]
-    pub const fn min(self) -> u32 {
-        self.min
-    }
-
-    /// The highest version.
-    #[must_use]
-    pub const fn max(self) -> u32 {
-        self.max
-    }
-
-    /// Whether a version is among them.
-    #[must_use]
-    pub const fn contains(self, version: u32) -> bool {
-        self.min <= version && version <= self.max
-    }
-
-    /// The highest version that both speak.
-    #[must_use]
-    pub fn shared(self, other: Self) -> Option<u32> {
-        let highest = self.max.min(other.max);
-        (highest >= self.min.max(other.min)).then_some(highest)
-    }
-}
-
-impl fmt::Display for VersionRange {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.min == self.max {
-            write!(f, "version {}", self.min)
-        } else {
-            write!(f, "versions {} to {}", self.min, self.max)
-        }
-    }
-}
-
-/// How long things may take. Both agents of a link should use the same.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Deadlines {
-    /// Resolving a name and connecting TCP.
-    pub connect: Duration,
-    /// TLS and hello, together, on either side.
-    pub handshake: Duration,
-    /// A control connection on which nothing was sent for so long sends a ping.
-    pub ping: Duration,
-    /// A control connection on which nothing was heard for so long, or nothing could be sent, is dead.
-    pub silence: Duration,
-    /// A data connection whose peer takes nothing for so long is dead.
-    pub stall: Duration,
-}
-
-impl Default for Deadlines {
-    /// Silence of 10 s is four missed pings and more: short enough for a person who waits, long enough for a host under load.
-    fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(5),
-            handshake: Duration::from_secs(10),
-            ping: Duration::from_secs(2),
-            silence: Duration::from_secs(10),
-            stall: Duration::from_secs(30),
-        }
-    }
-}
-
 /// Why an endpoint cannot be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -121,23 +41,6 @@ pub enum EndpointError {
     /// A deadline is zero, or a ping would not come before silence is declared.
     #[error("impossible deadlines: {0:?} (none may be zero, and ping must be shorter than silence)")]
     Deadlines(Deadlines),
-}
-
-/// Who is at the other end.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Peer {
-    /// The name in its certificate; it is this that an allow-list is about.
-    pub name: String,
-    /// Where it connected from, or where it was reached.
-    pub address: SocketAddr,
-    /// This host's end of that connection.
-    pub local: SocketAddr,
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({})", self.name, self.address)
-    }
 }
 
 /// One agent's side of all its links: TLS made ready once. Cheap to clone.
@@ -406,50 +309,6 @@ fn exchange(tls: &mut ClientConnection, socket: &mut Timed<'_>, hello: &Hello) -
     Ok(body)
 }
 
-/// A blocking socket with one deadline for all that is done on it, so that a peer cannot win time byte by byte.
-struct Timed<'a> {
-    socket: &'a std::net::TcpStream,
-    until: Instant,
-}
-
-impl Timed<'_> {
-    fn left(&self) -> io::Result<Option<Duration>> {
-        match self.until.checked_duration_since(Instant::now()) {
-            Some(left) if !left.is_zero() => Ok(Some(left)),
-            _ => Err(io::ErrorKind::TimedOut.into()),
-        }
-    }
-}
-
-/// A blocking socket's timeout comes as `WouldBlock`.
-fn timed_out(error: io::Error) -> io::Error {
-    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
-}
-
-impl Read for Timed<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.socket.set_read_timeout(self.left()?)?;
-        self.socket.read(buffer).map_err(timed_out)
-    }
-}
-
-impl Write for Timed<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.set_write_timeout(self.left()?)?;
-        self.socket.write(bytes).map_err(timed_out)
-    }
-
-    // Without it only the first of several records would be written when TLS has one last chance to say something.
-    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.socket.set_write_timeout(self.left()?)?;
-        self.socket.write_vectored(pieces).map_err(timed_out)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// `host:port` taken apart: the name that the peer's certificate must have, and what to connect to.
 fn target(address: &str) -> Result<(ServerName<'static>, (&str, u16)), ConnectError> {
     let wrong = |reason| ConnectError::Address { address: address.into(), reason };
@@ -517,37 +376,6 @@ pub(crate) fn check_alpn(agreed: Option<&[u8]>) -> Result<(), TlsError> {
 pub(crate) fn certified_name(chain: Option<&[CertificateDer<'_>]>) -> Result<String, TlsError> {
     let own = chain.and_then(<[_]>::first).ok_or(TlsError::NoCertificate)?;
     subject_name(own).map_err(TlsError::PeerNameless)
-}
-
-/// Lets the peer read what was sent last before the socket is closed.
-///
-/// To close a socket with unread data in it makes the kernel send a reset, on which the peer's kernel throws away
-/// what it has not delivered yet: here the alert, or the answer, that says why the peer was turned away.
-pub(crate) async fn linger(mut socket: tokio::net::TcpStream) {
-    // Whatever fails here, the connection is over.
-    let _ = socket.shutdown().await;
-    let mut sink = [0; 4096];
-    let drain = async { while matches!(socket.read(&mut sink).await, Ok(1..)) {} };
-    let _ = tokio::time::timeout(LINGER, drain).await;
-}
-
-/// As [`linger`]. An agent at the other end lingers as well, so this takes no longer than a round trip.
-fn linger_blocking(socket: &std::net::TcpStream) {
-    let _ = socket.shutdown(std::net::Shutdown::Write);
-    let mut timed = Timed { socket, until: Instant::now() + LINGER };
-    let mut sink = [0; 4096];
-    while matches!(timed.read(&mut sink), Ok(1..)) {}
-}
-
-/// Options of every socket: no waiting for full packets, and a dead host found out by the kernel too.
-///
-/// Buffer sizes are left alone on purpose: the kernel tunes them per connection up to several MiB, which setting
-/// them would end (tcp(7), SO_RCVBUF). Fixed ones of 1 and 4 MiB showed no gain on loopback; long fat networks are unmeasured.
-pub(crate) fn set_options(socket: SockRef<'_>, dead_after: Duration) -> io::Result<()> {
-    socket.set_tcp_nodelay(true)?;
-    let probe = (dead_after / 3).max(Duration::from_secs(1));
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(probe).with_interval(probe).with_retries(3))?;
-    socket.set_tcp_user_timeout(Some(dead_after))
 }
 
 #[cfg(test)]

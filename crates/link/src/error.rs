@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustls::{AlertDescription, CertificateError, InvalidMessage, PeerIncompatible};
 use rustls_pki_types::UnixTime;
 
-use crate::endpoint::VersionRange;
+use crate::versions::VersionRange;
 
 /// Why a connection to a peer could not be made.
 #[derive(Debug, thiserror::Error)]

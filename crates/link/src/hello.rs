@@ -13,8 +13,8 @@
 use prost::Message;
 use uuid::Uuid;
 
-use crate::endpoint::VersionRange;
 use crate::error::HelloError;
+use crate::versions::VersionRange;
 use crate::wire;
 
 /// The first bytes of every hello and answer.

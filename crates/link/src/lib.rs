@@ -16,6 +16,7 @@
 //! - [`endpoint`], [`listener`]: connecting and being connected to
 //! - [`control`]: framed messages, with pings underneath
 //! - [`data`]: byte streams; [`bandwidth`]: the limit that all of them share
+//! - [`deadlines`], [`versions`], [`peer`]: what both directions go by, and whom they talk to
 //! - [`error`]: what can go wrong, told apart
 
 #![forbid(unsafe_code)]
@@ -24,6 +25,7 @@ pub mod bandwidth;
 pub mod certificates;
 pub mod control;
 pub mod data;
+pub mod deadlines;
 pub mod endpoint;
 pub mod error;
 mod fair_queue;
@@ -32,13 +34,19 @@ pub mod fuzzing;
 mod hello;
 pub mod identity;
 pub mod listener;
+pub mod peer;
+mod socket;
+pub mod versions;
 mod wire;
 
 pub use bandwidth::Bandwidth;
 pub use control::{Control, ControlReceiver, ControlSender};
 pub use data::{AbortHandle, DataReceiver, DataSender, InFlight};
-pub use endpoint::{Deadlines, Endpoint, EndpointError, Peer, VersionRange};
+pub use deadlines::Deadlines;
+pub use endpoint::{Endpoint, EndpointError};
 pub use error::{AcceptError, ConnectError, HelloError, LinkError, Step, TlsError};
 pub use hello::{DataHello, Purpose};
 pub use identity::{Identity, IdentityError};
 pub use listener::{Admission, Incoming, Listener, ListenerLimits};
+pub use peer::Peer;
+pub use versions::VersionRange;

@@ -22,9 +22,11 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::control::Control;
 use crate::data::DataReceiver;
-use crate::endpoint::{Endpoint, LINGER, Peer, certified_name, check_alpn, linger, set_options};
+use crate::endpoint::{Endpoint, certified_name, check_alpn};
 use crate::error::{AcceptError, HelloError, TlsError};
 use crate::hello::{self, Answer, DataHello, Hello, Purpose};
+use crate::peer::Peer;
+use crate::socket::{LINGER, linger, set_options};
 
 /// Connections that were greeted and wait to be taken with [`Listener::accept`].
 const WAITING: usize = 16;
