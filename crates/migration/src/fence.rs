@@ -22,11 +22,12 @@ use qemu::{ImageLock, ImageLockError, KeepOut, QmpError, Spec};
 
 use crate::disks;
 use crate::left_images::{LeftImages, ToBeLocked, among, same_file};
-use crate::vm::{Ownership, Record, VmName};
+use crate::vm::Record;
 use crate::which_file::WhichFile;
 use finding::chain;
 pub(crate) use holders::Holder;
 pub use holders::Keeper;
+use ownership::{Ownership, VmName};
 
 /// For how long, and how long apart, a QEMU that finds an image locked is told to run its machine once more. The guest is paused meanwhile.
 const LOCKED_OUT: Duration = Duration::from_secs(2);

@@ -1,9 +1,9 @@
 //! A machine's own table in the firewall, which moves with it.
 
 use crate::host::Host;
-use crate::vm::VmName;
 use finding::{Finding, chain};
 use network::nft;
+use ownership::VmName;
 
 /// A description that is longer would not fit into a message with all else.
 const LONGEST: usize = 512 << 10;

@@ -13,14 +13,15 @@ use uuid::Uuid;
 
 use crate::destination::forwarded;
 use crate::host::Host;
-use crate::journal::Journal;
 use crate::source::unforward;
 use crate::state_file::StateFile;
-use crate::vm::{Ownership, Record, VmName};
+use crate::vm::Journal;
+use crate::vm::Record;
 use finding::{Finding, chain, kind};
 use network::interfaces::port::Port;
 use network::interfaces::tunnel::Tunnel;
 use network::interfaces::{self, Interfaces, TapError};
+use ownership::{Ownership, VmName};
 
 /// UDP port of VXLAN (RFC 7348).
 pub const PORT: u16 = 4789;

@@ -1,14 +1,9 @@
 //! What the fuzz targets in `fuzz/` are given of this crate beyond its interface. Compiled for nobody else.
 
-use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
 
 use prost::Message as _;
 
-pub use crate::journal::fuzzing::{Slot, slots};
 use crate::reservation::Request as Understood;
 use crate::wire::{Known, Reply, Request, ToDestination, ToSource};
 
@@ -87,15 +82,4 @@ pub fn reply(bytes: &[u8]) {
 fn peer() -> link::Peer {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, 7600));
     link::Peer { name: "host-a".into(), address, local: address }
-}
-
-/// A file without a name with this content at these places, and a path that leads to it.
-pub(crate) fn memory_file(parts: &[(u64, &[u8])]) -> (File, PathBuf) {
-    let file = rustix::fs::memfd_create("journal", rustix::fs::MemfdFlags::CLOEXEC);
-    let file = File::from(file.expect("memory for a file"));
-    for (at, content) in parts {
-        file.write_all_at(content, *at).expect("memory for a file");
-    }
-    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    (file, path)
 }

@@ -6,8 +6,9 @@ use qemu::spec::{ram_directory, ram_place};
 use qemu::{MadeRamFile, RamBlock, RamDirectory, RamFileError, Spec, User};
 
 use crate::host::Host;
-use crate::vm::{Record, VmName};
+use crate::vm::Record;
 use finding::{Finding, chain};
+use ownership::VmName;
 
 /// The RAM files that a command line names.
 pub(crate) fn files(spec: &Spec) -> Vec<PathBuf> {

@@ -18,8 +18,8 @@ use tokio::net::unix::pipe;
 use tokio::process::{Child, ChildStdin, Command};
 use uuid::Uuid;
 
-use crate::vm::VmName;
 use finding::{Finding, chain};
+use ownership::VmName;
 
 /// Shortest deadline that can be configured: less is not enough to start a shell on a busy host.
 pub const MIN_DEADLINE: Duration = Duration::from_millis(100);

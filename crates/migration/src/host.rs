@@ -18,13 +18,13 @@ use crate::destination::PostCopies;
 use crate::fence::Fence;
 use crate::forward::Forwards;
 use crate::hooks::Hooks;
-use crate::journal::Journal;
 use crate::left_images::LeftImages;
 use crate::lifecycle::Lingering;
 use crate::logs::Logs;
 use crate::neighbourhood::Neighbourhood;
 use crate::recovering::Recovering;
 use crate::room::RamFiles;
+use crate::vm::Journal;
 use network::nft::NftPattern;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.

@@ -25,11 +25,11 @@ use uuid::Uuid;
 
 use crate::disks;
 use crate::fence::Holder;
-use crate::journal::Journal;
 use crate::state_file::StateFile;
-use crate::vm::VmName;
+use crate::vm::Journal;
 use crate::which_file::WhichFile;
 use finding::Finding;
+use ownership::VmName;
 
 /// How long an image of an attempt that failed is there for the next one.
 const THERE: Duration = Duration::from_secs(24 * 3600);

@@ -17,10 +17,11 @@ use std::time::Duration;
 use qemu::{QmpError, User};
 
 use crate::host::Host;
-use crate::journal::JournalError;
 use crate::room::Shortage;
-use crate::vm::{Record, Vm, VmName};
+use crate::vm::{Record, Vm};
 use finding::Finding;
+use ownership::JournalError;
+use ownership::VmName;
 
 pub use disown::{DisownError, disown};
 pub(crate) use forget::forget_decided;

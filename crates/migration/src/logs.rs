@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use crate::vm::VmName;
+use ownership::VmName;
 
 /// How long, and of how many machines that have gone, logs are kept.
 const KEPT: (Duration, usize) = (Duration::from_secs(30 * 86_400), 100);

@@ -9,8 +9,9 @@ use network::mac::Mac;
 use network::snoop::{Side, Snoop};
 use qemu::Spec;
 
-use crate::vm::{Record, VmName};
+use crate::vm::Record;
 use crate::wire;
+use ownership::VmName;
 
 /// The addresses of machines, by name.
 #[derive(Default)]

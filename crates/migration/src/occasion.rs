@@ -5,9 +5,10 @@ use uuid::Uuid;
 
 use crate::hooks::{Hook, HookInterface, Occasion, Side};
 use crate::host::Host;
-use crate::vm::{Ownership, Record};
+use crate::vm::Record;
 use finding::{Finding, chain};
 use network::interfaces::Interfaces;
+use ownership::Ownership;
 
 /// Runs a hook for a machine that moves; nothing where there is none.
 ///

@@ -14,7 +14,8 @@ use qemu::spec::render::{Place, Way};
 
 use crate::host::Host;
 use crate::lifecycle::Paths;
-use crate::vm::{Ownership, Record, VmName};
+use crate::vm::Record;
+use ownership::{Ownership, VmName};
 
 /// Between two looks at what was in the way, at first and at last.
 const SOON: Duration = Duration::from_millis(50);

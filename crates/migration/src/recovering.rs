@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::vm::VmName;
 use finding::{Finding, kind};
+use ownership::VmName;
 
 /// The machines that are still looked for. Clones are handles to the same.
 #[derive(Debug, Clone)]

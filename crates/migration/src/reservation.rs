@@ -31,13 +31,14 @@ use crate::destination::forwarded::Tunnels;
 use crate::destination::images::Images;
 use crate::guest_ram;
 use crate::host::Host;
-use crate::journal::JournalError;
 use crate::lifecycle::{self, Paths};
 use crate::options::MAX_STREAMS;
-use crate::ownership::{self, Effect, Event, Standing};
-use crate::vm::{Made, Origin, Record, VmName};
+use crate::vm::{Made, Origin, Record};
 use crate::wire;
 use finding::{Finding, chain};
+use ownership::JournalError;
+use ownership::VmName;
+use ownership::{self, Effect, Event, OnRecord as _, Standing};
 
 pub(crate) use disks::{Planned, SECTOR};
 use macvtaps::Descriptors;
@@ -285,7 +286,7 @@ impl Request {
     async fn make_way(&self, host: &Host, peer: &str) {
         let _deciding = host.journal.decide(&self.name).await;
         let Some(record) = host.journal.get(&self.name) else { return };
-        let effects = ownership::on(Some(&Standing::from(&record)), self.event(peer)).effects;
+        let effects = ownership::on(Some(&record.standing()), self.event(peer)).effects;
         if let [Effect::Discard(mark)] = effects[..] {
             tracing::info!(vm = %self.name, from = peer, "discarding the copy of an earlier migration");
             // One that lingers keeps its name, and is found so.

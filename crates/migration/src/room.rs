@@ -16,7 +16,8 @@ use qemu::Spec;
 use qemu::spec::ram_place;
 
 use crate::host::Host;
-use crate::vm::{Record, VmName};
+use crate::vm::Record;
+use ownership::VmName;
 
 /// Which memory a RAM file takes: 0 for that of ordinary pages, else pages of so many bytes.
 type Pool = u64;

@@ -10,10 +10,10 @@ use qemu::Spec;
 use qemu::spec::Disk;
 
 use crate::identity::{self, LocksReach};
-use crate::journal::blocking;
 use crate::options::{Disks, Options};
 use crate::vm::Record;
 use finding::Finding;
+use ownership::journal::blocking;
 
 /// Where the host's files are seen.
 const ROOT: &str = "/";

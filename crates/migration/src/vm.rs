@@ -1,105 +1,20 @@
 //! A virtual machine as an agent keeps it: what must survive the agent, and the live connection.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
+use ownership::{Claim, Departed, OnRecord, Outgoing, Ownership, Standing, Supplied, VmName};
 use qemu::spec::render::Place;
 use qemu::{Nic, NicKind, Process, Qmp, Spec};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::handed_in::HandedIn;
-use crate::ownership::Standing;
 use crate::settings::Settings;
 use crate::which_file::WhichFile;
 use network::interfaces::port::Port;
 
-/// The name of a virtual machine: 1 to 48 of `a-z A-Z 0-9 . _ -`, beginning with a letter or digit.
-/// It becomes part of file names, so nothing else is let in.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct VmName(String);
-
-/// A name that cannot be a machine's.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{0:?} cannot name a VM: use 1 to 48 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-)]
-pub struct BadName(pub String);
-
-impl VmName {
-    /// Most letters of one.
-    pub const LONGEST: usize = 48;
-}
-
-impl TryFrom<String> for VmName {
-    type Error = BadName;
-    fn try_from(name: String) -> Result<VmName, BadName> {
-        let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        let begins = name.starts_with(|c: char| c.is_ascii_alphanumeric());
-        if begins && name.len() <= VmName::LONGEST && name.chars().all(fits) {
-            Ok(VmName(name))
-        } else {
-            Err(BadName(name))
-        }
-    }
-}
-
-impl FromStr for VmName {
-    type Err = BadName;
-    fn from_str(name: &str) -> Result<VmName, BadName> {
-        VmName::try_from(name.to_owned())
-    }
-}
-
-impl From<VmName> for String {
-    fn from(name: VmName) -> String {
-        name.0
-    }
-}
-
-impl fmt::Display for VmName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl AsRef<str> for VmName {
-    fn as_ref(&self) -> &str {
-        &self.0
-    }
-}
-
-/// Which side of a hand-over this host is on. The number beside it in [`Record`] makes a stale side powerless.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Ownership {
-    /// The machine is this host's.
-    Owner,
-    /// This host holds a copy that may not run until the source commits.
-    Incoming {
-        /// The migration.
-        session: Uuid,
-        /// Name of the source agent.
-        from: String,
-        /// The copy is complete and paused; from here on only the source or a person decides.
-        ready: bool,
-    },
-    /// This host has given the machine away and never resumes it by itself.
-    HandedOver {
-        /// The migration.
-        session: Uuid,
-        /// Name of the destination agent.
-        to: String,
-        /// Its address.
-        address: String,
-        /// Identity of the state directory of the agent there, whose word on the copy counts; not on record of earlier versions, and
-        /// not told by them.
-        #[serde(default)]
-        keeper: Option<Uuid>,
-    },
-}
+/// The records of all machines of one agent.
+pub type Journal = ownership::Journal<Record>;
 
 /// How the machine came to this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,25 +101,6 @@ pub struct MadeImage {
     pub file: Option<WhichFile>,
 }
 
-/// A switch-over under way.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Outgoing {
-    /// The migration.
-    pub session: Uuid,
-    /// Name of the destination's agent; not on record of earlier versions.
-    #[serde(default)]
-    pub to: Option<String>,
-    /// Address of the destination's agent.
-    pub address: String,
-}
-
-impl Outgoing {
-    /// The agent there: by its name, or where it is.
-    pub(crate) fn whose(&self) -> &str {
-        self.to.as_ref().unwrap_or(&self.address)
-    }
-}
-
 /// On record none, and one alone, are as earlier versions have them, which knew no more than one.
 mod outgoing {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -254,30 +150,6 @@ pub struct GivenDescriptor {
     pub set: i64,
     /// Its number inside QEMU.
     pub number: i32,
-}
-
-/// How it went for a machine until it lacked nothing any more.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Supplied {
-    /// Pages that the guest had to wait for.
-    pub faults: u64,
-    /// Its longest wait, in microseconds.
-    pub longest_us: u64,
-    /// All its waits together, in microseconds.
-    pub total_us: u64,
-    /// An agent that ended has not told its part of them.
-    pub taken_over: bool,
-}
-
-/// What is remembered of a machine that was this host's, beyond its record.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Departed {
-    /// It ended while it lacked memory.
-    #[serde(default)]
-    pub lacked: bool,
-    /// Its memory came after the hand-over, all of it.
-    #[serde(default)]
-    pub supplied: Option<Supplied>,
 }
 
 /// Everything about a machine that must survive the agent.
@@ -381,6 +253,12 @@ impl Record {
         record
     }
 
+    /// What it is taken for.
+    #[must_use]
+    pub fn claim(&self) -> Claim {
+        Claim::of(&self.name, &self.standing())
+    }
+
     /// Whether its guest may stand still by our doing, by a switch-over, a scan of its memory or the end of a copy job, or was to be let run
     /// and was not seen to: it is this host's and is let run where it is found so.
     #[must_use]
@@ -404,6 +282,57 @@ impl Record {
     }
 }
 
+impl OnRecord for Record {
+    fn name(&self) -> &VmName {
+        &self.name
+    }
+
+    fn standing(&self) -> Standing {
+        Standing {
+            generation: self.generation,
+            ownership: self.ownership.clone(),
+            arrived_by: self.arrived_by,
+            arrived_from: self.arrived_from.clone(),
+            outgoing: self.outgoing.clone(),
+            switching: self.switching,
+            resuming: self.resuming,
+            // Not on record of earlier versions; what has never come from elsewhere was started here.
+            has_run: self.has_run || self.arrived_by.is_none(),
+            supplies: self.supplies,
+            released: self.released,
+        }
+    }
+
+    fn stand(&mut self, standing: Standing) {
+        let Standing {
+            generation,
+            ownership,
+            arrived_by,
+            arrived_from,
+            outgoing,
+            switching,
+            resuming,
+            has_run,
+            supplies,
+            released,
+        } = standing;
+        self.generation = generation;
+        self.ownership = ownership;
+        self.arrived_by = arrived_by;
+        self.arrived_from = arrived_from;
+        self.outgoing = outgoing;
+        self.switching = switching;
+        self.resuming = resuming;
+        self.has_run = has_run;
+        self.supplies = supplies;
+        self.released = released;
+    }
+
+    fn departed(&self) -> Departed {
+        Departed { lacked: self.post_copy.is_some(), supplied: self.supplied }
+    }
+}
+
 /// A machine that this host owns, with a live connection to its QEMU.
 #[derive(Debug, Clone)]
 pub struct Vm {
@@ -419,13 +348,31 @@ pub struct Vm {
 mod tests {
     use super::*;
 
+    fn record(name: &str) -> Record {
+        Record::new(name.parse().unwrap(), Standing::own(), Origin::Run)
+    }
+
     #[test]
-    fn names_that_could_leave_the_directory_are_refused() {
-        for bad in ["", ".", "..", "../x", "a/b", "-rf", ".hidden", "a b", "ä", &"x".repeat(49)] {
-            assert_eq!(VmName::from_str(bad), Err(BadName(bad.to_owned())), "{bad:?}");
+    fn copies_left_elsewhere_are_read_as_earlier_versions_have_written_them() {
+        let outgoing = |number: u128| Outgoing {
+            session: Uuid::from_u128(number),
+            to: Some(format!("host-{number}")),
+            address: "b:1".into(),
+        };
+        let on_record = |outgoing: Vec<Outgoing>| {
+            serde_json::to_value(Record { outgoing, ..record("a") }).unwrap()["outgoing"].clone()
+        };
+        // None and one are what they were; these have no other form, so an earlier version reads them too.
+        assert_eq!(on_record(Vec::new()), serde_json::Value::Null);
+        assert_eq!(on_record(vec![outgoing(1)]), serde_json::to_value(outgoing(1)).unwrap());
+        for several in [vec![], vec![outgoing(1)], vec![outgoing(1), outgoing(2)]] {
+            let mut json = serde_json::to_value(Record { outgoing: several.clone(), ..record("a") }).unwrap();
+            json.as_object_mut().unwrap().remove("has_run");
+            let read: Record = serde_json::from_value(json).unwrap();
+            assert_eq!((read.outgoing, read.has_run), (several, false));
         }
-        for good in ["web1", "a.b-c_d", "0", &"x".repeat(48)] {
-            assert_eq!(VmName::from_str(good).unwrap().to_string(), *good);
-        }
+        let mut json = serde_json::to_value(record("a")).unwrap();
+        json.as_object_mut().unwrap().remove("outgoing");
+        assert_eq!(serde_json::from_value::<Record>(json).unwrap().outgoing, []);
     }
 }

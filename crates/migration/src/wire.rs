@@ -336,9 +336,9 @@ pub struct Supplied {
     pub taken_over: bool,
 }
 
-impl From<crate::vm::Supplied> for Supplied {
-    fn from(supplied: crate::vm::Supplied) -> Supplied {
-        let crate::vm::Supplied { faults, longest_us, total_us, taken_over } = supplied;
+impl From<ownership::Supplied> for Supplied {
+    fn from(supplied: ownership::Supplied) -> Supplied {
+        let ownership::Supplied { faults, longest_us, total_us, taken_over } = supplied;
         Supplied { sums: Vec::new(), faults, longest_us, total_us, taken_over }
     }
 }

@@ -4,7 +4,8 @@
 
 use fuzzing::Input;
 use libfuzzer_sys::fuzz_target;
-use migration::fuzzing::{Slot, slots};
+use migration::Record;
+use ownership::fuzzing::{Slot, slots};
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
@@ -15,5 +16,5 @@ fuzz_target!(|data: &[u8]| {
         0 => Slot::Whole(if sequence == u8::MAX { u64::MAX } else { sequence.into() }, bytes),
         _ => Slot::Raw(bytes),
     };
-    slots(slot(1, first, even), slot(2, second, input.0));
+    slots::<Record>(slot(1, first, even), slot(2, second, input.0));
 });

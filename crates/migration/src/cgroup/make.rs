@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::hierarchy::{Controller, Hierarchy, Version, lists, read};
 use super::{CgroupError, CgroupParent, Limits, PROC};
-use crate::vm::VmName;
+use ownership::VmName;
 
 /// How long the threads of a process that has ended may take to leave its cgroup.
 const LEAVE: Duration = Duration::from_secs(5);

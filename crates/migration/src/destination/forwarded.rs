@@ -8,12 +8,13 @@ use uuid::Uuid;
 use super::network;
 use super::{End, Source};
 use crate::host::Host;
-use crate::journal::Journal;
-use crate::vm::{Forwarded, Ownership, Record};
+use crate::vm::Journal;
+use crate::vm::{Forwarded, Record};
 use crate::wire::{self, Reply};
 use ::network::interfaces::tunnel::{Tunnel, identifier};
 use ::network::interfaces::{self, Interfaces, TapError};
 use finding::{Finding, chain, kind};
+use ownership::Ownership;
 
 /// What a source asks for, within bounds.
 #[derive(Debug, Clone, Copy)]
@@ -83,7 +84,7 @@ pub(crate) enum MakeError {
     #[error(transparent)]
     Interfaces(#[from] TapError),
     #[error(transparent)]
-    Journal(#[from] crate::journal::JournalError),
+    Journal(#[from] ownership::JournalError),
 }
 
 /// Puts a machine into the network here, which is announced there, and removes its tunnels. With `force`, the tunnels are removed even

@@ -15,9 +15,10 @@ use crate::fence::Fence;
 use crate::host::Host;
 use crate::lifecycle::Paths;
 use crate::reservation::{Planned, SECTOR};
-use crate::vm::{MadeImage, Record, VmName};
+use crate::vm::{MadeImage, Record};
 use crate::which_file::WhichFile;
 use finding::{Finding, chain};
+use ownership::VmName;
 
 /// Who may read an image that is made here: its owner, who is whom QEMU runs as.
 const MODE: u32 = 0o600;

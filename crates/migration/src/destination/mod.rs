@@ -49,13 +49,14 @@ use crate::confinement;
 use crate::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
 use crate::host::Host;
 use crate::lifecycle::{self, Forgotten};
-use crate::ownership::{Effect, Event, Word};
 use crate::points::{self, Point};
 use crate::reservation::{Request, Reservation};
-use crate::vm::{PostCopy, Record, Vm, VmName};
+use crate::vm::{PostCopy, Record, Vm};
 use crate::wire::bounds::{self, Unheard};
 use crate::wire::{self, Reply, Request as Asked, ToSource};
 use finding::{Finding, chain, kind};
+use ownership::VmName;
+use ownership::{Effect, Event, Word};
 
 /// Why a session did not become a machine here.
 #[derive(Debug)]

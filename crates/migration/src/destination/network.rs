@@ -17,11 +17,12 @@ use tokio::task::JoinHandle;
 use super::{End, failed};
 use crate::hooks::Hook;
 use crate::host::Host;
-use crate::vm::{Record, VmName};
+use crate::vm::Record;
 use crate::{occasion, wire};
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces;
 use finding::{Finding, chain};
+use ownership::VmName;
 
 /// A source that still has something after that long has it for ever.
 const STRAGGLERS: Duration = Duration::from_secs(15);

@@ -11,20 +11,21 @@ use uuid::Uuid;
 
 use super::network::{self, Interfaces, Known};
 use super::{End, Source, failed, no_copy, qemu_gone, unknown_copy, violation};
-use crate::concerned;
 use crate::deadlines::{FIRST_WORD, KILL_GRACE, REDIRECT};
 use crate::health;
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::lifecycle;
 use crate::occasion;
-use crate::ownership::{self, Effect, Event, Mark, SourceSays, Standing, Word};
 use crate::places;
 use crate::points::{self, Point};
 use crate::settings;
-use crate::vm::{MadeImage, Ownership, Record, Vm, VmName};
+use crate::vm::{MadeImage, Record, Vm};
 use crate::wire::{self, Reply, Request as Asked};
 use finding::{Finding, chain, kind};
+use ownership::concerned;
+use ownership::{self, Effect, Event, Mark, OnRecord as _, SourceSays, Word};
+use ownership::{Ownership, VmName};
 
 /// Between attempts to put on record that a machine runs.
 const AGAIN: Duration = Duration::from_secs(5);
@@ -339,7 +340,7 @@ impl Source {
     /// Whose a machine is, for the agent that has a copy of it; for any other it is one that nobody knows.
     pub(super) async fn whose(&mut self, commit: &wire::Commit) -> Result<(), End> {
         let (name, session) = (name_of(commit)?, session_of(commit)?);
-        let standing = self.host.journal.get(&name).map(|record| Standing::from(&record));
+        let standing = self.host.journal.get(&name).map(|record| record.standing());
         let says = concerned::whose(standing.as_ref(), session, &self.peer.name);
         if says != SourceSays::Unknown && self.host.journal.is_unsettled(&name) {
             // What it says here may not be what a later start of the agent finds.
@@ -380,13 +381,13 @@ impl Source {
     pub(super) fn meant(&self, commit: &wire::Commit) -> Option<(Record, Uuid)> {
         let session = Uuid::from_slice(&commit.session).ok()?;
         let record = self.host.journal.get(&commit.name.parse().ok()?)?;
-        Standing::from(&record).came_by(session, &self.peer.name).then_some((record, session))
+        record.standing().came_by(session, &self.peer.name).then_some((record, session))
     }
 }
 
 /// What an event would come to.
 fn becomes(record: &Record, event: &Event) -> Vec<Effect> {
-    ownership::on(Some(&Standing::from(record)), event.clone()).effects
+    ownership::on(Some(&record.standing()), event.clone()).effects
 }
 
 /// What the source is told.
@@ -439,7 +440,7 @@ async fn is_ended(record: &Record) -> bool {
 /// Puts on record that a machine runs, until it is.
 async fn insist(host: Arc<Host>, mut record: Record) {
     while let Err(e) = host.journal.on(&mut record, Event::Resumed, |_| {}) {
-        if !matches!(e, crate::journal::JournalError::Io { .. }) {
+        if !matches!(e, ownership::JournalError::Io { .. }) {
             return;
         }
         tokio::time::sleep(AGAIN).await;

@@ -25,10 +25,11 @@ use super::{End, Source, failed, interrupted, no_copy, violation};
 use crate::confinement;
 use crate::health;
 use crate::host::Host;
-use crate::vm::{Departed, GivenDescriptor, Ownership, PostCopy, Record};
+use crate::vm::{GivenDescriptor, PostCopy, Record};
 use crate::wire::bounds;
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
+use ownership::{Departed, Ownership};
 
 /// Where full userfaultfds come from.
 pub(crate) const DEVICE: &str = "/dev/userfaultfd";
@@ -134,7 +135,7 @@ pub(crate) async fn recover(host: &Host, record: &Record) -> Result<(), String> 
         Ok(supplier) => Tail::resume(host, record, &layout, missing, supplier, places),
         // The agent before had finished, and ended before its journal said so.
         Err(AttachError::NotWaiting { .. }) if missing.is_empty() => {
-            let supplied = crate::vm::Supplied { taken_over: true, ..crate::vm::Supplied::default() };
+            let supplied = ownership::Supplied { taken_over: true, ..ownership::Supplied::default() };
             tail::no_longer_missing(host, session, Some(supplied)).await;
             Ok(())
         }

@@ -24,9 +24,10 @@ use super::post_copy::{DEVICE, Waiting};
 use super::{End, Sender, failed, violation};
 use crate::host::Host;
 use crate::options::MAX_STREAMS;
-use crate::vm::{GivenDescriptor, PostCopy, Record, Supplied, VmName};
+use crate::vm::{GivenDescriptor, PostCopy, Record};
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
+use ownership::{Supplied, VmName};
 
 /// The machines of this host whose memory is not complete, by the migration that brought them. Clones are handles to
 /// the same.

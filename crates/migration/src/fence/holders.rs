@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Fence, State};
 use crate::deadlines::KILL_GRACE;
-use crate::vm::VmName;
 use finding::chain;
+use ownership::VmName;
 
 /// The program that holds locks, and its arguments before the machine's name and the state directory: it waits for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -9,9 +9,9 @@ use qemu::{KeepOut, Process};
 use super::holders::Holder;
 use super::{Fence, Keeper, Locked, State, opened};
 use crate::left_images::LeftImages;
-use crate::vm::VmName;
 use crate::which_file::WhichFile;
 use finding::chain;
+use ownership::VmName;
 
 /// A file that a process has open.
 #[derive(Debug)]

@@ -14,10 +14,10 @@ use crate::destination::PostCopies;
 use crate::fence::Fence;
 use crate::forward::Forwards;
 use crate::hooks::Hooks;
-use crate::journal::Journal;
 use crate::left_images::LeftImages;
 use crate::lifecycle::Lingering;
 use crate::logs::Logs;
+use crate::vm::Journal;
 
 /// `host-a`, and `host-b`, which listens.
 pub(crate) struct Hosts {

@@ -10,8 +10,8 @@ use serde::Deserialize;
 use super::{Image, Kept, Left, OnRecord, Remnant};
 use crate::fence::Holder;
 use crate::state_file::StateFile;
-use crate::vm::VmName;
 use crate::which_file::WhichFile;
+use ownership::VmName;
 
 const REMNANTS: &str = "remnants.json";
 const KEPT: &str = "kept-images.json";

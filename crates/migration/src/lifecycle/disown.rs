@@ -1,9 +1,10 @@
 //! A machine that was adopted is let go of: it runs on as it does, and this agent knows nothing of it any more.
 
 use crate::host::Host;
-use crate::journal::JournalError;
-use crate::vm::{Origin, Outgoing, Ownership, Record};
+use crate::vm::{Origin, Record};
 use finding::Finding;
+use ownership::JournalError;
+use ownership::{Outgoing, Ownership};
 
 /// Why a machine is not let go of.
 #[derive(Debug, thiserror::Error)]

@@ -23,12 +23,13 @@ use crate::hooks::Hook;
 use crate::host::Host;
 use crate::left_images::{Left, LeftImages};
 use crate::occasion;
-use crate::ownership::{self, Effect, Event, Mark, Standing};
 use crate::places;
-use crate::vm::{MadeImage, Origin, Ownership, Record, VmName};
+use crate::vm::{MadeImage, Origin, Record};
 use crate::which_file::WhichFile;
 use finding::{Finding, chain};
 use network::interfaces;
+use ownership::{self, Effect, Event, Mark, OnRecord as _};
+use ownership::{Ownership, VmName};
 
 /// An image that takes no more than this, in bytes, has nothing of a disk in it: a new qcow2 image takes 196 KiB.
 const UNWRITTEN: u64 = 256 << 10;
@@ -94,7 +95,7 @@ pub async fn forget(host: &Host, record: &Record, qmp: Option<&Qmp>) -> Forgotte
         tracing::info!(vm = %record.name, "is not what it was, and is left alone");
         return Forgotten::Changed;
     };
-    let mark = Standing::from(&now).mark();
+    let mark = now.standing().mark();
     match forget_decided(host, &now, qmp, mark).await {
         Ok(()) => Forgotten::Done,
         Err(lingers) => Forgotten::Lingers(lingers),
@@ -118,7 +119,7 @@ pub(crate) async fn session_over(host: &Host, name: &VmName, session: Uuid) {
 async fn happens(host: &Host, name: &VmName, is_meant: impl Fn(&Record) -> bool, event: Event) -> bool {
     let _deciding = host.journal.decide(name).await;
     let Some(now) = host.journal.get(name).filter(is_meant) else { return false };
-    match ownership::on(Some(&Standing::from(&now)), event).effects.first() {
+    match ownership::on(Some(&now.standing()), event).effects.first() {
         // What lingers is found so by who looks after it next.
         Some(Effect::Discard(mark)) => forget_decided(host, &now, None, *mark).await.is_ok(),
         _ => false,
@@ -393,7 +394,7 @@ mod tests {
     fn copy(path: &Path, made_as: Option<&Path>, file: Option<WhichFile>) -> Record {
         let (session, from) = (Uuid::new_v4(), "host-a".to_owned());
         let standing =
-            Standing { ownership: Ownership::Incoming { session, from, ready: false }, ..Standing::own() };
+            ownership::Standing { ownership: Ownership::Incoming { session, from, ready: false }, ..ownership::Standing::own() };
         let mut record = Record::new("web1".parse().unwrap(), standing, Origin::Arrived);
         let made_as = made_as.map(Path::to_owned);
         record.made.images = vec![MadeImage { path: path.to_owned(), fresh: true, made_as, file }];

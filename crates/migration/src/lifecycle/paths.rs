@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::host::Host;
-use crate::vm::VmName;
+use ownership::VmName;
 
 /// Longest path of a unix socket, in bytes: `sun_path` of `sockaddr_un` holds 108 with its final zero.
 pub const LONGEST_SOCKET_PATH: usize = 107;

@@ -8,8 +8,9 @@ use tokio::time::timeout;
 
 use crate::deadlines::QUIT_GRACE;
 use crate::destination::NEVER_RAN;
-use crate::vm::{Origin, Record, Vm, VmName};
+use crate::vm::{Origin, Record, Vm};
 use finding::{Finding, chain};
+use ownership::VmName;
 
 /// CPU time that no vCPU needs to come to be, to be loaded and to wait: one that has used more has run a guest, though that may be
 /// paused now.

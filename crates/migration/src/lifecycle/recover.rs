@@ -10,10 +10,11 @@ use crate::destination::network;
 use crate::disks;
 use crate::handed_in;
 use crate::host::Host;
-use crate::ownership::{self, Effect, Event, Qemu as Found, Standing};
 use crate::source::disks::Uncleared;
-use crate::vm::{Ownership, Record, Vm, VmName};
+use crate::vm::{Record, Vm};
 use finding::{Finding, chain};
+use ownership::{self, Effect, Event, OnRecord as _, Qemu as Found};
+use ownership::{Ownership, VmName};
 
 /// What became of a machine while the agent was away.
 #[derive(Debug)]
@@ -66,7 +67,7 @@ pub async fn recover(host: &Host, record: Record, occasion: Occasion) -> Recover
     let presence = match (&record.ownership, &record.process) {
         (Ownership::HandedOver { .. }, _) => {
             let found = if look.is_gone() { Found::Gone } else { Found::Switched };
-            let effects = ownership::on(Some(&Standing::from(&record)), Event::Found(found)).effects;
+            let effects = ownership::on(Some(&record.standing()), Event::Found(found)).effects;
             if occasion == Occasion::Start && effects.contains(&Effect::Abandon) {
                 crate::source::abandon_all(host, &record);
             }
@@ -118,7 +119,7 @@ pub async fn recover(host: &Host, record: Record, occasion: Occasion) -> Recover
     let Some(record) = host.journal.get(&record.name).filter(|now| now.claim() == record.claim()) else {
         return Recovered::Replaced(record.name);
     };
-    match ownership::on(Some(&Standing::from(&record)), Event::Found(presence)).effects.first() {
+    match ownership::on(Some(&record.standing()), Event::Found(presence)).effects.first() {
         Some(Effect::Discard(mark)) => match forget_decided(host, &record, None, *mark).await {
             Ok(()) => Recovered::Gone(record.name),
             Err(lingers) => Recovered::Silent(record, lingers.message),
@@ -164,7 +165,7 @@ pub(super) async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, Run
         _ => Found::There,
     };
     let switching = record.switching;
-    let effects = ownership::on(Some(&Standing::from(&record)), Event::Found(found)).effects;
+    let effects = ownership::on(Some(&record.standing()), Event::Found(found)).effects;
     if effects.contains(&Effect::Doubt) {
         return Err(RunError::MigratedByOthers(record.name));
     }

@@ -4,9 +4,10 @@ use super::ran::{self, Ran};
 use super::recover::reconnect;
 use super::{RunError, ended, forget_decided, has_own_disks, own_disks};
 use crate::host::Host;
-use crate::ownership::{Asked, Effect, Event, Why};
 use crate::source::Settled;
-use crate::vm::{Outgoing, Ownership, Record, Vm};
+use crate::vm::{Record, Vm};
+use ownership::{Asked, Effect, Event, Why};
+use ownership::{Outgoing, Ownership};
 
 /// What a person decided about a machine in doubt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,8 +143,8 @@ mod tests {
 
     use super::*;
     use crate::host::testing::{Hosts, Says, qemu};
-    use crate::ownership::Standing;
     use crate::vm::Origin;
+    use ownership::Standing;
 
     /// What comes of it when a machine is given up that was not seen to run, and whose QEMU says this.
     async fn given_up(says: Says, force: bool) -> Result<(), RunError> {

@@ -10,10 +10,11 @@ use crate::disks;
 use crate::guest_ram;
 use crate::handed_in;
 use crate::host::Host;
-use crate::journal::JournalError;
-use crate::ownership::Standing;
 use crate::room;
-use crate::vm::{Made, Origin, Record, Vm, VmName};
+use crate::vm::{Made, Origin, Record, Vm};
+use ownership::JournalError;
+use ownership::Standing;
+use ownership::VmName;
 
 /// Starts a machine from the user's own command line, made mirrorable. Relative paths are seen from `directory`. With `stale_disks` even
 /// from images that a migration has left.

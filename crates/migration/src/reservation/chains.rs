@@ -10,8 +10,8 @@ use qemu::spec::{BlockDriver, FilePurpose};
 use super::others::{self, base_of};
 use super::{Request, disks};
 use crate::host::Host;
-use crate::vm::VmName;
 use finding::{Finding, chain};
+use ownership::VmName;
 
 /// How many images may be based on each other.
 pub(super) const LONGEST: usize = 64;
@@ -140,8 +140,8 @@ pub(super) mod tests {
 
     use super::*;
     use crate::host::testing::Hosts;
-    use crate::ownership::Standing;
     use crate::vm::{Origin, Record};
+    use ownership::Standing;
 
     /// Makes an image that is based on this.
     pub(in crate::reservation) fn qcow2(path: &Path, backing: Option<&str>) {

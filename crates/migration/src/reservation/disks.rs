@@ -12,9 +12,9 @@ use crate::drives;
 use crate::host::Host;
 use crate::identity;
 use crate::lifecycle::for_where;
-use crate::vm::VmName;
 use crate::wire;
 use finding::{Finding, chain};
+use ownership::VmName;
 
 /// A disk that is to be mirrored.
 #[derive(Debug, Clone)]

@@ -9,10 +9,10 @@ use crate::firewall;
 use crate::host::Host;
 use crate::lifecycle;
 use crate::machine;
-use crate::ownership::{self, Effect, Standing, Why};
 use crate::room;
 use crate::vm::Record;
 use finding::Finding;
+use ownership::{self, Effect, OnRecord as _, Why};
 
 impl Request {
     /// Everything that can be told without starting anything.
@@ -31,7 +31,7 @@ impl Request {
             return (None, Vec::new(), findings);
         }
         if let Some(record) = host.journal.get(&self.name) {
-            let effects = ownership::on(Some(&Standing::from(&record)), self.event(peer)).effects;
+            let effects = ownership::on(Some(&record.standing()), self.event(peer)).effects;
             findings.push(if effects == [Effect::Refuse(Why::CopyWaits)] {
                 copy_waits(host, &record, peer)
             } else {

@@ -9,7 +9,8 @@ use super::chains::LONGEST;
 use crate::disks;
 use crate::drives::same_file;
 use crate::host::Host;
-use crate::vm::{Ownership, Record, VmName};
+use crate::vm::Record;
+use ownership::{Ownership, VmName};
 
 /// The other machine on this host that writes an image, or will.
 pub(super) fn writer(host: &Host, name: &VmName, image: &Path) -> Option<VmName> {
@@ -75,9 +76,9 @@ mod tests {
 
     use super::*;
     use crate::host::testing::Hosts;
-    use crate::ownership::Standing;
     use crate::reservation::chains::tests::qcow2;
     use crate::vm::Origin;
+    use ownership::Standing;
 
     #[tokio::test]
     async fn what_another_machine_writes_or_reads_is_known_by_whatever_path() {

@@ -35,7 +35,6 @@ use crate::host::Host;
 use crate::lifecycle::{self, Paths};
 use crate::machine::Machine;
 use crate::options::{Compress, Engine, Goal, Options};
-use crate::ownership::Event;
 use crate::plugged::Plugged;
 use crate::progress::Progress;
 use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
@@ -44,6 +43,7 @@ use crate::settings::Settings;
 use crate::vm::Vm;
 use crate::wire::{self, Request};
 use finding::{Finding, chain, kind};
+use ownership::Event;
 
 /// Most data streams that an agent chooses by itself.
 const CHOSEN_STREAMS: usize = 4;

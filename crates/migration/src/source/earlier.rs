@@ -5,9 +5,9 @@ use uuid::Uuid;
 
 use super::settlement::withdrawn;
 use crate::host::Host;
-use crate::ownership::MOST_OUTGOING;
-use crate::vm::{Outgoing, VmName};
 use finding::Finding;
+use ownership::MOST_OUTGOING;
+use ownership::{Outgoing, VmName};
 
 fn left(host: &Host, name: &VmName) -> Vec<Outgoing> {
     host.journal.get(name).map(|record| record.outgoing).unwrap_or_default()

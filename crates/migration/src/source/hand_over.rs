@@ -27,13 +27,14 @@ use crate::hooks::Hook;
 use crate::lifecycle;
 use crate::occasion;
 use crate::options::{Engine, Verify};
-use crate::ownership::{Effect, Event, Why, Withdrawal};
 use crate::points::{self, Point};
 use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::settings;
-use crate::vm::{Outgoing, Record};
+use crate::vm::Record;
 use crate::wire::{Reply, Request};
 use finding::{Finding, chain};
+use ownership::Outgoing;
+use ownership::{Effect, Event, Why, Withdrawal};
 
 /// A destination that says within this time that the machine runs is waited for alone: a process started meanwhile would lengthen the pause.
 const AT_ONCE: Duration = Duration::from_millis(100);

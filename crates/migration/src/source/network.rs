@@ -16,11 +16,11 @@ use uuid::Uuid;
 
 use crate::host::Host;
 use crate::report;
-use crate::vm::VmName;
 use crate::wire::{self, NETWORK_STREAM};
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces::{Interfaces, TapError};
 use finding::chain;
+use ownership::VmName;
 
 /// For so long nothing must have come for a guest that has gone, before what comes is not diverted any more.
 const QUIET: Duration = Duration::from_millis(300);

@@ -23,13 +23,13 @@ use crate::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
 use crate::host::Host;
 use crate::machine::{self, Machine};
 use crate::options::{DiskRoom, Engine, OnDiverge, Options};
-use crate::ownership::{Answer, Withdrawal};
 use crate::places;
 use crate::reservation::CPU_FEATURE_MISSING;
 use crate::vm::Vm;
 use crate::wire::bounds::{self, Unheard};
 use crate::wire::{self, Reply, Request, ToDestination};
 use finding::{Finding, chain, kind};
+use ownership::{Answer, Withdrawal};
 
 /// Words of the destination that may wait for somebody to listen, and the bytes that they may take.
 const UNREAD: usize = 4096;

@@ -21,11 +21,12 @@ use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::host::Host;
-use crate::ownership::Event;
 use crate::report::{self, Counted};
-use crate::vm::{Ownership, Record};
+use crate::vm::Record;
 use crate::wire::{self, Reply, Request};
 use finding::{Failure, Finding, Stage, chain, kind};
+use ownership::Event;
+use ownership::Ownership;
 
 /// First and longest wait between two attempts to make a lost link again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));

@@ -8,11 +8,12 @@ use uuid::Uuid;
 use super::peer::Destination;
 use crate::deadlines::{ANSWER, CANCEL};
 use crate::host::Host;
-use crate::journal::JournalError;
-use crate::ownership::{Answer, Effect, Event, SourceSays, Withdrawal};
-use crate::vm::{Outgoing, Ownership, Record, VmName};
+use crate::vm::Record;
 use crate::wire::{self, Reply, Request};
 use finding::{Failure, Finding, Stage, chain};
+use ownership::JournalError;
+use ownership::{Answer, Effect, Event, SourceSays, Withdrawal};
+use ownership::{Outgoing, Ownership, VmName};
 
 /// First and longest wait between two attempts to tell a destination that its copy is worthless.
 const ABANDON_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));

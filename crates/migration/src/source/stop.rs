@@ -61,8 +61,8 @@ impl Stop {
     }
 }
 
-impl From<crate::journal::JournalError> for Stop {
-    fn from(error: crate::journal::JournalError) -> Stop {
+impl From<ownership::JournalError> for Stop {
+    fn from(error: ownership::JournalError) -> Stop {
         Stop::because("journal", &error, "see to the source agent's state_dir")
     }
 }

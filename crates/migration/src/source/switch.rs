@@ -24,9 +24,9 @@ use crate::fence::Fence;
 use crate::options::{Options, Verify};
 use crate::points::{self, Point};
 use crate::report::Pause;
-use crate::vm::VmName;
 use crate::wire::{Nothing, Reply, Request};
 use finding::{Finding, kind};
+use ownership::VmName;
 
 /// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
 pub(super) const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];

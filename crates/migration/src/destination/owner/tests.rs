@@ -11,6 +11,7 @@ use crate::destination::network::Frames;
 use crate::host::testing::{Hosts, Says, qemu};
 use crate::vm::Origin;
 use crate::wire::ToSource;
+use ownership::Standing;
 
 const SESSION: Uuid = Uuid::from_u128(7);
 
@@ -125,7 +126,7 @@ async fn of_a_qemu_that_may_have_run_the_guest_it_is_not_said_that_it_has_not() 
         let mut scene = Scene::new(says).await;
         assert_eq!(scene.settles().await, "not-resumed", "{how}");
         let now = scene.on_record().unwrap_or_else(|| panic!("{how}, and it is forgotten"));
-        assert!(Standing::from(&now).is_unseen(), "{how}: {now:?}");
+        assert!(now.standing().is_unseen(), "{how}: {now:?}");
         assert_eq!(scene.hosts.b.journal.mark(SESSION).unwrap(), None, "{how}");
         assert!(scene.process.try_wait().unwrap().is_none(), "{how}, and it is killed");
         // Nor when it is asked once more.

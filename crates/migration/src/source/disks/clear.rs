@@ -9,7 +9,7 @@ use super::super::stop::Stop;
 use super::{NAME, NOT_RESUMED, Places, place};
 use crate::host::Host;
 use crate::lifecycle::{self, Paths};
-use crate::vm::VmName;
+use ownership::VmName;
 
 /// Whether there are jobs of ours, for whose end the guest is stopped: to be on record before.
 pub(crate) async fn has_jobs(qmp: &Qmp) -> bool {

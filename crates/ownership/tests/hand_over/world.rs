@@ -1,8 +1,8 @@
 //! What the production code does with the effects that `ownership::on` names, and with what it hears: the thin part, mirrored.
 
-use migration::Ownership;
-use migration::concerned::whose;
-use migration::ownership::{self, Answer, Asked, Effect, Event, Mark, Standing, Word};
+use ownership::Ownership;
+use ownership::concerned::whose;
+use ownership::{self, Answer, Asked, Effect, Event, Mark, Standing, Word};
 
 use super::state::*;
 use super::{Defect, HandOver, LINKS};

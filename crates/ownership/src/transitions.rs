@@ -3,10 +3,9 @@
 use uuid::Uuid;
 
 use super::{
-    Answer, Asked, Effect, Event, MOST_OUTGOING, Mark, Qemu, SourceSays, Standing, Step, Why, Withdrawal,
-    Word,
+    Answer, Asked, Effect, Event, MOST_OUTGOING, Mark, Outgoing, Ownership, Qemu, SourceSays, Standing, Step,
+    Why, Withdrawal, Word,
 };
-use crate::vm::{Outgoing, Ownership};
 
 /// What follows when something happens to a machine. Total: every event is answered in every standing.
 #[must_use]

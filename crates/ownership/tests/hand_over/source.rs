@@ -1,6 +1,6 @@
 //! The source's controller, its settlement, and what people have it ask: the order of steps, mirrored.
 
-use migration::ownership::{Asked, Effect, Event, SourceSays, Withdrawal, Word};
+use ownership::{Asked, Effect, Event, SourceSays, Withdrawal, Word};
 
 use super::state::*;
 use super::world::write;
@@ -213,7 +213,7 @@ impl HandOver {
         };
         let written = self.happen(state, host, event);
         if state.hosts[host].disk.as_ref().is_some_and(|disk| {
-            matches!(&disk.ownership, migration::Ownership::HandedOver { session: s, .. } if *s == uuid(session))
+            matches!(&disk.ownership, ownership::Ownership::HandedOver { session: s, .. } if *s == uuid(session))
         }) {
             state.past.handed_over |= 1 << session;
         }

@@ -17,6 +17,7 @@ mod slots;
 mod tests;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,18 +26,35 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use uuid::Uuid;
 
-use crate::ownership::{self, Effect, Event, Mark, Standing};
-use crate::vm::{Departed, Record, VmName};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::{Departed, Effect, Event, Mark, Ownership, Standing, VmName};
 use marks::Marks;
 use slots::Slots;
 
+/// What is on record of a machine, whatever else that is: whose it is.
+pub trait OnRecord: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned {
+    /// The machine.
+    fn name(&self) -> &VmName;
+
+    /// Whose it is.
+    fn standing(&self) -> Standing;
+
+    /// Takes on a standing.
+    fn stand(&mut self, standing: Standing);
+
+    /// What is remembered of it when it was this host's and goes.
+    fn departed(&self) -> Departed;
+}
+
 /// The records of all machines of one agent.
 #[derive(Debug)]
-pub struct Journal {
+pub struct Journal<R> {
     directory: PathBuf,
     identity: Uuid,
     marks: Marks,
-    entries: Mutex<HashMap<VmName, Entry>>,
+    entries: Mutex<HashMap<VmName, Entry<R>>>,
     /// Names whose records cannot be read, and why.
     unreadable: Vec<(VmName, JournalError)>,
     /// One for each name that somebody has decided about since the start.
@@ -45,17 +63,17 @@ pub struct Journal {
 }
 
 /// A name that is taken.
-#[derive(Debug, Clone)]
-enum Entry {
+#[derive(Debug)]
+enum Entry<R> {
     /// Its file is being made.
     Claimed,
-    Here(Arc<Kept>),
+    Here(Arc<Kept<R>>),
 }
 
 #[derive(Debug)]
-struct Kept {
+struct Kept<R> {
     /// What is certain. Never held while something is written.
-    record: Mutex<Record>,
+    record: Mutex<R>,
     /// Held by who changes it.
     file: Mutex<Paper>,
 }
@@ -123,30 +141,34 @@ pub struct Claim {
     name: VmName,
     arrived_by: Option<Uuid>,
     generation: u64,
-    side: std::mem::Discriminant<crate::vm::Ownership>,
+    side: std::mem::Discriminant<Ownership>,
 }
 
-impl Record {
-    /// What it is taken for.
+impl Claim {
+    /// What a machine with this standing is taken for.
     #[must_use]
-    pub fn claim(&self) -> Claim {
+    pub fn of(name: &VmName, standing: &Standing) -> Claim {
         Claim {
-            name: self.name.clone(),
-            arrived_by: self.arrived_by,
-            generation: self.generation,
-            side: std::mem::discriminant(&self.ownership),
+            name: name.clone(),
+            arrived_by: standing.arrived_by,
+            generation: standing.generation,
+            side: std::mem::discriminant(&standing.ownership),
         }
     }
 }
 
-impl Journal {
+fn claim_of(record: &impl OnRecord) -> Claim {
+    Claim::of(record.name(), &record.standing())
+}
+
+impl<R: OnRecord> Journal<R> {
     /// Opens the journal below a state directory, and reads all records. One that cannot be read keeps its name from everybody, as it
     /// may say that the machine was given away, and nobody else's.
     ///
     /// # Errors
     /// [`JournalError`]. A record that cannot be read keeps no other from being read; it is not passed over, because it may say that
     /// a machine was given away: its name stays taken, see [`Journal::unreadable`].
-    pub fn open(state_dir: &Path) -> Result<Journal, JournalError> {
+    pub fn open(state_dir: &Path) -> Result<Journal<R>, JournalError> {
         let directory = state_dir.join("vms");
         let failed = |action, path: &Path| {
             let path = path.to_owned();
@@ -160,8 +182,8 @@ impl Journal {
             let path = found.map_err(failed("list", &directory))?.path();
             if path.extension().is_some_and(|extension| extension == "journal") {
                 let name = path.file_stem().and_then(|stem| stem.to_str()?.parse::<VmName>().ok());
-                match (Slots::load(&path), name) {
-                    (Ok((slots, record)), Some(name)) if record.name == name => {
+                match (Slots::load::<R>(&path), name) {
+                    (Ok((slots, record)), Some(name)) if *record.name() == name => {
                         entries.insert(name, Entry::Here(Arc::new(Kept::new(record, slots))));
                     }
                     (Ok(_), Some(name)) => unreadable.push((name, JournalError::Corrupt(path))),
@@ -197,11 +219,11 @@ impl Journal {
         &self.unreadable
     }
 
-    fn entries(&self) -> MutexGuard<'_, HashMap<VmName, Entry>> {
+    fn entries(&self) -> MutexGuard<'_, HashMap<VmName, Entry<R>>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn kept(&self, name: &VmName) -> Option<Arc<Kept>> {
+    fn kept(&self, name: &VmName) -> Option<Arc<Kept<R>>> {
         match self.entries().get(name)? {
             Entry::Claimed => None,
             Entry::Here(kept) => Some(Arc::clone(kept)),
@@ -210,7 +232,7 @@ impl Journal {
 
     /// Keeps everybody else from deciding what becomes of a machine, as long as the answer is held. Whoever acts on what
     /// the record says holds it from the look to the end of the act.
-    pub(crate) async fn decide(&self, name: &VmName) -> tokio::sync::OwnedMutexGuard<()> {
+    pub async fn decide(&self, name: &VmName) -> tokio::sync::OwnedMutexGuard<()> {
         let lock = {
             let mut deciding = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
             // Names come from peers: those that nobody decides about just now are not kept.
@@ -222,7 +244,7 @@ impl Journal {
 
     /// Keeps everybody else from promising this host's room, as long as the answer is held: from the look at what is
     /// free to the claim that takes it.
-    pub(crate) async fn promise(&self) -> tokio::sync::MutexGuard<'_, ()> {
+    pub async fn promise(&self) -> tokio::sync::MutexGuard<'_, ()> {
         self.promising.lock().await
     }
 
@@ -234,8 +256,8 @@ impl Journal {
     ///
     /// # Errors
     /// [`JournalError::NameTaken`], [`JournalError::Unreadable`], or what the system said.
-    pub fn claim(&self, record: Record) -> Result<(), JournalError> {
-        let name = record.name.clone();
+    pub fn claim(&self, record: R) -> Result<(), JournalError> {
+        let name = record.name().clone();
         if self.unreadable.iter().any(|(unreadable, _)| *unreadable == name) {
             return Err(JournalError::Unreadable(name));
         }
@@ -268,20 +290,20 @@ impl Journal {
         Ok(())
     }
 
-    /// Something has happened to a machine: its record becomes what [`ownership::on`] says, and is durable when this returns. What else
+    /// Something has happened to a machine: its record becomes what [`crate::on`] says, and is durable when this returns. What else
     /// is to be on record with it is changed by `also`. `record` becomes what is on record now.
     ///
     /// # Errors
     /// [`JournalError::Changed`] when the machine is not what the caller takes it for; nothing was done then. After
     /// [`JournalError::Io`] a later start may find either of the two records: see [`Journal::settle`].
-    pub(crate) fn on(
+    pub fn on(
         &self,
-        record: &mut Record,
+        record: &mut R,
         event: Event,
-        also: impl FnOnce(&mut Record),
+        also: impl FnOnce(&mut R),
     ) -> Result<Vec<Effect>, JournalError> {
-        let (now, effects) = self.change(&record.claim(), |now| {
-            let step = ownership::on(Some(&Standing::from(&*now)), event);
+        let (now, effects) = self.change(&claim_of(record), |now| {
+            let step = crate::on(Some(&now.standing()), event);
             if let Some(standing) = step.standing {
                 now.stand(standing);
             }
@@ -296,26 +318,18 @@ impl Journal {
     ///
     /// # Errors
     /// As [`Journal::on`].
-    pub(crate) fn amend(
-        &self,
-        record: &mut Record,
-        amend: impl FnOnce(&mut Record),
-    ) -> Result<(), JournalError> {
-        let (now, ()) = self.change(&record.claim(), |now| {
-            let standing = Standing::from(&*now);
+    pub fn amend(&self, record: &mut R, amend: impl FnOnce(&mut R)) -> Result<(), JournalError> {
+        let (now, ()) = self.change(&claim_of(record), |now| {
+            let standing = now.standing();
             amend(now);
-            debug_assert_eq!(standing, Standing::from(&*now), "whose a machine is changes by events only");
+            debug_assert_eq!(standing, now.standing(), "whose a machine is changes by events only");
             now.stand(standing);
         })?;
         *record = now;
         Ok(())
     }
 
-    fn change<T>(
-        &self,
-        claim: &Claim,
-        change: impl FnOnce(&mut Record) -> T,
-    ) -> Result<(Record, T), JournalError> {
+    fn change<T>(&self, claim: &Claim, change: impl FnOnce(&mut R) -> T) -> Result<(R, T), JournalError> {
         let name = &claim.name;
         let kept = self.kept(name).ok_or_else(|| JournalError::Unknown(name.clone()))?;
         blocking(|| {
@@ -324,7 +338,7 @@ impl Journal {
                 return Err(JournalError::Unknown(name.clone()));
             }
             let before = kept.record();
-            if before.claim() != *claim {
+            if claim_of(&before) != *claim {
                 return Err(JournalError::Changed(name.clone()));
             }
             let mut after = before.clone();
@@ -336,9 +350,9 @@ impl Journal {
         })
     }
 
-    fn write(&self, kept: &Kept, paper: &mut Paper, record: &Record) -> Result<(), JournalError> {
+    fn write(&self, kept: &Kept<R>, paper: &mut Paper, record: &R) -> Result<(), JournalError> {
         paper.unsettled = true;
-        paper.slots.write(record, &self.path(&record.name))?;
+        paper.slots.write(record, &self.path(record.name()))?;
         paper.unsettled = false;
         *kept.record.lock().unwrap_or_else(PoisonError::into_inner) = record.clone();
         Ok(())
@@ -373,7 +387,7 @@ impl Journal {
     ///
     /// # Errors
     /// What the system said. The record then still stands.
-    pub(crate) fn remove(&self, name: &VmName, mark: Option<Mark>) -> Result<(), JournalError> {
+    pub fn remove(&self, name: &VmName, mark: Option<Mark>) -> Result<(), JournalError> {
         let Some(kept) = self.kept(name) else { return Ok(()) };
         blocking(|| {
             let mut paper = kept.paper();
@@ -381,10 +395,9 @@ impl Journal {
                 return Ok(());
             }
             let record = kept.record();
-            if let Some((session, mark)) = record.arrived_by.zip(mark).filter(|_| !record.released) {
-                let Record { post_copy, supplied, .. } = &record;
-                let departed = Departed { lacked: post_copy.is_some(), supplied: *supplied };
-                self.marks.make(session, mark, departed)?;
+            let standing = record.standing();
+            if let Some((session, mark)) = standing.arrived_by.zip(mark).filter(|_| !standing.released) {
+                self.marks.make(session, mark, record.departed())?;
             }
             let path = self.path(name);
             match std::fs::remove_file(&path) {
@@ -419,44 +432,44 @@ impl Journal {
     }
 
     /// The source of this hand-over keeps nothing of the machine, and will not ask about it again.
-    pub(crate) fn released(&self, session: Uuid) {
-        let here = self.all().into_iter().find(|record| record.arrived_by == Some(session));
+    pub fn released(&self, session: Uuid) {
+        let here = self.all().into_iter().find(|record| record.standing().arrived_by == Some(session));
         if let Some(mut record) = here
             && let Err(error) = self.on(&mut record, Event::Released { session }, |_| {})
         {
             // It is remembered for longer than need be.
-            tracing::warn!(vm = %record.name, error = finding::chain(&error), "the journal cannot be written");
+            tracing::warn!(vm = %record.name(), error = finding::chain(&error), "the journal cannot be written");
         }
         self.marks.forget(session);
     }
 
     /// A machine's record.
     #[must_use]
-    pub fn get(&self, name: &VmName) -> Option<Record> {
+    pub fn get(&self, name: &VmName) -> Option<R> {
         Some(self.kept(name)?.record())
     }
 
     /// All records, by name.
     #[must_use]
-    pub fn all(&self) -> Vec<Record> {
-        let kept: Vec<Entry> = self.entries().values().cloned().collect();
-        let record = |entry| match entry {
+    pub fn all(&self) -> Vec<R> {
+        let kept = |entry: &Entry<R>| match entry {
             Entry::Claimed => None,
-            Entry::Here(kept) => Some(kept.record()),
+            Entry::Here(kept) => Some(Arc::clone(kept)),
         };
-        let mut records: Vec<Record> = kept.into_iter().filter_map(record).collect();
-        records.sort_by(|a, b| a.name.cmp(&b.name));
+        let kept: Vec<Arc<Kept<R>>> = self.entries().values().filter_map(kept).collect();
+        let mut records: Vec<R> = kept.iter().map(|kept| kept.record()).collect();
+        records.sort_by(|a, b| a.name().cmp(b.name()));
         records
     }
 }
 
-impl Kept {
-    fn new(record: Record, slots: Slots) -> Kept {
+impl<R: Clone> Kept<R> {
+    fn new(record: R, slots: Slots) -> Kept<R> {
         let paper = Paper { slots, unsettled: false, removed: false };
         Kept { record: Mutex::new(record), file: Mutex::new(paper) }
     }
 
-    fn record(&self) -> Record {
+    fn record(&self) -> R {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -466,7 +479,7 @@ impl Kept {
 }
 
 /// Waits for the disk, and lets others have the runtime's thread where there are more.
-pub(crate) fn blocking<T>(work: impl FnOnce() -> T) -> T {
+pub fn blocking<T>(work: impl FnOnce() -> T) -> T {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),

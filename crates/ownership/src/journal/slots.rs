@@ -7,8 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use super::JournalError;
-use crate::vm::Record;
+use super::{JournalError, OnRecord};
 
 /// Bytes of a slot: enough for a command line of a hundred devices.
 pub(super) const SLOT: u64 = 256 * 1024;
@@ -26,17 +25,17 @@ pub(super) struct Slots {
 }
 
 /// What a slot holds.
-enum Slot {
+enum Slot<R> {
     /// Nothing was ever written to it, or it was being written when the power went.
     Nothing,
-    Record(u64, Box<Record>),
+    Record(u64, Box<R>),
     /// It is whole, and of a later version.
     NotUnderstood(u64, serde_json::Error),
 }
 
 impl Slots {
     /// Makes the file of a machine. It has its name only when its record is durable.
-    pub(super) fn create(path: &Path, record: &Record) -> Result<Slots, JournalError> {
+    pub(super) fn create(path: &Path, record: &impl OnRecord) -> Result<Slots, JournalError> {
         let new = path.with_extension("new");
         let failed = |action| {
             let path = path.to_owned();
@@ -56,11 +55,11 @@ impl Slots {
 
     /// Writes a record into the slot that is not current, and makes it so. After an error the same slot is written next time: it may
     /// hold the new record all the same.
-    pub(super) fn write(&mut self, record: &Record, path: &Path) -> Result<(), JournalError> {
+    pub(super) fn write(&mut self, record: &impl OnRecord, path: &Path) -> Result<(), JournalError> {
         let failed = |action, source| JournalError::Io { action, path: path.to_owned(), source };
         let json = serde_json::to_vec(record).map_err(|e| failed("encode", e.into()))?;
         if json.len() + HEADER > SLOT as usize {
-            return Err(JournalError::TooLarge { name: record.name.clone(), length: json.len() });
+            return Err(JournalError::TooLarge { name: record.name().clone(), length: json.len() });
         }
         // No journal has written so much: a header that says so was made up.
         let next = self.sequence.checked_add(1);
@@ -79,7 +78,7 @@ impl Slots {
     }
 
     /// Opens the file of a machine, and reads the newer of its records.
-    pub(super) fn load(path: &Path) -> Result<(Slots, Record), JournalError> {
+    pub(super) fn load<R: OnRecord>(path: &Path) -> Result<(Slots, R), JournalError> {
         let failed = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
         let (sequence, record) = newest(&file, path)?;
@@ -88,7 +87,7 @@ impl Slots {
 }
 
 /// The newer of a file's two records, with its number.
-pub(super) fn newest(file: &impl FileExt, path: &Path) -> Result<(u64, Record), JournalError> {
+pub(super) fn newest<R: OnRecord>(file: &impl FileExt, path: &Path) -> Result<(u64, R), JournalError> {
     let mut newest = Slot::Nothing;
     for number in [0, 1] {
         let slot = read(file, number, path)?;
@@ -105,7 +104,7 @@ pub(super) fn newest(file: &impl FileExt, path: &Path) -> Result<(u64, Record), 
     }
 }
 
-impl Slot {
+impl<R> Slot<R> {
     fn sequence(&self) -> u64 {
         match self {
             Slot::Nothing => 0,
@@ -114,7 +113,7 @@ impl Slot {
     }
 }
 
-fn read(file: &impl FileExt, number: u64, path: &Path) -> Result<Slot, JournalError> {
+fn read<R: OnRecord>(file: &impl FileExt, number: u64, path: &Path) -> Result<Slot<R>, JournalError> {
     let failed = |source| JournalError::Io { action: "read", path: path.to_owned(), source };
     let mut slot = vec![0; SLOT as usize];
     let length = read_as_far_as_it_goes(file, &mut slot, number * SLOT).map_err(failed)?;
@@ -139,7 +138,7 @@ fn read_as_far_as_it_goes(file: &impl FileExt, buffer: &mut [u8], offset: u64) -
     Ok(filled)
 }
 
-fn parse(slot: &[u8]) -> Slot {
+fn parse<R: OnRecord>(slot: &[u8]) -> Slot<R> {
     let Some((header, rest)) = slot.split_at_checked(HEADER) else { return Slot::Nothing };
     if header[..FAMILY.len()] != FAMILY {
         return Slot::Nothing;

@@ -3,34 +3,33 @@ use std::os::unix::fs::{FileExt, PermissionsExt as _};
 
 use super::slots::{HEADER, SLOT, newest, whole};
 use super::*;
-use crate::vm::{Origin, Outgoing, Ownership};
+use crate::testing::Plain as Record;
+use crate::{Outgoing, Ownership};
 
 fn record(name: &str, generation: u64) -> Record {
     Record {
         generation,
-        argv: vec!["qemu".into(), "x".repeat(generation as usize * 10)],
-        qmp_socket: "/run/x".into(),
-        memory: 5,
-        ..Record::new(name.parse().unwrap(), Standing::own(), Origin::Run)
+        content: vec!["qemu".into(), "x".repeat(generation as usize * 10)],
+        ..Record::new(name.parse().unwrap())
     }
 }
 
 /// Puts the record of this generation in the place of the one before it.
-fn rewrite(journal: &Journal, name: &str, generation: u64) {
+fn rewrite(journal: &Journal<Record>, name: &str, generation: u64) {
     let before = journal.get(&name.parse().unwrap()).unwrap();
-    journal.change(&before.claim(), |now| *now = record(name, generation)).unwrap();
+    journal.change(&claim_of(&before), |now| *now = record(name, generation)).unwrap();
 }
 
 /// Forgets a machine that nobody has decided about.
-fn forget(journal: &Journal, name: &str) {
+fn forget(journal: &Journal<Record>, name: &str) {
     let name = name.parse().unwrap();
-    let mark = Standing::from(&journal.get(&name).unwrap()).mark();
+    let mark = journal.get(&name).unwrap().standing().mark();
     journal.remove(&name, mark).unwrap();
 }
 
 /// Why the only record cannot be read, and that its name is taken all the same, and the others' are not.
 fn unreadable(state_dir: &Path) -> JournalError {
-    let mut journal = Journal::open(state_dir).unwrap();
+    let mut journal = Journal::<Record>::open(state_dir).unwrap();
     assert!(journal.all().is_empty() && journal.get(&"a".parse().unwrap()).is_none());
     assert!(matches!(journal.claim(record("a", 1)), Err(JournalError::Unreadable(_))));
     journal.claim(record("other", 1)).unwrap();
@@ -43,7 +42,7 @@ fn unreadable(state_dir: &Path) -> JournalError {
 #[test]
 fn what_was_written_is_there_after_a_restart() {
     let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(record("a", 1)).unwrap();
     journal.claim(record("b", 1)).unwrap();
     for generation in 2..9 {
@@ -51,7 +50,7 @@ fn what_was_written_is_there_after_a_restart() {
     }
     journal.remove(&"b".parse().unwrap(), None).unwrap();
     drop(journal);
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     assert_eq!(journal.all(), [record("a", 8)]);
     assert!(matches!(journal.claim(record("a", 1)), Err(JournalError::NameTaken(_))));
     assert!(matches!(journal.amend(&mut record("b", 1), |_| {}), Err(JournalError::Unknown(_))));
@@ -61,14 +60,14 @@ fn what_was_written_is_there_after_a_restart() {
 fn a_hand_over_is_not_forgotten_with_its_machine() {
     let directory = tempfile::tempdir().unwrap();
     let (owned, copied) = (Uuid::from_u128(1), Uuid::from_u128(2));
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(Record { arrived_by: Some(owned), ..record("a", 1) }).unwrap();
     let ownership = Ownership::Incoming { session: copied, from: "host".into(), ready: true };
     journal.claim(Record { arrived_by: Some(copied), ownership, ..record("b", 1) }).unwrap();
     assert_eq!(journal.mark(owned).unwrap(), None, "it is still here");
     forget(&journal, "a");
     forget(&journal, "b");
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     assert_eq!(journal.mark(owned).unwrap(), Some(Mark::Ran));
     assert_eq!(
         journal.mark(copied).unwrap(),
@@ -83,19 +82,18 @@ fn a_hand_over_is_not_forgotten_with_its_machine() {
 #[test]
 fn a_machine_that_ended_while_it_lacked_memory_is_not_remembered_as_one_that_had_all() {
     let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
-    let post_copy = crate::vm::PostCopy { descriptor: 7, missing: "/run/a.missing".into(), given: None };
-    let supplied = crate::vm::Supplied { faults: 3, longest_us: 5, total_us: 9, taken_over: false };
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
+    let supplied = crate::Supplied { faults: 3, longest_us: 5, total_us: 9, taken_over: false };
     let [lacking, whole, neither] = [1, 2, 3].map(Uuid::from_u128);
     let arrived = |name, session| Record { arrived_by: Some(session), ..record(name, 1) };
-    journal.claim(Record { post_copy: Some(post_copy), ..arrived("a", lacking) }).unwrap();
+    journal.claim(Record { lacks: true, ..arrived("a", lacking) }).unwrap();
     journal.claim(Record { supplied: Some(supplied), ..arrived("b", whole) }).unwrap();
     journal.claim(arrived("c", neither)).unwrap();
     for name in ["a", "b", "c"] {
         assert_eq!(journal.departed(lacking).unwrap().is_some(), name != "a");
         forget(&journal, name);
     }
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     assert_eq!(journal.departed(lacking).unwrap(), Some(Departed { lacked: true, supplied: None }));
     assert_eq!(journal.departed(whole).unwrap(), Some(Departed { lacked: false, supplied: Some(supplied) }));
     assert_eq!(journal.departed(neither).unwrap(), Some(Departed::default()));
@@ -109,7 +107,7 @@ fn a_torn_write_leaves_the_record_before_it() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vms/a.journal");
     for torn_at in [0, 8, 20, 30, HEADER as u64, HEADER as u64 + 50] {
-        let journal = Journal::open(directory.path()).unwrap();
+        let journal = Journal::<Record>::open(directory.path()).unwrap();
         let name: VmName = "a".parse().unwrap();
         journal.remove(&name, None).unwrap();
         journal.claim(record("a", 1)).unwrap();
@@ -121,14 +119,18 @@ fn a_torn_write_leaves_the_record_before_it() {
         let mut byte = [0];
         file.read_exact_at(&mut byte, SLOT + torn_at).unwrap();
         file.write_all_at(&[!byte[0]], SLOT + torn_at).unwrap();
-        assert_eq!(Journal::open(directory.path()).unwrap().all(), [record("a", 2)], "torn at {torn_at}");
+        assert_eq!(
+            Journal::<Record>::open(directory.path()).unwrap().all(),
+            [record("a", 2)],
+            "torn at {torn_at}"
+        );
     }
 }
 
 #[test]
 fn a_file_without_any_whole_record_is_not_passed_over() {
     let directory = tempfile::tempdir().unwrap();
-    drop(Journal::open(directory.path()).unwrap());
+    drop(Journal::<Record>::open(directory.path()).unwrap());
     std::fs::write(directory.path().join("vms/a.journal"), vec![7; 2 * SLOT as usize]).unwrap();
     assert!(matches!(unreadable(directory.path()), JournalError::Corrupt(_)));
 }
@@ -137,7 +139,7 @@ fn a_file_without_any_whole_record_is_not_passed_over() {
 fn a_record_of_a_later_version_does_not_yield_to_the_older_one() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vms/a.journal");
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(record("a", 1)).unwrap();
     drop(journal);
     // Sequence 1 is in slot 1; the next one goes into slot 0.
@@ -151,7 +153,7 @@ fn a_record_of_a_later_version_does_not_yield_to_the_older_one() {
     assert!(matches!(&error, JournalError::NotUnderstood { source: None, .. }), "{error:?}");
     // What is older than the record that holds does not matter.
     file.write_all_at(&whole(0, br#"{"ownership":"later"}"#), 0).unwrap();
-    assert_eq!(Journal::open(directory.path()).unwrap().all(), [record("a", 1)]);
+    assert_eq!(Journal::<Record>::open(directory.path()).unwrap().all(), [record("a", 1)]);
 }
 
 /// A file on a disk that cannot read one of its slots.
@@ -177,13 +179,13 @@ impl FileExt for BadSlot {
 fn a_slot_that_the_disk_cannot_read_does_not_yield_to_the_other() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("vms/a.journal");
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(record("a", 1)).unwrap();
     rewrite(&journal, "a", 2);
     assert_eq!(newest(&File::open(&path).unwrap(), &path).unwrap(), (2, record("a", 2)));
     // Sequence 2 is in slot 0, and what is in the other one is older; but who cannot read one does not know which is which.
     for bad in [0, 1] {
-        let error = newest(&BadSlot { file: File::open(&path).unwrap(), bad }, &path).unwrap_err();
+        let error = newest::<Record>(&BadSlot { file: File::open(&path).unwrap(), bad }, &path).unwrap_err();
         let JournalError::Io { action: "read", source, .. } = &error else { panic!("{error:?}") };
         assert_eq!(source.raw_os_error(), Some(libc::EIO));
     }
@@ -193,13 +195,13 @@ fn a_slot_that_the_disk_cannot_read_does_not_yield_to_the_other() {
 #[test]
 fn a_record_after_which_there_is_no_number_is_read_and_not_written_over() {
     let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(record("a", 1)).unwrap();
     drop(journal);
     let file = OpenOptions::new().write(true).open(directory.path().join("vms/a.journal")).unwrap();
     let json = serde_json::to_vec(&record("a", 7)).unwrap();
     file.write_all_at(&whole(u64::MAX, &json), 0).unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     assert_eq!(journal.all(), [record("a", 7)]);
     let refused = journal.amend(&mut record("a", 7), |now| now.memory = 6);
     assert!(matches!(refused, Err(JournalError::Corrupt(_))), "{refused:?}");
@@ -209,7 +211,7 @@ fn a_record_after_which_there_is_no_number_is_read_and_not_written_over() {
 #[test]
 fn a_record_of_another_name_than_its_file_is_nobodys() {
     let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(record("b", 1)).unwrap();
     drop(journal);
     std::fs::rename(directory.path().join("vms/b.journal"), directory.path().join("vms/a.journal")).unwrap();
@@ -219,7 +221,7 @@ fn a_record_of_another_name_than_its_file_is_nobodys() {
 #[test]
 fn a_mark_that_cannot_be_seen_is_not_taken_for_none() {
     let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     let session = Uuid::from_u128(1);
     assert_eq!(journal.mark(session).unwrap(), None);
     // In the place of the directory of marks: ENOTDIR for everybody, root too.
@@ -234,31 +236,31 @@ fn a_mark_that_cannot_be_seen_is_not_taken_for_none() {
 fn a_mark_does_not_go_by_the_clock() {
     let directory = tempfile::tempdir().unwrap();
     let session = Uuid::from_u128(1);
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(Record { arrived_by: Some(session), ..record("a", 1) }).unwrap();
     forget(&journal, "a");
     let mark = std::fs::File::open(directory.path().join("departed").join(session.to_string())).unwrap();
     mark.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
-    assert_eq!(Journal::open(directory.path()).unwrap().mark(session).unwrap(), Some(Mark::Ran));
+    assert_eq!(Journal::<Record>::open(directory.path()).unwrap().mark(session).unwrap(), Some(Mark::Ran));
 }
 
 #[test]
 fn a_state_directory_is_known_again_and_an_empty_one_is_another() {
     let [one, other] = [0, 1].map(|_| tempfile::tempdir().unwrap());
-    let identity = Journal::open(one.path()).unwrap().identity();
-    assert_eq!(Journal::open(one.path()).unwrap().identity(), identity);
-    assert_ne!(Journal::open(other.path()).unwrap().identity(), identity);
+    let identity = Journal::<Record>::open(one.path()).unwrap().identity();
+    assert_eq!(Journal::<Record>::open(one.path()).unwrap().identity(), identity);
+    assert_ne!(Journal::<Record>::open(other.path()).unwrap().identity(), identity);
     std::fs::write(one.path().join("identity"), b"").unwrap();
     // One that says nothing keeps no agent down, and what that says of copies is nobody's word.
-    let unknown = Journal::open(one.path()).unwrap().identity();
+    let unknown = Journal::<Record>::open(one.path()).unwrap().identity();
     assert_ne!(unknown, identity);
-    assert_ne!(Journal::open(one.path()).unwrap().identity(), unknown);
+    assert_ne!(Journal::<Record>::open(one.path()).unwrap().identity(), unknown);
 }
 
 #[test]
 fn what_somebody_else_has_changed_meanwhile_is_not_written_over() {
     let directory = tempfile::tempdir().unwrap();
-    let journal = Journal::open(directory.path()).unwrap();
+    let journal = Journal::<Record>::open(directory.path()).unwrap();
     journal.claim(record("a", 1)).unwrap();
     let outgoing = Outgoing { session: Uuid::from_u128(1), to: Some("b".into()), address: "b:1".into() };
     let mut first = journal.get(&"a".parse().unwrap()).unwrap();
@@ -267,8 +269,8 @@ fn what_somebody_else_has_changed_meanwhile_is_not_written_over() {
     let effects = journal.on(&mut first, offered(outgoing.session), |_| {}).unwrap();
     assert_eq!((effects, &first.outgoing), (vec![], &vec![outgoing.clone()]));
     // A detail changed by who has an older copy keeps what the first has put on record.
-    journal.amend(&mut second, |now| now.pauses = true).unwrap();
-    assert_eq!((&second.outgoing, second.pauses), (&vec![outgoing.clone()], true));
+    journal.amend(&mut second, |now| now.memory = 8).unwrap();
+    assert_eq!((&second.outgoing, second.memory), (&vec![outgoing.clone()], 8));
     let event = Event::HandedOver {
         session: outgoing.session,
         to: "b".into(),
@@ -278,17 +280,17 @@ fn what_somebody_else_has_changed_meanwhile_is_not_written_over() {
     };
     assert_eq!(journal.on(&mut first, event, |_| {}).unwrap(), [Effect::Commit]);
     // Who took it for this host's cannot make it that again, nor say that a copy of it is gone.
-    assert!(matches!(journal.amend(&mut second, |now| now.pauses = false), Err(JournalError::Changed(_))));
+    assert!(matches!(journal.amend(&mut second, |now| now.memory = 9), Err(JournalError::Changed(_))));
     let withdrawn = Event::Withdrawn { session: outgoing.session };
     assert!(matches!(journal.on(&mut second, withdrawn, |_| {}), Err(JournalError::Changed(_))));
-    let kept = Journal::open(directory.path()).unwrap().get(&"a".parse().unwrap()).unwrap();
-    assert!(matches!(kept.ownership, Ownership::HandedOver { .. }) && kept.pauses);
+    let kept = Journal::<Record>::open(directory.path()).unwrap().get(&"a".parse().unwrap()).unwrap();
+    assert!(matches!(kept.ownership, Ownership::HandedOver { .. }) && kept.memory == 8);
 }
 
 #[test]
 fn a_disk_that_one_machine_waits_for_keeps_no_other_waiting() {
     let directory = tempfile::tempdir().unwrap();
-    let journal = Arc::new(Journal::open(directory.path()).unwrap());
+    let journal = Arc::new(Journal::<Record>::open(directory.path()).unwrap());
     journal.claim(record("slow", 1)).unwrap();
     journal.claim(record("quick", 1)).unwrap();
     let (entered, enter) = std::sync::mpsc::channel();
@@ -312,28 +314,4 @@ fn a_disk_that_one_machine_waits_for_keeps_no_other_waiting() {
     leave.send(()).unwrap();
     slow.join().unwrap().unwrap();
     assert_eq!(journal.get(&"slow".parse().unwrap()).unwrap().memory, 6);
-}
-
-#[test]
-fn copies_left_elsewhere_are_read_as_earlier_versions_have_written_them() {
-    let outgoing = |number: u128| Outgoing {
-        session: Uuid::from_u128(number),
-        to: Some(format!("host-{number}")),
-        address: "b:1".into(),
-    };
-    let on_record = |outgoing: Vec<Outgoing>| {
-        serde_json::to_value(Record { outgoing, ..record("a", 1) }).unwrap()["outgoing"].clone()
-    };
-    // None and one are what they were; these have no other form, so an earlier version reads them too.
-    assert_eq!(on_record(Vec::new()), serde_json::Value::Null);
-    assert_eq!(on_record(vec![outgoing(1)]), serde_json::to_value(outgoing(1)).unwrap());
-    for several in [vec![], vec![outgoing(1)], vec![outgoing(1), outgoing(2)]] {
-        let mut json = serde_json::to_value(Record { outgoing: several.clone(), ..record("a", 1) }).unwrap();
-        json.as_object_mut().unwrap().remove("has_run");
-        let read: Record = serde_json::from_value(json).unwrap();
-        assert_eq!((read.outgoing, read.has_run), (several, false));
-    }
-    let mut json = serde_json::to_value(record("a", 1)).unwrap();
-    json.as_object_mut().unwrap().remove("outgoing");
-    assert_eq!(serde_json::from_value::<Record>(json).unwrap().outgoing, []);
 }

@@ -1,9 +1,8 @@
 //! The file of a record for the fuzz targets.
 
-use super::JournalError;
 use super::slots::{SLOT, Slots, whole};
+use super::{JournalError, OnRecord};
 use crate::fuzzing::memory_file;
-use crate::vm::Record;
 
 /// What is in a slot: bytes as they are, or with a header that fits them.
 #[derive(Debug, Clone, Copy)]
@@ -18,7 +17,7 @@ pub enum Slot<'a> {
 ///
 /// # Panics
 /// If a record is believed beside a newer one, or is not the same once it was written again.
-pub fn slots(even: Slot<'_>, odd: Slot<'_>) {
+pub fn slots<R: OnRecord>(even: Slot<'_>, odd: Slot<'_>) {
     let bytes = |slot| match slot {
         Slot::Raw(bytes) => bytes.to_vec(),
         Slot::Whole(sequence, json) => whole(sequence, json),
@@ -29,13 +28,13 @@ pub fn slots(even: Slot<'_>, odd: Slot<'_>) {
     };
     let (first, second) = (cut(bytes(even)), cut(bytes(odd)));
     let (_file, path) = memory_file(&[(0, &first), (SLOT, &second)]);
-    let loaded = Slots::load(&path);
+    let loaded = Slots::load::<R>(&path);
     if let (Slot::Whole(one, json), Slot::Whole(two, other)) = (even, odd)
         && one != two
         && json.len().max(other.len()) < SLOT as usize - 100
     {
         let newest = if one > two { json } else { other };
-        match (&loaded, serde_json::from_slice::<Record>(newest)) {
+        match (&loaded, serde_json::from_slice::<R>(newest)) {
             (Ok((_, found)), Ok(expected)) => assert_eq!(found, &expected, "not the newest"),
             (Err(JournalError::NotUnderstood { .. }), Err(_)) => {}
             (loaded, expected) => panic!("{loaded:?} of {expected:?}"),
@@ -45,6 +44,6 @@ pub fn slots(even: Slot<'_>, odd: Slot<'_>) {
     if slots.write(&record, &path).is_err() {
         return;
     }
-    let (_, again) = Slots::load(&path).expect("what was just written");
+    let (_, again) = Slots::load::<R>(&path).expect("what was just written");
     assert_eq!(again, record);
 }

@@ -1,6 +1,6 @@
 //! The hand-over, model-checked: every order of steps, crashes, lost messages, failing disks and people's decisions.
 //!
-//! Whose the machine is after each event, and what is done then, is `migration::ownership::on` itself, the function that the agent
+//! Whose the machine is after each event, and what is done then, is `ownership::on` itself, the function that the agent
 //! uses. Mirrored by hand is what stands around it: the order in which a source's controller goes about a migration
 //! (`hand_over/source.rs`), and how effects are carried out, step by step, with a crash possible between any two
 //! (`hand_over/world.rs`).

@@ -3,8 +3,7 @@
 
 use uuid::Uuid;
 
-use crate::ownership::{SourceSays, Standing};
-use crate::vm::Ownership;
+use crate::{Ownership, SourceSays, Standing};
 
 /// Whose a machine is, as its host says to an agent that asks about a migration of it.
 #[must_use]
@@ -30,7 +29,7 @@ fn was_offered(standing: &Standing, session: Uuid, to: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::Outgoing;
+    use crate::Outgoing;
 
     fn offered(session: Uuid, to: &str) -> Standing {
         let outgoing = Outgoing { session, to: Some(to.to_owned()), address: "10.0.0.2:7600".to_owned() };

@@ -4,8 +4,7 @@ pub(crate) mod source;
 pub(crate) mod state;
 pub(crate) mod world;
 
-use migration::Ownership;
-use migration::ownership::{Asked, Effect, Event, SourceSays, Standing, Withdrawal};
+use ownership::{Asked, Effect, Event, Ownership, SourceSays, Standing, Withdrawal};
 use stateright::{Model, Property};
 
 use source::SourceAction;
@@ -174,7 +173,7 @@ impl HandOver {
         let busy = attended || !matches!(at.step, Step::Idle | Step::InDoubt(_));
         let dead = matches!(at.qemu, None | Some((_, Guest::Dead)));
         if dead && !busy && at.handed_over().is_none() && at.record.is_some() {
-            let step = migration::ownership::on(at.record.as_ref(), Event::Ended);
+            let step = ownership::on(at.record.as_ref(), Event::Ended);
             if !matches!(step.effects[..], [Effect::Doubt]) || self.defect == Some(Defect::DepartsUnrun) {
                 actions.push(Action::FindEnded(host));
             }
@@ -514,12 +513,12 @@ impl Model for HandOver {
                 };
                 let keeper = state.hosts[host].keeper;
                 match self.happen(&mut state, host, Event::Copied { session: uuid(session) }).as_deref() {
-                    Some([Effect::Say(migration::ownership::Word::Ready)]) => {
-                        state.links[at].answer(Reply::Said(migration::ownership::Word::Ready, keeper));
+                    Some([Effect::Say(ownership::Word::Ready)]) => {
+                        state.links[at].answer(Reply::Said(ownership::Word::Ready, keeper));
                         state.links[at].task = Task::AwaitingCommit(session);
                     }
                     _ => {
-                        state.links[at].answer(Reply::Said(migration::ownership::Word::NotNow, keeper));
+                        state.links[at].answer(Reply::Said(ownership::Word::NotNow, keeper));
                         state.links[at].task = Task::Done;
                         if state.hosts[host].work.is_empty() {
                             self.session_over(&mut state, host, session);
@@ -533,7 +532,7 @@ impl Model for HandOver {
                 if matches!(action, Action::LoadFails(_)) {
                     let keeper = state.hosts[host].keeper;
                     state.faults += 1;
-                    state.links[at].answer(Reply::Said(migration::ownership::Word::NotNow, keeper));
+                    state.links[at].answer(Reply::Said(ownership::Word::NotNow, keeper));
                 }
                 let task = state.links[at].task;
                 state.links[at].task = Task::Done;
@@ -589,7 +588,7 @@ impl Model for HandOver {
             properties.push(Property::sometimes(
                 "it comes back after a hand-over that failed",
                 |_, state: &State| {
-                    let kept = |record: &migration::ownership::Standing| record.generation == 2;
+                    let kept = |record: &ownership::Standing| record.generation == 2;
                     state.hosts[0].record.as_ref().is_some_and(kept) && state.hosts[0].runs()
                 },
             ));

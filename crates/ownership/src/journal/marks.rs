@@ -11,8 +11,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::JournalError;
-use crate::ownership::Mark;
-use crate::vm::Departed;
+use crate::{Departed, Mark};
 
 /// Bytes that a mark is read to.
 const LONGEST: u64 = 4096;

@@ -1,4 +1,5 @@
-//! Whose a machine is: every transition of it, as one pure function.
+//! Whose a machine is: every transition of it, as one pure function, and the [`journal`] that keeps it through any crash. This crate
+//! knows no QEMU and no disk.
 //!
 //! [`on`] takes what the journal says of a machine and something that has happened, and says what the journal is to say from then
 //! on and what is to be done, in that order: the record is durable before any of the effects begins. Nothing else changes a
@@ -16,50 +17,26 @@
 //!
 //! `tests/hand_over_model.rs` checks this very function with every order of events, crashes and decisions of people.
 
+pub mod concerned;
+mod departed;
+#[cfg(fuzzing)]
+pub mod fuzzing;
+pub mod journal;
+mod name;
+mod standing;
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 mod transitions;
 
 use uuid::Uuid;
 
+pub use departed::{Departed, Supplied};
+pub use journal::{Claim, Journal, JournalError, OnRecord};
+pub use name::{BadName, VmName};
+pub use standing::{Mark, Outgoing, Ownership, Standing};
 pub use transitions::on;
-
-use crate::vm::{Outgoing, Ownership, Record};
-
-/// The part of a record that says whose the machine is.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Standing {
-    /// Grows by one with every change of owner.
-    pub generation: u64,
-    /// Which side of a hand-over this host is on.
-    pub ownership: Ownership,
-    /// The migration by which it came here.
-    pub arrived_by: Option<Uuid>,
-    /// The agent that it came from.
-    pub arrived_from: Option<String>,
-    /// Where copies may wait that are worthless unless the machine is handed over by that very migration: of the one under way, and
-    /// of earlier ones whose destinations have not been told yet.
-    pub outgoing: Vec<Outgoing>,
-    /// Its guest may be paused by a switch-over of ours: nobody has seen it run since that began.
-    pub switching: bool,
-    /// It is this host's, and may not have been let run yet.
-    pub resuming: bool,
-    /// Its guest has run here since it came: whatever becomes of it, no host that it came from has anything newer.
-    pub has_run: bool,
-    /// It was handed over before its memory was complete: the rest is only here.
-    pub supplies: bool,
-    /// The host that it came from has said that it keeps nothing of it, and will not ask what became of it.
-    pub released: bool,
-}
-
-/// What stays of a hand-over to this host when its machine is not here any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Mark {
-    /// It became this host's, and ran here.
-    Ran,
-    /// Its copy was complete, never ran, and never will: the source may run the machine.
-    NeverRan,
-}
 
 /// What a destination says of a machine that it is asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -318,93 +295,3 @@ pub struct Step {
 /// Most copies that may wait elsewhere while a machine is migrated once more. A destination that takes the machine anew has none any more,
 /// so these are at as many hosts, each lost within a switch-over.
 pub const MOST_OUTGOING: usize = 16;
-
-impl Standing {
-    /// Of a machine that was started or taken in here.
-    #[must_use]
-    pub fn own() -> Standing {
-        Standing {
-            generation: 0,
-            ownership: Ownership::Owner,
-            arrived_by: None,
-            arrived_from: None,
-            outgoing: Vec::new(),
-            switching: false,
-            resuming: false,
-            has_run: true,
-            supplies: false,
-            released: false,
-        }
-    }
-
-    /// What is to be remembered when such a machine goes that nobody has decided about.
-    #[must_use]
-    pub fn mark(&self) -> Option<Mark> {
-        match self.ownership {
-            Ownership::Incoming { ready, .. } => ready.then_some(Mark::NeverRan),
-            // It may have run or not: neither is said of it.
-            Ownership::Owner if self.is_unseen() => None,
-            Ownership::Owner | Ownership::HandedOver { .. } => {
-                (self.arrived_by.is_some() && !self.released).then_some(Mark::Ran)
-            }
-        }
-    }
-
-    /// Whether it came here to stay, and nobody knows yet whether its guest has run here.
-    #[must_use]
-    pub fn is_unseen(&self) -> bool {
-        self.ownership == Ownership::Owner && self.resuming && !self.has_run
-    }
-
-    /// Whether it came here by this migration, from this agent.
-    #[must_use]
-    pub fn came_by(&self, session: Uuid, from: &str) -> bool {
-        self.arrived_by == Some(session) && self.arrived_from.as_deref() == Some(from)
-    }
-}
-
-impl From<&Record> for Standing {
-    fn from(record: &Record) -> Standing {
-        Standing {
-            generation: record.generation,
-            ownership: record.ownership.clone(),
-            arrived_by: record.arrived_by,
-            arrived_from: record.arrived_from.clone(),
-            outgoing: record.outgoing.clone(),
-            switching: record.switching,
-            resuming: record.resuming,
-            // Not on record of earlier versions; what has never come from elsewhere was started here.
-            has_run: record.has_run || record.arrived_by.is_none(),
-            supplies: record.supplies,
-            released: record.released,
-        }
-    }
-}
-
-impl Record {
-    /// Takes on a standing.
-    pub(crate) fn stand(&mut self, standing: Standing) {
-        let Standing {
-            generation,
-            ownership,
-            arrived_by,
-            arrived_from,
-            outgoing,
-            switching,
-            resuming,
-            has_run,
-            supplies,
-            released,
-        } = standing;
-        self.generation = generation;
-        self.ownership = ownership;
-        self.arrived_by = arrived_by;
-        self.arrived_from = arrived_from;
-        self.outgoing = outgoing;
-        self.switching = switching;
-        self.resuming = resuming;
-        self.has_run = has_run;
-        self.supplies = supplies;
-        self.released = released;
-    }
-}

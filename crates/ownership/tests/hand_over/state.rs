@@ -1,7 +1,6 @@
 //! What the model is about: hosts, their journals, their QEMUs, what is between them, and what has happened so far.
 
-use migration::Ownership;
-use migration::ownership::{Event, Mark, Standing, Withdrawal, Word};
+use ownership::{Event, Mark, Ownership, Standing, Withdrawal, Word};
 use uuid::Uuid;
 
 /// Number of a migration, from 1.
@@ -197,7 +196,7 @@ pub(crate) enum Reply {
     /// With the identity of the state directory.
     Reserved(u8),
     Said(Word, u8),
-    Belongs(migration::ownership::SourceSays),
+    Belongs(ownership::SourceSays),
 }
 
 /// What no part of the system knows, but the properties are about.
@@ -322,7 +321,7 @@ impl State {
         let mut state = State::first(hosts);
         let (from, to) = (name(0), name(1));
         let follow = |standing: Option<Standing>, event| {
-            migration::ownership::on(standing.as_ref(), event).standing.expect("a record")
+            ownership::on(standing.as_ref(), event).standing.expect("a record")
         };
         let (session, address) = (uuid(1), to.clone());
         let offered = follow(Some(Standing::own()), Event::Offered { session, to: to.clone(), address });
