@@ -12,7 +12,8 @@ use std::path::Path;
 use rustix::fs::{AtFlags, CWD, Gid, Mode, Uid, chownat, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// Makes a listening socket of mode 0600 that belongs to whom its directory belongs to.
+/// Makes a listening socket of mode 0600 that belongs to whom its directory belongs to. It gets its mode before it has a name, so
+/// nobody else can connect in between.
 pub(crate) fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
@@ -43,4 +44,21 @@ pub(crate) fn listen(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
         return Err(error);
     }
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn the_socket_is_the_users_alone_and_what_is_in_its_place_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let _listener = listen(&socket, 1).unwrap();
+        assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(listen(&socket, 1).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert!(socket.exists(), "the failed one has not removed what is not its own");
+    }
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use mirror::storage::image::{Image, RawImage, Room, ServedImage, forget_earlier_writers};
-use mirror::storage::nbd::client::Client;
+use nbd::client::Client;
 use qemu::{Create, ImageLock, NewFormat, Serve, ServedBacking, StorageDaemon, User};
 use rustix::fs::{FallocateFlags, fallocate};
 use uuid::Uuid;

@@ -11,8 +11,8 @@ use mirror::hash::Secret;
 use mirror::storage::Lane;
 use mirror::storage::image::{Image, RawImage, Room, ServedImage};
 use mirror::storage::layout::{BlockIndex, DiskLayout};
-use mirror::storage::nbd::client::Client;
 use mirror::storage::source::{DiskFlow, DiskProof, SourceDisk, StorageSource};
+use nbd::client::Client;
 use qemu::qmp::{MirrorEnd, MirrorJob, NbdNode, Sync};
 use qemu::{NotRecorded, Process, Qmp, Serve, ServedBacking, StorageDaemon};
 

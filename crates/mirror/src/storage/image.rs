@@ -11,8 +11,8 @@ use std::sync::{Mutex, PoisonError};
 use rustix::fs::{Advice, FallocateFlags, SeekFrom, fadvise, fallocate, seek};
 use rustix::io::Errno;
 
-use super::nbd::client::Client;
 use crate::hash::is_zero;
+use nbd::client::Client;
 
 /// Zeros are looked for in pieces of this size, so that a sparse image stays sparse: what file systems allocate by.
 const GRAIN: usize = 4096;
@@ -279,10 +279,7 @@ impl ServedImage {
         ServedImage { client: Mutex::new(client), room }
     }
 
-    fn with<T>(
-        &self,
-        ask: impl FnOnce(&mut Client) -> Result<T, super::nbd::client::NbdError>,
-    ) -> io::Result<T> {
+    fn with<T>(&self, ask: impl FnOnce(&mut Client) -> Result<T, nbd::client::NbdError>) -> io::Result<T> {
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         ask(&mut client).map_err(io::Error::other)
     }

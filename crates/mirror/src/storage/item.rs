@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::layout::{BLOCK_SIZE, BlockIndex};
-use super::nbd::server::Reply;
+use nbd::server::Reply;
 
 /// Answers a request when nobody holds it any more.
 #[derive(Debug)]

@@ -16,7 +16,6 @@ pub mod image;
 mod item;
 pub(crate) mod lane;
 pub mod layout;
-pub mod nbd;
 mod queue;
 pub mod source;
 

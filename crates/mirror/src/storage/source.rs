@@ -8,16 +8,19 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
+use nbd::server::{Export, Reply, Request, Server};
 
 use super::image::Image;
 use super::item::Answer;
 use super::lane::Lane;
 use super::layout::{BLOCK_SIZE, BlockIndex, DiskLayout};
-use super::nbd::server::{Export, Reply, Request, Server};
 use super::queue::Queue;
 use crate::hash::{ContentHash, Secret};
 use crate::ledger::{Ledgers, Sum};
+use crate::meeting;
 
+/// Clients of a disk's socket that may wait to be accepted; all but one of them are turned away.
+const BACKLOG: i32 = 8;
 /// How often it is looked whether a stream has stopped.
 const WATCH: Duration = Duration::from_millis(100);
 /// How often blocks that are not certain are settled while the guest runs, and how many: 2 MiB in a second. Those of a busy journal are
@@ -133,7 +136,8 @@ impl StorageSource {
             let served = Arc::new(Served { shared: Arc::clone(&shared), disk });
             // Left behind by an agent that was killed; the name is this session's alone.
             let _ = std::fs::remove_file(socket);
-            servers.push(Server::listen(socket, export, served)?);
+            let listener = meeting::listen(socket, BACKLOG)?.into();
+            servers.push(Server::listen(listener, socket, export, served)?);
         }
         let lanes =
             (0..).zip(woken).map(|(stream, woken)| Lane::new(Arc::clone(&shared), stream, woken)).collect();

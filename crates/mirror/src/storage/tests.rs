@@ -15,7 +15,6 @@ use proptest::prelude::*;
 use super::destination::{BlockReceiver, StorageDestination, Wrong};
 use super::image::{Image, RawImage, Room};
 use super::layout::{BLOCK_SIZE, BlockIndex, DiskLayout};
-use super::nbd::client::Client;
 use super::source::{SourceDisk, StorageSource};
 use crate::hash::Secret;
 use crate::ledger::Sum;
@@ -23,6 +22,7 @@ use crate::memory::codec::{self, Header};
 use crate::memory::compress::{Compression, Decoder, Encoding};
 use crate::memory::round::Flow;
 use crate::memory::writer::FrameWriter;
+use nbd::client::Client;
 
 const SIZES: [u64; 2] = [(9 << 20) + 512, 3 << 20];
 

@@ -1,13 +1,14 @@
 //! What the Network Block Device protocol costs: our client writes to our server over a unix socket.
 //!
-//! `cargo run --release -p mirror --example nbd_throughput [MIB]`
+//! `cargo run --release -p nbd --example nbd_throughput [MIB]`
 
 use std::error::Error;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mirror::storage::nbd::client::Client;
-use mirror::storage::nbd::server::{Export, Reply, Request, Server};
+use nbd::client::Client;
+use nbd::server::{Export, Reply, Request, Server};
 use rustix::time::{ClockId, clock_gettime};
 
 /// Takes everything and keeps nothing.
@@ -60,7 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let total = std::env::args().nth(1).map(|text| text.parse::<u64>()).transpose()?.unwrap_or(4096) << 20;
     let directory = tempfile::tempdir()?;
     let socket = directory.path().join("nbd");
-    let _server = Server::listen(&socket, "disk", Arc::new(Sink))?;
+    let _server = Server::listen(UnixListener::bind(&socket)?, &socket, "disk", Arc::new(Sink))?;
     let mut client = Client::connect(&socket, "disk")?;
     let mut buffer: Vec<u8> = (0..1 << 20).map(|i| (i * 31) as u8).collect();
 

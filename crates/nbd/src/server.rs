@@ -10,14 +10,11 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::BlockSizes;
-use super::connection;
-pub use super::reply::Reply;
-use super::wire::MAX_STRING;
-use crate::meeting;
+use crate::BlockSizes;
+use crate::connection;
+pub use crate::reply::Reply;
+use crate::wire::MAX_STRING;
 
-/// Clients that may wait to be accepted; all but one of them are turned away.
-const BACKLOG: i32 = 8;
 /// How long after a client that could not be accepted the next one is tried.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -104,13 +101,18 @@ struct Current {
 }
 
 impl Server {
-    /// Makes the socket, for the user alone (mode 0600), and serves the export under this name, with the block sizes
-    /// 1, 64 KiB and 32 MiB.
+    /// Serves the export under this name to whoever connects to the listener, which is the socket of that path, with the block
+    /// sizes 1, 64 KiB and 32 MiB.
     ///
     /// # Errors
-    /// Those of `bind(2)`, a file in its place among them, and of starting a thread.
-    pub fn listen(socket: &Path, export_name: &str, export: Arc<impl Export>) -> io::Result<Server> {
-        Server::listen_with(socket, export_name, BlockSizes::default(), export)
+    /// Those of starting a thread.
+    pub fn listen(
+        listener: UnixListener,
+        socket: &Path,
+        export_name: &str,
+        export: Arc<impl Export>,
+    ) -> io::Result<Server> {
+        Server::listen_with(listener, socket, export_name, BlockSizes::default(), export)
     }
 
     /// The same with other block sizes.
@@ -118,6 +120,7 @@ impl Server {
     /// # Errors
     /// As [`listen`](Server::listen); `InvalidInput` for block sizes or a name that the protocol does not allow.
     pub fn listen_with(
+        listener: UnixListener,
         socket: &Path,
         export_name: &str,
         sizes: BlockSizes,
@@ -128,7 +131,7 @@ impl Server {
         if export_name.len() > MAX_STRING {
             return Err(invalid(format!("a name of {} bytes", export_name.len())));
         }
-        let listener = Arc::new(bind(socket)?);
+        let listener = Arc::new(listener);
         let current = Arc::new(Mutex::new(Current::default()));
         let acceptor = Acceptor {
             listener: Arc::clone(&listener),
@@ -169,11 +172,6 @@ impl Drop for Server {
             let _ = thread.join();
         }
     }
-}
-
-/// The socket gets its mode before it has a name, so nobody else can connect in between.
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    Ok(UnixListener::from(meeting::listen(path, BACKLOG)?))
 }
 
 /// Closes the connection when its thread ends, even by a panic. Replies may outlive it and hold the socket: the

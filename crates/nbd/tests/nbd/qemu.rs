@@ -4,13 +4,14 @@ use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mirror::storage::nbd::client::{Client, NbdError, Operation};
-use mirror::storage::nbd::server::{Request, Server};
+use nbd::client::{Client, NbdError, Operation};
+use nbd::server::{Request, Server};
 
 use crate::memory_export::MemoryExport;
 
@@ -187,7 +188,9 @@ fn qemu_uses_what_we_serve() {
     for export in [MemoryExport::new(SIZE as usize), MemoryExport::out_of_order(SIZE as usize)] {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("ours");
-        let server = Server::listen(&socket, "disk", Arc::clone(&export)).unwrap();
+        let server =
+            Server::listen(UnixListener::bind(&socket).unwrap(), &socket, "disk", Arc::clone(&export))
+                .unwrap();
         let node = format!(
             "driver=nbd,node-name=top,discard=unmap,export=disk,server.type=unix,server.path={}",
             socket.display()

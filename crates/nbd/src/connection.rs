@@ -5,11 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::haggling::{self, Agreed, HagglingError, Offer};
-use super::reply::{Outgoing, Reply};
-use super::server::{Export, Request};
-use super::socket::{self, Incoming};
-use super::wire::{
+use crate::haggling::{self, Agreed, HagglingError, Offer};
+use crate::reply::{Outgoing, Reply};
+use crate::server::{Export, Request};
+use crate::socket::{self, Incoming};
+use crate::wire::{
     self, BlockSizes, COMMAND_FUA, COMMAND_NO_HOLE, Command, HAS_FLAGS, RequestHead, SEND_FLUSH, SEND_FUA,
     SEND_TRIM, SEND_WRITE_ZEROES,
 };

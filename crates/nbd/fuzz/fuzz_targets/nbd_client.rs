@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use fuzzing::Input;
 use libfuzzer_sys::fuzz_target;
-use mirror::storage::nbd::client::{Client, NbdError, Operation};
+use nbd::client::{Client, NbdError, Operation};
 
 static SOCKET: LazyLock<(PathBuf, UnixListener)> = LazyLock::new(|| {
     let path = std::env::temp_dir().join(format!("vmirror-fuzz-nbd-client-{}", std::process::id()));

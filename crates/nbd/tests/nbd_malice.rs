@@ -13,9 +13,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mirror::storage::nbd::WireError;
-use mirror::storage::nbd::client::{Client, NbdError};
-use mirror::storage::nbd::server::{Export, Reply, Request, Server};
+use nbd::WireError;
+use nbd::client::{Client, NbdError};
+use nbd::server::{Export, Reply, Request, Server};
 use proptest::prelude::*;
 
 /// Remembers the largest piece of memory that anything asked for.
@@ -132,7 +132,7 @@ proptest! {
         command in 0u16..9, length: u32, offset: u64,
     ) {
         let place = place();
-        let server = Server::listen(&place.socket, "disk", Arc::new(Nothing)).unwrap();
+        let server = Server::listen(UnixListener::bind(&place.socket).unwrap(), &place.socket, "disk", Arc::new(Nothing)).unwrap();
         let mut bytes = [&b""[..], FLAGS, FLAGS, &[FLAGS, GO].concat(), &[FLAGS, GO].concat()][how_far].to_vec();
         match how_far {
             2 => {
@@ -153,7 +153,9 @@ proptest! {
 #[test]
 fn absurd_lengths_of_a_client_end_its_connection() {
     let place = place();
-    let server = Server::listen(&place.socket, "disk", Arc::new(Nothing)).unwrap();
+    let server =
+        Server::listen(UnixListener::bind(&place.socket).unwrap(), &place.socket, "disk", Arc::new(Nothing))
+            .unwrap();
     for option in [1u8, 3, 6, 7, 99] {
         let bytes = [FLAGS, b"IHAVEOPT\0\0\0", &[option], &[0xff; 4], &[0; 100]].concat();
         assert_eq!(say(&server, &bytes).len(), 18, "option {option}: nothing after the greeting");
@@ -180,7 +182,13 @@ fn absurd_lengths_of_a_client_end_its_connection() {
 fn a_client_that_falls_silent_does_not_hold_up_the_end() {
     for said in [vec![], FLAGS.to_vec(), [FLAGS, GO, &request(MAGIC, 1, 0, MAXIMUM as u32)].concat()] {
         let place = place();
-        let server = Server::listen(&place.socket, "disk", Arc::new(Nothing)).unwrap();
+        let server = Server::listen(
+            UnixListener::bind(&place.socket).unwrap(),
+            &place.socket,
+            "disk",
+            Arc::new(Nothing),
+        )
+        .unwrap();
         let mut silent = UnixStream::connect(server.socket()).unwrap();
         silent.write_all(&said).unwrap();
         // It is the one that is served.
@@ -194,7 +202,9 @@ fn a_client_that_falls_silent_does_not_hold_up_the_end() {
 #[test]
 fn a_client_that_does_not_read_its_answers_does_not_hold_up_the_end() {
     let place = place();
-    let server = Server::listen(&place.socket, "disk", Arc::new(Nothing)).unwrap();
+    let server =
+        Server::listen(UnixListener::bind(&place.socket).unwrap(), &place.socket, "disk", Arc::new(Nothing))
+            .unwrap();
     let mut deaf = UnixStream::connect(server.socket()).unwrap();
     deaf.write_all(&[FLAGS, GO, &request(MAGIC, 0, 0, 16 << 20)].concat()).unwrap();
     deaf.read_exact(&mut [0; 200]).unwrap();

@@ -6,8 +6,8 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::socket;
-use super::wire::{self, Command, ReplyHead};
+use crate::socket;
+use crate::wire::{self, Command, ReplyHead};
 
 /// Most buffers that a connection keeps for its next requests.
 const MAX_SPARE: usize = 16;

@@ -8,9 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::haggling::{self, HagglingError, Offer};
-use super::socket::{self, Incoming};
-use super::wire::{
+use crate::haggling::{self, HagglingError, Offer};
+use crate::socket::{self, Incoming};
+use crate::wire::{
     self, BlockSizes, COMMAND_NO_HOLE, Command, READ_ONLY, RequestHead, SEND_FLUSH, SEND_TRIM,
     SEND_WRITE_ZEROES, WireError,
 };

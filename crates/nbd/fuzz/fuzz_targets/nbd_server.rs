@@ -5,12 +5,12 @@
 
 use std::io::Write as _;
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use fuzzing as _;
-use mirror::storage::nbd::BlockSizes;
-use mirror::storage::nbd::server::{Export, Reply, Request, Server};
+use nbd::BlockSizes;
+use nbd::server::{Export, Reply, Request, Server};
 
 /// So small that answers without end are no more than a few MiB.
 const SIZE: usize = 8192;
@@ -20,7 +20,8 @@ static SERVER: LazyLock<Server> = LazyLock::new(|| {
     let socket = std::env::temp_dir().join(format!("vmirror-fuzz-nbd-{}", std::process::id()));
     let _ = std::fs::remove_file(&socket);
     let disk = Arc::new(Disk(Mutex::new(vec![0; SIZE])));
-    Server::listen_with(&socket, "disk", SIZES, disk).expect("a socket")
+    Server::listen_with(UnixListener::bind(&socket).expect("a socket"), &socket, "disk", SIZES, disk)
+        .expect("a server")
 });
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use mirror::storage::nbd::server::{Export, Reply, Request};
+use nbd::server::{Export, Reply, Request};
 
 type Answer = io::Result<Option<Vec<u8>>>;
 

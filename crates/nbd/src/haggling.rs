@@ -3,8 +3,8 @@
 use std::io::{self, IoSlice, Read};
 use std::os::unix::net::UnixStream;
 
-use super::socket;
-use super::wire::{
+use crate::socket;
+use crate::wire::{
     self, BlockSizes, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Go, Greeting, INFO_BLOCK_SIZE, Info, OPTION_ABORT,
     OPTION_EXPORT_NAME, OPTION_GO, OPTION_INFO, OPTION_LIST, OptionHead, OptionReplyHead, REPLY_ACKNOWLEDGED,
     REPLY_ERROR, REPLY_INFO, REPLY_INVALID, REPLY_SERVER, REPLY_UNKNOWN_EXPORT, REPLY_UNSUPPORTED, WireError,
