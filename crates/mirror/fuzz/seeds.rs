@@ -1,10 +1,10 @@
 //! Writes what the corpus of this target begins with: a mirror's frames.
 
+use compression::Encoding;
 use fuzzing::Seeds;
 use mirror::hash::{ContentHash, Secret};
 use mirror::layout::{PAGE_SIZE, PageIndex};
 use mirror::memory::codec::{self, Absent, Entry};
-use mirror::memory::compress::Encoding;
 use mirror::memory::delta;
 use mirror::storage::codec as disks;
 use mirror::storage::layout::BlockIndex;

@@ -14,11 +14,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use compression::Compression;
 use dirty_tracker::{DescriptorSource, Tracker};
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::ledger::Sum;
-use mirror::memory::compress::Compression;
 use mirror::memory::destination::{DestinationError, Event, MemoryDestination};
 use mirror::memory::round::{Guest, Sent};
 use mirror::memory::source::{How, MemorySource, Scanning, TrackedRange};

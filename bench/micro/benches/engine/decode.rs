@@ -4,8 +4,8 @@ use std::io::{self, Cursor, Write};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use compression::Compression;
 use criterion::{Criterion, SamplingMode, Throughput};
-use mirror::memory::compress::Compression;
 use mirror::memory::round::Guest;
 
 use crate::content::Content;

@@ -4,8 +4,8 @@ use std::hint::black_box;
 use std::io;
 use std::time::{Duration, Instant};
 
+use compression::Compression;
 use criterion::{Criterion, SamplingMode, Throughput};
-use mirror::memory::compress::Compression;
 use mirror::memory::round::{Counts, Guest};
 
 use crate::content::Content;

@@ -8,10 +8,10 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
+use compression::Compression;
 use dirty_tracker::{DescriptorSource, Tracker};
 use mirror::hash::{SECRET_LENGTH, Secret};
 use mirror::layout::{Layout, PAGE_SIZE};
-use mirror::memory::compress::Compression;
 use mirror::memory::destination::{Event, MemoryDestination};
 use mirror::memory::source::{How, MemorySource, Scanning, TrackedRange};
 use mirror::memory::{Ram, RamFile};

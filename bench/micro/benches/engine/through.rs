@@ -7,8 +7,8 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use compression::Compression;
 use criterion::{Criterion, SamplingMode, Throughput};
-use mirror::memory::compress::Compression;
 use mirror::memory::round::Guest;
 
 use crate::content::Content;

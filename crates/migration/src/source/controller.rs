@@ -5,11 +5,11 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
+use compression::Compression;
 use futures::FutureExt as _;
 use link::{AbortHandle, Bandwidth, DataSender};
 use mirror::hash::Secret;
 use mirror::layout::Layout;
-use mirror::memory::compress::Compression;
 use mirror::memory::round::Guest;
 use serde_json::Value;
 use tokio::sync::watch;

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use compression::Compression;
 use dirty_tracker::{DescriptorSource, Injection, KnownFilters, Tracker};
 use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
-use mirror::memory::compress::Compression;
 use mirror::memory::pages::PageSet;
 use mirror::memory::post_copy::PostCopySource;
 use mirror::memory::round::{Flow, Guest, Sent};

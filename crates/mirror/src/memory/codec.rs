@@ -37,7 +37,8 @@
 
 use std::io::{self, Read, Write};
 
-use super::compress::Encoding;
+use compression::Encoding;
+
 use super::delta::MAX_DELTA;
 use crate::hash::ContentHash;
 use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};

@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use compression::{DecodeError, Decoder, Encoding};
+
 use super::codec::{self, Entry, FrameError, Header, TWIN_LENGTH};
-use super::compress::{DecodeError, Decoder, Encoding};
 use super::delta::{self, DeltaError};
 use super::pages::PageSet;
 use super::{Ram, RamError};

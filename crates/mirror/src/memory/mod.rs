@@ -3,12 +3,10 @@
 //! Workers are plain threads, one per stream and side. On the source a worker takes the dirty runs of its chunks,
 //! reads them into a buffer of its own (so hash and copy see the same bytes, whatever the guest does meanwhile),
 //! classifies each page against the ledger and what was last sent of it ([`delta`]), and writes a batch, compressed
-//! where that is worth it ([`compress`]). On the destination a worker checks each page's hash,
+//! where that is worth it ([`compression`]). On the destination a worker checks each page's hash,
 //! writes it (with `pwrite`, or into huge pages) and records it. The formats in between are in [`codec`].
 
-mod balance;
 pub mod codec;
-pub mod compress;
 pub mod delta;
 pub mod destination;
 mod heat;

@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use compression::Compression;
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::codec::{self, Absent, Entry, MAX_PLAIN};
-use super::compress::Compression;
 use super::pages::PageSet;
 use super::round::{Counts, Flow};
 use super::sent::LastSent;

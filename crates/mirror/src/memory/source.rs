@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use compression::Compression;
 use crossbeam_channel::unbounded;
 use dirty_tracker::{Region, Scan, ScanError, Tracker};
 
-use super::compress::Compression;
 use super::heat::Heat;
 use super::holes::{self, Holes};
 use super::pages::PageSet;

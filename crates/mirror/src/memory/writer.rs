@@ -3,8 +3,9 @@
 use std::io::{self, Write};
 use std::sync::Arc;
 
+use compression::{Compression, Encoder, Encoding, Writing};
+
 use super::codec::{self, Absent, Entry};
-use super::compress::{Compression, Encoder, Encoding, Writing};
 use super::round::Flow;
 use super::source::SourceError;
 use crate::storage;

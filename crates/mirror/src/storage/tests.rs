@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use compression::{Compression, Decoder, Encoding};
 use proptest::prelude::*;
 
 use super::destination::{BlockReceiver, StorageDestination, Wrong};
@@ -19,7 +20,6 @@ use super::source::{SourceDisk, StorageSource};
 use crate::hash::Secret;
 use crate::ledger::Sum;
 use crate::memory::codec::{self, Header};
-use crate::memory::compress::{Compression, Decoder, Encoding};
 use crate::memory::round::Flow;
 use crate::memory::writer::FrameWriter;
 use nbd::client::Client;

@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::liar::{Lies, Raw, Say, before, endpoint, field, is_asked_for, resident};
+use compression::Encoding;
 use end_to_end::{Guest, PATIENCE, Pair, Said, until, vmirror};
 use migration::wire::{
     Commit, Disk, Known, Neighbour, Nothing, RamBlock, Request, Reserve, Resume, Sums, Tap, ToDestination,
@@ -13,7 +14,6 @@ use migration::wire::{
 use mirror::hash::ContentHash;
 use mirror::layout::{PAGE_SIZE, PageIndex};
 use mirror::memory::codec::{self, Entry};
-use mirror::memory::compress::Encoding;
 use testbed::guest_spec::GuestSpec;
 
 /// The most that the destination's agent may ever take.

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use compression::{DecodeError, Decoder, Encoding};
 use dirty_tracker::{Fault, MissingPages, SupplyError};
 
 use crate::audit::Subject;
@@ -15,7 +16,6 @@ use crate::hash::{ContentHash, Secret, is_zero};
 use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
 use crate::ledger::{Ledgers, Sum};
 use crate::memory::codec::{self, Entry, FrameError, Header};
-use crate::memory::compress::{DecodeError, Decoder, Encoding};
 use crate::memory::destination::Finished;
 use crate::memory::pages::PageSet;
 use crate::memory::source::TrackedRange;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use compression::Compression;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::NEIGHBOURHOOD;
@@ -16,7 +17,6 @@ use crate::hash::{Secret, is_zero};
 use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
 use crate::ledger::Ledgers;
 use crate::memory::codec::{Entry, MAX_PLAIN};
-use crate::memory::compress::Compression;
 use crate::memory::pages::PageSet;
 use crate::memory::round::Flow;
 use crate::memory::sender::push_zero;

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 /// An encoding and how hard it tries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Method {
+pub(crate) enum Method {
     None,
     Lz4,
     /// With this level.
@@ -27,7 +27,7 @@ pub(super) enum Method {
 }
 
 /// What there is to choose from, the least work first.
-pub(super) const METHODS: [Method; 5] =
+pub(crate) const METHODS: [Method; 5] =
     [Method::None, Method::Lz4, Method::Zstd(1), Method::Zstd(3), Method::Zstd(6)];
 /// Every how many frames the methods are tried: at the very first, later, and where nothing gets smaller.
 const TRY_EVERY: (u32, u32, u32) = (1, 32, 256);
@@ -89,15 +89,15 @@ impl Known {
 
 /// A write to the stream that has ended.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Written {
-    pub(super) bytes: u64,
+pub(crate) struct Written {
+    pub(crate) bytes: u64,
     /// What all streams have written so far, in bytes.
-    pub(super) by_all: u64,
+    pub(crate) by_all: u64,
     /// CPU time.
-    pub(super) took: Duration,
+    pub(crate) took: Duration,
     /// It had to wait until the stream took it.
-    pub(super) waited: bool,
-    pub(super) at: Instant,
+    pub(crate) waited: bool,
+    pub(crate) at: Instant,
 }
 
 /// What was written since a moment.
@@ -113,7 +113,7 @@ struct Stretch {
 
 /// Chooses a method by measurement.
 #[derive(Debug)]
-pub(super) struct Balance {
+pub(crate) struct Balance {
     /// How many streams share the link.
     streams: f64,
     known: [Known; METHODS.len()],
@@ -132,7 +132,7 @@ pub(super) struct Balance {
 
 impl Balance {
     /// For one of so many streams.
-    pub(super) fn new(streams: u16) -> Balance {
+    pub(crate) fn new(streams: u16) -> Balance {
         Balance {
             streams: f64::from(streams.max(1)),
             known: Default::default(),
@@ -147,7 +147,7 @@ impl Balance {
     }
 
     /// Whether the methods are to be tried on the next frame. To be asked once for each.
-    pub(super) fn is_try_due(&mut self) -> bool {
+    pub(crate) fn is_try_due(&mut self) -> bool {
         self.until_try = self.until_try.saturating_sub(1);
         let due = self.until_try == 0;
         if due {
@@ -168,7 +168,7 @@ impl Balance {
 
     /// Whether a method could be worth it at all: one whose work alone costs more than another in whole is not. A method does
     /// more work than the one before.
-    pub(super) fn may_pay(&self, method: usize) -> bool {
+    pub(crate) fn may_pay(&self, method: usize) -> bool {
         let known = |method: usize| self.known.get(method).and_then(|known| known.work.0);
         let least = known(method).or(method.checked_sub(1).and_then(known)).unwrap_or(0.0);
         let (every, most) = TRY_AGAIN;
@@ -182,7 +182,7 @@ impl Balance {
     }
 
     /// The method for a frame, by its place among [`METHODS`].
-    pub(super) fn choose(&self) -> usize {
+    pub(crate) fn choose(&self) -> usize {
         let Some(best) = self.best() else { return 0 };
         let mut chosen: Option<(usize, f64)> = None;
         for method in 0..METHODS.len() {
@@ -219,7 +219,7 @@ impl Balance {
     }
 
     /// Takes in what a method has done when it was tried, after those before it that were tried on the same frame.
-    pub(super) fn tried(&mut self, method: usize, input: usize, output: usize, time: Duration) {
+    pub(crate) fn tried(&mut self, method: usize, input: usize, output: usize, time: Duration) {
         let input = input.max(1) as f64;
         self.known[method].work.learn_but_outliers(nanos(time) / input);
         let (last, left) = self.tried;
@@ -233,7 +233,7 @@ impl Balance {
     }
 
     /// Takes in what the stream has done.
-    pub(super) fn written(&mut self, written: Written) {
+    pub(crate) fn written(&mut self, written: Written) {
         let Written { bytes, by_all, took, waited, at } = written;
         if bytes > 0 {
             self.write.learn(nanos(took) / bytes as f64);
@@ -263,7 +263,7 @@ impl Balance {
     }
 
     /// Nothing is written for a while: the buffers empty themselves.
-    pub(super) fn rest(&mut self) {
+    pub(crate) fn rest(&mut self) {
         self.stretch = None;
     }
 }

@@ -1,4 +1,7 @@
-//! Compression of a frame's payload. Whether it is worth it, and how, is for the module `balance` to say.
+//! Compression of what crosses a link, in pieces of up to a megabyte. Whether it is worth it, and how, is measured all the time: that is
+//! for the module `balance` to say.
+
+mod balance;
 
 use std::time::{Duration, Instant};
 
@@ -6,7 +9,7 @@ use nix::sys::resource::{UsageWho, getrusage};
 use rustix::time::{ClockId, clock_gettime};
 use zstd::bulk::{Compressor, Decompressor};
 
-use super::balance::{Balance, METHODS, Method, Written};
+use crate::balance::{Balance, METHODS, Method, Written};
 
 /// What `--compress` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,7 +50,7 @@ pub struct DecodeError {
 }
 
 /// Encodes the payloads of one stream.
-pub(super) struct Encoder {
+pub struct Encoder {
     compression: Compression,
     balance: Balance,
     compressor: Methods,
@@ -56,14 +59,14 @@ pub(super) struct Encoder {
 }
 
 /// A write that is under way.
-pub(super) struct Writing {
+pub struct Writing {
     begin: Duration,
     waits: i64,
 }
 
 impl Writing {
     /// A frame is about to be written.
-    pub(super) fn begin() -> Writing {
+    pub fn begin() -> Writing {
         Writing { begin: cpu_time(), waits: waits() }
     }
 }
@@ -81,7 +84,7 @@ fn waits() -> i64 {
 
 impl Encoder {
     /// For one of so many streams.
-    pub(super) fn new(compression: Compression, streams: u16) -> Encoder {
+    pub fn new(compression: Compression, streams: u16) -> Encoder {
         Encoder {
             compression,
             balance: Balance::new(streams),
@@ -91,7 +94,7 @@ impl Encoder {
     }
 
     /// Whether this payload may be compressed, and so has to be in one piece.
-    pub(super) fn wants(&mut self, length: usize) -> Option<Attempt> {
+    pub fn wants(&mut self, length: usize) -> Option<Attempt> {
         let fixed = match self.compression {
             _ if length < LEAST => return None,
             Compression::Off => return None,
@@ -100,17 +103,17 @@ impl Encoder {
             Compression::Auto => {
                 let all = self.balance.is_try_due();
                 let chosen = METHODS[self.balance.choose()];
-                return (all || chosen != Method::None).then_some(Attempt::Measured { all });
+                return (all || chosen != Method::None).then_some(Attempt(How::Measured { all }));
             }
         };
-        Some(Attempt::Fixed(fixed))
+        Some(Attempt(How::Fixed(fixed)))
     }
 
     /// Compresses a payload. None where that would not make it smaller, or is not worth it.
-    pub(super) fn encode(&mut self, attempt: &Attempt, payload: &[u8]) -> Option<(Encoding, &[u8])> {
-        let method = match *attempt {
-            Attempt::Fixed(method) => method,
-            Attempt::Measured { all } => {
+    pub fn encode(&mut self, attempt: &Attempt, payload: &[u8]) -> Option<(Encoding, &[u8])> {
+        let method = match attempt.0 {
+            How::Fixed(method) => method,
+            How::Measured { all } => {
                 if all {
                     self.try_all(payload);
                 }
@@ -138,21 +141,24 @@ impl Encoder {
     }
 
     /// It was written: so many bytes, and so many by all streams so far.
-    pub(super) fn written(&mut self, writing: Writing, bytes: u64, by_all: u64) {
+    pub fn written(&mut self, writing: Writing, bytes: u64, by_all: u64) {
         let took = cpu_time().saturating_sub(writing.begin);
         let waited = waits() > writing.waits;
         self.balance.written(Written { bytes, by_all, took, waited, at: Instant::now() });
     }
 
     /// Nothing is written for a while.
-    pub(super) fn rest(&mut self) {
+    pub fn rest(&mut self) {
         self.balance.rest();
     }
 }
 
 /// What is to be done with a payload.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Attempt {
+pub struct Attempt(How);
+
+#[derive(Debug, Clone, Copy)]
+enum How {
     /// What was ordered.
     Fixed(Method),
     /// What measurement says; perhaps after all methods were tried on it.
@@ -195,13 +201,13 @@ impl Methods {
 
 /// Decodes the payloads of one stream.
 #[derive(Default)]
-pub(crate) struct Decoder {
+pub struct Decoder {
     zstd: Option<Decompressor<'static>>,
 }
 
 impl Decoder {
     /// Decodes a payload into `out`, which then has exactly as many bytes as its table says.
-    pub(crate) fn decode(
+    pub fn decode(
         &mut self,
         encoding: Encoding,
         payload: &[u8],
