@@ -52,7 +52,7 @@ fn absent() -> Vec<u8> {
 fn blocks(entries: &[disks::Entry], payload: &[u8]) -> Vec<u8> {
     let payload_encoded = lz4_flex::block::compress(payload);
     let mut out = Vec::new();
-    codec::encode_blocks(&mut out, entries, Encoding::Lz4, payload_encoded.len());
+    disks::encode_blocks(&mut out, entries, Encoding::Lz4, payload_encoded.len());
     [out, payload_encoded].concat()
 }
 
@@ -91,7 +91,7 @@ fn copy_stream() {
     let zero = disks::Entry::Zero { block: BlockIndex(0), count: 4 };
     let payload = [&block[..], &part[512..1024]].concat();
     let mut sync = Vec::new();
-    codec::encode_sync(&mut sync);
+    disks::encode_sync(&mut sync);
     seeds.add("disks", of_both(0, &[&blocks(&[whole, some, check, zero], &payload), &sync, &barrier()]));
     let last = disks::Entry::Part { block: BlockIndex(3), offset: 90, length: 10, fingerprint: 7 };
     seeds.add("disk-end", of_both(0, &[&blocks(&[last], &[5; 10])]));

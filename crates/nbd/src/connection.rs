@@ -5,9 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::export::{Export, Request};
 use crate::haggling::{self, Agreed, HagglingError, Offer};
 use crate::reply::{Outgoing, Reply};
-use crate::server::{Export, Request};
 use crate::socket::{self, Incoming};
 use crate::wire::{
     self, BlockSizes, COMMAND_FUA, COMMAND_NO_HOLE, Command, HAS_FLAGS, RequestHead, SEND_FLUSH, SEND_FUA,

@@ -28,6 +28,7 @@
 
 pub mod client;
 mod connection;
+mod export;
 mod haggling;
 mod reply;
 pub mod server;

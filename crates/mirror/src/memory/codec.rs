@@ -59,8 +59,8 @@ pub const MAX_ABSENT: usize = 1024;
 const KIND_PAGES: u8 = 1;
 const KIND_BARRIER: u8 = 2;
 const KIND_ABSENT: u8 = 3;
-const KIND_BLOCKS: u8 = 4;
-const KIND_SYNC: u8 = 5;
+pub(crate) const KIND_BLOCKS: u8 = 4;
+pub(crate) const KIND_SYNC: u8 = 5;
 const ENCODINGS: [Encoding; 3] = [Encoding::None, Encoding::Lz4, Encoding::Zstd];
 const CLASS_ZERO: u8 = 1;
 const CLASS_PLAIN: u8 = 2;
@@ -240,24 +240,6 @@ pub fn encode_pages(out: &mut Vec<u8>, round: u32, entries: &[Entry], encoding: 
     }
 }
 
-/// Appends the header and table of a frame of disk blocks to `out`. The payload, of so many bytes, is to follow on the stream.
-pub fn encode_blocks(
-    out: &mut Vec<u8>,
-    entries: &[crate::storage::codec::Entry],
-    encoding: Encoding,
-    payload: usize,
-) {
-    let bounded = |n: usize| u32::try_from(n).expect("a frame is bounded");
-    debug_assert!(payload <= MAX_PLAIN * PAGE_SIZE && entries.len() <= MAX_ENTRIES);
-    header(out, KIND_BLOCKS, encoding, bounded(entries.len()), bounded(payload), 0);
-    crate::storage::codec::encode_table(out, entries);
-}
-
-/// Appends a sync frame to `out`.
-pub fn encode_sync(out: &mut Vec<u8>) {
-    header(out, KIND_SYNC, Encoding::None, 0, 0, 0);
-}
-
 /// Bytes of the payload that a table describes, before it is encoded as a whole.
 #[must_use]
 pub fn payload_of(entries: &[Entry]) -> usize {
@@ -312,7 +294,15 @@ fn decode_absent(bytes: &[u8], layout: &Layout, stream: u16) -> Result<Absent, F
     }
 }
 
-fn header(out: &mut Vec<u8>, kind: u8, encoding: Encoding, entries: u32, payload: u32, number: u32) {
+/// Appends a header to `out`.
+pub(crate) fn header(
+    out: &mut Vec<u8>,
+    kind: u8,
+    encoding: Encoding,
+    entries: u32,
+    payload: u32,
+    number: u32,
+) {
     out.extend_from_slice(&[kind, encoding as u8, 0, 0]);
     for field in [entries, payload, number] {
         out.extend_from_slice(&field.to_le_bytes());

@@ -14,11 +14,13 @@ mod holes;
 mod huge;
 pub mod pages;
 pub mod post_copy;
+mod proof;
 mod ram;
 pub mod round;
 mod sender;
 mod sent;
 pub mod source;
+pub(crate) mod source_error;
 mod twins;
 pub(crate) mod writer;
 

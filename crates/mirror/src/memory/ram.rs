@@ -13,6 +13,15 @@ use super::huge::{self, HugeMapping};
 use crate::hash::is_zero;
 use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
 
+/// Which part of guest RAM one of the tracker's ranges is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrackedRange {
+    /// The RAM block.
+    pub block: usize,
+    /// Where in the block the range begins, in bytes; a multiple of the page size.
+    pub offset: u64,
+}
+
 /// The RAM files of one machine, in the order of the layout's blocks. They are read by `pread`, and written by `pwrite` or,
 /// on hugetlbfs, once they are allocated: a page of a hole that is only read stays a hole, and a full file system is an
 /// error instead of a signal.

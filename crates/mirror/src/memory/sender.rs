@@ -10,9 +10,10 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 
 use super::codec::{self, Absent, Entry, MAX_PLAIN};
 use super::pages::PageSet;
+use super::proof::Proof;
 use super::round::{Counts, Flow};
 use super::sent::LastSent;
-use super::source::{Proof, SourceError};
+use super::source_error::SourceError;
 use super::twins::Twins;
 use super::writer::FrameWriter;
 use crate::audit::Subject;

@@ -1,20 +1,23 @@
 //! The source's side of memory: scan, read, classify, send.
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use compression::Compression;
 use crossbeam_channel::unbounded;
-use dirty_tracker::{Region, Scan, ScanError, Tracker};
+use dirty_tracker::{Region, Scan, Tracker};
 
 use super::heat::Heat;
 use super::holes::{self, Holes};
 use super::pages::PageSet;
 use super::post_copy::PostCopySource;
+pub use super::proof::Proof;
+pub use super::ram::TrackedRange;
 use super::round::{Counts, Flow, Guest, Sent};
 use super::sender::{Job, Told, Worker};
+pub use super::source_error::SourceError;
 use super::{Ram, RamError};
 use crate::audit::{Audit, Auditor, Subject};
 use crate::hash::Secret;
@@ -69,65 +72,6 @@ pub struct How {
     pub compression: Compression,
     /// Whether the guest may give memory back, which leaves holes that no scan finds.
     pub gives_back: bool,
-}
-
-/// Which part of guest RAM one of the tracker's ranges is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TrackedRange {
-    /// The RAM block.
-    pub block: usize,
-    /// Where in the block the range begins, in bytes; a multiple of the page size.
-    pub offset: u64,
-}
-
-/// Why the source's side of a mirror ended.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SourceError {
-    /// The tracker could not say what was written.
-    #[error("the scan for written pages failed")]
-    Scan(#[source] ScanError),
-    /// Guest RAM could not be read.
-    #[error(transparent)]
-    Ram(#[from] RamError),
-    /// A data stream broke.
-    #[error("data stream {stream} broke")]
-    Stream {
-        /// Number of the stream.
-        stream: u16,
-        /// How.
-        #[source]
-        source: io::Error,
-    },
-    /// No thread could be started.
-    #[error("no thread could be started")]
-    Thread(#[source] io::Error),
-    /// A worker is gone, after an error that was reported before.
-    #[error("a worker of the mirror has already ended")]
-    Ended,
-}
-
-/// What the proof found: the frozen RAM against the ledger.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Proof {
-    /// Pages compared: all of them.
-    pub pages: u64,
-    /// Pages whose content is not what the destination was given.
-    pub mismatches: u64,
-    /// The first few of them.
-    pub examples: Vec<PageIndex>,
-}
-
-/// Differing pages that are kept by number, of however many.
-const EXAMPLES: usize = 16;
-
-impl Proof {
-    pub(super) fn differs(&mut self, page: PageIndex) {
-        self.mismatches += 1;
-        if self.examples.len() < EXAMPLES {
-            self.examples.push(page);
-        }
-    }
 }
 
 /// The source's side of one mirror of memory. Its methods block; call them off the async threads.
@@ -584,11 +528,7 @@ impl MemorySource {
         drop(done);
         let mut proof = Proof::default();
         for _ in &self.workers {
-            let part = results.recv().map_err(|_| SourceError::Ended)?.1?;
-            proof.pages += part.pages;
-            proof.mismatches += part.mismatches;
-            let room = EXAMPLES - proof.examples.len();
-            proof.examples.extend(part.examples.into_iter().take(room));
+            proof.add(results.recv().map_err(|_| SourceError::Ended)?.1?);
         }
         Ok(proof)
     }

@@ -7,8 +7,8 @@ use compression::{Compression, Encoder, Encoding, Writing};
 
 use super::codec::{self, Absent, Entry};
 use super::round::Flow;
-use super::source::SourceError;
-use crate::storage;
+use super::source_error::SourceError;
+use crate::storage::codec as disks;
 
 /// Writes frames to one stream: compressed where that is worth it, counted in any case.
 pub(crate) struct FrameWriter<W> {
@@ -62,11 +62,11 @@ impl<W: Write> FrameWriter<W> {
     /// Writes blocks of disks, and the pieces of their payload. Returns how many bytes that took.
     pub(crate) fn blocks<'a>(
         &mut self,
-        entries: &[storage::codec::Entry],
+        entries: &[disks::Entry],
         payload: impl Iterator<Item = &'a [u8]> + Clone,
     ) -> Result<u64, SourceError> {
-        let head = |out: &mut Vec<u8>, encoding, length| codec::encode_blocks(out, entries, encoding, length);
-        let written = self.frame(entries.iter().map(storage::codec::Entry::payload).sum(), payload, head)?;
+        let head = |out: &mut Vec<u8>, encoding, length| disks::encode_blocks(out, entries, encoding, length);
+        let written = self.frame(entries.iter().map(disks::Entry::payload).sum(), payload, head)?;
         self.flow.add_disk(written);
         Ok(written)
     }
@@ -74,7 +74,7 @@ impl<W: Write> FrameWriter<W> {
     /// Asks for stable storage. Returns how many bytes that took.
     pub(crate) fn sync(&mut self) -> Result<u64, SourceError> {
         self.head.clear();
-        codec::encode_sync(&mut self.head);
+        disks::encode_sync(&mut self.head);
         let written = codec::write_frame(&mut self.sink, &self.head, std::iter::empty());
         let written = self.sound(written)?;
         self.flow.add_disk(written);

@@ -20,9 +20,11 @@
 //! *check*, which the destination compares with what it reads back. A *sync* asks that everything before it is put on
 //! stable storage soon.
 
+use compression::Encoding;
+
 use super::layout::{BLOCK_SIZE, BlockIndex, CHUNK_BLOCKS, DiskLayout};
 use crate::hash::ContentHash;
-use crate::memory::codec::ENTRY_LENGTH;
+use crate::memory::codec::{ENTRY_LENGTH, KIND_BLOCKS, KIND_SYNC, header};
 
 /// Most bytes of a frame's payload: 1 MiB, as for memory.
 pub const MAX_PAYLOAD: usize = 1 << 20;
@@ -115,6 +117,19 @@ pub enum TableError {
     /// More than a frame may hold.
     #[error("a table that describes more than {MAX_PAYLOAD} bytes of payload")]
     Payload,
+}
+
+/// Appends the header and table of a frame of disk blocks to `out`. The payload, of so many bytes, is to follow on the stream.
+pub fn encode_blocks(out: &mut Vec<u8>, entries: &[Entry], encoding: Encoding, payload: usize) {
+    let bounded = |n: usize| u32::try_from(n).expect("a frame is bounded");
+    debug_assert!(payload <= MAX_PAYLOAD && entries.len() <= MAX_ENTRIES);
+    header(out, KIND_BLOCKS, encoding, bounded(entries.len()), bounded(payload), 0);
+    encode_table(out, entries);
+}
+
+/// Appends a sync frame to `out`.
+pub fn encode_sync(out: &mut Vec<u8>) {
+    header(out, KIND_SYNC, Encoding::None, 0, 0, 0);
 }
 
 /// Appends a table to `out`.

@@ -11,6 +11,7 @@ use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
 use super::codec::{self, Entry, TableError};
 use super::image::Image;
 use super::layout::{BLOCK_SIZE, BlockIndex, DiskLayout};
+use super::ledgers::new_ledgers;
 use crate::hash::{ContentHash, Secret};
 use crate::ledger::{Ledgers, Sum};
 
@@ -92,7 +93,7 @@ impl StorageDestination {
         wrong: impl Fn(Wrong) + Send + 'static,
     ) -> io::Result<StorageDestination> {
         let shared = Arc::new(Shared {
-            ledgers: super::new_ledgers(&layout, &secret, zero),
+            ledgers: new_ledgers(&layout, &secret, zero),
             layout,
             secret,
             images: RwLock::new(images),

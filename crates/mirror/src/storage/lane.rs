@@ -9,9 +9,9 @@ use crossbeam_channel::Receiver;
 use super::codec::Entry;
 use super::item::{Content, Item};
 use super::layout::{BLOCK_SIZE, BlockIndex};
-use super::source::Shared;
+use super::shared::Shared;
 use crate::ledger::Sum;
-use crate::memory::source::SourceError;
+use crate::memory::source_error::SourceError;
 use crate::memory::writer::FrameWriter;
 
 /// The sending end of what waits of disks on one stream. When it is dropped, nothing is taken from there any more.

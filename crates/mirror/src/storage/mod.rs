@@ -16,26 +16,12 @@ pub mod image;
 mod item;
 pub(crate) mod lane;
 pub mod layout;
+mod ledgers;
 mod queue;
+mod shared;
 pub mod source;
 
-use crate::hash::Secret;
-use crate::ledger::{Ledger, Ledgers};
-use layout::{BlockIndex, CHUNK_BLOCKS, DiskLayout};
-
 pub use lane::Lane;
-
-/// A ledger for each stream, which knows of some disks that they are all zero, and of the others nothing.
-fn new_ledgers(layout: &DiskLayout, secret: &Secret, zero: &[bool]) -> Ledgers<BlockIndex> {
-    let unknown = |_| Ledger::unknown(layout.end(), CHUNK_BLOCKS, layout.streams());
-    let mut ledgers: Vec<_> = (0..layout.streams()).map(unknown).collect();
-    for (disk, _) in layout.disks().iter().zip(zero).filter(|(_, zero)| **zero) {
-        for block in disk.blocks.clone().map(BlockIndex) {
-            ledgers[usize::from(layout.stream_of(block))].record(block, secret.zero_block());
-        }
-    }
-    ledgers.into()
-}
 
 #[cfg(test)]
 mod tests;

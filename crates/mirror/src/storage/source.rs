@@ -2,8 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -14,9 +13,9 @@ use super::image::Image;
 use super::item::Answer;
 use super::lane::Lane;
 use super::layout::{BLOCK_SIZE, BlockIndex, DiskLayout};
-use super::queue::Queue;
+use super::shared::{BATCH, Shared};
 use crate::hash::{ContentHash, Secret};
-use crate::ledger::{Ledgers, Sum};
+use crate::ledger::Sum;
 use crate::meeting;
 
 /// Clients of a disk's socket that may wait to be accepted; all but one of them are turned away.
@@ -27,13 +26,6 @@ const WATCH: Duration = Duration::from_millis(100);
 /// written again and again, and a guest that writes around the page cache waits for whoever reads its file.
 const SETTLE: Duration = Duration::from_secs(1);
 const SETTLED: u64 = 32;
-/// Blocks that are read at a time to be settled: 2 MiB.
-const BATCH: usize = 32;
-/// Least that must have been sent before more is read, in bytes.
-const READ_AHEAD: usize = 4 << 20;
-/// How long to wait for that at a time.
-const DRAIN: Duration = Duration::from_millis(50);
-
 /// A disk at the source.
 pub struct SourceDisk {
     /// Where QEMU's copy job connects to: a unix socket that is made there.
@@ -51,34 +43,6 @@ pub struct DiskFlow {
     pub raw_bytes: u64,
     /// Bytes written to the streams for that, before encryption.
     pub wire_bytes: u64,
-}
-
-#[derive(Debug, Default)]
-struct Counted {
-    raw: AtomicU64,
-    wire: AtomicU64,
-}
-
-/// What the source's threads share.
-pub(super) struct Shared {
-    pub(super) layout: DiskLayout,
-    pub(super) secret: Secret,
-    pub(super) ledgers: Ledgers<BlockIndex>,
-    /// Tells that something was taken from the queue.
-    pub(super) taken: Condvar,
-    queue: Mutex<Queue>,
-    wakes: Vec<Sender<()>>,
-    images: Vec<Box<dyn Image>>,
-    counted: Vec<Counted>,
-    /// Why the source's own image cannot be read.
-    unreadable: Mutex<Option<(usize, io::Error)>>,
-    over: AtomicBool,
-}
-
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("layout", &self.layout).finish_non_exhaustive()
-    }
 }
 
 /// What the proof of disks found: their frozen content against the ledger.
@@ -113,24 +77,12 @@ impl StorageSource {
     ) -> io::Result<(StorageSource, Vec<Lane>)> {
         let streams = layout.streams();
         let (wakes, woken): (Vec<_>, Vec<_>) = (0..streams).map(|_| bounded(1)).unzip();
-        let ledgers = super::new_ledgers(&layout, &secret, zero);
         let (mut images, mut places) = (Vec::new(), Vec::new());
         for SourceDisk { socket, export, image } in disks {
             images.push(image);
             places.push((socket, export));
         }
-        let shared = Arc::new(Shared {
-            queue: Mutex::new(Queue::new(layout.clone(), zero)),
-            counted: images.iter().map(|_| Counted::default()).collect(),
-            layout,
-            secret,
-            ledgers,
-            taken: Condvar::new(),
-            wakes,
-            images,
-            unreadable: Mutex::default(),
-            over: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(layout, secret, zero, images, wakes));
         let mut servers = Vec::new();
         for (disk, (socket, export)) in places.iter().enumerate() {
             let served = Arc::new(Served { shared: Arc::clone(&shared), disk });
@@ -225,8 +177,8 @@ impl StorageSource {
     /// What has been read of a disk, and what it took on the link.
     #[must_use]
     pub fn flow(&self, disk: usize) -> DiskFlow {
-        let Counted { raw, wire } = &self.shared.counted[disk];
-        DiskFlow { raw_bytes: raw.load(Ordering::Relaxed), wire_bytes: wire.load(Ordering::Relaxed) }
+        let (raw_bytes, wire_bytes) = self.shared.counted(disk);
+        DiskFlow { raw_bytes, wire_bytes }
     }
 
     /// QEMU's copy jobs have gone over everything: what they have not written since they began is compared with what the destination
@@ -246,10 +198,7 @@ impl StorageSource {
     }
 
     fn readable(&self) -> Result<(), (usize, io::Error)> {
-        match self.shared.unreadable.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(unreadable) => Err(unreadable),
-            None => Ok(()),
-        }
+        self.shared.take_unreadable().map_or(Ok(()), Err)
     }
 
     /// As [`settle`](Self::settle), but so many blocks at most. Returns how many it was.
@@ -321,7 +270,7 @@ impl StorageSource {
 
     /// Ends the connections of QEMU's copy jobs, and their sockets: nothing is served or settled any more.
     pub fn end_serving(&self) {
-        self.shared.over.store(true, Ordering::Relaxed);
+        self.shared.end();
         let servers = std::mem::take(&mut *self.servers.lock().unwrap_or_else(PoisonError::into_inner));
         drop(servers);
     }
@@ -329,13 +278,13 @@ impl StorageSource {
     /// Whether that was done, or a stream has ended: what is not certain stays so.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.shared.over.load(Ordering::Relaxed) || self.shared.queue().is_closed()
+        self.shared.is_over() || self.shared.queue().is_closed()
     }
 }
 
 impl Drop for StorageSource {
     fn drop(&mut self) {
-        self.shared.over.store(true, Ordering::Relaxed);
+        self.shared.end();
         if let Some((stop, thread)) = self.settler.take() {
             drop(stop);
             let _ = thread.join();
@@ -375,85 +324,6 @@ fn compare(
         }
     }
     Ok(())
-}
-
-impl Shared {
-    pub(super) fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn count(&self, disk: usize, raw: u64, wire: u64) {
-        self.counted[disk].raw.fetch_add(raw, Ordering::Relaxed);
-        self.counted[disk].wire.fetch_add(wire, Ordering::Relaxed);
-    }
-
-    /// Wakes whoever sends.
-    fn wake(&self, queue: &Queue) {
-        for (stream, wake) in (0..).zip(&self.wakes) {
-            if queue.waits(stream) {
-                // One that is awake already looks again.
-                let _ = wake.try_send(());
-            }
-        }
-    }
-
-    /// Lets go of what waits for streams that have stopped.
-    fn watch(&self) {
-        let gone = self.queue().let_go_of_stalled();
-        if !gone.items.is_empty() {
-            tracing::warn!(
-                pieces = gone.items.len(),
-                waited = gone.answered.len(),
-                "the link stands still: the guest's writes do not wait for it"
-            );
-        }
-    }
-
-    /// Reads what is not certain and has it sent, until so much is done, or nothing is left of what was uncertain at the beginning.
-    /// Returns how many blocks were read.
-    fn settle(&self, most: u64) -> u64 {
-        let mut left = self.queue().uncertain().min(most);
-        let mut settled = 0;
-        while left > 0 && !self.over.load(Ordering::Relaxed) {
-            let mut queue = self.queue();
-            while queue.waiting() > READ_AHEAD && !self.over.load(Ordering::Relaxed) {
-                let waited = self.taken.wait_timeout(queue, DRAIN);
-                drop(waited.unwrap_or_else(PoisonError::into_inner).0);
-                // Who waits here for a stream may be the one who sees whether it has stopped.
-                self.watch();
-                queue = self.queue();
-            }
-            // Where nothing is sent any more, all that is read would be owed again.
-            let taken = if queue.is_closed() { Vec::new() } else { queue.take_uncertain(BATCH) };
-            drop(queue);
-            if taken.is_empty() {
-                break;
-            }
-            left = left.saturating_sub(taken.len() as u64);
-            settled += taken.len() as u64;
-            let read: Vec<_> = taken.into_iter().map(|block| (block, self.read(block))).collect();
-            let mut queue = self.queue();
-            for (block, data) in read {
-                match data {
-                    Ok(data) => queue.settle(block, data),
-                    Err(unreadable) => {
-                        queue.not_settled(block);
-                        *self.unreadable.lock().unwrap_or_else(PoisonError::into_inner) = Some(unreadable);
-                        left = 0;
-                    }
-                }
-            }
-            self.wake(&queue);
-        }
-        settled
-    }
-
-    fn read(&self, block: BlockIndex) -> Result<Vec<u8>, (usize, io::Error)> {
-        let place = self.layout.locate(block).expect("only blocks that were written can be uncertain");
-        let mut data = vec![0; place.length];
-        self.images[place.disk].read(place.offset, &mut data).map_err(|e| (place.disk, e))?;
-        Ok(data)
-    }
 }
 
 /// One disk, as QEMU's copy job sees it.

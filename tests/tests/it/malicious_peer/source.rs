@@ -289,7 +289,7 @@ fn data_streams_that_lie_write_nothing_and_fill_nothing() {
     let mut absent = Vec::new();
     codec::encode_absent(&mut absent, 1, &[]);
     let mut blocks = Vec::new();
-    codec::encode_blocks(&mut blocks, &[], Encoding::None, 0);
+    mirror::storage::codec::encode_blocks(&mut blocks, &[], Encoding::None, 0);
     let bomb = bomb();
     for (name, bytes, times, logged) in [
         ("noise", vec![0x5a; 4096], 1, "carries what it must not"),

@@ -18,7 +18,7 @@ use crate::ledger::{Ledgers, Sum};
 use crate::memory::codec::{self, Entry, FrameError, Header};
 use crate::memory::destination::Finished;
 use crate::memory::pages::PageSet;
-use crate::memory::source::TrackedRange;
+use crate::memory::ram::TrackedRange;
 use crate::memory::{Ram, RamError};
 
 /// How often the thread that waits for the guest's questions looks whether it is still wanted.

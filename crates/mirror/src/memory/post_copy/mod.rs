@@ -15,6 +15,3 @@ mod source;
 
 pub use destination::{Event, Faults, Places, PostCopyDestination, PostCopyError, still_missing};
 pub use source::PostCopySource;
-
-/// Pages, aligned to as many, of which all that are missing come with the one that was asked for: 64 KiB.
-pub const NEIGHBOURHOOD: u64 = 16;

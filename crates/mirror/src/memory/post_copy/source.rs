@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use compression::Compression;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
-use super::NEIGHBOURHOOD;
 use crate::audit::Subject;
 use crate::hash::{Secret, is_zero};
 use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
@@ -20,10 +19,12 @@ use crate::memory::codec::{Entry, MAX_PLAIN};
 use crate::memory::pages::PageSet;
 use crate::memory::round::Flow;
 use crate::memory::sender::push_zero;
-use crate::memory::source::SourceError;
+use crate::memory::source_error::SourceError;
 use crate::memory::writer::FrameWriter;
 use crate::memory::{Ram, RamError};
 
+/// Pages, aligned to as many, of which all that are missing come with the one that was asked for: 64 KiB.
+const NEIGHBOURHOOD: u64 = 16;
 /// Pages that are pushed in one frame: 128 KiB. What a guest waits for is never far behind.
 const PUSHED_AT_ONCE: u64 = 32;
 /// So long after the hand-over nothing is pushed while the guest asks for memory. What it needs to do anything at all it asks
