@@ -1,7 +1,5 @@
-//! One QEMU process: its command line as a typed specification, its monitor, its start, its adoption.
+//! One QEMU process: its monitor, its start, its adoption, its images. Its command line is a [`Spec`], of [`command_line`].
 //!
-//! - [`Spec`] is a user's command line, kept without loss: what it says about RAM, disks, networks and host devices,
-//!   how to make the machine mirrorable, and the same machine's command line for another host.
 //! - [`launch`] starts a QEMU that outlives its starter; [`find`] finds it again; [`adopt`] takes in a running one.
 //! - [`Qmp`] is QEMU's monitor protocol: typed commands through the [`qapi`] crate, events kept as they come, so that a
 //!   newer QEMU's new events, fields and values break nothing.
@@ -25,9 +23,15 @@ mod process;
 pub mod qmp;
 mod ram;
 mod ram_file;
-pub mod spec;
 mod storage_daemon;
 mod user;
+
+/// What names a command line by way of this crate finds it here.
+pub use command_line as spec;
+pub use command_line::{
+    DeclaredDevice, Destination, Disk, FilePurpose, FileUse, Mirrorable, Nic, NicKind, NotMirrorable,
+    ParseError, Protocol, RamBackend, RamKind, SizeError, Spec, huge_page_size,
+};
 
 pub use adopt::{AdoptError, Adopted, adopt, was_started_incoming};
 pub use descriptors::{raise_descriptor_limit, with_former_descriptor_limit};
@@ -39,11 +43,7 @@ pub use log::{cut as cut_log, last_words};
 pub use probe::{ProbeGuest, accelerator_works};
 pub use process::{Kill, Look, Presence, Process, ProcessError, Vm, find, vcpu_cpu_time};
 pub use qmp::{COMMAND_DEADLINE, Event, Qmp, QmpError};
-pub use ram::{Mapping, RamBlock, RamError, huge_page_size, ram_blocks};
+pub use ram::{Mapping, RamBlock, RamError, ram_blocks};
 pub use ram_file::{MadeRamFile, RamDirectory, RamFileError, open_to_others};
-pub use spec::{
-    DeclaredDevice, Destination, Disk, FilePurpose, FileUse, Mirrorable, Nic, NicKind, NotMirrorable,
-    ParseError, Protocol, RamBackend, RamKind, SizeError, Spec,
-};
 pub use storage_daemon::{Create, NewFormat, Serve, ServedBacking, StorageDaemon, StorageDaemonError};
 pub use user::{NoUser, User};

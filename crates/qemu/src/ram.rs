@@ -194,14 +194,6 @@ fn page_size(file: &File) -> u64 {
     }
 }
 
-/// The size in bytes of the huge pages that files in a directory have: none where it is not on hugetlbfs.
-#[must_use]
-pub fn huge_page_size(directory: &Path) -> Option<u64> {
-    let system = rustix::fs::statfs(directory).ok()?;
-    let is_huge = u64::try_from(system.f_type) == Ok(HUGETLBFS_MAGIC);
-    u64::try_from(system.f_bsize).ok().filter(|_| is_huge)
-}
-
 impl RamBlock {
     /// Reads RAM at `offset` from its beginning. Holes read as zeros and stay holes, which reading through a mapping
     /// would not guarantee.

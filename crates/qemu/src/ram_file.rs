@@ -11,11 +11,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use command_line::huge_page_size;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::User;
-use crate::ram::{FileId, RamBlock, huge_page_size};
+use crate::ram::{FileId, RamBlock};
 
 /// What the permissions of a directory and of a file are.
 const PRIVATE_DIRECTORY: u32 = 0o700;

@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use command_line::{BlockDriver, Protocol, from_file_name};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Qmp, QmpError};
-use crate::spec::{BlockDriver, Protocol, from_file_name};
 use qapi::Command;
 
 /// A drive of the guest that has a medium.

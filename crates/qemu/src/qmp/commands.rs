@@ -6,12 +6,12 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
+use command_line::BlockDriver;
 use qapi::Command;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Qmp, QmpError};
-use crate::spec::BlockDriver;
 
 /// QEMU's version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -158,7 +158,8 @@ pub(super) fn drive_disk(drive: &Properties) -> Option<Disk> {
 }
 
 /// A file name as QEMU's old-style options take it and as QEMU tells it: a path, `PROTOCOL:…`, or `json:{…}`.
-pub(crate) fn from_file_name(file: &str, format: Option<&str>) -> Disk {
+#[must_use]
+pub fn from_file_name(file: &str, format: Option<&str>) -> Disk {
     let mut disk = Disk {
         path: PathBuf::from(file),
         protocol: Protocol::File,

@@ -1,7 +1,7 @@
 //! Command lines as users, management programs and their documentation have them.
 
+use command_line::{NicKind, RamKind, Spec};
 use proptest::prelude::*;
-use qemu::{NicKind, RamKind, Spec};
 
 /// A command line on which a test looks at a few things, and what it should find.
 struct Line {
@@ -397,13 +397,13 @@ proptest! {
         let Ok(mut spec) = Spec::parse(&argv) else { return Ok(()) };
         let _ = (spec.memory(), spec.machine(), spec.cpu(), spec.accelerators(), spec.ram_backends(), spec.disks(), spec.nics());
         let _ = (spec.host_devices(), spec.files(), spec.declared_devices(), spec.qmp_sockets(), spec.vcpus(), spec.name());
-        let how = qemu::Mirrorable {
+        let how = command_line::Mirrorable {
             name: "vm".to_owned(), host: "a".to_owned(), ram_dir: "/dev/shm".into(), qmp_socket: "/run/q".into(), pid_file: Some("/run/p".into()),
         };
         if spec.make_mirrorable(&how).is_ok() {
             prop_assert!(spec.ram_backends().iter().all(|ram| ram.kind == RamKind::File && ram.share && ram.mem_path.is_some()));
             prop_assert_eq!(&Spec::parse(&spec.to_argv()).unwrap(), &spec);
-            let there = qemu::Destination {
+            let there = command_line::Destination {
                 name: "vm".to_owned(), binary: "/q".into(), machine: "pc-q35-7.2".to_owned(), host: "b".to_owned(),
                 ram_dir: "/mnt".into(), huge_dirs: Vec::new(),
                 qmp_socket: "/run/d".into(), taps: Vec::new(), macvtaps: Vec::new(),

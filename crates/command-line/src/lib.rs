@@ -9,6 +9,7 @@ mod devices;
 mod disks;
 mod drivers;
 mod files;
+mod huge_pages;
 mod known;
 mod made;
 mod memory;
@@ -21,9 +22,9 @@ pub mod render;
 
 pub use destination::Destination;
 pub use devices::DeclaredDevice;
-pub(crate) use disks::from_file_name;
-pub use disks::{Disk, Protocol};
+pub use disks::{Disk, Protocol, from_file_name};
 pub use files::{FilePurpose, FileUse};
+pub use huge_pages::huge_page_size;
 pub use known::BlockDriver;
 pub use memory::{RamBackend, RamKind, SizeError};
 pub use mirrorable::{Mirrorable, NotMirrorable, ram_directory, ram_place};
@@ -272,7 +273,7 @@ impl Spec {
 
     /// The same machine without the snapshot that it loaded when it was started.
     #[must_use]
-    pub(crate) fn without_snapshot(mut self) -> Spec {
+    pub fn without_snapshot(mut self) -> Spec {
         self.remove_all("loadvm");
         self
     }

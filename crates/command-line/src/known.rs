@@ -1,5 +1,5 @@
 //! What of QEMU is known to work, and what is known to be tied to a host: the one place that says so. What is in none of these tables is
-//! refused by name ([0048](../../../../docs/decisions/0048-what-is-known-to-work.md)).
+//! refused by name ([0048](../../../docs/decisions/0048-what-is-known-to-work.md)).
 
 mod block;
 mod devices;

@@ -200,7 +200,7 @@ const DEVICES: &[&str] = &[
 ];
 
 /// Whether a device is nothing but what the guest sees of it.
-pub(in crate::spec) fn is_guests_device(driver: &str) -> bool {
+pub(crate) fn is_guests_device(driver: &str) -> bool {
     let virtio = |rest: &str| {
         BUSES.iter().any(|bus| rest.strip_suffix(bus).is_some_and(|device| VIRTIO.contains(&device)))
     };

@@ -194,7 +194,7 @@ fn initrd(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::spec::parse;
+    use crate::parse;
 
     #[test]
     fn what_is_let_through_as_a_flag_is_read_as_one_and_what_has_a_value_is_not() {

@@ -6,8 +6,8 @@ use fuzzing as _;
 
 use std::path::Path;
 
-use qemu::spec::render::{Permissions, Purpose, Rendering};
-use qemu::{Destination, Mirrorable, Spec};
+use command_line::render::{Permissions, Purpose, Rendering};
+use command_line::{Destination, Mirrorable, Spec};
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };

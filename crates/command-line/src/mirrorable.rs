@@ -146,7 +146,7 @@ pub fn ram_place(file: &Path) -> Option<&Path> {
 #[must_use]
 pub(super) fn huge_directory(mem_path: &Path) -> Option<PathBuf> {
     let directory = if mem_path.is_dir() { mem_path } else { ram_place(mem_path)? };
-    crate::ram::huge_page_size(directory).map(|_| directory.to_owned())
+    crate::huge_pages::huge_page_size(directory).map(|_| directory.to_owned())
 }
 
 impl Mirrorable {
@@ -183,8 +183,11 @@ impl Spec {
         Ok(())
     }
 
-    /// What keeps the machine on this host, whatever is done to its command line.
-    pub(crate) fn check_portable(&self) -> Result<(), NotMirrorable> {
+    /// Whether something keeps the machine on this host, whatever is done to its command line.
+    ///
+    /// # Errors
+    /// Names the first option that does.
+    pub fn check_portable(&self) -> Result<(), NotMirrorable> {
         self.refuse(REFUSED)?;
         let why = "its disk changes go to a file without a name";
         let temporary =
@@ -405,7 +408,7 @@ fn share_backend(
         }
         object.set_bool("share", true);
     } else {
-        if object.is_on("hugetlb") && crate::ram::huge_page_size(&how.ram_dir).is_none() {
+        if object.is_on("hugetlb") && crate::huge_pages::huge_page_size(&how.ram_dir).is_none() {
             return Err(NotMirrorable::HugePages { id: id.to_owned(), ram_dir: how.ram_dir.clone() });
         }
         // Properties that only memory-backend-memfd has.

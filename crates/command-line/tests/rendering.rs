@@ -4,8 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
-use qemu::Spec;
-use qemu::spec::render::{Permissions, Place, Purpose, Refused, Remedy, Rendered, Rendering, Way};
+use command_line::Spec;
+use command_line::render::{Permissions, Place, Purpose, Refused, Remedy, Rendered, Rendering, Way};
 
 const OWN: &str = "/run/vmirror/vm.d";
 

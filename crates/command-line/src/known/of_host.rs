@@ -40,17 +40,17 @@ const HOST_NETWORKS: &[(&str, &str)] = &[
 ];
 
 /// Why a device is this host's, if it is.
-pub(in crate::spec) fn device(driver: &str) -> Option<&'static str> {
+pub(crate) fn device(driver: &str) -> Option<&'static str> {
     HOST_DRIVERS.iter().find(|(begin, _)| driver.starts_with(begin)).map(|(_, why)| *why)
 }
 
 /// Why an object is.
-pub(in crate::spec) fn object(kind: &str) -> Option<&'static str> {
+pub(crate) fn object(kind: &str) -> Option<&'static str> {
     named(HOST_OBJECTS, kind)
 }
 
 /// Why a network back end is.
-pub(in crate::spec) fn network(kind: &str) -> Option<&'static str> {
+pub(crate) fn network(kind: &str) -> Option<&'static str> {
     named(HOST_NETWORKS, kind)
 }
 

@@ -132,7 +132,7 @@ fn socket(renderer: &mut Renderer<'_>, argument: &Argument, socket: &mut Propert
 }
 
 /// A QEMU that waits for somebody to connect before it starts waits for ever at a place that nobody knows.
-pub(in crate::spec) fn waits_for_nobody(socket: &mut Properties) {
+pub(crate) fn waits_for_nobody(socket: &mut Properties) {
     socket.remove("wait");
     socket.set_bool("wait", false);
 }
