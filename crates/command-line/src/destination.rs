@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-use super::{
-    Argument, NicKind, NotMirrorable, Properties, RamKind, Spec, escape,
-    known::SHORT_CHARDEVS,
-    mirrorable::{check_name, check_ram_ids, ram_file},
-};
+use crate::argument::Argument;
+use crate::known::SHORT_CHARDEVS;
+use crate::memory::RamKind;
+use crate::mirrorable::{NotMirrorable, check_name, check_ram_ids};
+use crate::network::NicKind;
+use crate::options::{Properties, escape};
+use crate::ram_files::ram_file;
+use crate::spec::Spec;
 
 /// What differs at the host that a VM moves to.
 #[derive(Debug, Clone)]

@@ -1,6 +1,8 @@
 //! Devices that the guest sees, and those of them that are tied to this host.
 
-use super::{Argument, Spec, known};
+use crate::argument::Argument;
+use crate::known;
+use crate::spec::Spec;
 
 /// A device that the command line asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,7 +63,7 @@ impl Spec {
 }
 
 /// How an argument ties the machine to this host, if it does.
-pub(super) fn host_device(argument: &Argument) -> Option<&'static str> {
+pub(crate) fn host_device(argument: &Argument) -> Option<&'static str> {
     let kind = |key: &str| argument.properties().get(key);
     Some(match argument.name() {
         "device" => known::of_host::device(&kind("driver")?)?,

@@ -4,7 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Argument, BlockDriver, Properties, Spec, options};
+use crate::argument::Argument;
+use crate::known::BlockDriver;
+use crate::options::{self, Properties};
+use crate::spec::Spec;
 
 /// More levels than a graph of nodes has.
 const DEEPEST: usize = 64;
@@ -57,7 +60,7 @@ impl Disk {
 }
 
 /// Options whose whole value is the path of an image.
-pub(super) const IMAGE_OPTIONS: &[&str] =
+pub(crate) const IMAGE_OPTIONS: &[&str] =
     &["hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "mtdblock"];
 
 impl Spec {
@@ -104,12 +107,12 @@ impl Spec {
     }
 
     /// Nodes that the machine's firmware properties (`-machine pflash0=`) use.
-    pub(super) fn pflash_nodes(&self) -> Vec<String> {
+    pub(crate) fn pflash_nodes(&self) -> Vec<String> {
         ["pflash0", "pflash1"].iter().filter_map(|key| self.machine_property(key)).collect()
     }
 
     /// The file behind a node of `-blockdev`.
-    pub(super) fn node_disk(&self, name: &str) -> Option<Disk> {
+    pub(crate) fn node_disk(&self, name: &str) -> Option<Disk> {
         let nodes: Vec<Node> = self.all("blockdev").map(|(_, properties)| Node::of(&properties)).collect();
         nodes.iter().find(|node| node.name.as_deref() == Some(name))?.disk(&nodes, false)
     }
@@ -136,7 +139,7 @@ fn disk_of_option(argument: &Argument) -> Option<Disk> {
 }
 
 /// The image of a `-drive`.
-pub(super) fn drive_disk(drive: &Properties) -> Option<Disk> {
+pub(crate) fn drive_disk(drive: &Properties) -> Option<Disk> {
     let format = drive.get("format").or_else(|| drive.get("driver"));
     let mut disk = match drive.get("file").filter(|file| !file.is_empty()) {
         Some(file) => from_file_name(&file, format.as_deref()),
@@ -278,7 +281,7 @@ impl Node {
 }
 
 /// Dotted keys as nested objects, the way QEMU reads `-blockdev file.driver=…`.
-pub(super) fn nested(properties: &Properties) -> Map<String, Value> {
+pub(crate) fn nested(properties: &Properties) -> Map<String, Value> {
     let mut object = Map::new();
     for key in properties.keys() {
         let Some(value) = properties.get(&key) else { continue };

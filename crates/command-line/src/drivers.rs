@@ -3,8 +3,10 @@
 
 use serde_json::{Map, Value};
 
-use super::disks::{IMAGE_OPTIONS, from_file_name, nested};
-use super::{Argument, BlockDriver, Protocol, Spec};
+use crate::argument::Argument;
+use crate::disks::{IMAGE_OPTIONS, Protocol, from_file_name, nested};
+use crate::known::BlockDriver;
+use crate::spec::Spec;
 
 impl Spec {
     /// Drives that use a block driver which is not known to work: the option, and the driver.

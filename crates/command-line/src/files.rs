@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::{Spec, disks};
+use crate::disks;
+use crate::spec::Spec;
 
 /// What a file is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,13 +3,13 @@
 
 mod block;
 mod devices;
-pub(super) mod of_host;
+pub(crate) mod of_host;
 
 pub use block::BlockDriver;
-pub(super) use devices::is_guests_device;
+pub(crate) use devices::is_guests_device;
 
 /// Kinds that are nothing outside of QEMU, but for files of memory, which get another place.
-pub(super) const OBJECTS: &[&str] = &[
+pub(crate) const OBJECTS: &[&str] = &[
     "acpi-generic-initiator",
     "acpi-generic-port",
     "authz-list",
@@ -35,17 +35,17 @@ pub(super) const OBJECTS: &[&str] = &[
 ];
 
 /// Network back ends that are connected to what has been made ready, to another back end, or to nothing.
-pub(super) const NETWORKS: &[&str] = &["bridge", "hubport", "nic", "none", "tap"];
+pub(crate) const NETWORKS: &[&str] = &["bridge", "hubport", "nic", "none", "tap"];
 
 /// Options whose value is a character device in the short notation, as that of `-gdb` is.
-pub(super) const SHORT_CHARDEVS: &[&str] =
+pub(crate) const SHORT_CHARDEVS: &[&str] =
     &["serial", "parallel", "monitor", "debugcon", "qmp", "qmp-pretty"];
 
 /// Kinds of character devices in the short notation that are sockets of TCP.
-pub(super) const SHORT_TCP: &[&str] = &["tcp", "telnet", "websocket", "tn3270"];
+pub(crate) const SHORT_TCP: &[&str] = &["tcp", "telnet", "websocket", "tn3270"];
 
 /// Whether an option's value is a character device in the short notation.
-pub(super) fn takes_short_chardev(option: &str) -> bool {
+pub(crate) fn takes_short_chardev(option: &str) -> bool {
     option == "gdb" || SHORT_CHARDEVS.contains(&option)
 }
 

@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
-use super::known::takes_short_chardev;
-use super::{Argument, Properties, Spec};
+use crate::argument::Argument;
+use crate::known::takes_short_chardev;
+use crate::options::Properties;
+use crate::spec::Spec;
 
 impl Spec {
     /// Files and listening sockets of character devices and displays, and logs, in the order of the command line: what QEMU makes where it is not

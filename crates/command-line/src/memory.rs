@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::{ParseError, Spec};
+use crate::options::is_yes;
+use crate::spec::Spec;
 
 /// QEMU's default memory size where `-m` is missing (`default_ram_size` of the PC machines).
 const DEFAULT_RAM: u64 = 128 << 20;
@@ -141,7 +142,7 @@ impl Spec {
                 id: properties.get("id").unwrap_or_default(),
                 size: size.expect("sizes of backends were checked when the command line was parsed"),
                 share: match properties.get("share") {
-                    Some(text) => super::options::is_yes(&text),
+                    Some(text) => is_yes(&text),
                     // QEMU's default: memfd is shared, everything else is private.
                     None => kind == RamKind::Memfd,
                 },
@@ -153,11 +154,11 @@ impl Spec {
     }
 }
 
-/// Checks every size that the functions above read.
-pub(super) fn check(spec: &Spec) -> Result<(), ParseError> {
+/// Checks every size that the functions above read. Of the first that is none, with the option that it is in.
+pub(crate) fn check(spec: &Spec) -> Result<(), (String, SizeError)> {
     let failed = |option: &str, value: Option<&str>| {
         let option = format!("{option} {}", value.unwrap_or(""));
-        |source| ParseError::Size { option, source }
+        |source| (option, source)
     };
     for argument in &spec.arguments {
         match argument.name() {

@@ -7,12 +7,11 @@
 
 use std::path::{Path, PathBuf};
 
-use super::known::{SHORT_TCP, takes_short_chardev};
-use super::render::waits_for_nobody;
-use super::{Argument, Properties, RamKind, Spec, escape};
-
-/// The id of our own QMP connection on a command line.
-pub(super) const OWN_QMP: &str = "vmirror-qmp";
+use crate::argument::Argument;
+use crate::memory::RamKind;
+use crate::options::{Properties, escape};
+use crate::ram_files::{huge_directory, huge_page_size, ram_file};
+use crate::spec::Spec;
 
 /// Where a machine that is started here gets its RAM files and sockets.
 #[derive(Debug, Clone)]
@@ -114,41 +113,6 @@ const REFUSED_AT_START: &[(&str, &str)] = &[
     ("loadvm", "start it without, then load the snapshot through its monitor"),
 ];
 
-/// What the names of RAM files, and of the directories that they are in, begin with.
-const OURS: &str = "vmirror-";
-
-/// The directory below `ram_dir`, or another tmpfs or hugetlbfs, that an agent has for its RAM files alone.
-#[must_use]
-pub fn ram_directory(directory: &Path, host: &str) -> PathBuf {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
-    let host: String = host.chars().map(plain).collect();
-    directory.join(format!("{OURS}{host}"))
-}
-
-/// The file that holds a piece of a VM's RAM. `@` can be in neither part of its name, so no two are equal.
-#[must_use]
-pub(super) fn ram_file(directory: &Path, host: &str, vm: &str, backend: &str) -> PathBuf {
-    ram_directory(directory, host).join(format!("{OURS}{vm}@{backend}"))
-}
-
-/// The directory that a RAM file was put into, at whichever host: not an agent's own below it, but the one that a host is configured
-/// with, or that a file system is mounted on.
-#[must_use]
-pub fn ram_place(file: &Path) -> Option<&Path> {
-    let ours = |path: &Path| {
-        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(OURS.as_bytes()))
-    };
-    let directory = file.parent()?;
-    if ours(file) && ours(directory) { directory.parent() } else { Some(directory) }
-}
-
-/// The directory on hugetlbfs that a `mem-path` asks for: itself, or the one that its file is or shall be in.
-#[must_use]
-pub(super) fn huge_directory(mem_path: &Path) -> Option<PathBuf> {
-    let directory = if mem_path.is_dir() { mem_path } else { ram_place(mem_path)? };
-    crate::huge_pages::huge_page_size(directory).map(|_| directory.to_owned())
-}
-
 impl Mirrorable {
     /// The file for a piece of RAM: in `ram_dir`, unless the user has asked for huge pages at another place.
     fn ram_file(&self, backend: &str, mem_path: Option<&Path>) -> PathBuf {
@@ -211,7 +175,7 @@ impl Spec {
     }
 
     /// Options that need a descriptor from whoever starts QEMU.
-    pub(super) fn uses_of_descriptors(&self, networks_too: bool) -> Vec<String> {
+    pub(crate) fn uses_of_descriptors(&self, networks_too: bool) -> Vec<String> {
         let has =
             |properties: &Properties, keys: &[&str]| keys.iter().any(|key| properties.get(key).is_some());
         self.arguments
@@ -281,64 +245,7 @@ impl Spec {
         }
     }
 
-    /// Adds our QMP connection, or moves the one that is there.
-    pub(super) fn set_own_qmp(&mut self, socket: &Path) {
-        let socket = socket.to_string_lossy();
-        match self.own_qmp() {
-            Some((at, mut chardev)) => {
-                chardev.set("path", &socket);
-                self.store(at, &chardev);
-            }
-            None => {
-                let chardev = format!("socket,id={OWN_QMP},path={},server=on,wait=off", escape(&socket));
-                self.arguments.push(Argument::with_value("-chardev", chardev));
-                self.arguments.push(Argument::with_value("-mon", format!("chardev={OWN_QMP},mode=control")));
-            }
-        }
-    }
-
-    /// A QEMU that waits for somebody to connect to one of its sockets before it starts answers nobody else either.
-    fn wait_for_nobody(&mut self) {
-        for argument in &mut self.arguments {
-            let Some(value) = argument.value().map(str::to_owned) else { continue };
-            match argument.name() {
-                "chardev" => {
-                    let mut chardev = argument.properties();
-                    let is_socket = chardev.get("backend").as_deref() == Some("socket");
-                    if is_socket && waits(&chardev) {
-                        waits_for_nobody(&mut chardev);
-                        argument.value = Some(chardev.render());
-                    }
-                }
-                name if takes_short_chardev(name) => {
-                    let form = value.strip_prefix("mon:").unwrap_or(&value);
-                    let is_socket = |kind: &str| kind == "unix" || SHORT_TCP.contains(&kind);
-                    let Some((kind, at)) = form.split_once(':').filter(|(kind, _)| is_socket(kind)) else {
-                        continue;
-                    };
-                    let mut socket = Properties::parse_pairs(at, Some("address"));
-                    if waits(&socket) {
-                        waits_for_nobody(&mut socket);
-                        let before = &value[..value.len() - form.len()];
-                        argument.value = Some(format!("{before}{kind}:{}", socket.render()));
-                    }
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn own_qmp(&self) -> Option<(usize, Properties)> {
-        self.all("chardev").find(|(_, chardev)| chardev.get("id").as_deref() == Some(OWN_QMP))
-    }
-
-    /// Our own QMP socket, once the machine is mirrorable.
-    #[must_use]
-    pub fn own_qmp_socket(&self) -> Option<PathBuf> {
-        self.own_qmp()?.1.get("path").map(PathBuf::from)
-    }
-
-    pub(super) fn set_pid_file(&mut self, pid_file: &Path) {
+    pub(crate) fn set_pid_file(&mut self, pid_file: &Path) {
         self.remove_all("pidfile");
         self.arguments.push(Argument::with_value("-pidfile", pid_file.to_string_lossy()));
     }
@@ -368,13 +275,8 @@ impl Spec {
     }
 }
 
-/// Whether a socket is one that QEMU waits at for somebody: its default.
-fn waits(socket: &Properties) -> bool {
-    socket.is_on("server") && socket.get("wait").is_none_or(|wait| super::options::is_yes(&wait))
-}
-
 /// Whether every piece of RAM has an id that QEMU would take: it becomes part of a file's name.
-pub(super) fn check_ram_ids(spec: &Spec) -> Result<(), NotMirrorable> {
+pub(crate) fn check_ram_ids(spec: &Spec) -> Result<(), NotMirrorable> {
     let odd = |id: &str| !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
     match spec.ram_backends().into_iter().find(|backend| odd(&backend.id)) {
         Some(backend) => Err(NotMirrorable::Name { name: backend.id }),
@@ -382,7 +284,7 @@ pub(super) fn check_ram_ids(spec: &Spec) -> Result<(), NotMirrorable> {
     }
 }
 
-pub(super) fn check_name(name: &str) -> Result<(), NotMirrorable> {
+pub(crate) fn check_name(name: &str) -> Result<(), NotMirrorable> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-');
     if name.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric()) && name.bytes().all(allowed) {
         Ok(())
@@ -408,7 +310,7 @@ fn share_backend(
         }
         object.set_bool("share", true);
     } else {
-        if object.is_on("hugetlb") && crate::huge_pages::huge_page_size(&how.ram_dir).is_none() {
+        if object.is_on("hugetlb") && huge_page_size(&how.ram_dir).is_none() {
             return Err(NotMirrorable::HugePages { id: id.to_owned(), ram_dir: how.ram_dir.clone() });
         }
         // Properties that only memory-backend-memfd has.

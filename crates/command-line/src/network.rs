@@ -1,6 +1,7 @@
 //! Network back ends on the command line.
 
-use super::{Properties, Spec};
+use crate::options::Properties;
+use crate::spec::Spec;
 
 /// A network back end and the address of the card on it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,7 +81,7 @@ impl Spec {
     }
 
     /// Options that declare a back end, with their positions.
-    pub(super) fn backends(&self) -> Vec<(usize, Properties)> {
+    pub(crate) fn backends(&self) -> Vec<(usize, Properties)> {
         self.arguments
             .iter()
             .enumerate()
@@ -93,7 +94,7 @@ impl Spec {
     }
 
     /// The key by which a back end is known: its id, or one made from its place.
-    pub(super) fn backend_key(&self, at: usize, properties: &Properties) -> String {
+    pub(crate) fn backend_key(&self, at: usize, properties: &Properties) -> String {
         properties.get("id").unwrap_or_else(|| {
             let before = self
                 .backends()

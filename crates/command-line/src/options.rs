@@ -230,7 +230,7 @@ impl Properties {
 
 /// Whether QEMU reads `text` as yes.
 #[must_use]
-pub(super) fn is_yes(text: &str) -> bool {
+pub(crate) fn is_yes(text: &str) -> bool {
     matches!(text, "on" | "yes" | "true" | "y")
 }
 

@@ -9,7 +9,11 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Argument, Spec, memory, options::Properties};
+use crate::argument::Argument;
+use crate::memory;
+use crate::names::{FLAGS, WITH_VALUE, option_name};
+use crate::options::Properties;
+use crate::spec::Spec;
 
 /// Why a command line cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -44,176 +48,6 @@ pub enum ParseError {
         #[source]
         source: memory::SizeError,
     },
-}
-
-/// Options without a value.
-pub(super) const FLAGS: &[&str] = &[
-    "S",
-    "alt-grab",
-    "async-teardown",
-    "audio-help",
-    "ctrl-grab",
-    "curses",
-    "daemonize",
-    "enable-fips",
-    "enable-hax",
-    "enable-kvm",
-    "enable-sync-profile",
-    "full-screen",
-    "h",
-    "help",
-    "jitdump",
-    "mem-prealloc",
-    "no-acpi",
-    "no-fd-bootchk",
-    "no-frame",
-    "no-hpet",
-    "no-kvm",
-    "no-kvm-irqchip",
-    "no-quit",
-    "no-reboot",
-    "no-shutdown",
-    "no-user-config",
-    "nodefaults",
-    "nodefconfig",
-    "nographic",
-    "nouserconfig",
-    "old-param",
-    "only-migratable",
-    "perfmap",
-    "portrait",
-    "preconfig",
-    "s",
-    "sdl",
-    "semihosting",
-    "singlestep",
-    "snapshot",
-    "usb",
-    "version",
-    "win2k-hack",
-    "xen-attach",
-    "xen-domid-restrict",
-];
-
-/// Options with a value. Only needed to tell a value that begins with a dash from the next option.
-const WITH_VALUE: &[&str] = &[
-    "D",
-    "L",
-    "M",
-    "accel",
-    "acpitable",
-    "action",
-    "add-fd",
-    "append",
-    "audio",
-    "audiodev",
-    "bios",
-    "blockdev",
-    "boot",
-    "cdrom",
-    "chardev",
-    "chroot",
-    "compat",
-    "cpu",
-    "d",
-    "debugcon",
-    "device",
-    "dfilter",
-    "display",
-    "dtb",
-    "dump-vmstate",
-    "echr",
-    "fda",
-    "fdb",
-    "fsdev",
-    "fw_cfg",
-    "gdb",
-    "global",
-    "hda",
-    "hdb",
-    "hdc",
-    "hdd",
-    "icount",
-    "incoming",
-    "initrd",
-    "iscsi",
-    "k",
-    "kernel",
-    "loadvm",
-    "m",
-    "machine",
-    "mem-path",
-    "mon",
-    "monitor",
-    "msg",
-    "mtdblock",
-    "name",
-    "net",
-    "netdev",
-    "nic",
-    "numa",
-    "object",
-    "option-rom",
-    "overcommit",
-    "parallel",
-    "pflash",
-    "pidfile",
-    "plugin",
-    "prom-env",
-    "qmp",
-    "qmp-pretty",
-    "qtest",
-    "qtest-log",
-    "readconfig",
-    "rotate",
-    "rtc",
-    "run-with",
-    "runas",
-    "sandbox",
-    "sd",
-    "seed",
-    "semihosting-config",
-    "serial",
-    "set",
-    "shim",
-    "smbios",
-    "smp",
-    "soundhw",
-    "spice",
-    "tb-size",
-    "tpmdev",
-    "trace",
-    "usbdevice",
-    "uuid",
-    "vga",
-    "virtfs",
-    "vnc",
-    "watchdog",
-    "watchdog-action",
-    "writeconfig",
-    "xen-domid",
-];
-
-/// The key that the first word of an option's value stands for, where the value is a list of properties.
-#[must_use]
-pub(crate) fn implied_key(option: &str) -> Option<&'static str> {
-    Some(match option {
-        "machine" | "M" | "netdev" | "nic" | "net" | "numa" | "tpmdev" | "display" => "type",
-        "device" | "blockdev" | "audiodev" | "audio" => "driver",
-        "object" => "qom-type",
-        "chardev" => "backend",
-        "accel" => "accel",
-        "m" => "size",
-        "smp" => "cpus",
-        "name" => "guest",
-        "mon" => "chardev",
-        "fsdev" | "virtfs" => "fsdriver",
-        "fw_cfg" => "name",
-        "boot" => "order",
-        "sandbox" => "enable",
-        "cpu" => "model",
-        _ => return None,
-    })
 }
 
 impl Spec {
@@ -274,20 +108,8 @@ impl Spec {
                 source,
             })?;
         }
-        memory::check(self)
+        memory::check(self).map_err(|(option, source)| ParseError::Size { option, source })
     }
-}
-
-/// Whether two arguments, one after the other, would be read as an option and its value.
-pub(super) fn would_be_one(option: &Argument, next: &Argument) -> bool {
-    let takes_next =
-        option_name(option.word()).is_some_and(|name| !FLAGS.contains(&name)) && option.value().is_none();
-    takes_next && option_name(next.word()).is_none()
-}
-
-fn option_name(word: &str) -> Option<&str> {
-    let name = word.strip_prefix('-')?;
-    Some(name.strip_prefix('-').unwrap_or(name))
 }
 
 impl TryFrom<Vec<String>> for Spec {

@@ -2,8 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use super::known::takes_short_chardev;
-use super::{Argument, BlockDriver, Properties, Spec, disks::IMAGE_OPTIONS};
+use crate::argument::Argument;
+use crate::disks::IMAGE_OPTIONS;
+use crate::known::{BlockDriver, takes_short_chardev};
+use crate::options::Properties;
+use crate::spec::Spec;
 
 impl Spec {
     /// Makes every relative path absolute, as seen from `directory`. Names that QEMU also looks up in its own

@@ -211,7 +211,7 @@ pub(crate) fn is_guests_device(driver: &str) -> bool {
 
 /// All of them, by one of their names each.
 #[cfg(test)]
-pub(super) fn all() -> impl Iterator<Item = String> {
+pub(crate) fn all() -> impl Iterator<Item = String> {
     let virtio = VIRTIO.iter().map(|device| format!("virtio-{device}-pci"));
     DEVICES.iter().map(|device| (*device).to_owned()).chain(virtio)
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::ram_files::ram_place;
 
 fn how() -> Mirrorable {
     Mirrorable {

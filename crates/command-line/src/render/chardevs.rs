@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use super::super::known::SHORT_TCP;
-use super::super::mirrorable::OWN_QMP;
-use super::super::{Argument, Properties, escape};
-use super::{Outcome, QMP_SOCKET, Renderer, Stop};
+use super::renderer::{Outcome, QMP_SOCKET, Renderer, Stop, changed};
+use crate::argument::Argument;
+use crate::known::SHORT_TCP;
+use crate::options::{Properties, escape};
+use crate::sockets::{OWN_QMP, waits_for_nobody};
 
 /// Kinds that are nothing outside of QEMU. Its standard streams are nothing, and its log.
 const WITHIN: &[&str] = &[
@@ -131,12 +132,6 @@ fn socket(renderer: &mut Renderer<'_>, argument: &Argument, socket: &mut Propert
     Ok(())
 }
 
-/// A QEMU that waits for somebody to connect before it starts waits for ever at a place that nobody knows.
-pub(crate) fn waits_for_nobody(socket: &mut Properties) {
-    socket.remove("wait");
-    socket.set_bool("wait", false);
-}
-
 /// The short forms: `unix:PATH,server=on`, `tcp:HOST:PORT,…`, `file:PATH`, `chardev:ID`, `mon:…`, or just a kind.
 pub(super) fn short(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome {
     let value = argument.value().unwrap_or_default();
@@ -186,10 +181,4 @@ pub(super) fn short(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome
     let mut changed = argument.clone();
     changed.value = Some(format!("{multiplexed}{rendered}"));
     Ok(vec![changed])
-}
-
-pub(super) fn changed(argument: &Argument, properties: &Properties) -> Argument {
-    let mut changed = argument.clone();
-    changed.value = Some(properties.render());
-    changed
 }

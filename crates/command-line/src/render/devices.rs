@@ -1,7 +1,9 @@
 //! Devices: those of QEMU's own that are nothing but what the guest sees of them.
 
-use super::super::{Argument, known};
-use super::{Outcome, Renderer};
+use super::renderer::{Outcome, Renderer};
+use crate::argument::Argument;
+use crate::devices::host_device;
+use crate::known;
 
 /// Properties that are texts for the guest, or names within the machine.
 const TEXTS: &[&str] = &[
@@ -10,7 +12,7 @@ const TEXTS: &[&str] = &[
 
 pub(super) fn render(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome {
     // Said by whoever calls this, with its reason: what ties the machine to its host.
-    if super::super::devices::host_device(argument).is_some() {
+    if host_device(argument).is_some() {
         return Ok(vec![argument.clone()]);
     }
     let device = argument.properties();

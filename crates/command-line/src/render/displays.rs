@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use super::super::{Argument, Properties, escape};
-use super::{Outcome, Purpose, Renderer, chardevs::changed};
+use super::renderer::{Outcome, Purpose, Renderer, changed};
+use crate::argument::Argument;
+use crate::options::{Properties, escape};
 
 /// Windows on the screen of whoever starts QEMU.
 const WINDOWS: &[&str] = &["cocoa", "curses", "default", "gtk", "none", "sdl"];

@@ -1,7 +1,11 @@
 //! Networks: back ends that a host's operator has a say in elsewhere, and those that reach out by themselves.
 
-use super::super::{Argument, Properties, known};
-use super::{Outcome, Remedy, Renderer};
+use super::permissions::{Allowed, Refused, Remedy};
+use super::renderer::{Outcome, Renderer};
+use crate::argument::Argument;
+use crate::devices::host_device;
+use crate::known;
+use crate::options::Properties;
 
 /// Why user-mode networking is not just let in.
 const USER: &str = "user-mode networking reaches whatever this host can reach, and its own services";
@@ -10,18 +14,18 @@ impl Renderer<'_> {
     /// A command line that says nothing of networks gets a card with user-mode networking.
     pub(super) fn is_not_silent(&mut self) {
         let silent = self.spec.nics().iter().any(|nic| nic.netdev == "#default");
-        let user = super::Allowed { option: "netdev".to_owned(), kind: Some("user".to_owned()) };
+        let user = Allowed { option: "netdev".to_owned(), kind: Some("user".to_owned()) };
         if silent && !self.how.permissions.arguments.contains(&user) {
             let option = "a command line without -nic or -netdev".to_owned();
             let remedy = Remedy::Arguments(user);
-            self.refused.push(super::Refused { option, why: USER.to_owned(), remedy });
+            self.refused.push(Refused { option, why: USER.to_owned(), remedy });
         }
     }
 }
 
 pub(super) fn render(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome {
     // Said by whoever calls this, with its reason: what ties the machine to its host.
-    if super::super::devices::host_device(argument).is_some() {
+    if host_device(argument).is_some() {
         return Ok(vec![argument.clone()]);
     }
     let network = argument.properties();

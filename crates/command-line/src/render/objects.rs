@@ -2,15 +2,17 @@
 
 use std::path::Path;
 
-use super::super::{Argument, known};
-use super::{Outcome, Renderer};
+use super::renderer::{Outcome, Renderer};
+use crate::argument::Argument;
+use crate::devices::host_device;
+use crate::known;
 
 /// Where random numbers may come from.
 const RANDOM: &[&str] = &["/dev/random", "/dev/urandom", "/dev/hwrng"];
 
 pub(super) fn render(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome {
     // Said by whoever calls this, with its reason: what ties the machine to its host.
-    if super::super::devices::host_device(argument).is_some() {
+    if host_device(argument).is_some() {
         return Ok(vec![argument.clone()]);
     }
     let object = argument.properties();

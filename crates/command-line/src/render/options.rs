@@ -2,8 +2,12 @@
 
 use std::path::Path;
 
-use super::super::{Argument, disks::IMAGE_OPTIONS, known::SHORT_CHARDEVS};
-use super::{Outcome, Remedy, Renderer, chardevs, devices, displays, networks, objects, storage};
+use super::permissions::Remedy;
+use super::renderer::{Outcome, Renderer};
+use super::{chardevs, devices, displays, networks, objects, storage};
+use crate::argument::Argument;
+use crate::disks::IMAGE_OPTIONS;
+use crate::known::SHORT_CHARDEVS;
 
 /// Flags that say something of the machine, and of nothing else.
 const FLAGS: &[&str] = &[
@@ -69,7 +73,7 @@ const PLAIN: &[&str] = &[
     "watchdog-action",
 ];
 
-/// Options with files that must be there, and that whoever calls this looks for: [`super::super::Spec::files`].
+/// Options with files that must be there, and that whoever calls this looks for: [`crate::Spec::files`].
 const FILES: &[&str] = &["bios", "dtb", "kernel", "option-rom", "shim", "smbios", "fw_cfg", "acpitable"];
 
 /// What belongs to the process and not to the machine. It is another process here, and its host's operator says what that is like.
@@ -194,15 +198,15 @@ fn initrd(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parse;
+    use crate::names;
 
     #[test]
     fn what_is_let_through_as_a_flag_is_read_as_one_and_what_has_a_value_is_not() {
         for flag in FLAGS {
-            assert!(parse::FLAGS.contains(flag), "-{flag} would take the next word for its value");
+            assert!(names::FLAGS.contains(flag), "-{flag} would take the next word for its value");
         }
         for option in [TEXTS, PLAIN, FILES].concat() {
-            assert!(!parse::FLAGS.contains(&option), "-{option} would leave its value to be an image");
+            assert!(!names::FLAGS.contains(&option), "-{option} would leave its value to be an image");
         }
     }
 }

@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::super::options::is_yes;
-use super::super::{Argument, BlockDriver, Properties};
-use super::{Outcome, Remedy, Renderer, Stop};
+use super::permissions::Remedy;
+use super::renderer::{Outcome, Renderer, Stop};
+use crate::argument::Argument;
+use crate::known::BlockDriver;
+use crate::options::{Properties, is_yes};
 
 /// Keys whose values are texts.
 const TEXTS: &[&str] = &["serial", "id", "node-name"];

@@ -6,7 +6,8 @@ use command_line::{BlockDriver, Protocol, from_file_name};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Qmp, QmpError};
+use super::connection::Qmp;
+use super::error::QmpError;
 use qapi::Command;
 
 /// A drive of the guest that has a medium.

@@ -11,7 +11,8 @@ use qapi::Command;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Qmp, QmpError};
+use super::connection::Qmp;
+use super::error::QmpError;
 
 /// QEMU's version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

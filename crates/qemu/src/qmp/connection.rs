@@ -16,7 +16,7 @@ use std::{
 };
 
 use super::error::QmpError;
-use super::quiesce::Expecting;
+use super::expecting::Expecting;
 use qapi::Command;
 use reading::{Lines, read_task};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};

@@ -10,7 +10,8 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Qmp, QmpError};
+use super::connection::Qmp;
+use super::error::QmpError;
 
 /// How long an export may take to go once its clients were cut off.
 const END_DEADLINE: Duration = Duration::from_secs(30);

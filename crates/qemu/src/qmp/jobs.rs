@@ -13,7 +13,8 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use super::{Event, Qmp, QmpError};
+use super::connection::{Event, Qmp};
+use super::error::QmpError;
 
 /// How long a job may take to end once it was told to. One that waits for its target does so for as long as the NBD
 /// connection lives.

@@ -22,6 +22,7 @@ mod block;
 mod commands;
 mod connection;
 mod error;
+mod expecting;
 mod export;
 mod jobs;
 mod quiesce;

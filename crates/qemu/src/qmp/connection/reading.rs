@@ -10,7 +10,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{broadcast, oneshot};
 
-use super::super::quiesce::Expecting;
+use super::super::expecting::Expecting;
 use super::{Answer, ErrorBody, Event, Pending};
 
 /// Longest line that is accepted. The largest answers (schemas, full block graphs) are below 1 MiB.
