@@ -13,7 +13,6 @@ use qemu::User;
 use qemu::spec::render::{Allowed, Permissions};
 use serde::{Deserialize, Serialize};
 
-use crate::cgroup::CgroupParent;
 use crate::destination::PostCopies;
 use crate::fence::Fence;
 use crate::forward::Forwards;
@@ -25,6 +24,7 @@ use crate::neighbourhood::Neighbourhood;
 use crate::recovering::Recovering;
 use crate::room::RamFiles;
 use crate::vm::Journal;
+use cgroup::CgroupParent;
 use network::nft::NftPattern;
 
 /// What a peer may ask this host to run: the `[allow]` table of the agent's configuration.

@@ -15,7 +15,6 @@
 
 mod blockers;
 mod boot_files;
-mod cgroup;
 mod confinement;
 mod deadlines;
 pub mod destination;

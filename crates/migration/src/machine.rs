@@ -4,7 +4,6 @@ use qemu::qmp::{CpuidWord, RunState, Version};
 use qemu::{NicKind, Qmp, RamBlock, Spec};
 
 use crate::blockers;
-use crate::cgroup;
 use crate::confinement;
 use crate::disks::{self, Disk};
 use crate::host::Host;
@@ -107,7 +106,7 @@ impl Machine {
         }
         let (disks, more) = disks::describe(vm, options).await;
         findings.extend(more);
-        let limits = cgroup::read::limits(&vm.record).unwrap_or_else(|e| {
+        let limits = limits(&vm.record).unwrap_or_else(|e| {
             let message = format!("the VM's limits: {}", finding::chain(&e));
             findings.push(Finding::new("cgroup", message, e.hint()));
             cgroup::Limits::default()
@@ -341,4 +340,9 @@ fn not_carried(netdev: &str, ifname: &str, kind: &Kind) -> Finding {
             "use a tap on a bridge, or a macvtap",
         ),
     }
+}
+/// The limits that are its process's own.
+fn limits(record: &crate::vm::Record) -> Result<cgroup::Limits, cgroup::CgroupError> {
+    let Some(process) = &record.process else { return Ok(cgroup::Limits::default()) };
+    cgroup::read::limits(process.pid, &record.made.cgroups)
 }

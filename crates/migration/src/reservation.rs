@@ -2,11 +2,11 @@
 
 mod arguments;
 mod as_user;
-mod cgroup;
 mod chains;
 pub(crate) mod disks;
 mod examine;
 mod kernel_use;
+mod limits;
 mod macvtaps;
 mod others;
 mod set_up;
@@ -26,7 +26,6 @@ use qemu::{Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
 use crate::boot_files;
-use crate::cgroup::Limits;
 use crate::destination::forwarded::Tunnels;
 use crate::destination::images::Images;
 use crate::guest_ram;
@@ -35,6 +34,7 @@ use crate::lifecycle::{self, Paths};
 use crate::options::MAX_STREAMS;
 use crate::vm::{Made, Origin, Record};
 use crate::wire;
+use cgroup::Limits;
 use finding::{Finding, chain};
 use ownership::JournalError;
 use ownership::VmName;
@@ -150,7 +150,7 @@ impl Request {
         let blocks = wire.ram.iter().map(|block| (block.id.as_str(), block.size));
         let layout = Layout::new(blocks, streams).map_err(|e| violation(chain(&e)))?;
         let secret = Secret::try_from(&wire.secret[..]).map_err(|e| violation(chain(&e)))?;
-        let limits = wire.limits.as_ref().map_or(Some(Limits::default()), Limits::decode);
+        let limits = wire.limits.as_ref().map_or(Some(Limits::default()), wire::CgroupLimits::checked);
         let limits = limits.ok_or_else(|| violation("limits that no process can have".to_owned()))?;
         let spec = Spec::parse(&wire.argv).map_err(|e| violation(chain(&e)))?;
         let forward = wire.forward.map(|forward| {

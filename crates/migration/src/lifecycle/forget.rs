@@ -14,7 +14,6 @@ use super::Paths;
 use super::in_use;
 use super::ran::{self, Ran};
 use super::taps::remove_taps;
-use crate::cgroup;
 use crate::deadlines::{KILL_GRACE, QUIT_GRACE};
 use crate::destination::forwarded;
 use crate::firewall;
@@ -393,8 +392,10 @@ mod tests {
     /// A copy that came to nothing, for which this image was to be made.
     fn copy(path: &Path, made_as: Option<&Path>, file: Option<WhichFile>) -> Record {
         let (session, from) = (Uuid::new_v4(), "host-a".to_owned());
-        let standing =
-            ownership::Standing { ownership: Ownership::Incoming { session, from, ready: false }, ..ownership::Standing::own() };
+        let standing = ownership::Standing {
+            ownership: Ownership::Incoming { session, from, ready: false },
+            ..ownership::Standing::own()
+        };
         let mut record = Record::new("web1".parse().unwrap(), standing, Origin::Arrived);
         let made_as = made_as.map(Path::to_owned);
         record.made.images = vec![MadeImage { path: path.to_owned(), fresh: true, made_as, file }];

@@ -8,8 +8,7 @@ use qemu::{Launch, LaunchError, Process, Qmp, RamBlock, Spec, User};
 use serde_json::Value;
 
 use super::macvtaps::Descriptors;
-use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started, cgroup};
-use crate::cgroup::{CgroupError, make};
+use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started, limits};
 use crate::destination::images::Images;
 use crate::destination::post_copy;
 use crate::firewall;
@@ -22,6 +21,7 @@ use crate::occasion;
 use crate::settings::Settings;
 use crate::vm::Record;
 use crate::wire;
+use cgroup::{CgroupError, make};
 use finding::{Finding, chain};
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed. Its stream carries no RAM;
@@ -117,7 +117,7 @@ impl Request {
         let message = chain(error);
         if let LaunchError::Unrecorded(source) = error {
             if let Some(e) = source.downcast_ref::<CgroupError>() {
-                return cgroup::failed(host, e);
+                return limits::failed(host, e);
             }
             return Finding::new("journal", message, "see to the destination's state_dir");
         }

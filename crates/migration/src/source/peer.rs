@@ -428,7 +428,7 @@ pub(super) fn reserve_request(
         accept_disconnect: options.accept_disconnect,
         taps,
         macvtaps,
-        limits: machine.limits.wire(),
+        limits: wire::CgroupLimits::of(&machine.limits),
         streams: u32::from(streams),
         secret: secret.to_vec(),
         rehearsal,

@@ -1,10 +1,10 @@
 //! Limits of a machine that is to come: whether they can be kept here, and the cgroups that keep them.
 
 use super::Request;
-use crate::cgroup::CgroupError;
-use crate::cgroup::make::Plan;
 use crate::host::Host;
 use crate::vm::Record;
+use cgroup::CgroupError;
+use cgroup::make::Plan;
 use finding::{Finding, chain};
 
 impl Request {
@@ -23,7 +23,7 @@ impl Request {
                 ),
             ));
         };
-        Plan::new(self.limits, parent, &self.name).err().map(|e| failed(host, &e))
+        Plan::new(self.limits, parent, self.name.as_ref()).err().map(|e| failed(host, &e))
     }
 
     /// Makes the cgroups that its limits need.
@@ -31,7 +31,7 @@ impl Request {
         let Some(parent) = host.allow.cgroup.as_ref().filter(|_| !self.limits.are_none()) else {
             return Ok(());
         };
-        let plan = Plan::new(self.limits, parent, &self.name).map_err(|e| failed(host, &e))?;
+        let plan = Plan::new(self.limits, parent, self.name.as_ref()).map_err(|e| failed(host, &e))?;
         // On record before they exist: a crash in between leaves nothing that nobody knows of.
         let unrecorded = |e| Finding::new("journal", chain(&e), "see to the destination's state_dir");
         let directories = plan.directories();

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use super::hierarchy::{Controller, Hierarchy, Version, lists, read};
 use super::{CgroupError, CgroupParent, Limits, PROC};
-use ownership::VmName;
 
 /// How long the threads of a process that has ended may take to leave its cgroup.
 const LEAVE: Duration = Duration::from_secs(5);
@@ -16,7 +15,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What is to be made.
 #[derive(Debug)]
-pub(crate) struct Plan {
+pub struct Plan {
     limits: Limits,
     parent: CgroupParent,
     parts: Vec<Part>,
@@ -32,7 +31,7 @@ struct Part {
 
 impl Plan {
     /// Finds the place of each limit, and changes nothing.
-    pub(crate) fn new(limits: Limits, parent: &CgroupParent, name: &VmName) -> Result<Plan, CgroupError> {
+    pub fn new(limits: Limits, parent: &CgroupParent, name: &str) -> Result<Plan, CgroupError> {
         Plan::in_proc(Path::new(PROC), limits, parent, name)
     }
 
@@ -40,7 +39,7 @@ impl Plan {
         proc: &Path,
         limits: Limits,
         parent: &CgroupParent,
-        name: &VmName,
+        name: &str,
     ) -> Result<Plan, CgroupError> {
         let mut parts = Vec::new();
         for controller in Controller::ALL.into_iter().filter(|controller| limits.need(*controller)) {
@@ -58,7 +57,7 @@ impl Plan {
     }
 
     /// The cgroups that it is about.
-    pub(crate) fn directories(&self) -> Vec<PathBuf> {
+    pub fn directories(&self) -> Vec<PathBuf> {
         let mut directories: Vec<PathBuf> = self.parts.iter().map(|part| part.directory.clone()).collect();
         // Version 2 has one for everything.
         directories.dedup();
@@ -66,7 +65,7 @@ impl Plan {
     }
 
     /// Makes them. One of the same name can only be a remnant.
-    pub(crate) fn make(&self) -> Result<(), CgroupError> {
+    pub fn make(&self) -> Result<(), CgroupError> {
         for part in &self.parts {
             part.make_way(&self.parent)?;
         }
@@ -132,12 +131,12 @@ impl Part {
 }
 
 /// Puts a process into cgroups, with all threads that it has.
-pub(crate) fn enter(directories: &[PathBuf], pid: u32) -> Result<(), CgroupError> {
+pub fn enter(directories: &[PathBuf], pid: u32) -> Result<(), CgroupError> {
     directories.iter().try_for_each(|directory| write(&directory.join("cgroup.procs"), pid.to_string()))
 }
 
 /// Removes a cgroup whose process has ended.
-pub(crate) async fn remove(directory: &Path) -> io::Result<()> {
+pub async fn remove(directory: &Path) -> io::Result<()> {
     let end = tokio::time::Instant::now() + LEAVE;
     loop {
         match fs::remove_dir(directory) {

@@ -4,8 +4,8 @@
 //! [`hierarchy`] says where on a host either version is.
 
 mod hierarchy;
-pub(crate) mod make;
-pub(crate) mod read;
+pub mod make;
+pub mod read;
 #[cfg(test)]
 mod tests;
 
@@ -15,7 +15,6 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::wire;
 use hierarchy::Controller;
 
 /// Where the kernel tells of processes and mounts.
@@ -29,9 +28,11 @@ const SHARES: std::ops::RangeInclusive<u64> = 2..=262_144;
 
 /// CPU time that may be used in each period, both in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Quota {
-    pub(crate) time: u64,
-    pub(crate) period: u64,
+pub struct Quota {
+    /// What may be used.
+    pub time: u64,
+    /// Of this.
+    pub period: u64,
 }
 
 impl Quota {
@@ -44,11 +45,22 @@ impl Quota {
 
 /// What part of the CPU time a cgroup has beside its siblings, in the unit of the version where it was set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum CpuWeight {
+pub enum CpuWeight {
     /// `cpu.weight`.
     V2(u64),
     /// `cpu.shares`.
     V1(u64),
+}
+
+impl CpuWeight {
+    /// One that the kernel takes.
+    #[must_use]
+    pub fn is_sound(self) -> bool {
+        match self {
+            CpuWeight::V2(weight) => WEIGHTS.contains(&weight),
+            CpuWeight::V1(shares) => SHARES.contains(&shares),
+        }
+    }
 }
 
 /// The scheduler counts in shares, and `cpu.weight` is converted as the kernel does it (`sched_weight_from_cgroup` in
@@ -74,17 +86,21 @@ impl CpuWeight {
 
 /// Limits of one process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Limits {
-    pub(crate) quota: Option<Quota>,
-    pub(crate) weight: Option<CpuWeight>,
+pub struct Limits {
+    /// Of CPU time.
+    pub quota: Option<Quota>,
+    /// Beside its siblings.
+    pub weight: Option<CpuWeight>,
     /// Bytes; what would take more is ended.
-    pub(crate) memory_max: Option<u64>,
+    pub memory_max: Option<u64>,
     /// Bytes; what takes more is slowed. Version 2 only.
-    pub(crate) memory_high: Option<u64>,
+    pub memory_high: Option<u64>,
 }
 
 impl Limits {
-    pub(crate) fn are_none(&self) -> bool {
+    /// Whether it has none.
+    #[must_use]
+    pub fn are_none(&self) -> bool {
         *self == Limits::default()
     }
 
@@ -106,39 +122,6 @@ impl Limits {
             memory_max: least(self.memory_max, upper.memory_max),
             memory_high: least(self.memory_high, upper.memory_high),
         }
-    }
-
-    /// What is sent of them; nothing where there are none.
-    pub(crate) fn wire(&self) -> Option<wire::CgroupLimits> {
-        let (weight, shares) = match self.weight {
-            Some(CpuWeight::V2(weight)) => (Some(weight), None),
-            Some(CpuWeight::V1(shares)) => (None, Some(shares)),
-            None => (None, None),
-        };
-        (!self.are_none()).then_some(wire::CgroupLimits {
-            cpu_time: self.quota.map(|quota| quota.time),
-            cpu_period: self.quota.map(|quota| quota.period),
-            cpu_weight: weight,
-            cpu_shares: shares,
-            memory_max: self.memory_max,
-            memory_high: self.memory_high,
-        })
-    }
-
-    /// What was sent; none where it makes no sense.
-    pub(crate) fn decode(wire: &wire::CgroupLimits) -> Option<Limits> {
-        let quota = match (wire.cpu_time, wire.cpu_period) {
-            (Some(time @ 1..), Some(period @ 1..)) => Some(Quota { time, period }),
-            (None, None) => None,
-            _ => return None,
-        };
-        let weight = match (wire.cpu_weight, wire.cpu_shares) {
-            (Some(weight), None) if WEIGHTS.contains(&weight) => Some(CpuWeight::V2(weight)),
-            (None, Some(shares)) if SHARES.contains(&shares) => Some(CpuWeight::V1(shares)),
-            (None, None) => None,
-            _ => return None,
-        };
-        Some(Limits { quota, weight, memory_max: wire.memory_max, memory_high: wire.memory_high })
     }
 }
 
@@ -186,29 +169,51 @@ impl AsRef<Path> for CgroupParent {
 
 /// Why limits cannot be read or made.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum CgroupError {
+#[non_exhaustive]
+pub enum CgroupError {
+    /// The system would not have it read.
     #[error("cannot read {}", path.display())]
     Read {
+        /// What.
         path: PathBuf,
+        /// Why not.
         #[source]
         source: io::Error,
     },
+    /// The kernel says something else than is known here.
     #[error("{} is not of the expected form: {text:?}", path.display())]
-    Form { path: PathBuf, text: String },
+    Form {
+        /// Where.
+        path: PathBuf,
+        /// What it says.
+        text: String,
+    },
+    /// No hierarchy has the controller.
     #[error("there are no cgroups with the controller {controller}, or none that the agent can see")]
-    NoController { controller: &'static str },
+    NoController {
+        /// Which.
+        controller: &'static str,
+    },
+    /// Version 1 knows no `memory.high`.
     #[error("cgroups of version 1 have no memory.high, which the VM has ({0} bytes)")]
     NoHigh(u64),
+    /// A cgroup could not be made.
     #[error("cannot make {}", path.display())]
     Make {
+        /// Which.
         path: PathBuf,
+        /// Why not.
         #[source]
         source: io::Error,
     },
+    /// A limit could not be set.
     #[error("cannot write {value:?} to {}", path.display())]
     Write {
+        /// Where.
         path: PathBuf,
+        /// To what.
         value: String,
+        /// Why not.
         #[source]
         source: io::Error,
     },
@@ -216,7 +221,7 @@ pub(crate) enum CgroupError {
 
 impl CgroupError {
     /// What to do about it.
-    pub(crate) fn hint(&self) -> &'static str {
+    pub fn hint(&self) -> &'static str {
         match self {
             CgroupError::Read { .. } | CgroupError::Form { .. } => "see to the cgroups of that host",
             CgroupError::NoController { .. } => {

@@ -10,15 +10,13 @@ use std::path::{Path, PathBuf};
 
 use super::hierarchy::{Controller, Hierarchy, Version, is_gone, read};
 use super::{CgroupError, CpuWeight, DEFAULT_SHARES, DEFAULT_WEIGHT, Limits, PROC, Quota, SHARES, WEIGHTS};
-use crate::vm::Record;
 
 /// The kernel says that memory is unlimited with the most that it can count, which depends on the size of its pages.
 const UNLIMITED: u64 = 1 << 62;
 
 /// The limits of a machine.
-pub(crate) fn limits(record: &Record) -> Result<Limits, CgroupError> {
-    let Some(process) = &record.process else { return Ok(Limits::default()) };
-    limits_of(Path::new(PROC), process.pid, &record.made.cgroups)
+pub fn limits(pid: u32, made: &[PathBuf]) -> Result<Limits, CgroupError> {
+    limits_of(Path::new(PROC), pid, made)
 }
 
 /// The limits of a process. What is above the cgroups that were made for it is the host's, even if there is nobody else in it.
