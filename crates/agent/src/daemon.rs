@@ -24,6 +24,7 @@ use tokio_util::task::TaskTracker;
 use crate::api::{self, Api};
 use crate::config::Config;
 use crate::events::{Events, unix_ms};
+use crate::heap;
 use crate::history::History;
 use crate::lock::{self, Lock, LockError};
 use crate::vms::Vms;
@@ -334,6 +335,7 @@ async fn accept(listener: &Listener, data: &DataConnections, vms: &Vms, incoming
                     incoming.spawn(async move {
                         served(&vms, &name, destination::serve(host, control, peer, data, move |vm| keep.arrived(vm))).await;
                         drop(counted);
+                        heap::give_back();
                     });
                 }
                 Ok(Incoming::Data(receiver, _, hello)) => data.deliver(&hello, receiver),

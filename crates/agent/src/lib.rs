@@ -17,6 +17,7 @@ mod descriptors;
 pub mod error;
 pub mod events;
 mod findings;
+mod heap;
 pub mod history;
 mod lock;
 mod logs;

@@ -19,6 +19,7 @@
 pub mod audit;
 pub mod device;
 pub mod hash;
+pub mod heap;
 pub mod layout;
 pub mod ledger;
 mod meeting;

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{Entry, Vms, not_here};
 use crate::api::types::{EventKind, HistoryEntry, RemovalReason};
+use crate::heap;
 use crate::error::AgentError;
 use crate::sessions::Active;
 
@@ -37,6 +38,8 @@ impl Vms {
         self.inner.tasks.spawn(async move {
             let report = active.follow(vms.events()).await;
             vms.session_ended(&active, report).await;
+            drop(active);
+            heap::give_back();
         });
         Ok(id)
     }
