@@ -11,8 +11,8 @@ use uuid::Uuid;
 
 use super::{Entry, Vms, not_here};
 use crate::api::types::{EventKind, HistoryEntry, RemovalReason};
-use crate::heap;
 use crate::error::AgentError;
+use crate::heap;
 use crate::sessions::Active;
 
 impl Vms {
