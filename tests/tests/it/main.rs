@@ -24,6 +24,7 @@ mod known_to_work;
 mod large;
 mod logs;
 mod malicious_peer;
+mod map;
 mod matrix;
 mod network;
 mod network_descriptors;
