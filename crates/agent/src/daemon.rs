@@ -335,7 +335,6 @@ async fn accept(listener: &Listener, data: &DataConnections, vms: &Vms, incoming
                     incoming.spawn(async move {
                         served(&vms, &name, destination::serve(host, control, peer, data, move |vm| keep.arrived(vm))).await;
                         drop(counted);
-                        heap::give_back();
                     });
                 }
                 Ok(Incoming::Data(receiver, _, hello)) => data.deliver(&hello, receiver),
@@ -354,7 +353,10 @@ async fn accept(listener: &Listener, data: &DataConnections, vms: &Vms, incoming
 /// Serves a peer, and looks after what it leaves, however that ends.
 async fn served(vms: &Vms, peer: &str, serving: impl Future<Output = Option<VmName>>) {
     match AssertUnwindSafe(serving).catch_unwind().await {
-        Ok(Some(vm)) => vms.doubt_copies_from(peer, |name| *name == vm),
+        Ok(Some(vm)) => {
+            vms.doubt_copies_from(peer, |name| *name == vm);
+            heap::give_back();
+        }
         Ok(None) => {}
         // What it has left half done is on record, and nothing in memory that others use is changed in more than one step.
         Err(_) => {

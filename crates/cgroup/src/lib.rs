@@ -1,7 +1,7 @@
 //! Limits of CPU and memory of a machine's process, which move with it: cgroups of version 1 and 2.
 //!
 //! [`read`] finds at the source what limits belong to the process alone, [`make`] gives it the same at the destination, and
-//! [`hierarchy`] says where on a host either version is.
+//! `hierarchy` says where on a host either version is.
 
 mod hierarchy;
 pub mod make;

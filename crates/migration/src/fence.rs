@@ -260,7 +260,8 @@ impl Fence {
             !kept.is_empty()
         };
         if is_kept {
-            self.post(vm).await;
+            // One that is there may hold nothing any more: its locks were let go of for a QEMU, and those of now are others.
+            self.post_another(vm).await;
         } else {
             self.relieve(vm).await;
         }

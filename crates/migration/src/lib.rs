@@ -2,16 +2,12 @@
 //! done when any step fails.
 //!
 //! * [`source`] and [`destination`] are the two controllers; [`wire`] is what they say to each other.
-//! * [`journal`] keeps, through any crash, which host owns a machine: at any moment at most one copy may run, and one
-//!   always can.
 //! * [`lifecycle`] starts, adopts, finds again and ends machines on one host.
-//! * `cgroup` carries the limits of CPU and memory of a machine's process.
 //! * [`hooks`] are programs of the operator's, run when a machine's network moves.
-//! * [`conntrack`] and [`nft`] are what a host's firewall knows of a machine.
-//! * [`report`], [`progress`], [`failure`] and [`options`] are what an operator gives and gets.
+//! * [`report`], [`progress`] and [`options`] are what an operator gives and gets.
 //!
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
-//! crate [`qemu`].
+//! crate [`qemu`]. Which host owns a machine, through any crash, is the crate [`ownership`]'s.
 
 mod blockers;
 mod boot_files;

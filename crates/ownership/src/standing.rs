@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-/// Which side of a hand-over this host is on. The number beside it in [`Record`] makes a stale side powerless.
+/// Which side of a hand-over this host is on. The number beside it in the record makes a stale side powerless.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ownership {

@@ -55,7 +55,9 @@ impl Fence {
     pub(super) async fn post_another(&self, vm: &VmName) {
         let _posting = self.posting.lock().await;
         let (files, images) = self.state().held(vm);
-        self.start(vm, files, images).await;
+        if !images.is_empty() {
+            self.start(vm, files, images).await;
+        }
     }
 
     /// Starts one that has these files, and ends those that it stands in for.

@@ -103,7 +103,8 @@ impl State {
         }
         let lock = KeepOut::take(&open.through);
         let is_it = |path: &PathBuf| WhichFile::of(path).as_ref() == Some(&open.file);
-        if lock.as_ref().is_ok_and(|lock| lock.is_written().unwrap_or(false)) && self.used.iter().any(is_it) {
+        let is_used = self.used.iter().any(is_it);
+        if lock.as_ref().is_ok_and(|lock| lock.is_written().unwrap_or(false)) && is_used {
             // A machine of this host has it again.
             return open.path.clone();
         }
@@ -111,7 +112,10 @@ impl State {
         let kept = to_be_locked.iter().find(|kept| kept.vm == *vm && kept.file.as_ref() == Some(&open.file));
         let named = || names.iter().find(|name| is_it(name)).unwrap_or(&open.path);
         let path = kept.map_or_else(named, |kept| &kept.path).clone();
-        if kept.is_none() {
+        if kept.is_none() && is_used {
+            // It was locked while its QEMU did not take it: for as long as the machine is here and has not got it.
+            self.guarded.insert(vm.clone());
+        } else if kept.is_none() {
             tracing::warn!(vm = %vm, image = %path.display(), "is kept locked, and nothing on record says why: it stays locked");
             left.keep_found(vm, &path, Some(open.file.clone()));
         }

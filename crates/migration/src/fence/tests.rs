@@ -5,6 +5,7 @@ use qemu::Process;
 
 use super::*;
 use crate::deadlines::KILL_GRACE;
+use crate::vm::Origin;
 
 fn image(directory: &Path, name: &str) -> PathBuf {
     let path = directory.join(name);
@@ -369,4 +370,47 @@ async fn an_image_that_a_machine_has_come_back_without_stays_locked() {
     assert_eq!(fence.look().await, []);
     assert_eq!(fence.forget(&vm).await, std::slice::from_ref(&other));
     assert!(is_let_go_of(&other));
+}
+
+#[tokio::test]
+async fn who_holds_what_a_machine_left_earlier_holds_it_when_the_machine_stays_after_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let disk = image(&place, "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    fence.keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    // The process that has it shares the lock that is let go of here.
+    fence.hand_to(&vm, || async { Ok(()) }).await.unwrap();
+    fence.take_again(&vm).await;
+    assert_eq!(fence.left.holders().len(), 1);
+    drop(fence);
+    assert!(is_locked(&disk), "it outlives the agent");
+    assert_eq!(kept(&place).forget(&vm).await.len(), 1);
+    assert!(is_let_go_of(&disk));
+}
+
+#[tokio::test]
+async fn images_that_a_machine_of_this_host_was_kept_from_are_not_kept_when_it_has_gone() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let disk = image(&place, "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    let fence = kept(&place);
+    // It was to stay, and its QEMU did not take them.
+    fence.hold(&vm, [disk.as_path()]);
+    assert!(fence.hand_to(&vm, || async { Err(refused("Block node is read-only")) }).await.is_err());
+    drop(fence);
+    assert!(is_locked(&disk));
+    let drive = format!("file={},if=virtio,format=raw", disk.display());
+    let argv = ["qemu-system-x86_64", "-drive", &drive].map(str::to_owned).to_vec();
+    let record = Record { argv, ..Record::new(vm.clone(), ownership::Standing::own(), Origin::Run) };
+    let fence = Fence::new(Arc::new(LeftImages::open(&place)), &[record], waits());
+    assert!(is_locked(&disk), "it is here, and has not got them yet");
+    assert_eq!(fence.left(), []);
+    let _ = fence.look().await;
+    assert_eq!(fence.left.holders().len(), 1);
+    // Its QEMU has ended, and it is forgotten.
+    fence.take_again(&vm).await;
+    assert!(is_let_go_of(&disk) && fence.left.holders().is_empty());
 }

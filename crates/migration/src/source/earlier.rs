@@ -45,6 +45,7 @@ pub(super) fn replaced(host: &Host, name: &VmName, to: &str) {
     let sessions: Vec<Uuid> =
         left(host, name).iter().filter(|o| there(o)).map(|outgoing| outgoing.session).collect();
     for session in sessions {
-        withdrawn(host, name, session);
+        // If not, it is told again.
+        let _ = withdrawn(host, name, session);
     }
 }

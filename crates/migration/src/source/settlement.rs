@@ -124,9 +124,10 @@ pub(crate) fn abandon(host: &Host, record: &Record, outgoing: Outgoing) {
         let (mut pause, longest) = ABANDON_PAUSE;
         loop {
             // One that knows nothing of it has no copy that it would ever let run.
-            if matches!(withdraw(&host, &record, &outgoing).await, Withdrawal::Done | Withdrawal::Unknown) {
-                tracing::info!(vm = %record.name, "the destination has thrown its copy away");
-                return withdrawn(&host, &record.name, outgoing.session);
+            if matches!(withdraw(&host, &record, &outgoing).await, Withdrawal::Done | Withdrawal::Unknown)
+                && withdrawn(&host, &record.name, outgoing.session)
+            {
+                return tracing::info!(vm = %record.name, "the destination has thrown its copy away");
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(longest);
@@ -138,17 +139,21 @@ pub(crate) fn abandon(host: &Host, record: &Record, outgoing: Outgoing) {
     });
 }
 
-/// The destination of this migration need not be told again.
-pub(super) fn withdrawn(host: &Host, name: &VmName, session: Uuid) {
+/// The destination of this migration need not be told again. False when that could not be put on record.
+pub(super) fn withdrawn(host: &Host, name: &VmName, session: Uuid) -> bool {
     let event = || Event::Withdrawn { session };
     // The machine may be changing just now, and what it is then is looked at again.
     while let Some(mut record) = host.journal.get(name) {
         match host.journal.on(&mut record, event(), |_| {}) {
-            Ok(_) => return,
+            Ok(_) => return true,
             Err(JournalError::Changed(_)) => {}
-            Err(e) => return tracing::error!(vm = %name, error = chain(&e), "the journal cannot be written"),
+            Err(e) => {
+                tracing::error!(vm = %name, error = chain(&e), "the journal cannot be written");
+                return false;
+            }
         }
     }
+    true
 }
 
 /// The destination lacks nothing any more that is here.
