@@ -241,13 +241,15 @@ impl Pair {
     /// The ends of both agents' logs, for a failing assertion.
     #[must_use]
     pub fn logs(&self) -> String {
-        let log = |host: &Host| {
-            let text = std::fs::read_to_string(host.agent_log()).unwrap_or_default();
-            let lines: Vec<&str> = text.lines().collect();
-            format!("{}:\n{}\n", host.name(), lines[lines.len().saturating_sub(25)..].join("\n"))
-        };
-        self.testbed.hosts().each_ref().map(log).concat()
+        self.testbed.hosts().each_ref().map(log_of).concat()
     }
+}
+
+/// What the agent of a host said last.
+pub(crate) fn log_of(host: &Host) -> String {
+    let text = std::fs::read_to_string(host.agent_log()).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    format!("{}:\n{}\n", host.name(), lines[lines.len().saturating_sub(25)..].join("\n"))
 }
 
 /// Runs `vmirror` on a host, to its end.

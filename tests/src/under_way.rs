@@ -8,6 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use testbed::{Host, Programs};
 
+use crate::pair::log_of;
 use crate::{PATIENCE, Pair, Said, vmirror};
 
 /// A `vmirror` command that runs beside the test. Killed when dropped, if it has not ended.
@@ -118,7 +119,7 @@ impl<'a> UnderWay<'a> {
     pub fn ended(mut self) -> Said {
         let start = Instant::now();
         while !self.has_ended() {
-            assert!(start.elapsed() < PATIENCE, "the migration hangs");
+            assert!(start.elapsed() < PATIENCE, "the migration hangs\n{}", log_of(self.host));
             std::thread::sleep(Duration::from_millis(20));
         }
         self.waits.take().unwrap().join().unwrap()

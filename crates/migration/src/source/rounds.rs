@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use compression::Compression;
-use dirty_tracker::{DescriptorSource, Injection, KnownFilters, Tracker};
+use dirty_tracker::{DescriptorSource, Injection, KnownFilters, ScanError, Tracker};
 use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
@@ -571,8 +571,14 @@ fn merge(rounds: &mut Vec<Round>) {
     rounds.extend(last);
 }
 
-fn broken(error: &dyn std::error::Error) -> Stop {
-    Stop::because("mirror", error, "see the logs of both agents")
+fn broken(error: &(dyn std::error::Error + 'static)) -> Stop {
+    match error.downcast_ref() {
+        // A QEMU that ends loses its memory first, and its monitor after that.
+        Some(SourceError::Scan(ScanError::Gone { .. })) => {
+            Stop::because("qemu-gone", error, "see the VM's log on the source")
+        }
+        _ => Stop::because("mirror", error, "see the logs of both agents"),
+    }
 }
 
 #[cfg(test)]
@@ -591,5 +597,15 @@ mod tests {
         assert_eq!(rounds.iter().map(|round| u64::from(round.merged) + 1).sum::<u64>(), 50_000);
         assert!(rounds.is_sorted_by_key(|round| round.n));
         assert_eq!((rounds[1].n, rounds.last().map(|round| round.n)), (1, Some(49_999)));
+    }
+
+    #[test]
+    fn a_scan_of_a_qemu_that_has_ended_says_that_it_has() {
+        let kind = |error: ScanError| match broken(&SourceError::Scan(error)) {
+            Stop::Failed(finding) => finding.kind,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(kind(ScanError::Gone { pid: 7 }), "qemu-gone");
+        assert_eq!(kind(ScanError::Lost { pid: 7, range: 0..4096 }), "mirror");
     }
 }
