@@ -28,7 +28,7 @@ pub struct Watch {
 struct Seen {
     /// CPU time of each side's guest.
     used: [Duration; 2],
-    /// The same, when the other side was first seen to run.
+    /// The same, at the look after the one that first saw the other side to have run.
     used_before: [Option<Duration>; 2],
     doubled: Option<String>,
     begun: Option<Instant>,
@@ -38,13 +38,17 @@ struct Seen {
 
 impl Seen {
     /// Both sides have used so much since the last look, nobody knows in which order.
+    ///
+    /// Nor is a look one moment: this thread may wait for a CPU between one side's file and the other's, while the guest goes over. What a side
+    /// had used before the other ran is therefore what the next look finds, all of which was read afterwards.
     fn add(&mut self, more: [Duration; 2]) {
         self.looks += 1;
+        let had_run = self.used.map(|used| used >= RUNS);
         for (used, more) in self.used.iter_mut().zip(more) {
             *used += more;
         }
         for (side, other) in [(0, 1), (1, 0)] {
-            if self.used[side] >= RUNS && self.used_before[other].is_none() {
+            if had_run[side] && self.used_before[other].is_none() {
                 self.used_before[other] = Some(self.used[other]);
             }
         }
@@ -169,4 +173,33 @@ fn look_for(pair: &Pair, cpus: &mut Vec<Cpu>) {
 fn time(file: &str) -> Option<Duration> {
     let text = fs::read_to_string(file).ok()?;
     Some(Duration::from_nanos(text.split(' ').next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn doubled(looks: &[[u64; 2]]) -> bool {
+        let mut seen = Seen::default();
+        for look in looks {
+            seen.add(look.map(Duration::from_millis));
+        }
+        seen.doubled.is_some()
+    }
+
+    #[test]
+    fn a_guest_that_went_over_has_run_on_both_sides_and_never_on_two() {
+        assert!(!doubled(&[[25, 0], [25, 0], [10, 15], [0, 25], [0, 25], [0, 25]]));
+    }
+
+    #[test]
+    fn a_look_that_took_long_between_the_sides_sees_what_the_first_had_still_used_at_the_next() {
+        assert!(!doubled(&[[25, 0], [25, 0], [5, 46], [30, 25], [0, 25], [0, 25]]));
+    }
+
+    #[test]
+    fn one_that_runs_on_after_the_other_has_begun_is_seen() {
+        assert!(doubled(&[[25, 0], [25, 0], [15, 15], [12, 12], [12, 12], [12, 12]]));
+        assert!(doubled(&[[25, 0], [0, 25], [0, 25], [0, 25], [25, 0]]));
+    }
 }
