@@ -286,10 +286,13 @@ impl Vms {
     }
 
     /// Puts a machine that runs here under its name and listens to its QEMU.
+    ///
+    /// In this order: its QEMU may have ended already, and who hears of that looks for the machine under its name.
     fn keep(&self, vm: Vm) {
-        let name = vm.record.name.clone();
-        let monitor = self.listen(&vm);
-        self.put(name, Entry::Here(Box::new(Here { vm, session: None, held: None, monitor })));
+        let monitor = self.inner.closing.child_token();
+        let here = Here { vm: vm.clone(), session: None, held: None, monitor: monitor.clone() };
+        self.put(vm.record.name.clone(), Entry::Here(Box::new(here)));
+        self.listen(vm, monitor);
     }
 
     /// Puts something under a name, and ends the tasks of what was there.

@@ -248,10 +248,9 @@ impl Vms {
         self.keep(vm);
     }
 
-    /// Listens to a machine's QEMU until the token that is returned is cancelled, or QEMU is gone.
-    pub(super) fn listen(&self, vm: &Vm) -> CancellationToken {
-        let token = self.inner.closing.child_token();
-        let (vms, vm, until) = (self.clone(), vm.clone(), token.clone());
+    /// Listens to a machine's QEMU until the token is cancelled, or QEMU is gone.
+    pub(super) fn listen(&self, vm: Vm, until: CancellationToken) {
+        let vms = self.clone();
         self.inner.tasks.spawn(async move {
             let name = vm.record.name.clone();
             tokio::select! {
@@ -259,7 +258,6 @@ impl Vms {
                 () = monitor::listen(&vm.qmp, |kind| vms.tell(&name, kind)) => vms.ended(&name, &until).await,
             }
         });
-        token
     }
 
     /// QEMU's monitor has closed: the guest powered off, or QEMU crashed or was killed.

@@ -275,13 +275,15 @@ fn address(to: &str) -> Result<(), AgentError> {
 
 #[cfg(test)]
 mod tests {
-    use std::path::PathBuf;
+    use std::path::{Path, PathBuf};
+    use std::time::Duration;
 
     use migration::Vm;
     use qemu::{Process, Qmp, Spec};
     use serde_json::{Value, json};
     use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
     use tokio::net::UnixListener;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::Daemon;
@@ -308,6 +310,21 @@ mod tests {
         }
     }
 
+    /// A machine of this host that is this process, with this on record.
+    async fn machine(vms: &Vms, name: &str, qmp_socket: &Path, on_record: Value) -> Vm {
+        let mut record = json!({
+            "name": name, "generation": 0, "ownership": "owner", "origin": "adopted", "arrived_by": null,
+            "arrived_from": null, "resuming": false, "process": null, "argv": ["qemu-system-x86_64"],
+            "qmp_socket": qmp_socket, "memory": 0, "made": { "files": [], "taps": [] },
+        });
+        record.as_object_mut().unwrap().extend(on_record.as_object().unwrap().clone());
+        let mut record: Record = serde_json::from_value(record).unwrap();
+        record.process = Some(Process::of_pid(std::process::id(), qmp_socket).unwrap());
+        vms.host().journal.claim(record.clone()).unwrap();
+        let spec = Spec::parse(&record.argv).unwrap();
+        Vm { record, spec, qmp: Qmp::connect(qmp_socket).await.unwrap() }
+    }
+
     /// How a machine is listed whose migration has ended, with this on record.
     async fn listed(on_record: Value) -> VmState {
         let directory = tempfile::tempdir().unwrap();
@@ -315,20 +332,45 @@ mod tests {
         let vms = daemon.vms().clone();
         let qmp_socket: PathBuf = directory.path().join("qmp");
         tokio::spawn(stays_paused(UnixListener::bind(&qmp_socket).unwrap()));
-        let mut record = json!({
-            "name": "web1", "generation": 0, "ownership": "owner", "origin": "adopted", "arrived_by": null,
-            "arrived_from": null, "resuming": false, "process": null, "argv": ["qemu-system-x86_64"],
-            "qmp_socket": &qmp_socket, "memory": 0, "made": { "files": [], "taps": [] },
+        let vm = machine(&vms, "web1", &qmp_socket, on_record).await;
+        let record = vm.record.clone();
+        vms.keep(vm);
+        vms.stays(record.clone());
+        vms.view(&record.name).await.unwrap().state
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_machine_whose_qemu_has_ended_before_it_was_kept_does_not_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        let daemon = Daemon::start(config(directory.path())).await.unwrap();
+        let vms = daemon.vms().clone();
+        // Others use the table too, so that either may be first to have it: who puts a machine there, or who hears that its QEMU has ended.
+        let (stop, others) = (CancellationToken::new(), vms.clone());
+        let stopped = stop.clone();
+        let busy = std::thread::spawn(move || {
+            while !stopped.is_cancelled() {
+                let entries = others.entries();
+                std::thread::sleep(Duration::from_millis(1));
+                drop(entries);
+                std::thread::sleep(Duration::from_micros(10));
+            }
         });
-        record.as_object_mut().unwrap().extend(on_record.as_object().unwrap().clone());
-        let mut record: Record = serde_json::from_value(record).unwrap();
-        record.process = Some(Process::of_pid(std::process::id(), &qmp_socket).unwrap());
-        let (name, argv) = (record.name.clone(), record.argv.clone());
-        vms.host().journal.claim(record.clone()).unwrap();
-        let qmp = Qmp::connect(&qmp_socket).await.unwrap();
-        vms.keep(Vm { record: record.clone(), spec: Spec::parse(&argv).unwrap(), qmp });
-        vms.stays(record);
-        vms.view(&name).await.unwrap().state
+        for number in 0..40 {
+            let qmp_socket = directory.path().join(format!("qmp{number}"));
+            let qemu = tokio::spawn(stays_paused(UnixListener::bind(&qmp_socket).unwrap()));
+            let mut vm = machine(&vms, &format!("web{number}"), &qmp_socket, json!({})).await;
+            qemu.abort();
+            while vm.qmp.status().await.is_ok() {}
+            // Another process has its number by now.
+            let ended = vm.record.process.take().map(|process| Process { start_time: 1, ..process });
+            vms.host().journal.amend(&mut vm.record, |now| now.process = ended).unwrap();
+            vms.keep(vm);
+        }
+        stop.cancel();
+        busy.join().unwrap();
+        while vms.count() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 
     #[tokio::test]

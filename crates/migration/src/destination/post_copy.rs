@@ -151,6 +151,11 @@ pub(super) async fn attended(attending: &mut Option<AbortOnDropHandle<End>>) -> 
     }
 }
 
+/// Its QEMU has ended.
+fn nobody_needs_it(why: String) -> End {
+    End::Failed(vec![Finding::new(kind::POST_COPY, why, "see the VM's log there, and the agents'")])
+}
+
 impl Source {
     /// Waits until nothing is missing any more, and says so.
     pub(super) async fn supplied(&mut self, session: Uuid) -> Result<(), End> {
@@ -160,8 +165,7 @@ impl Source {
             tokio::select! {
                 changed = state.wait_for(|state| *state != State::Missing) => {
                     if let Ok(State::Failed(why)) = changed.map(|state| state.clone()) {
-                        let hint = "see the VM's log there, and the agents'";
-                        return Err(End::Failed(vec![Finding::new(kind::POST_COPY, why, hint)]));
+                        return Err(nobody_needs_it(why));
                     }
                 }
                 end = attended(&mut attending) => return Err(end),
@@ -189,6 +193,10 @@ impl Source {
             return self.reply(Reply::Running(wire::Running { supplied, lacked: false })).await;
         };
         let Some((record, session)) = self.meant(&commit) else { return Err(no_copy(&commit.name)) };
+        if let State::Failed(why) = &*tail.state.borrow() {
+            // It is about to be found so by who looks after the machine here, and is told then what became of it.
+            return Err(nobody_needs_it(why.clone()));
+        }
         tracing::info!(vm = %record.name, pages = tail.memory.left(), "the source of missing memory is back");
         let attendance = tail.relink();
         tail.memory.trust(secret);

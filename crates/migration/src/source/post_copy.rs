@@ -20,6 +20,7 @@ use uuid::Uuid;
 use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
+use crate::deadlines::POST_COPY_READY;
 use crate::host::Host;
 use crate::report::{self, Counted};
 use crate::vm::Record;
@@ -245,7 +246,7 @@ async fn connect_again(
     let mut missing = PageSet::new(layout.end());
     let mut told = 0u64;
     loop {
-        match destination.receive().await? {
+        match destination.receive_within(POST_COPY_READY, "say what the VM lacks").await? {
             Reply::Missing(part) => {
                 // Each part is of pages of its own.
                 told += part.bits.len() as u64 * 8;
@@ -366,8 +367,12 @@ impl Controller {
                     }
                 }
                 Err(stop) => {
-                    tracing::debug!(vm = %name, ?stop, "the destination is not back yet");
-                    warn(why(&stop, &mut said));
+                    // Each reason once: it is tried again for as long as the destination's host may be down.
+                    let now = why(&stop, &mut said);
+                    if now.is_some() && now != progress.borrow().warning {
+                        tracing::warn!(vm = %name, ?stop, "what the machine lacks cannot be supplied");
+                    }
+                    warn(now);
                 }
             }
         }
