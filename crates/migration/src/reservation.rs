@@ -282,8 +282,10 @@ impl Request {
         }
     }
 
-    /// A copy that the same source has left here, of a machine that it says is still its own, is worthless.
+    /// A copy that the same source has left here, of a machine that it says is still its own, is worthless; and so are the images of one
+    /// that is not on record any more.
     async fn make_way(&self, host: &Host, peer: &str) {
+        self.abandoned.iter().flatten().for_each(|session| host.left.source_has_it(*session));
         let _deciding = host.journal.decide(&self.name).await;
         let Some(record) = host.journal.get(&self.name) else { return };
         let effects = ownership::on(Some(&record.standing()), self.event(peer)).effects;
