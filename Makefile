@@ -13,7 +13,7 @@
 # QEMU=/path/to/qemu-system-x86_64 chooses another QEMU.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full matrix soak lint fuzz fuzz-smoke bench bench-quick bench-micro setup setup-rust setup-guest setup-userland setup-postgresql build build-tests clean
+.PHONY: help demo test test-full matrix soak lint fuzz fuzz-smoke bench bench-quick bench-micro setup setup-rust setup-guest setup-userland setup-postgresql build build-demo build-tests clean
 .NOTPARALLEL:
 
 ifdef QEMU
@@ -26,15 +26,16 @@ TIMES := $(CURDIR)/target/test-times
 # Tests, demo and bench need root for network namespaces. Cargo starts what it has built through this.
 ifneq ($(shell id -u),0)
 ifneq ($(shell command -v sudo),)
-as_root := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo --preserve-env"
+sudo := sudo --preserve-env
+as_root := CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="$(sudo)"
 endif
 endif
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
-demo: setup build
-	$(as_root) cargo run --release --quiet --package bench --bin demo
+demo: setup build-demo
+	$(sudo) target/release/demo
 
 # T=network_frames runs one file of the end-to-end tests, or those tests that have this in their name.
 test: setup build-tests
@@ -109,6 +110,10 @@ setup-postgresql: setup-rust
 # Tests start the program itself, so it is built first and with the same profile.
 build: setup-rust
 	cargo build --release --workspace
+
+# Not the tests, fuzz targets and benchmarks of the rest: a newcomer waits for this.
+build-demo: setup-rust
+	cargo build --release --package vmirror --package bench --bin vmirror --bin demo
 
 # With tests among what is built, Cargo gives dependencies the features that tests want. The programs are built in the same go, or everything
 # would be compiled twice.
