@@ -7,7 +7,6 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -17,6 +16,11 @@ use nbd::WireError;
 use nbd::client::{Client, NbdError};
 use nbd::server::{Export, Reply, Request, Server};
 use proptest::prelude::*;
+
+#[path = "nbd/place.rs"]
+mod place;
+
+use place::{Place, place};
 
 /// Remembers the largest piece of memory that anything asked for.
 struct Watched;
@@ -82,16 +86,6 @@ impl Export for Nothing {
     }
 }
 
-struct Place {
-    _directory: tempfile::TempDir,
-    socket: PathBuf,
-}
-
-fn place() -> Place {
-    let directory = tempfile::tempdir().unwrap();
-    Place { socket: directory.path().join("nbd"), _directory: directory }
-}
-
 const FLAGS: &[u8] = b"\0\0\0\x03";
 const GO: &[u8] = b"IHAVEOPT\0\0\0\x07\0\0\0\x0a\0\0\0\x04disk\0\0";
 
@@ -132,7 +126,7 @@ proptest! {
         command in 0u16..9, length: u32, offset: u64,
     ) {
         let place = place();
-        let server = Server::listen(UnixListener::bind(&place.socket).unwrap(), &place.socket, "disk", Arc::new(Nothing)).unwrap();
+        let server = place.serve(Arc::new(Nothing));
         let mut bytes = [&b""[..], FLAGS, FLAGS, &[FLAGS, GO].concat(), &[FLAGS, GO].concat()][how_far].to_vec();
         match how_far {
             2 => {
@@ -153,9 +147,7 @@ proptest! {
 #[test]
 fn absurd_lengths_of_a_client_end_its_connection() {
     let place = place();
-    let server =
-        Server::listen(UnixListener::bind(&place.socket).unwrap(), &place.socket, "disk", Arc::new(Nothing))
-            .unwrap();
+    let server = place.serve(Arc::new(Nothing));
     for option in [1u8, 3, 6, 7, 99] {
         let bytes = [FLAGS, b"IHAVEOPT\0\0\0", &[option], &[0xff; 4], &[0; 100]].concat();
         assert_eq!(say(&server, &bytes).len(), 18, "option {option}: nothing after the greeting");
@@ -182,13 +174,7 @@ fn absurd_lengths_of_a_client_end_its_connection() {
 fn a_client_that_falls_silent_does_not_hold_up_the_end() {
     for said in [vec![], FLAGS.to_vec(), [FLAGS, GO, &request(MAGIC, 1, 0, MAXIMUM as u32)].concat()] {
         let place = place();
-        let server = Server::listen(
-            UnixListener::bind(&place.socket).unwrap(),
-            &place.socket,
-            "disk",
-            Arc::new(Nothing),
-        )
-        .unwrap();
+        let server = place.serve(Arc::new(Nothing));
         let mut silent = UnixStream::connect(server.socket()).unwrap();
         silent.write_all(&said).unwrap();
         // It is the one that is served.
@@ -202,9 +188,7 @@ fn a_client_that_falls_silent_does_not_hold_up_the_end() {
 #[test]
 fn a_client_that_does_not_read_its_answers_does_not_hold_up_the_end() {
     let place = place();
-    let server =
-        Server::listen(UnixListener::bind(&place.socket).unwrap(), &place.socket, "disk", Arc::new(Nothing))
-            .unwrap();
+    let server = place.serve(Arc::new(Nothing));
     let mut deaf = UnixStream::connect(server.socket()).unwrap();
     deaf.write_all(&[FLAGS, GO, &request(MAGIC, 0, 0, 16 << 20)].concat()).unwrap();
     deaf.read_exact(&mut [0; 200]).unwrap();

@@ -4,4 +4,5 @@
 
 mod memory_export;
 mod ours;
+mod place;
 mod qemu;

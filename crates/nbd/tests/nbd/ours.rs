@@ -2,7 +2,6 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -12,18 +11,9 @@ use nbd::server::{Export, Reply, Request, Server};
 use proptest::prelude::*;
 
 use crate::memory_export::MemoryExport;
+use crate::place::place;
 
 const SIZE: usize = 200_000;
-
-struct Place {
-    _directory: tempfile::TempDir,
-    socket: PathBuf,
-}
-
-fn place() -> Place {
-    let directory = tempfile::tempdir().unwrap();
-    Place { socket: directory.path().join("nbd"), _directory: directory }
-}
 
 fn errno(error: &NbdError) -> Option<i32> {
     match error {
@@ -124,13 +114,7 @@ proptest! {
 #[test]
 fn the_socket_is_gone_afterwards() {
     let place = place();
-    let server = Server::listen(
-        UnixListener::bind(&place.socket).unwrap(),
-        &place.socket,
-        "disk",
-        MemoryExport::new(SIZE),
-    )
-    .unwrap();
+    let server = place.serve(MemoryExport::new(SIZE));
     assert!(server.socket().exists());
     server.end();
     assert!(!place.socket.exists());
@@ -211,13 +195,7 @@ fn raw_client(socket: &std::path::Path) -> UnixStream {
 #[test]
 fn options_are_answered_one_by_one() {
     let place = place();
-    let _server = Server::listen(
-        UnixListener::bind(&place.socket).unwrap(),
-        &place.socket,
-        "disk",
-        MemoryExport::new(SIZE),
-    )
-    .unwrap();
+    let _server = place.serve(MemoryExport::new(SIZE));
     let mut raw = UnixStream::connect(&place.socket).unwrap();
     raw.write_all(b"\0\0\0\x03").unwrap();
     raw.read_exact(&mut [0; 18]).unwrap();
@@ -261,13 +239,7 @@ fn options_are_answered_one_by_one() {
 fn a_name_that_is_not_served_is_refused_and_so_is_a_second_client() {
     let place = place();
     let export = MemoryExport::new(SIZE);
-    let _server = Server::listen(
-        UnixListener::bind(&place.socket).unwrap(),
-        &place.socket,
-        "disk",
-        Arc::clone(&export),
-    )
-    .unwrap();
+    let _server = place.serve(Arc::clone(&export));
     let wrong = Client::connect(&place.socket, "disc").unwrap_err();
     assert!(
         matches!(&wrong, NbdError::Refused { code: 0x8000_0006, message, .. } if message == "no such export")
@@ -320,13 +292,7 @@ impl Export for Odd {
 fn errors_name_the_operation_and_leave_the_connection_usable() {
     let place = place();
     let export = Arc::new(Odd { held: Mutex::default() });
-    let server = Server::listen(
-        UnixListener::bind(&place.socket).unwrap(),
-        &place.socket,
-        "disk",
-        Arc::clone(&export),
-    )
-    .unwrap();
+    let server = place.serve(Arc::clone(&export));
     let mut client = Client::connect(&place.socket, "disk").unwrap();
     let mut into = [0; 100];
     for (offset, expected) in [(0, 5), (1, 5), (2, 5), (3, 12)] {
@@ -362,13 +328,7 @@ fn errors_name_the_operation_and_leave_the_connection_usable() {
 #[test]
 fn the_end_of_a_server_ends_its_client() {
     let place = place();
-    let server = Server::listen(
-        UnixListener::bind(&place.socket).unwrap(),
-        &place.socket,
-        "disk",
-        MemoryExport::new(SIZE),
-    )
-    .unwrap();
+    let server = place.serve(MemoryExport::new(SIZE));
     let mut client = Client::connect(&place.socket, "disk").unwrap();
     client.write(0, &[1; 10]).unwrap();
     drop(server);
