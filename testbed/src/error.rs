@@ -28,6 +28,15 @@ pub enum TestbedError {
         /// What it said.
         message: String,
     },
+    /// A monitor does not answer.
+    #[error("QMP {command}: no answer")]
+    Monitor {
+        /// The command.
+        command: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// A file or directory of the testbed.
     #[error("{path}")]
     File {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::TestbedError;
 
 /// How long an answer may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// How often a job is looked at.
 const POLL: Duration = Duration::from_millis(5);
 
@@ -49,19 +49,16 @@ impl Monitor {
     /// Carries out a command, and gives back what it returns. Events are passed over.
     ///
     /// # Errors
-    /// Where the monitor says that it failed, or nothing.
+    /// Where the monitor says that it failed; [`TestbedError::Monitor`] where it says nothing, as of a QEMU that has ended.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, TestbedError> {
         let failed = |message: String| TestbedError::Tool { command: format!("QMP {command}"), message };
         let line = json!({ "execute": command, "arguments": arguments }).to_string() + "\n";
-        self.writer
-            .write_all(line.as_bytes())
-            .and_then(|()| self.writer.flush())
-            .map_err(|error| failed(error.to_string()))?;
+        let gone = |source| TestbedError::Monitor { command: command.to_owned(), source };
+        self.writer.write_all(line.as_bytes()).and_then(|()| self.writer.flush()).map_err(gone)?;
         loop {
             let mut line = String::new();
-            let length = self.reader.read_line(&mut line).map_err(|error| failed(error.to_string()))?;
-            if length == 0 {
-                return Err(failed("the monitor closed".into()));
+            if self.reader.read_line(&mut line).map_err(gone)? == 0 {
+                return Err(gone(io::ErrorKind::UnexpectedEof.into()));
             }
             let mut answer: Value =
                 serde_json::from_str(&line).map_err(|error| failed(format!("{line:?}: {error}")))?;

@@ -5,10 +5,10 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use end_to_end::{Guest, PATIENCE, Pair, Qmp, accounted, until, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, accounted, until, vmirror};
 use serde_json::{Value, json};
 use testbed::guest_spec::{GuestSpec, Pattern, Ram};
-use testbed::{Host, RunningGuest};
+use testbed::{Host, Monitor, RunningGuest};
 
 /// The parts of a guest started by hand: its own QMP socket, and RAM in a file of the user's.
 fn by_hand(pair: &Pair, host: &Host, name: &str) -> (GuestSpec, PathBuf) {
@@ -158,7 +158,7 @@ fn a_guest_is_found_again_by_an_agent_that_ended_or_was_killed() {
 }
 
 /// An adopted guest on host A, and a monitor of its user's.
-fn with_own_monitor(pair: &Pair) -> (RunningGuest, Guest, Qmp) {
+fn with_own_monitor(pair: &Pair) -> (RunningGuest, Guest, Monitor) {
     let (mut spec, qmp) = by_hand(pair, pair.a(), "vm");
     let own = pair.a().directory().join("second.qmp");
     spec.extra.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", own.display())]);
@@ -166,7 +166,7 @@ fn with_own_monitor(pair: &Pair) -> (RunningGuest, Guest, Qmp) {
     started.wait_ready(PATIENCE).unwrap();
     let guest = Guest::ready("vm", &spec);
     adopt(pair.a(), "vm", &qmp);
-    (started, guest, Qmp::connect(&own))
+    (started, guest, Monitor::connect(&own).unwrap())
 }
 
 /// Agents that go down, by a crash or because they are told to, and the next one: it has found what there is when this returns.
@@ -182,18 +182,20 @@ fn a_guest_that_its_user_has_migrated_elsewhere_is_not_run_here_again() {
     let pair = Pair::start();
     let (_started, guest, mut monitor) = with_own_monitor(&pair);
     let elsewhere = pair.a().directory().join("elsewhere");
-    monitor.execute("migrate", json!({ "uri": format!("exec:cat > {}", elsewhere.display()) }));
-    until("it is elsewhere", || monitor.execute("query-migrate", json!({}))["status"] == "completed");
+    monitor.execute("migrate", json!({ "uri": format!("exec:cat > {}", elsewhere.display()) })).unwrap();
+    until("it is elsewhere", || {
+        monitor.execute("query-migrate", json!({})).unwrap()["status"] == "completed"
+    });
     for () in restarts(pair.a()) {
         assert!(guest.is_silent_for(Duration::from_secs(1)), "it runs here again");
-        assert_eq!(monitor.execute("query-status", json!({}))["status"], "postmigrate");
+        assert_eq!(monitor.execute("query-status", json!({})).unwrap()["status"], "postmigrate");
         let listed = pair.show("vm", pair.a()).unwrap();
         assert_eq!(listed["state"], "unreachable", "{listed}");
         let why = listed["problem"]["message"].as_str().unwrap();
         assert!(why.contains("migrated by another program"), "{listed}");
     }
     // Its user's word is another matter.
-    monitor.execute("cont", json!({}));
+    monitor.execute("cont", json!({})).unwrap();
     guest.runs_on();
     until("it is listed as what it is", || pair.runs_on("vm", pair.a()));
 }
@@ -203,15 +205,16 @@ fn a_migration_of_its_users_is_not_cancelled_by_an_agent_that_is_started_again()
     let pair = Pair::start();
     let (_started, guest, mut monitor) = with_own_monitor(&pair);
     let before = guest.status();
-    monitor.execute("migrate-set-parameters", json!({ "max-bandwidth": 1 << 16 }));
-    monitor.execute("migrate", json!({ "uri": "exec:cat > /dev/null" }));
-    let status = |monitor: &mut Qmp| monitor.execute("query-migrate", json!({}))["status"].clone();
+    monitor.execute("migrate-set-parameters", json!({ "max-bandwidth": 1 << 16 })).unwrap();
+    monitor.execute("migrate", json!({ "uri": "exec:cat > /dev/null" })).unwrap();
+    let status =
+        |monitor: &mut Monitor| monitor.execute("query-migrate", json!({})).unwrap()["status"].clone();
     until("it is under way", || status(&mut monitor) == "active");
     for () in restarts(pair.a()) {
         assert!(pair.runs_on("vm", pair.a()));
         assert_eq!(status(&mut monitor), "active", "{}", pair.logs());
     }
-    monitor.execute("migrate_cancel", json!({}));
+    monitor.execute("migrate_cancel", json!({})).unwrap();
     until("it is cancelled by its user", || status(&mut monitor) == "cancelled");
     accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     guest.sound_since(&before);
@@ -238,9 +241,9 @@ fn a_copy_that_has_never_run_is_not_taken_in_without_a_word_of_that() {
     copy.extra.extend(["-qmp".into(), format!("unix:{},server=on,wait=off", own.display())]);
     let _copy = pair.a().boot(&copy).unwrap();
     until("it can come", || incoming.exists());
-    let mut monitor = Qmp::connect(&qmp);
-    monitor.execute("migrate", json!({ "uri": format!("unix:{}", incoming.display()) }));
-    until("it has come", || monitor.execute("query-migrate", json!({}))["status"] == "completed");
+    let mut monitor = Monitor::connect(&qmp).unwrap();
+    monitor.execute("migrate", json!({ "uri": format!("unix:{}", incoming.display()) })).unwrap();
+    until("it has come", || monitor.execute("query-migrate", json!({})).unwrap()["status"] == "completed");
 
     let said = vmirror(pair.a(), &["adopt", "copy", "--qmp", copy_qmp.to_str().unwrap()]).done();
     assert!(said.stdout.contains("taken in, paused"), "{said:?}");
@@ -248,8 +251,8 @@ fn a_copy_that_has_never_run_is_not_taken_in_without_a_word_of_that() {
         assert!(said.stderr.contains(words), "{words:?} is not said: {said:?}");
     }
     assert!(may_be_a_copy(&pair, "copy"));
-    let mut own = Qmp::connect(&own);
-    own.execute("cont", json!({}));
+    let mut own = Monitor::connect(&own).unwrap();
+    own.execute("cont", json!({})).unwrap();
     until("it runs", || pair.runs_on("copy", pair.a()));
     assert!(!may_be_a_copy(&pair, "copy"));
 }

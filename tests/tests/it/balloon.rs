@@ -2,20 +2,21 @@
 
 use std::time::Duration;
 
-use end_to_end::{Guest, Pair, Qmp, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, accounted, until, vmirror};
 use migration::report::Verdict;
 use serde_json::{Value, json};
 use testbed::guest_spec::{GuestSpec, Pattern};
+use testbed::{Monitor, TestbedError};
 
 const MEMORY: u64 = 256;
 
 /// A guest with a balloon, and a monitor that is not the agent's.
-fn with_balloon(pair: &Pair) -> (Guest, Qmp) {
+fn with_balloon(pair: &Pair) -> (Guest, Monitor) {
     with(pair, &["-device", "virtio-balloon-pci"])
 }
 
 /// A guest with these devices, and a monitor that is not the agent's.
-fn with(pair: &Pair, devices: &[&str]) -> (Guest, Qmp) {
+fn with(pair: &Pair, devices: &[&str]) -> (Guest, Monitor) {
     let qmp = pair.a().directory().join("own.qmp");
     let spec = GuestSpec {
         fill_mib: 64,
@@ -26,13 +27,23 @@ fn with(pair: &Pair, devices: &[&str]) -> (Guest, Qmp) {
         ..pair.spec("vm", MEMORY)
     };
     let guest = pair.run(pair.a(), "vm", &spec);
-    (guest, Qmp::connect(&qmp))
+    (guest, Monitor::connect(&qmp).unwrap())
+}
+
+/// Sets the balloon, which takes its time. False where its QEMU has ended.
+fn set(qmp: &mut Monitor, mib: u64) -> bool {
+    match qmp.execute("balloon", json!({ "value": mib << 20 })) {
+        Err(TestbedError::Monitor { .. }) => false,
+        set => !set.unwrap().is_null(),
+    }
 }
 
 /// Sets the balloon, and waits until the guest has followed.
-fn leave(qmp: &mut Qmp, mib: u64) {
-    qmp.execute("balloon", json!({ "value": mib << 20 }));
-    until("the balloon has followed", || qmp.execute("query-balloon", json!({}))["actual"] == mib << 20);
+fn leave(qmp: &mut Monitor, mib: u64) {
+    qmp.execute("balloon", json!({ "value": mib << 20 })).unwrap();
+    until("the balloon has followed", || {
+        qmp.execute("query-balloon", json!({})).unwrap()["actual"] == mib << 20
+    });
 }
 
 #[test]
@@ -64,8 +75,8 @@ fn a_balloon_that_inflates_during_a_migration_spoils_no_page() {
     leave(&mut qmp, 200);
     let migration = pair.begin("vm", pair.a(), pair.b(), &["--bandwidth", "24MiB/s"]);
     migration.reaches("synchronize");
-    qmp.execute("balloon", json!({ "value": 140u64 << 20 }));
-    qmp.execute("balloon", json!({ "value": 220u64 << 20 }));
+    qmp.execute("balloon", json!({ "value": 140u64 << 20 })).unwrap();
+    qmp.execute("balloon", json!({ "value": 220u64 << 20 })).unwrap();
     accounted(&migration.ended().done().report(), &guest);
     guest.sound_since(&before);
 }
@@ -80,7 +91,7 @@ fn a_balloon_that_never_rests_spoils_no_page() {
             let mut sizes = [140u64, 230].into_iter().cycle();
             let mut moved = 0;
             // Until the migration has ended this QEMU.
-            while qmp.ask("balloon", json!({ "value": sizes.next().unwrap() << 20 })).is_some() {
+            while set(&mut qmp, sizes.next().unwrap()) {
                 moved += 1;
                 std::thread::sleep(Duration::from_millis(150));
             }
@@ -107,8 +118,7 @@ fn a_guest_that_reports_free_pages_moves_and_no_page_is_another() {
         let migration = pair.begin("vm", pair.a(), pair.b(), &["--bandwidth", "24MiB/s"]);
         migration.reaches("synchronize");
         for mib in [140, MEMORY, 150, MEMORY] {
-            let set = json!({ "value": mib << 20 });
-            if qmp.ask("balloon", set).is_none() {
+            if !set(&mut qmp, mib) {
                 break;
             }
             std::thread::sleep(Duration::from_millis(400));
@@ -141,14 +151,14 @@ fn memory_that_virtio_mem_gives_back_at_a_reset_raises_no_alarm() {
             &socket,
         ],
     );
-    let mut qmp = Qmp::connect(monitor.as_ref());
+    let mut qmp = Monitor::connect(monitor.as_ref()).unwrap();
     let _ = pair.mirror("vm", pair.a(), pair.b(), &[]);
     for _ in 0..3 {
-        qmp.execute("system_reset", json!({}));
+        qmp.execute("system_reset", json!({})).unwrap();
         let audit: Value = vmirror(pair.a(), &["verify", "vm", "--json"]).done().json();
         assert_eq!((&audit["gate"], &audit["mismatches"]), (&"match".into(), &0.into()), "{audit}");
     }
-    qmp.execute("system_reset", json!({}));
+    qmp.execute("system_reset", json!({})).unwrap();
     let report = vmirror(pair.a(), &["switch", "vm", "--json"]).done().report();
     assert_eq!((report.verification.proof, report.verification.mismatches), (Verdict::Match, 0));
     assert!(pair.runs_on("vm", pair.b()));

@@ -4,11 +4,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Pair, Qmp, image, vmirror};
+use end_to_end::{Pair, image, vmirror};
 use migration::report::DiskMode;
 use serde_json::{Value, json};
 use testbed::disk::{self, Format};
-use testbed::{Host, Programs, root_or_skip};
+use testbed::{Host, Monitor, Programs, root_or_skip};
 
 const MIB: u64 = 1 << 20;
 
@@ -104,7 +104,10 @@ fn a_disk_that_was_reopened_around_the_page_cache_is_scanned_at_rest() {
         // Which the command line does not know of.
         let mut reopened = file.clone();
         reopened["cache"] = json!({ "direct": direct });
-        Qmp::connect(&monitor).execute("blockdev-reopen", json!({ "options": [reopened] }));
+        Monitor::connect(&monitor)
+            .unwrap()
+            .execute("blockdev-reopen", json!({ "options": [reopened] }))
+            .unwrap();
         let report = pair.migrate(&name, pair.a(), pair.b(), &[]);
         assert_eq!(report.quiesced.is_some(), direct, "{:?}", report.quiesced);
         let _ = vmirror(pair.b(), &["stop", &name, "--force"]).done();

@@ -5,13 +5,13 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use end_to_end::{Guest, PAGE, Pair, Qmp, UnderWay, until, vmirror};
+use end_to_end::{Guest, PAGE, Pair, UnderWay, until, vmirror};
 use migration::Report;
 use migration::report::{Counted, Outcome, Verdict};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use testbed::guest_spec::{GuestSpec, Pattern};
-use testbed::{AgentOptions, Host, Status, Testbed, Wire, root_or_skip};
+use testbed::{AgentOptions, Host, Monitor, Status, Testbed, Wire, root_or_skip};
 
 const MBIT: u64 = 1_000_000;
 /// What QEMU is made to wait for memory by.
@@ -145,7 +145,7 @@ fn a_destination_agent_that_is_killed_makes_the_guest_wait_and_loses_nothing() {
     let socket = pair.a().directory().join("own.qmp");
     let spec = GuestSpec { qmp: Some(socket.clone()), ..outrun(&pair) };
     let lacking = Lacking::begin_with(&pair, &spec);
-    let _own = Qmp::connect(&own_socket(pair.b()));
+    let _own = Monitor::connect(&own_socket(pair.b())).unwrap();
     pair.b().kill_agent().unwrap();
     assert!(lacking.guest.is_silent_for(Duration::from_secs(3)), "it runs on without its memory");
     assert!(wait_by(&pair, pair.b()).iter().any(|open| open == Path::new(DEVICE)));
@@ -250,10 +250,10 @@ fn a_balloon_that_moves_while_the_guest_lacks_memory_spoils_no_page() {
     let spec = GuestSpec { qmp: Some(socket.clone()), extra, ..outrun(&pair) };
     let lacking = Lacking::begin_with(&pair, &spec);
     // The socket of that name is the source's until that has supplied everything.
-    let mut qmp = Qmp::connect(&own_socket(pair.b()));
-    qmp.execute("balloon", json!({ "value": 160u64 << 20 }));
+    let mut qmp = Monitor::connect(&own_socket(pair.b())).unwrap();
+    qmp.execute("balloon", json!({ "value": 160u64 << 20 })).unwrap();
     until("the balloon takes memory", || balloon(&mut qmp) < 250 << 20);
-    qmp.execute("balloon", json!({ "value": 256u64 << 20 }));
+    qmp.execute("balloon", json!({ "value": 256u64 << 20 })).unwrap();
     until("the balloon gives memory back", || balloon(&mut qmp) == 256 << 20);
     lacking.lacks_nothing_at_last();
     supplied(&lacking.migration.ended().done().report());
@@ -264,8 +264,8 @@ fn own_socket(host: &Host) -> PathBuf {
     host.run_dir().join("vm.d").join("socket1")
 }
 
-fn balloon(qmp: &mut Qmp) -> u64 {
-    qmp.execute("query-balloon", json!({}))["actual"].as_u64().unwrap()
+fn balloon(qmp: &mut Monitor) -> u64 {
+    qmp.execute("query-balloon", json!({})).unwrap()["actual"].as_u64().unwrap()
 }
 
 #[test]

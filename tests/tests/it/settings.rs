@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Pair, Qmp, until, vmirror};
+use end_to_end::{Pair, until, vmirror};
 use serde_json::{Map, Value, json};
-use testbed::Host;
 use testbed::guest_spec::GuestSpec;
+use testbed::{Host, Monitor};
 
 /// Capabilities that outlive an attempt, and what else has to be on with them.
 const CAPABILITIES: [&[&str]; 9] = [
@@ -39,20 +39,20 @@ fn run(pair: &Pair, host: &Host, name: &str) -> PathBuf {
     monitor
 }
 
-fn turn_on(qmp: &mut Qmp, capabilities: &[&str]) {
+fn turn_on(qmp: &mut Monitor, capabilities: &[&str]) {
     let on: Vec<Value> =
         capabilities.iter().map(|name| json!({ "capability": name, "state": true })).collect();
-    qmp.execute("migrate-set-capabilities", json!({ "capabilities": on }));
+    qmp.execute("migrate-set-capabilities", json!({ "capabilities": on })).unwrap();
 }
 
 /// Everything that QEMU's migration is set to.
 fn settings(monitor: &Path) -> (Value, Value) {
-    let mut qmp = Qmp::connect(monitor);
+    let mut qmp = Monitor::connect(monitor).unwrap();
     let mut parameters: Map<String, Value> =
-        serde_json::from_value(qmp.execute("query-migrate-parameters", json!({}))).unwrap();
+        serde_json::from_value(qmp.execute("query-migrate-parameters", json!({})).unwrap()).unwrap();
     // Told of bitmaps only once there are any.
     parameters.remove("block-bitmap-mapping");
-    (qmp.execute("query-migrate-capabilities", json!({})), Value::Object(parameters))
+    (qmp.execute("query-migrate-capabilities", json!({})).unwrap(), Value::Object(parameters))
 }
 
 #[test]
@@ -60,11 +60,11 @@ fn what_another_tool_has_left_set_spoils_no_migration() {
     let pair = Pair::start();
     for engine in ["mirror", "qemu"] {
         let mut number = 0;
-        let mut moves = |set: &dyn Fn(&mut Qmp), what: &str| {
+        let mut moves = |set: &dyn Fn(&mut Monitor), what: &str| {
             let name = format!("{engine}-{number}");
             number += 1;
             let monitor = run(&pair, pair.a(), &name);
-            set(&mut Qmp::connect(&monitor));
+            set(&mut Monitor::connect(&monitor).unwrap());
             let said = pair.try_migrate(&name, pair.a(), pair.b(), &["--engine", engine]);
             assert_eq!(said.code, Some(0), "{engine}, {what}: {said:?}\n{}", pair.logs());
             assert!(pair.runs_on(&name, pair.b()), "{engine}, {what}");
@@ -74,7 +74,8 @@ fn what_another_tool_has_left_set_spoils_no_migration() {
             moves(&|qmp| turn_on(qmp, capabilities), &format!("{capabilities:?}"));
         }
         for parameters in parameters() {
-            let set = |qmp: &mut Qmp| drop(qmp.execute("migrate-set-parameters", parameters.clone()));
+            let set =
+                |qmp: &mut Monitor| drop(qmp.execute("migrate-set-parameters", parameters.clone()).unwrap());
             moves(&set, &parameters.to_string());
         }
     }
@@ -82,10 +83,10 @@ fn what_another_tool_has_left_set_spoils_no_migration() {
 
 /// What another tool may leave behind all at once.
 fn leave_behind(monitor: &Path) -> (Value, Value) {
-    let mut qmp = Qmp::connect(monitor);
+    let mut qmp = Monitor::connect(monitor).unwrap();
     turn_on(&mut qmp, &["postcopy-ram", "return-path", "zero-blocks", "late-block-activate"]);
     for parameters in parameters() {
-        qmp.execute("migrate-set-parameters", parameters);
+        qmp.execute("migrate-set-parameters", parameters).unwrap();
     }
     drop(qmp);
     settings(monitor)

@@ -2,12 +2,12 @@
 
 use std::fs;
 
-use end_to_end::{Pair, Qmp, image, local, until, vmirror};
+use end_to_end::{Pair, image, local, until, vmirror};
 use migration::points::{DIRECTORY, Point};
 use serde_json::json;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, TestDisk, Work};
-use testbed::{Testbed, root_or_skip};
+use testbed::{Monitor, Testbed, root_or_skip};
 
 const SIZE: u64 = 32 << 20;
 
@@ -48,13 +48,16 @@ fn a_complete_copy_that_nobody_has_on_record_runs_on_and_its_source_lets_go() {
 
     // Word by word: "A QEMU that is to run on".
     let socket = b.run_dir().join("vm.d/qmp");
-    assert_eq!(Qmp::connect(&socket).execute("query-status", json!({}))["status"], "paused");
+    assert_eq!(
+        Monitor::connect(&socket).unwrap().execute("query-status", json!({})).unwrap()["status"],
+        "paused"
+    );
     assert!(pair.left("vm", b).is_some(), "{}", pair.logs());
     let _ = vmirror(b, &["forget-images", "vm"]).done();
     {
-        let mut qmp = Qmp::connect(&socket);
-        let _ = qmp.execute("cont", json!({}));
-        assert_eq!(qmp.execute("query-status", json!({}))["status"], "running");
+        let mut qmp = Monitor::connect(&socket).unwrap();
+        let _ = qmp.execute("cont", json!({})).unwrap();
+        assert_eq!(qmp.execute("query-status", json!({})).unwrap()["status"], "running");
     }
     let _ = vmirror(b, &["adopt", "vm", "--qmp", socket.to_str().unwrap()]).done();
     assert!(pair.runs_on("vm", b), "{}", pair.logs());

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use end_to_end::{
-    BlockDevice, Guest, Pair, Qmp, Said, UnderWay, Writes, accounted, image, local, noise, until, vmirror,
+    BlockDevice, Guest, Pair, Said, UnderWay, Writes, accounted, image, local, noise, until, vmirror,
     write_noise,
 };
 use migration::Outcome;
@@ -16,7 +16,7 @@ use migration::report::DiskMode;
 use serde_json::json;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Nic, Pattern, Syntax, TestDisk, Work};
-use testbed::{Inventory, Status, Wire, fault, root_or_skip};
+use testbed::{Inventory, Monitor, Status, Wire, fault, root_or_skip};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of the disk: what the guest works on, which is a hole at first, and then what cannot be compressed.
@@ -46,7 +46,7 @@ struct Scene {
     nic: Nic,
     writes: Writes,
     before: Status,
-    qmp: RefCell<Qmp>,
+    qmp: RefCell<Monitor>,
     nodes: Vec<String>,
     held: [Inventory; 2],
     there: There,
@@ -113,7 +113,7 @@ impl Scene {
         pair.a().stop_agent().unwrap();
         pair.a().start_agent_with(&local()).unwrap();
         let held = [pair.a().inventory().unwrap(), pair.b().inventory().unwrap()];
-        let mut qmp = Qmp::connect(&qmp);
+        let mut qmp = Monitor::connect(&qmp).unwrap();
         let nodes = nodes(&mut qmp);
         Some(Scene { pair, guest, nic, writes, before, qmp: RefCell::new(qmp), nodes, held, there, devices })
     }
@@ -244,8 +244,8 @@ impl Scene {
 }
 
 /// The names of QEMU's block nodes.
-fn nodes(qmp: &mut Qmp) -> Vec<String> {
-    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true }));
+fn nodes(qmp: &mut Monitor) -> Vec<String> {
+    let nodes = qmp.execute("query-named-block-nodes", json!({ "flat": true })).unwrap();
     let mut names: Vec<String> =
         nodes.as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap().to_owned()).collect();
     names.sort();

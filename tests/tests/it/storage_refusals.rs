@@ -5,11 +5,11 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
-use end_to_end::{BlockDevice, Pair, Qmp, Refusal, image, local, until, vmirror};
+use end_to_end::{BlockDevice, Pair, Refusal, image, local, until, vmirror};
 use migration::report::DiskMode;
 use serde_json::json;
 use testbed::disk::{self, Format};
-use testbed::{Host, root_or_skip};
+use testbed::{Host, Monitor, root_or_skip};
 
 const MIB: u64 = 1 << 20;
 /// Bytes of the machine's disk.
@@ -312,12 +312,12 @@ fn what_a_drive_has_in_it_by_now_is_not_left_behind() {
         format!("unix:{},server=on,wait=off", socket.display()),
     ];
     pair.run_tiny(pair.a(), "vm", &more.each_ref().map(String::as_str));
-    let mut qmp = Qmp::connect(&socket);
+    let mut qmp = Monitor::connect(&socket).unwrap();
     assert!(pair.check("vm").is_empty());
 
     let mut change = |name: &str| {
         let arguments = json!({ "device": "cd", "filename": shared(name), "format": "raw" });
-        qmp.execute("blockdev-change-medium", arguments);
+        qmp.execute("blockdev-change-medium", arguments).unwrap();
     };
     change("second.iso");
     assert_eq!(pair.check("vm"), ["drive-changed", "drive-changed"]);
@@ -325,15 +325,15 @@ fn what_a_drive_has_in_it_by_now_is_not_left_behind() {
     refusal.begins("drive-changed", &["drive cd has", "second.iso", "not on the VM's command line"]);
     change("first.iso");
     assert!(pair.check("vm").is_empty());
-    qmp.execute("eject", json!({ "device": "cd", "force": true }));
+    qmp.execute("eject", json!({ "device": "cd", "force": true })).unwrap();
     assert_eq!(pair.check("vm"), ["drive-changed"]);
     let refusal = pair.migration_refused("vm", &[]);
     refusal.is("drive-changed", &["first.iso is on the VM's command line", "none of its drives"]);
     let arguments = json!({ "device": "cd", "filename": shared("first.iso"), "format": "raw" });
-    qmp.execute("blockdev-change-medium", arguments);
+    qmp.execute("blockdev-change-medium", arguments).unwrap();
 
     let snapshot = json!({ "device": "disk", "snapshot-file": shared("snapshot.qcow2"), "format": "qcow2" });
-    qmp.execute("blockdev-snapshot-sync", snapshot);
+    qmp.execute("blockdev-snapshot-sync", snapshot).unwrap();
     assert_eq!(pair.check("vm"), ["drive-changed", "drive-changed"]);
 }
 
