@@ -77,6 +77,29 @@ async fn start(place: &Place, disks: &[(&Path, &str)]) -> (Process, Qmp) {
     (process, qmp)
 }
 
+/// A machine with one disk, and an image that a daemon serves as `disk`, for it to be mirrored into.
+struct Ready {
+    source: PathBuf,
+    copy: PathBuf,
+    daemon: StorageDaemon,
+    process: Process,
+    qmp: Qmp,
+    /// The machine's nodes.
+    before: Vec<String>,
+}
+
+impl Ready {
+    async fn new(place: &Place) -> Ready {
+        let (source, copy) = (disk(place, "source"), place.path("copy"));
+        let daemon = daemon(place, "daemon").await;
+        daemon.create(&raw_image(&copy)).await.unwrap();
+        daemon.serve(&serve(&copy, "raw", "disk")).await.unwrap();
+        let (process, qmp) = start(place, &[(&source, "raw")]).await;
+        let before = qmp.node_names().await.unwrap();
+        Ready { source, copy, daemon, process, qmp, before }
+    }
+}
+
 /// Begins to mirror disk `number` into the export `name`: node `name`, job `name`.
 async fn mirror(qmp: &Qmp, number: usize, socket: &Path, name: &str, sync: Sync) {
     let drives = qmp.drives().await.unwrap();
@@ -137,12 +160,7 @@ fn assert_same(a: &Path, b: &Path) {
 #[tokio::test]
 async fn a_mirror_that_ends_leaves_an_equal_copy_and_no_trace() {
     let place = Place::new();
-    let (source, copy) = (disk(&place, "source"), place.path("copy"));
-    let daemon = daemon(&place, "daemon").await;
-    daemon.create(&raw_image(&copy)).await.unwrap();
-    daemon.serve(&serve(&copy, "raw", "disk")).await.unwrap();
-    let (_, qmp) = start(&place, &[(&source, "raw")]).await;
-    let before = qmp.node_names().await.unwrap();
+    let Ready { source, copy, daemon, qmp, before, .. } = Ready::new(&place).await;
     let drive = qmp.drives().await.unwrap().remove(0);
     assert_eq!((&drive.path, drive.format.as_str(), drive.virtual_size), (&source, "raw", SIZE));
     assert!(drive.node.starts_with("#block"), "a name that QEMU made up will do: {}", drive.node);
@@ -182,12 +200,7 @@ async fn a_mirror_that_ends_leaves_an_equal_copy_and_no_trace() {
 #[tokio::test]
 async fn a_mirror_given_up_leaves_no_trace_ready_or_not() {
     let place = Place::new();
-    let (source, copy) = (disk(&place, "source"), place.path("copy"));
-    let daemon = daemon(&place, "daemon").await;
-    daemon.create(&raw_image(&copy)).await.unwrap();
-    daemon.serve(&serve(&copy, "raw", "disk")).await.unwrap();
-    let (_, qmp) = start(&place, &[(&source, "raw")]).await;
-    let before = qmp.node_names().await.unwrap();
+    let Ready { daemon, qmp, before, .. } = Ready::new(&place).await;
     for (ready, force) in [(true, true), (false, true), (false, false)] {
         qmp.add_nbd_node(&NbdNode { node: "n", socket: &daemon.nbd_socket(), export: "disk" }).await.unwrap();
         let job = MirrorJob {
@@ -213,12 +226,7 @@ async fn a_mirror_given_up_leaves_no_trace_ready_or_not() {
 #[tokio::test]
 async fn a_target_that_dies_does_not_harm_the_guest() {
     let place = Place::new();
-    let (source, copy) = (disk(&place, "source"), place.path("copy"));
-    let daemon = daemon(&place, "daemon").await;
-    daemon.create(&raw_image(&copy)).await.unwrap();
-    daemon.serve(&serve(&copy, "raw", "disk")).await.unwrap();
-    let (process, qmp) = start(&place, &[(&source, "raw")]).await;
-    let before = qmp.node_names().await.unwrap();
+    let Ready { daemon, process, qmp, before, .. } = Ready::new(&place).await;
     mirror(&qmp, 0, &daemon.nbd_socket(), "disk", Sync::Full).await;
     until_ready(&qmp, "disk").await;
     let mut events = qmp.events();
@@ -250,12 +258,7 @@ async fn a_target_that_dies_does_not_harm_the_guest() {
 #[tokio::test]
 async fn a_mirror_whose_target_hangs_ends_when_its_connection_is_closed() {
     let place = Place::new();
-    let (source, copy) = (disk(&place, "source"), place.path("copy"));
-    let daemon = daemon(&place, "daemon").await;
-    daemon.create(&raw_image(&copy)).await.unwrap();
-    daemon.serve(&serve(&copy, "raw", "disk")).await.unwrap();
-    let (_, qmp) = start(&place, &[(&source, "raw")]).await;
-    let before = qmp.node_names().await.unwrap();
+    let Ready { daemon, qmp, before, .. } = Ready::new(&place).await;
     mirror(&qmp, 0, &daemon.nbd_socket(), "disk", Sync::Full).await;
     let pid = rustix::process::Pid::from_raw(daemon.process().pid.cast_signed()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
@@ -362,12 +365,7 @@ async fn migration_reaches(events: &mut Events, status: &str) {
 
 /// A machine that runs, its disk mirrored, and a migration of it that has paused it; the mirror ended in the pause.
 async fn pause_with_mirror(place: &Place) -> (Qmp, Events, StorageDaemon, PathBuf) {
-    let (source, copy) = (disk(place, "source"), place.path("copy"));
-    let daemon = daemon(place, "daemon").await;
-    daemon.create(&raw_image(&copy)).await.unwrap();
-    daemon.serve(&serve(&copy, "raw", "disk")).await.unwrap();
-    let (_, qmp) = start(place, &[(&source, "raw")]).await;
-    let before = qmp.node_names().await.unwrap();
+    let Ready { source, copy, daemon, qmp, before, .. } = Ready::new(place).await;
     qmp.cont().await.unwrap();
     mirror(&qmp, 0, &daemon.nbd_socket(), "disk", Sync::Full).await;
     until_ready(&qmp, "disk").await;

@@ -7,88 +7,44 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use end_to_end::{Guest, Pair, Points, Said, UnderWay, accounted, until, vmirror};
+use end_to_end::{Pair, Points, Said, Scene, until, vmirror};
 use migration::points::Point;
 use migration::{Outcome, Phase};
-use testbed::guest_spec::{GuestSpec, Pattern};
-use testbed::{Inventory, Programs, Status, Testbed, fault, root_or_skip};
+use testbed::{Programs, Testbed, fault, root_or_skip};
 
 /// Slow enough for the memory of the guest to take half a minute.
 const SLOWLY: &str = "1MiB/s";
 
-/// A guest that writes, on host A, and what both hosts held before its migration.
-struct Scene {
-    pair: Pair,
-    guest: Guest,
-    before: Status,
-    held: [Inventory; 2],
+/// Cancels the migration, which must say that it has ended.
+fn cancel(scene: &Scene) {
+    let said = vmirror(scene.pair.a(), &["cancel", "vm", "--json"]).done();
+    assert_eq!(said.report().outcome, Outcome::Cancelled, "{said:?}");
 }
 
-impl Scene {
-    fn new() -> Scene {
-        Scene::on(Pair::start())
-    }
-
-    fn on(pair: Pair) -> Scene {
-        // What it writes cannot be compressed: a slow link stays one.
-        let spec = GuestSpec { rate: 500, pattern: Pattern::Incompressible, ..pair.spec("vm", 128) };
-        let guest = pair.run(pair.a(), "vm", &spec);
-        let before = guest.status();
-        // An agent that has started a QEMU holds it by more than one that has found it again, as these do sooner or later.
-        pair.a().stop_agent().unwrap();
-        pair.a().start_agent().unwrap();
-        let held = [pair.a().inventory().unwrap(), pair.b().inventory().unwrap()];
-        Scene { pair, guest, before, held }
-    }
-
-    fn begin(&self, options: &[&str]) -> UnderWay<'_> {
-        self.pair.begin("vm", self.pair.a(), self.pair.b(), options)
-    }
-
-    /// Cancels the migration, which must say that it has ended.
-    fn cancel(&self) {
-        let said = vmirror(self.pair.a(), &["cancel", "vm", "--json"]).done();
-        assert_eq!(said.report().outcome, Outcome::Cancelled, "{said:?}");
-    }
-
-    /// Asserts that whoever waited for the migration was told that it was cancelled in this phase, that the guest runs on at the
-    /// source, and that both hosts hold what they held before.
-    fn is_as_before(&self, said: &Said, code: i32, phase: &str) {
-        assert_eq!(said.code, Some(code), "{said:?}");
-        let report = said.report();
-        assert_eq!(report.outcome, Outcome::Cancelled, "{report:#?}");
-        assert_eq!(report.error.as_ref().unwrap().finding.kind, "cancelled");
-        assert_eq!(report.phases.last().unwrap().name.name(), phase, "{:?}", report.phases);
-        let line = said.stderr.lines().last().unwrap_or_default();
-        assert!(line.starts_with("error: ") && line.contains("runs on where it was"), "{said:?}");
-        self.guest.runs_on();
-        assert!(self.pair.runs_on("vm", self.pair.a()), "{}", self.pair.logs());
-        self.pair.holds(self.pair.b(), &self.held[1]);
-        self.pair.holds_but_for_growth(self.pair.a(), &self.held[0]);
-        let _ = self.guest.sane_since(&self.before);
-    }
-
-    /// Asserts that the guest can be migrated right after, and has lost nothing.
-    fn moves_after_all(&self) {
-        let report = self.pair.migrate("vm", self.pair.a(), self.pair.b(), &[]);
-        accounted(&report, &self.guest);
-        assert!(self.pair.runs_on("vm", self.pair.b()));
-        self.pair.holds_nothing(self.pair.a());
-        let _ = self.guest.sound_since(&self.before);
-    }
+/// Asserts that whoever waited for the migration was told that it was cancelled in this phase, that the guest runs on at the
+/// source, and that both hosts hold what they held before.
+fn is_as_before(scene: &Scene, said: &Said, code: i32, phase: &str) {
+    assert_eq!(said.code, Some(code), "{said:?}");
+    let report = said.report();
+    assert_eq!(report.outcome, Outcome::Cancelled, "{report:#?}");
+    assert_eq!(report.error.as_ref().unwrap().finding.kind, "cancelled");
+    assert_eq!(report.phases.last().unwrap().name.name(), phase, "{:?}", report.phases);
+    let line = said.stderr.lines().last().unwrap_or_default();
+    assert!(line.starts_with("error: ") && line.contains("runs on where it was"), "{said:?}");
+    scene.stays();
 }
 
 #[test]
 fn a_cancel_while_initializing_leaves_the_guest_as_it_was() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     // The destination's kernel takes the connection, and its agent does not greet.
     let stopped = fault::pause(scene.pair.b().agent_pid().unwrap());
     let migration = scene.begin(&[]);
     migration.reaches("initialize");
-    scene.cancel();
+    cancel(&scene);
     let said = migration.ended();
     drop(stopped);
-    scene.is_as_before(&said, 1, "initialize");
+    is_as_before(&scene, &said, 1, "initialize");
     scene.moves_after_all();
 }
 
@@ -136,15 +92,15 @@ fn a_cancel_while_reserving_leaves_the_guest_as_it_was() {
     let migration = scene.begin(&[]);
     migration.reaches("reserve");
     until("the destination starts QEMU", || scene.pair.b().processes().len() > 1);
-    scene.cancel();
-    scene.is_as_before(&migration.ended(), 1, "reserve");
+    cancel(&scene);
+    is_as_before(&scene, &migration.ended(), 1, "reserve");
     gate.open();
     scene.moves_after_all();
 }
 
 #[test]
 fn a_cancel_while_preparing_leaves_the_guest_as_it_was() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (a, b) = (scene.pair.a(), scene.pair.b());
     let points = Points::of(a, &[]);
     let held = points.hold(Point::Phase(Phase::Prepare));
@@ -153,41 +109,41 @@ fn a_cancel_while_preparing_leaves_the_guest_as_it_was() {
     // The destination's kernel takes the data streams, and its agent does not greet them.
     let stopped = fault::pause(b.agent_pid().unwrap());
     drop(held);
-    scene.cancel();
+    cancel(&scene);
     let said = migration.ended();
     drop(stopped);
-    scene.is_as_before(&said, 1, "prepare");
+    is_as_before(&scene, &said, 1, "prepare");
     scene.moves_after_all();
 }
 
 #[test]
 fn a_cancel_while_synchronizing_leaves_the_guest_as_it_was() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let migration = scene.begin(&["--bandwidth", SLOWLY]);
     migration.shows("pages under way", |progress| progress["phase"] == "synchronize");
-    scene.cancel();
-    scene.is_as_before(&migration.ended(), 1, "synchronize");
+    cancel(&scene);
+    is_as_before(&scene, &migration.ended(), 1, "synchronize");
     scene.moves_after_all();
 }
 
 #[test]
 fn a_cancel_while_the_destination_takes_nothing_leaves_the_guest_as_it_was() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let migration = scene.begin(&["--bandwidth", "16MiB/s"]);
     migration.reaches("synchronize");
     let stopped = fault::pause(scene.pair.b().agent_pid().unwrap());
     // Long enough for the streams to be full.
     thread::sleep(Duration::from_secs(2));
-    scene.cancel();
+    cancel(&scene);
     let said = migration.ended();
     drop(stopped);
-    scene.is_as_before(&said, 1, "synchronize");
+    is_as_before(&scene, &said, 1, "synchronize");
     scene.moves_after_all();
 }
 
 #[test]
 fn a_cancel_while_switching_over_leaves_the_guest_as_it_was() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let migration = scene.begin(&["--bandwidth", "8MiB/s", "--max-downtime", "30s"]);
     migration.reaches("synchronize");
     // It is not needed before it is to load the devices.
@@ -196,17 +152,17 @@ fn a_cancel_while_switching_over_leaves_the_guest_as_it_was() {
     until("the guest is paused", || {
         scene.pair.show("vm", scene.pair.a()).is_some_and(|vm| vm["state"] == "paused")
     });
-    scene.cancel();
+    cancel(&scene);
     let said = migration.ended();
     drop(stopped);
-    scene.is_as_before(&said, 1, "switch-over");
+    is_as_before(&scene, &said, 1, "switch-over");
     scene.moves_after_all();
 }
 
 /// A cancel at any moment between the first page and the end: either it was in time or it was not.
 #[test]
 fn a_cancel_at_any_moment_leaves_the_guest_running_exactly_once() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (mut here, mut there) = (scene.pair.a(), scene.pair.b());
     let (mut in_time, mut too_late) = (0, 0);
     for step in 0..16 {
@@ -242,17 +198,17 @@ fn a_cancel_at_any_moment_leaves_the_guest_running_exactly_once() {
 
 #[test]
 fn ctrl_c_cancels_and_exits_as_interrupted() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let migration = scene.begin(&["--bandwidth", SLOWLY]);
     migration.reaches("synchronize");
     migration.interrupt();
-    scene.is_as_before(&migration.ended(), 130, "synchronize");
+    is_as_before(&scene, &migration.ended(), 130, "synchronize");
     scene.moves_after_all();
 }
 
 #[test]
 fn an_agent_that_is_stopped_cancels_its_migrations() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let migration = scene.begin(&["--bandwidth", SLOWLY]);
     migration.reaches("synchronize");
     assert!(scene.pair.a().stop_agent().unwrap().unwrap().success());
@@ -260,6 +216,6 @@ fn an_agent_that_is_stopped_cancels_its_migrations() {
     scene.guest.runs_on();
     scene.pair.holds_nothing(scene.pair.b());
     scene.pair.a().start_agent().unwrap();
-    scene.is_as_before(&said, 1, "synchronize");
+    is_as_before(&scene, &said, 1, "synchronize");
     scene.moves_after_all();
 }

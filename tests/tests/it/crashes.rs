@@ -1,120 +1,62 @@
 //! Whatever crashes, and whenever: never two run, never none that could, and nothing is left behind.
 
-use end_to_end::{Guest, Pair, Said, UnderWay, accounted, until, vmirror};
+use end_to_end::{Pair, Said, Scene, UnderWay, accounted, until, vmirror};
 use migration::{Outcome, Phase};
 use testbed::fault;
-use testbed::guest_spec::{GuestSpec, Nic, Pattern};
-use testbed::{Host, Inventory, Status, Wire, root_or_skip};
+use testbed::guest_spec::{GuestSpec, Nic};
+use testbed::{Host, Wire, root_or_skip};
 
 /// Slow enough for the memory of the guest to take half a minute.
 const SLOWLY: &[&str] = &["--bandwidth", "1MiB/s"];
-/// A guest that writes, on host A, and what both hosts held before its migration.
-struct Scene {
-    pair: Pair,
-    guest: Guest,
-    before: Status,
-    held: [Inventory; 2],
+
+/// A migration that is mirroring.
+fn synchronizing(scene: &Scene) -> UnderWay<'_> {
+    let migration = scene.begin(SLOWLY);
+    migration.reaches("synchronize");
+    migration
 }
 
-impl Scene {
-    fn new() -> Scene {
-        let pair = Pair::start();
-        let spec = pair.spec("vm", 128);
-        Scene::of(pair, spec)
-    }
+/// Asserts that whoever waited was told that it failed and that the machine runs where it was.
+fn failed(scene: &Scene, said: &Said, kind: &str) {
+    assert_eq!(said.code, Some(1), "{said:?}\n{}", scene.pair.logs());
+    let report = said.report();
+    assert_eq!(report.outcome, Outcome::Failed, "{report:#?}");
+    assert_eq!(report.error.as_ref().unwrap().finding.kind, kind, "{report:#?}");
+}
 
-    fn of(pair: Pair, spec: GuestSpec) -> Scene {
-        // What it writes cannot be compressed: a slow link stays one.
-        let spec = GuestSpec { rate: 500, pattern: Pattern::Incompressible, ..spec };
-        let guest = pair.run(pair.a(), "vm", &spec);
-        let before = guest.status();
-        // An agent that has started a QEMU holds it by more than one that has found it again, as these do sooner or later.
-        pair.a().stop_agent().unwrap();
-        pair.a().start_agent().unwrap();
-        let held = [pair.a().inventory().unwrap(), pair.b().inventory().unwrap()];
-        Scene { pair, guest, before, held }
-    }
+/// Asserts that the guest runs on at the source and nowhere else, and that the destination has thrown its copy away.
+fn stays(scene: &Scene) {
+    scene.stays();
+    assert_eq!(scene.pair.show("vm", scene.b()), None);
+}
 
-    fn a(&self) -> &Host {
-        self.pair.a()
-    }
+/// Hands the guest over to a destination whose agent is killed before it hears of that.
+fn loses_the_destination_at_the_hand_over(scene: &Scene) {
+    let (migration, destination) = scene.pair.handed_over("vm");
+    scene.b().kill_agent().unwrap();
+    drop(destination);
+    let said = migration.ended();
+    assert_eq!(said.code, Some(3), "{said:?}\n{}", scene.pair.logs());
+    assert_eq!(said.report().outcome, Outcome::Uncertain);
+    in_doubt(scene, scene.a());
+}
 
-    fn b(&self) -> &Host {
-        self.pair.b()
-    }
-
-    fn begin(&self, options: &[&str]) -> UnderWay<'_> {
-        self.pair.begin("vm", self.a(), self.b(), options)
-    }
-
-    /// A migration that is mirroring.
-    fn synchronizing(&self) -> UnderWay<'_> {
-        let migration = self.begin(SLOWLY);
-        migration.reaches("synchronize");
-        migration
-    }
-
-    /// Asserts that whoever waited was told that it failed and that the machine runs where it was.
-    fn failed(&self, said: &Said, kind: &str) {
-        assert_eq!(said.code, Some(1), "{said:?}\n{}", self.pair.logs());
-        let report = said.report();
-        assert_eq!(report.outcome, Outcome::Failed, "{report:#?}");
-        assert_eq!(report.error.as_ref().unwrap().finding.kind, kind, "{report:#?}");
-    }
-
-    /// Asserts that the guest runs on at the source and nowhere else, and that the destination has thrown its copy away.
-    fn stays(&self) {
-        self.guest.runs_on();
-        assert!(self.pair.runs_on("vm", self.a()), "{}", self.pair.logs());
-        assert_eq!(self.pair.show("vm", self.b()), None);
-        self.pair.holds(self.b(), &self.held[1]);
-        self.pair.holds_but_for_growth(self.a(), &self.held[0]);
-        let _ = self.guest.sane_since(&self.before);
-    }
-
-    /// Asserts that the guest can be migrated right after, and has lost nothing.
-    fn moves_after_all(&self) {
-        let report = self.pair.migrate("vm", self.a(), self.b(), &[]);
-        accounted(&report, &self.guest);
-        self.has_moved();
-    }
-
-    /// Hands the guest over to a destination whose agent is killed before it hears of that.
-    fn loses_the_destination_at_the_hand_over(&self) {
-        let (migration, destination) = self.pair.handed_over("vm");
-        self.b().kill_agent().unwrap();
-        drop(destination);
-        let said = migration.ended();
-        assert_eq!(said.code, Some(3), "{said:?}\n{}", self.pair.logs());
-        assert_eq!(said.report().outcome, Outcome::Uncertain);
-        self.in_doubt(self.a());
-    }
-
-    /// Asserts that the guest runs at the destination and nowhere else, and has lost nothing.
-    fn has_moved(&self) {
-        until("the guest runs at the destination", || self.pair.runs_on("vm", self.b()));
-        until("the source has let go", || self.pair.show("vm", self.a()).is_none());
-        self.pair.holds_nothing(self.a());
-        let _ = self.guest.sound_since(&self.before);
-    }
-
-    /// Asserts that the machine, as a host lists it, may run there or not and that only a person or the other host can tell.
-    fn in_doubt(&self, host: &Host) {
-        until("the machine is in doubt", || {
-            self.pair.show("vm", host).is_some_and(|vm| vm["state"] == "uncertain")
-        });
-        assert!(
-            self.guest.is_silent_for(std::time::Duration::from_secs(3)),
-            "it runs while in doubt\n{}",
-            self.pair.logs()
-        );
-    }
+/// Asserts that the machine, as a host lists it, may run there or not and that only a person or the other host can tell.
+fn in_doubt(scene: &Scene, host: &Host) {
+    until("the machine is in doubt", || {
+        scene.pair.show("vm", host).is_some_and(|vm| vm["state"] == "uncertain")
+    });
+    assert!(
+        scene.guest.is_silent_for(std::time::Duration::from_secs(3)),
+        "it runs while in doubt\n{}",
+        scene.pair.logs()
+    );
 }
 
 #[test]
 fn a_source_agent_that_is_killed_leaves_the_guest_running_and_untracked() {
-    let scene = Scene::new();
-    let migration = scene.synchronizing();
+    let scene = Scene::default();
+    let migration = synchronizing(&scene);
     scene.a().kill_agent().unwrap();
     // Who waited does not know what becomes of it, and is told where to look.
     let said = migration.ended();
@@ -123,64 +65,64 @@ fn a_source_agent_that_is_killed_leaves_the_guest_running_and_untracked() {
     scene.guest.runs_on();
     scene.pair.holds(scene.b(), &scene.held[1]);
     scene.a().start_agent().unwrap();
-    scene.stays();
+    stays(&scene);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_destination_agent_that_is_killed_leaves_the_guest_running_and_comes_back_empty() {
-    let scene = Scene::new();
-    let migration = scene.synchronizing();
+    let scene = Scene::default();
+    let migration = synchronizing(&scene);
     scene.b().kill_agent().unwrap();
-    scene.failed(&migration.ended(), "link");
+    failed(&scene, &migration.ended(), "link");
     scene.guest.runs_on();
     scene.b().start_agent().unwrap();
-    scene.stays();
+    stays(&scene);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_destination_qemu_that_is_killed_while_mirroring_leaves_the_guest_running() {
-    let scene = Scene::new();
-    let migration = scene.synchronizing();
+    let scene = Scene::default();
+    let migration = synchronizing(&scene);
     fault::kill(scene.pair.qemu(scene.b()).unwrap());
-    scene.failed(&migration.ended(), "qemu-gone");
-    scene.stays();
+    failed(&scene, &migration.ended(), "qemu-gone");
+    stays(&scene);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_destination_qemu_that_is_killed_while_switching_over_leaves_the_guest_running() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, stopped) = scene.pair.switching_over("vm");
     fault::kill(scene.pair.qemu(scene.b()).unwrap());
     drop(stopped);
     let said = migration.ended();
     assert_eq!(said.code, Some(1), "{said:?}");
-    scene.stays();
+    stays(&scene);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_destination_qemu_that_hangs_is_not_waited_for_for_ever() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let migration = scene.begin(&["--bandwidth", "16MiB/s"]);
     migration.reaches("synchronize");
     let stopped = fault::pause(scene.pair.qemu(scene.b()).unwrap());
     let said = migration.ended();
     assert_eq!(said.code, Some(1), "{said:?}");
     assert_eq!(said.report().phases.last().unwrap().name, Phase::SwitchOver);
-    scene.stays();
+    stays(&scene);
     drop(stopped);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_source_qemu_that_is_killed_ends_everything_clearly() {
-    let scene = Scene::new();
-    let migration = scene.synchronizing();
+    let scene = Scene::default();
+    let migration = synchronizing(&scene);
     fault::kill(scene.pair.qemu(scene.a()).unwrap());
-    scene.failed(&migration.ended(), "qemu-gone");
+    failed(&scene, &migration.ended(), "qemu-gone");
     scene.pair.holds_nothing(scene.b());
     scene.pair.holds_nothing(scene.a());
     until("nobody lists it", || {
@@ -193,12 +135,12 @@ fn a_link_that_is_cut_leaves_the_guest_running() {
     if !root_or_skip("a_link_that_is_cut_leaves_the_guest_running") {
         return;
     }
-    let scene = Scene::new();
-    let migration = scene.synchronizing();
+    let scene = Scene::default();
+    let migration = synchronizing(&scene);
     scene.pair.testbed().cut(scene.b(), Wire::Link).unwrap();
-    scene.failed(&migration.ended(), "link");
+    failed(&scene, &migration.ended(), "link");
     // Neither side needs the link to find out.
-    scene.stays();
+    stays(&scene);
     scene.pair.testbed().mend(scene.b(), Wire::Link).unwrap();
     scene.moves_after_all();
 }
@@ -219,7 +161,7 @@ fn reachable(test: &str) -> Option<(Scene, Nic)> {
 fn a_guest_that_powers_off_ends_its_migration_clearly() {
     let test = "a_guest_that_powers_off_ends_its_migration_clearly";
     let Some((scene, nic)) = reachable(test) else { return };
-    let migration = scene.synchronizing();
+    let migration = synchronizing(&scene);
     scene.pair.client().unwrap().tell(nic.address, "poweroff").unwrap();
     let said = migration.ended();
     assert_eq!(said.code, Some(1), "{said:?}");
@@ -264,7 +206,7 @@ fn a_guest_that_panics_and_boots_again_is_mirrored_on() {
 
 #[test]
 fn a_source_agent_that_is_killed_before_the_copy_is_ready_runs_the_guest_again() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, stopped) = scene.pair.switching_over("vm");
     scene.a().kill_agent().unwrap();
     assert_eq!(migration.ended().code, Some(3));
@@ -275,13 +217,13 @@ fn a_source_agent_that_is_killed_before_the_copy_is_ready_runs_the_guest_again()
     assert!(!scene.pair.runs_on("vm", scene.b()));
     drop(stopped);
     scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
-    scene.stays();
+    stays(&scene);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_again() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, source) = scene.pair.ready("vm");
     scene.a().kill_agent().unwrap();
     drop(source);
@@ -292,13 +234,13 @@ fn a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_again() {
     scene.guest.runs_on();
     assert!(!scene.pair.runs_on("vm", scene.b()));
     scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
-    scene.stays();
+    stays(&scene);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_copy_that_waits_in_vain_does_not_stand_in_the_way_of_the_next_migration() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, source) = scene.pair.ready("vm");
     scene.a().kill_agent().unwrap();
     drop(source);
@@ -306,16 +248,16 @@ fn a_copy_that_waits_in_vain_does_not_stand_in_the_way_of_the_next_migration() {
     scene.a().start_agent().unwrap();
     until("the guest runs again at the source", || scene.pair.runs_on("vm", scene.a()));
     // Not even when that one is cancelled.
-    let migration = scene.synchronizing();
+    let migration = synchronizing(&scene);
     let _ = vmirror(scene.a(), &["cancel", "vm"]).done();
     assert_eq!(migration.ended().code, Some(1));
-    scene.stays();
+    stays(&scene);
     scene.moves_after_all();
 }
 
 #[test]
 fn a_complete_copy_does_not_give_way_to_a_source_that_has_forgotten_it() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, source) = scene.pair.ready("vm");
     scene.a().kill_agent().unwrap();
     fault::kill(scene.pair.qemu(scene.a()).unwrap());
@@ -335,7 +277,7 @@ fn a_complete_copy_does_not_give_way_to_a_source_that_has_forgotten_it() {
 
 #[test]
 fn a_destination_agent_that_is_killed_when_ready_is_asked_again_when_it_is_back() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, source) = scene.pair.ready("vm");
     scene.b().kill_agent().unwrap();
     drop(source);
@@ -346,7 +288,7 @@ fn a_destination_agent_that_is_killed_when_ready_is_asked_again_when_it_is_back(
         Some(0) => scene.has_moved(),
         Some(1) => {
             scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
-            scene.stays();
+            stays(&scene);
             scene.moves_after_all();
         }
         _ => panic!("{said:?}\n{}", scene.pair.logs()),
@@ -392,20 +334,20 @@ fn a_destination_agent_that_is_killed_while_it_resumes_the_guest_finds_it_and_tu
 
 #[test]
 fn a_source_agent_that_is_killed_after_the_hand_over_does_not_run_the_guest_again() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, destination) = scene.pair.handed_over("vm");
     scene.a().kill_agent().unwrap();
     assert_eq!(migration.ended().code, Some(3));
     scene.a().start_agent().unwrap();
     // It must not run here any more, whether or not it runs there.
-    scene.in_doubt(scene.a());
+    in_doubt(&scene, scene.a());
     drop(destination);
     scene.has_moved();
 }
 
 #[test]
 fn a_cancel_after_the_hand_over_is_told_that_it_is_too_late() {
-    let scene = Scene::new();
+    let scene = Scene::default();
     let (migration, destination) = scene.pair.handed_over("vm");
     let cancel = std::thread::scope(|threads| {
         let cancel = threads.spawn(|| vmirror(scene.a(), &["cancel", "vm"]));
@@ -422,16 +364,16 @@ fn a_cancel_after_the_hand_over_is_told_that_it_is_too_late() {
 
 #[test]
 fn a_destination_that_is_lost_at_the_hand_over_makes_it_uncertain_until_it_is_back() {
-    let scene = Scene::new();
-    scene.loses_the_destination_at_the_hand_over();
+    let scene = Scene::default();
+    loses_the_destination_at_the_hand_over(&scene);
     scene.b().start_agent().unwrap();
     scene.has_moved();
 }
 
 #[test]
 fn giving_up_at_the_source_hands_over_once_more_before_anything_is_thrown_away() {
-    let scene = Scene::new();
-    scene.loses_the_destination_at_the_hand_over();
+    let scene = Scene::default();
+    loses_the_destination_at_the_hand_over(&scene);
     scene.b().start_agent().unwrap();
     // Whoever asks first: the person, or the agent by itself. The copy has not run before, and the source's is the only other one.
     let _ = vmirror(scene.a(), &["resolve", "vm", "--give-up"]);
@@ -440,15 +382,15 @@ fn giving_up_at_the_source_hands_over_once_more_before_anything_is_thrown_away()
 
 #[test]
 fn a_person_may_decide_when_the_destination_never_comes_back() {
-    let scene = Scene::new();
-    scene.loses_the_destination_at_the_hand_over();
+    let scene = Scene::default();
+    loses_the_destination_at_the_hand_over(&scene);
     // Nobody can be asked: neither is done on a person's first word.
     for decision in ["--give-up", "--run-here"] {
         scene
             .pair
             .refused(scene.a(), &["resolve", "vm", decision])
             .is("unheard", &["host-b cannot be asked"]);
-        scene.in_doubt(scene.a());
+        in_doubt(&scene, scene.a());
     }
     let _ = vmirror(scene.a(), &["resolve", "vm", "--run-here", "--force"]).done();
     scene.guest.runs_on();
@@ -458,6 +400,6 @@ fn a_person_may_decide_when_the_destination_never_comes_back() {
     scene.guest.runs_on();
     assert!(!scene.pair.runs_on("vm", scene.b()));
     scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
-    scene.stays();
+    stays(&scene);
     scene.moves_after_all();
 }

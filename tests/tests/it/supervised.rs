@@ -1,6 +1,6 @@
 //! What would start a machine again that has left is found before it leaves, and what was adopted is let go of untouched.
 
-use end_to_end::{Guest, PATIENCE, Pair, Refusal, Supervisor, accounted, until, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, Refusal, Said, Supervisor, accounted, until, vmirror};
 use testbed::guest_spec::{GuestSpec, Ram};
 use testbed::root_or_skip;
 
@@ -10,6 +10,15 @@ fn by_hand(pair: &Pair) -> GuestSpec {
     GuestSpec { ram, qmp, fill_mib: 16, rate: 50, ..pair.spec("vm", 128) }
 }
 
+/// A machine on host A that a supervisor has started, taken in by the agent.
+fn adopted(pair: &Pair) -> (Supervisor, Guest, Said) {
+    let (a, spec) = (pair.a(), by_hand(pair));
+    let supervisor = Supervisor::of(a, &spec);
+    let guest = Guest::ready("vm", &spec);
+    let qmp = spec.qmp.as_ref().unwrap().to_str().unwrap();
+    (supervisor, guest, vmirror(a, &["adopt", "vm", "--qmp", qmp]).done())
+}
+
 #[test]
 fn a_machine_that_nothing_keeps_from_running_twice_does_not_leave_its_supervisor() {
     if !root_or_skip("a supervisor on a host") {
@@ -17,11 +26,8 @@ fn a_machine_that_nothing_keeps_from_running_twice_does_not_leave_its_supervisor
     }
     let pair = Pair::start();
     let (a, b) = (pair.a(), pair.b());
-    let spec = by_hand(&pair);
-    let supervisor = Supervisor::of(a, &spec);
-    let guest = Guest::ready("vm", &spec);
+    let (supervisor, guest, adopted) = adopted(&pair);
     let before = guest.status();
-    let adopted = vmirror(a, &["adopt", "vm", "--qmp", spec.qmp.as_ref().unwrap().to_str().unwrap()]).done();
     assert!(
         adopted.stderr.contains("a loop of a shell") && adopted.stderr.contains("[supervised]"),
         "{adopted:?}"
@@ -50,10 +56,7 @@ fn a_second_copy_that_runs_after_all_is_told_everywhere() {
     }
     let pair = Pair::start();
     let (a, b) = (pair.a(), pair.b());
-    let spec = by_hand(&pair);
-    let supervisor = Supervisor::of(a, &spec);
-    let _ = Guest::ready("vm", &spec);
-    let _ = vmirror(a, &["adopt", "vm", "--qmp", spec.qmp.as_ref().unwrap().to_str().unwrap()]).done();
+    let (supervisor, ..) = adopted(&pair);
     let to = b.listen().to_string();
     let said = vmirror(a, &["migrate", "vm", "--to", &to, "--accept-supervisor"]);
     assert!(said.stderr.contains("[supervised]"), "{said:?}");
@@ -86,10 +89,7 @@ fn one_that_a_person_gave_up_is_watched_for_as_well_and_by_the_next_agent_too() 
     }
     let pair = Pair::start();
     let (a, b) = (pair.a(), pair.b());
-    let spec = by_hand(&pair);
-    let supervisor = Supervisor::of(a, &spec);
-    let _ = Guest::ready("vm", &spec);
-    let _ = vmirror(a, &["adopt", "vm", "--qmp", spec.qmp.as_ref().unwrap().to_str().unwrap()]).done();
+    let (supervisor, ..) = adopted(&pair);
     let (migration, stopped) = pair.handed_over_with("vm", &["--accept-supervisor"]);
     let _ = migration.ended();
     let _ = vmirror(a, &["resolve", "vm", "--give-up", "--force"]).done();
