@@ -2,71 +2,36 @@
 
 mod timeline;
 
-use std::fmt::{Display, Write as _};
+use std::fmt::Write as _;
 
 use migration::report::{Counted, Verdict};
 use migration::{Outcome, Report};
+use readable::html::{self, escape, figure, section};
+use readable::{bytes, count, moment, ms, rate};
 
-use crate::format::{bytes, count, moment, ms, rate};
 use crate::summary::{headline, outcome, predicted, verdict};
-
-const STYLE: &str = include_str!("html/style.css");
 
 /// The page.
 pub(crate) fn page(report: &Report) -> String {
-    let mut page = String::new();
     let title = format!("Migration of {} to {}", report.vm, report.destination);
+    let pause = if report.outcome == Outcome::Completed { timeline::pause(report) } else { String::new() };
     let parts = [
         header(report),
         reasons(report),
         figures(report),
         section("Phases", &timeline::phases(report)),
-        if report.outcome == Outcome::Completed {
-            section("The pause", &timeline::pause(report))
-        } else {
-            String::new()
-        },
-        if report.rounds.is_empty() { String::new() } else { section("Rounds", &rounds(report)) },
+        section("The pause", &pause),
+        section("Rounds", &if report.rounds.is_empty() { String::new() } else { rounds(report) }),
         section("Verification", &verification(report)),
-        if report.disks.is_empty() { String::new() } else { section("Disks", &disks(report)) },
+        section("Disks", &if report.disks.is_empty() { String::new() } else { disks(report) }),
         footer(report),
     ];
-    put(
-        &mut page,
-        format_args!(
-            "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>{}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{}</main>\n</body>\n</html>\n",
-            escape(&title),
-            parts.concat()
-        ),
-    );
-    page
-}
-
-/// Text that may come from a peer or a guest, made harmless in elements and in attributes.
-pub(crate) fn escape(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            c => safe.push(c),
-        }
-    }
-    safe
+    html::page(&title, &parts)
 }
 
 /// Appends; a `String` takes everything.
 fn put(page: &mut String, text: std::fmt::Arguments<'_>) {
     let _ = page.write_fmt(text);
-}
-
-fn section(title: &str, content: &str) -> String {
-    format!("<section>\n<h2>{title}</h2>\n{content}</section>\n")
 }
 
 fn header(report: &Report) -> String {
@@ -96,30 +61,26 @@ fn reasons(report: &Report) -> String {
     list + "</ul>\n"
 }
 
-fn figure(value: impl Display, name: &str, note: impl Display) -> String {
-    format!("<div class=\"figure\"><b>{value}</b><span>{name}</span><small>{note}</small></div>\n")
-}
-
 fn figures(report: &Report) -> String {
-    let mut all = String::from("<div class=\"figures\">\n");
+    let mut all = String::new();
     if report.outcome == Outcome::Completed {
         let note =
             format!("{} asked, {} predicted", ms(report.downtime_asked_ms), ms(report.downtime_predicted_ms));
-        all += &figure(ms(report.downtime_ms), "downtime", note);
+        all += &figure(ms(report.downtime_ms), "downtime", &note);
     }
     let held = if report.tracking_hold_ms > 0.0 {
         format!("{} held when tracking began", ms(report.tracking_hold_ms))
     } else {
         String::new()
     };
-    all += &figure(ms(report.total_ms), "total time", held);
+    all += &figure(ms(report.total_ms), "total time", &held);
     let memory = &report.memory;
     if memory.pages > 0 {
         let guest = memory.pages.saturating_mul(memory.page_size);
-        all += &figure(bytes(guest), "guest memory", format!("{} pages", count(memory.pages)));
+        all += &figure(bytes(guest), "guest memory", &format!("{} pages", count(memory.pages)));
         let share = memory.wire_bytes as f64 / memory.raw_bytes.max(1) as f64 * 100.0;
         let share = if share < 1.0 { "less than 1".to_owned() } else { format!("{share:.0}") };
-        all += &figure(bytes(memory.wire_bytes), "sent", format!("{share} % of what was read"));
+        all += &figure(bytes(memory.wire_bytes), "sent", &format!("{share} % of what was read"));
     }
     if let Some(late) = report.post_copy.as_ref().filter(|late| late.counted != Counted::Nothing) {
         let note = format!(
@@ -127,28 +88,25 @@ fn figures(report: &Report) -> String {
             count(late.faults),
             count(late.pages)
         );
-        all += &figure(ms(late.longest_fault_ms), "waited for memory", note);
+        all += &figure(ms(late.longest_fault_ms), "waited for memory", &note);
     }
     if let Some(health) = &report.health {
         let value = format!("{}/{}", health.vcpus_progressing, health.vcpus);
-        all += &figure(value, "vCPUs in progress", format!("watched for {}", ms(health.watched_ms)));
+        all += &figure(value, "vCPUs in progress", &format!("watched for {}", ms(health.watched_ms)));
     }
-    all + "</div>\n"
+    html::figures(&all)
 }
 
 fn rounds(report: &Report) -> String {
     let most = report.rounds.iter().map(|round| round.dirty_pages).max().unwrap_or(0).max(1);
-    let mut table = String::from(
-        "<div class=\"scroll\"><table>\n<thead><tr><th>round<th>dirty pages<th class=\"bar\"><th>zero<th>same<th>delta\
-         <th>copy<th>plain<th>left out<th>sent<th>scan<th>took<th>dirtied<th>pause foreseen</tr></thead>\n<tbody>\n",
-    );
+    let mut rows = String::new();
     for round in &report.rounds {
         // The least width of a bar must not show pages where there are none.
         let shown = if round.dirty_pages == 0 { "hidden" } else { "visible" };
         let width = round.dirty_pages as f64 / most as f64 * 100.0;
         let paused = if round.paused { " class=\"paused\" title=\"while the guest was paused\"" } else { "" };
         put(
-            &mut table,
+            &mut rows,
             format_args!(
                 "<tr{paused}><td>{}<td>{}<td class=\"bar\"><i style=\"width:{width:.2}%;visibility:{shown}\"></i><td>{}<td>{}<td>{}<td>{}\
              <td>{}<td>{}<td>{}<td>{}<td>{}<td>{}<td>{}</tr>\n",
@@ -173,7 +131,9 @@ fn rounds(report: &Report) -> String {
     } else {
         ""
     };
-    format!("{table}</tbody>\n</table></div>\n{note}")
+    let heads = "<th>round<th>dirty pages<th class=\"bar\"><th>zero<th>same<th>delta\
+                 <th>copy<th>plain<th>left out<th>sent<th>scan<th>took<th>dirtied<th>pause foreseen";
+    html::table(heads, &rows) + note
 }
 
 fn verification(report: &Report) -> String {
@@ -213,12 +173,10 @@ fn verification(report: &Report) -> String {
 }
 
 fn disks(report: &Report) -> String {
-    let mut table = String::from(
-        "<div class=\"scroll\"><table>\n<thead><tr><th class=\"text\">disk<th>size<th>mode<th>read<th>sent</tr></thead>\n<tbody>\n",
-    );
+    let mut rows = String::new();
     for disk in &report.disks {
         put(
-            &mut table,
+            &mut rows,
             format_args!(
                 "<tr><td class=\"text\">{}<td>{}<td>{}<td>{}<td>{}</tr>\n",
                 escape(&disk.name),
@@ -229,7 +187,7 @@ fn disks(report: &Report) -> String {
             ),
         );
     }
-    table + "</tbody>\n</table></div>\n"
+    html::table("<th class=\"text\">disk<th>size<th>mode<th>read<th>sent", &rows)
 }
 
 fn footer(report: &Report) -> String {

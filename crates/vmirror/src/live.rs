@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use migration::{Goal, Phase, Progress};
+use readable::{bytes, ms, rate};
 
-use crate::format::{bytes, ms, rate};
 use crate::output::Output;
 
 /// Least time between two plain lines that do not begin a phase.

@@ -4,7 +4,6 @@ mod cli;
 mod client;
 mod commands;
 mod failure;
-mod format;
 mod html;
 mod live;
 mod output;

@@ -2,9 +2,14 @@
 
 use migration::report::{Counted, Disk, DiskMode, Round, Verdict, Verification};
 use migration::{Engine, Outcome, Report};
+use readable::{bytes, count, moment, ms, rate};
 
-use crate::format::{bytes, count, moment, ms, rate, short};
 use crate::table::Table;
+
+/// Enough of an id to name it.
+pub(crate) fn short(id: &str) -> &str {
+    id.get(..8).unwrap_or(id)
+}
 
 /// The name of an outcome.
 pub(crate) fn outcome(outcome: Outcome) -> &'static str {

@@ -4,14 +4,15 @@ use std::path::Path;
 
 use agent::api::types::HistoryEntry;
 use migration::{Outcome, Report, VmName};
+use readable::{bytes, moment, ms};
 use serde::Serialize;
 
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
-use crate::format::{bytes, moment, ms, short};
+use crate::html;
 use crate::output::Output;
+use crate::summary::{self, short};
 use crate::table::Table;
-use crate::{html, summary};
 
 pub(super) async fn list(
     client: &Client,

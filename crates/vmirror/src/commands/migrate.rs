@@ -12,10 +12,11 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::follow::{Followed, Manner, conclude, follow};
+use readable::{bytes, count};
+
 use crate::cli::{Limit, Migrate};
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
-use crate::format::{bytes, count};
 use crate::output::Output;
 use crate::summary;
 

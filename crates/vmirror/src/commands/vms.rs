@@ -7,11 +7,11 @@ use agent::api::types::{
     ReleaseRequest, ResolveReply, ResolveRequest, RunRequest, StopRequest, VmState, VmView,
 };
 use migration::{Origin, VmName};
+use readable::{bytes, rate};
 use serde::Serialize;
 
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
-use crate::format::{bytes, rate};
 use crate::live;
 use crate::output::Output;
 use crate::table::Table;

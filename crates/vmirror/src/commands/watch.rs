@@ -6,12 +6,13 @@ use std::time::Duration;
 use agent::api::types::{Event, EventKind, HistoryEntry, Place, ReleaseReason, RemovalReason, VmView};
 use futures::StreamExt as _;
 use migration::{Goal, Outcome, Progress, VmName};
+use readable::{bytes, moment, ms, rate};
 
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
-use crate::format::{bytes, moment, ms, rate, short};
 use crate::live;
 use crate::output::{Output, print};
+use crate::summary::short;
 use crate::table::Table;
 
 /// How often `--watch` looks again.

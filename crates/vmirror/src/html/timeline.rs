@@ -1,9 +1,10 @@
 //! Phases and the parts of the pause as drawings of time (SVG).
 
 use migration::{Phase, Report};
+use readable::html::{drawing, escape};
+use readable::ms;
 
-use super::{escape, put};
-use crate::format::ms;
+use super::put;
 use crate::summary;
 
 /// Width of a drawing, in its own units; the page scales it.
@@ -62,7 +63,7 @@ fn draw(bars: &[Bar<'_>], total: f64) -> String {
     // A nanosecond is less than anything that is drawn, and more than nothing to divide by.
     let scale = (WIDTH - LEFT - RIGHT) / last.max(1e-6);
     let height = ROW.mul_add(bars.len() as f64, SCALE);
-    let mut svg = format!("<div class=\"scroll\"><svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n");
+    let mut svg = String::new();
     for tick in ticks(last) {
         let x = tick.mul_add(scale, LEFT);
         put(
@@ -94,7 +95,7 @@ fn draw(bars: &[Bar<'_>], total: f64) -> String {
             ),
         );
     }
-    svg + "</svg></div>\n"
+    drawing(WIDTH, height, &svg)
 }
 
 /// A round number without digits that say nothing: `200 ms`, `1.5 s`.
