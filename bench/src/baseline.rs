@@ -8,16 +8,16 @@ use qemu::qmp::MigrationState;
 use qemu::{Event, Qmp};
 use serde_json::{Value, json};
 use testbed::{GuestSpec, Host, RunningGuest};
-use tokio::runtime::Handle;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 
+use crate::BenchError;
 use crate::link::LinkWatch;
-use crate::measure::{ThreadWatch, ms};
+use crate::measure::{ms, watch_threads};
 use crate::memory::{Memory, most_overhead};
 use crate::nbd::NbdMirror;
 use crate::record::{DiskCopy, Method, Miss, Moved, QemuReport, Sample};
-use crate::{BenchError, Interrupt};
+use crate::run::Run;
 
 /// How long QEMU may take to open its monitor.
 const MONITOR: Duration = Duration::from_secs(30);
@@ -54,21 +54,13 @@ pub struct Twin {
     guest: RunningGuest,
     spec: GuestSpec,
     host: usize,
-    runtime: Handle,
+    run: Run,
 }
 
 impl Twin {
     /// Boots it on the first of two hosts.
-    ///
-    /// # Errors
-    /// Where QEMU does not start or its monitor does not answer.
-    pub fn boot(
-        hosts: &[Host; 2],
-        spec: &GuestSpec,
-        runtime: &Handle,
-        interrupt: &Interrupt,
-    ) -> Result<Self, BenchError> {
-        Self::start(hosts, 0, spec, &[], runtime, interrupt)
+    pub fn boot(hosts: &[Host; 2], spec: &GuestSpec, run: &Run) -> Result<Self, BenchError> {
+        Self::start(hosts, 0, spec, &[], run)
     }
 
     fn start(
@@ -76,8 +68,7 @@ impl Twin {
         host: usize,
         spec: &GuestSpec,
         more: &[&str],
-        runtime: &Handle,
-        interrupt: &Interrupt,
+        run: &Run,
     ) -> Result<Self, BenchError> {
         let socket = hosts[host].directory().join("twin.qmp");
         let mut spec = GuestSpec { qmp: Some(socket.clone()), ..spec.clone() };
@@ -90,41 +81,35 @@ impl Twin {
         // A socket of an earlier QEMU would be connected to in vain.
         let _ = std::fs::remove_file(&socket);
         let mut guest = hosts[host].boot(&spec)?;
-        let qmp =
-            interrupt.wait("QEMU's monitor", MONITOR, || match runtime.block_on(Qmp::connect(&socket)) {
-                Ok(qmp) => Ok(Some(qmp)),
-                Err(error) => guest.exit_status().map_or(Ok(None), |_| Err(error.into())),
-            })?;
-        Ok(Self { qmp, guest, spec: own, host, runtime: runtime.clone() })
+        let qmp = run.wait("QEMU's monitor", MONITOR, || match run.block_on(Qmp::connect(&socket)) {
+            Ok(qmp) => Ok(Some(qmp)),
+            Err(error) => guest.exit_status().map_or(Ok(None), |_| Err(error.into())),
+        })?;
+        Ok(Self { qmp, guest, spec: own, host, run: run.clone() })
     }
 
     /// QEMU's process.
-    #[must_use]
     pub fn pid(&self) -> i32 {
         self.guest.pid()
     }
 
     /// Which of the two hosts it is on.
-    #[must_use]
     pub fn host(&self) -> usize {
         self.host
     }
 
     /// Moves it to the other host as QEMU does, and measures what that takes. Where that fails, or takes longer than
     /// `patience`, the twin stays where it is.
-    ///
-    /// # Errors
-    /// Whatever keeps it from being tried.
     pub fn migrate(
         &mut self,
         hosts: &[Host; 2],
         setting: Setting,
         patience: Duration,
-        interrupt: &Interrupt,
     ) -> Result<Moved, BenchError> {
+        let run = self.run.clone();
         let (from, to) = (&hosts[self.host], &hosts[1 - self.host]);
         let incoming = ["-incoming", "defer"];
-        let there = Self::start(hosts, 1 - self.host, &self.spec, &incoming, &self.runtime, interrupt)?;
+        let there = Self::start(hosts, 1 - self.host, &self.spec, &incoming, &run)?;
         let uri = format!("tcp:{}:{}", to.listen().ip(), free_port(to)?);
         let parameters = self.prepare(from, setting, "client", to.name())?;
         there.prepare(to, setting, "server", "")?;
@@ -134,42 +119,41 @@ impl Twin {
         let disk = self.spec.disks.first().map(|disk| format!("disk-{}", disk.serial));
         // Disks are read and written by threads whose names say nothing of it.
         let (sends, loads): (Fits, Fits) = if disk.is_some() { (serves, serves) } else { (sends, loads) };
-        let loading = ThreadWatch::start(there.pid(), loads)?;
-        self.runtime.block_on(there.qmp.migrate_incoming(&uri))?;
-        let mut here_events = Events::of(&self.qmp, &self.runtime);
-        let mut there_events = Events::of(&there.qmp, &self.runtime);
-        let sending = ThreadWatch::start(self.pid(), sends)?;
+        let loading = watch_threads(there.pid(), loads);
+        run.block_on(there.qmp.migrate_incoming(&uri))?;
+        let mut here_events = Events::of(&self.qmp, &run);
+        let mut there_events = Events::of(&there.qmp, &run);
+        let sending = watch_threads(self.pid(), sends);
         let since = |from: SystemTime, to: SystemTime| ms(to.duration_since(from).unwrap_or_default());
         let began = SystemTime::now();
         let listen = SocketAddr::from((to.listen().ip(), free_port(to)?));
-        let mirror = disk
-            .map(|node| NbdMirror::begin(&self.qmp, &there.qmp, &node, listen, &self.runtime))
-            .transpose()?;
+        let begin = |node: String| NbdMirror::begin(&self.qmp, &there.qmp, &run, &node, listen);
+        let mirror = disk.map(begin).transpose()?;
         let mut copy = DiskCopy { began_ms: since(began, SystemTime::now()), copied_ms: 0.0 };
         let mut ended = Ok(());
         if let Some(mirror) = &mirror {
-            let copied = mirror.copied(&mut here_events, patience, interrupt);
+            let copied = mirror.copied(&mut here_events, patience);
             ended = copied.map(|copied| copy.copied_ms = since(began, copied));
-            interrupt.sleep(setting.hold)?;
+            run.sleep(setting.hold)?;
         }
         let ended = ended.and_then(|()| {
-            self.runtime.block_on(self.qmp.migrate(&uri))?;
+            run.block_on(self.qmp.migrate(&uri))?;
             let post_copy = setting.method == Method::QemuPostCopy;
-            let let_go = || mirror.as_ref().map_or(Ok(()), |mirror| mirror.end(&self.qmp, &there.qmp));
-            here_events.ended(&self.qmp, post_copy, let_go, patience, interrupt)
+            let let_go = || mirror.as_ref().map_or(Ok(()), NbdMirror::end);
+            here_events.ended(&self.qmp, post_copy, let_go, patience)
         });
         let cpu_source = sending.stop();
         let missed = |miss| Moved { result: Err(miss), overhead_bytes: most_overhead(&memories) };
         if let (Err(BenchError::Timeout { .. } | BenchError::Baseline { .. }), Some(mirror)) =
             (&ended, &mirror)
         {
-            mirror.give_up(&self.qmp)?;
+            mirror.give_up()?;
         }
         let stopped = match ended {
             Ok(stopped) => stopped,
             Err(BenchError::Timeout { waited, .. }) => {
-                self.runtime.block_on(self.qmp.migrate_cancel())?;
-                self.settle(interrupt)?;
+                run.block_on(self.qmp.migrate_cancel())?;
+                self.settle()?;
                 return Ok(missed(Miss::NotConverged { after_ms: ms(waited) }));
             }
             Err(BenchError::Baseline { status, message }) => {
@@ -177,12 +161,12 @@ impl Twin {
             }
             Err(error) => return Err(error),
         };
-        let resumed = there_events.first("RESUME", interrupt)?;
+        let resumed = there_events.first("RESUME")?;
         let cpu_destination = loading.stop();
         let link_bytes = link.and_then(|link| link.bytes());
         let overhead_bytes = most_overhead(&memories);
 
-        let state = self.runtime.block_on(self.qmp.query_migrate())?;
+        let state = run.block_on(self.qmp.query_migrate())?;
         let until_running_ms = since(began, resumed);
         let total_ms = state.total_ms.unwrap_or_default() as f64;
         let sample = Sample {
@@ -226,7 +210,7 @@ impl Twin {
             ("postcopy-ram", post_copy),
             ("pause-before-switchover", !self.spec.disks.is_empty()),
         ];
-        self.runtime.block_on(self.qmp.set_capabilities(&capabilities))?;
+        self.run.block_on(self.qmp.set_capabilities(&capabilities))?;
         let bandwidth = if setting.method == Method::QemuDefault { DEFAULT_BANDWIDTH } else { UNLIMITED };
         let mut parameters = json!({ "max-bandwidth": bandwidth, "tls-creds": "", "tls-hostname": "" });
         if multifd {
@@ -239,7 +223,7 @@ impl Twin {
             let directory = credentials(host)?;
             let object = json!({ "qom-type": "tls-creds-x509", "id": id, "endpoint": endpoint, "verify-peer": true,
                                  "dir": directory.to_string_lossy() });
-            self.runtime.block_on(async {
+            self.run.block_on(async {
                 // It is there from an attempt that failed, or it is not.
                 let _ = self.qmp.execute_raw("object-del", json!({ "id": id })).await;
                 self.qmp.execute_raw("object-add", object).await
@@ -247,14 +231,14 @@ impl Twin {
             parameters["tls-creds"] = json!(id);
             parameters["tls-hostname"] = json!(peer);
         }
-        self.runtime.block_on(self.qmp.set_parameters(parameters.clone()))?;
+        self.run.block_on(self.qmp.set_parameters(parameters.clone()))?;
         Ok(parameters)
     }
 
     /// Waits until a migration that was cancelled has ended, if it had begun.
-    fn settle(&self, interrupt: &Interrupt) -> Result<(), BenchError> {
-        interrupt.wait("QEMU's migration to be cancelled", MONITOR, || {
-            let state = self.runtime.block_on(self.qmp.query_migrate())?;
+    fn settle(&self) -> Result<(), BenchError> {
+        self.run.wait("QEMU's migration to be cancelled", MONITOR, || {
+            let state = self.run.block_on(self.qmp.query_migrate())?;
             Ok(matches!(state.status.as_deref(), Some("cancelled" | "none") | None).then_some(()))
         })
     }
@@ -302,7 +286,7 @@ fn loads(name: &str) -> bool {
 }
 
 /// Whether a thread of QEMU does anything else than running the guest.
-pub(crate) fn serves(name: &str) -> bool {
+pub fn serves(name: &str) -> bool {
     !name.starts_with("CPU ")
 }
 
@@ -316,36 +300,27 @@ fn free_port(host: &Host) -> Result<u16, BenchError> {
 
 /// What QEMU tells, while it is waited for.
 #[derive(Debug)]
-pub(crate) struct Events {
+pub struct Events {
     heard: Receiver<Event>,
-    runtime: Handle,
+    run: Run,
 }
 
 impl Events {
     /// What a QEMU tells from now on.
-    pub(crate) fn of(qmp: &Qmp, runtime: &Handle) -> Self {
-        Self { heard: qmp.events(), runtime: runtime.clone() }
+    pub fn of(qmp: &Qmp, run: &Run) -> Self {
+        Self { heard: qmp.events(), run: run.clone() }
     }
 
     /// The next event; none after a short wait without one.
-    fn poll(
-        &mut self,
-        what: &str,
-        interrupt: &Interrupt,
-        since: Instant,
-        patience: Duration,
-    ) -> Result<Option<Event>, BenchError> {
+    fn poll(&mut self, what: &str, since: Instant, patience: Duration) -> Result<Option<Event>, BenchError> {
         loop {
-            interrupt.check()?;
+            self.run.check()?;
             let heard = &mut self.heard;
-            match self.runtime.block_on(async { tokio::time::timeout(STEP, heard.recv()).await }) {
+            match self.run.block_on(async { tokio::time::timeout(STEP, heard.recv()).await }) {
                 Ok(Ok(event)) => return Ok(Some(event)),
                 Ok(Err(RecvError::Lagged(_))) => {}
                 Ok(Err(RecvError::Closed)) => {
-                    return Err(BenchError::Baseline {
-                        status: "gone".into(),
-                        message: "QEMU has ended".into(),
-                    });
+                    return Err(BenchError::baseline("gone", "QEMU has ended"));
                 }
                 Err(_) if since.elapsed() > patience => {
                     return Err(BenchError::Timeout { what: what.to_owned(), waited: since.elapsed() });
@@ -356,27 +331,23 @@ impl Events {
     }
 
     /// Waits for an event that fits.
-    ///
-    /// # Errors
-    /// [`BenchError::Timeout`]; [`BenchError::Baseline`] where QEMU is gone; [`BenchError::Interrupted`].
-    pub(crate) fn wait(
+    pub fn wait(
         &mut self,
         what: &str,
         patience: Duration,
-        interrupt: &Interrupt,
         fits: impl Fn(&Event) -> bool,
     ) -> Result<Event, BenchError> {
         let since = Instant::now();
         loop {
-            if let Some(event) = self.poll(what, interrupt, since, patience)?.filter(|event| fits(event)) {
+            if let Some(event) = self.poll(what, since, patience)?.filter(|event| fits(event)) {
                 return Ok(event);
             }
         }
     }
 
     /// Waits for an event and gives back when QEMU says that it was.
-    fn first(&mut self, name: &str, interrupt: &Interrupt) -> Result<SystemTime, BenchError> {
-        Ok(self.wait(name, PATIENCE, interrupt, |event| event.name == name)?.timestamp)
+    fn first(&mut self, name: &str) -> Result<SystemTime, BenchError> {
+        Ok(self.wait(name, PATIENCE, |event| event.name == name)?.timestamp)
     }
 
     /// Waits for the end of the migration and gives back when the guest was stopped for it. Post-copy is begun when all
@@ -387,40 +358,36 @@ impl Events {
         mut post_copy: bool,
         let_go: impl Fn() -> Result<(), BenchError>,
         patience: Duration,
-        interrupt: &Interrupt,
     ) -> Result<SystemTime, BenchError> {
         let since = Instant::now();
-        let runtime = self.runtime.clone();
+        let run = self.run.clone();
         let mut stopped = None;
         loop {
             if post_copy {
-                let state = runtime.block_on(qmp.query_migrate())?;
+                let state = run.block_on(qmp.query_migrate())?;
                 // The bitmap is fetched for the second time when the first pass is over.
                 if state.ram["dirty-sync-count"].as_u64() >= Some(2) {
                     // Refused where it has just ended without.
-                    let _ = runtime.block_on(qmp.execute_raw("migrate-start-postcopy", json!({})));
+                    let _ = run.block_on(qmp.execute_raw("migrate-start-postcopy", json!({})));
                     post_copy = false;
                 }
             }
-            let Some(event) = self.poll("QEMU's own migration", interrupt, since, patience)? else {
+            let Some(event) = self.poll("QEMU's own migration", since, patience)? else {
                 continue;
             };
             match (event.name.as_str(), event.data["status"].as_str()) {
                 ("STOP", _) => stopped = Some(event.timestamp),
                 ("MIGRATION", Some("pre-switchover")) => {
                     let_go()?;
-                    runtime.block_on(qmp.migrate_continue())?;
+                    run.block_on(qmp.migrate_continue())?;
                 }
                 ("MIGRATION", Some("completed")) => {
-                    let missing = || BenchError::Baseline {
-                        status: "completed".into(),
-                        message: "without having stopped the guest".into(),
-                    };
+                    let missing = || BenchError::baseline("completed", "without having stopped the guest");
                     return stopped.ok_or_else(missing);
                 }
                 ("MIGRATION", Some(status @ ("failed" | "cancelled"))) => {
-                    let message = runtime.block_on(qmp.query_migrate())?.error.unwrap_or_default();
-                    return Err(BenchError::Baseline { status: status.to_owned(), message });
+                    let message = run.block_on(qmp.query_migrate())?.error.unwrap_or_default();
+                    return Err(BenchError::baseline(status, message));
                 }
                 _ => {}
             }

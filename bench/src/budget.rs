@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::cell::{Cell, Dirtying, Link};
 use crate::contender::Contender;
 use crate::record::Method;
-use crate::trial::Trials;
+use crate::trial::Sitting;
 
 /// Guests' boot, for each GiB of RAM of one of them, and whatever the size.
 const BOOT: Duration = Duration::from_secs(8);
@@ -17,20 +17,20 @@ const UNSHAPED: u64 = 300;
 const DEFAULT: u64 = 128;
 
 /// How long a cell will take, guessed: most of what is guessed is corrected by [`Budget`] once there is something to correct it by.
-#[must_use]
-pub fn estimate(cell: &Cell, trials: &Trials<'_>) -> Duration {
+pub fn estimate(cell: &Cell, sitting: &Sitting) -> Duration {
+    let patience = Duration::from_secs(sitting.patience_s);
     let boot = BOOT + BOOT_PER_GIB.mul_f64(cell.memory_mib as f64 / 1024.0);
     let each = |contender: &Contender| {
         let once = AROUND + transfer(cell, *contender);
         if !converges(cell, *contender) {
             // It is not tried again.
-            return AROUND + trials.patience;
+            return AROUND + patience;
         }
-        once.min(AROUND + trials.patience) * trials.runs
+        once.min(AROUND + patience) * sitting.runs
     };
     // Both images are written first.
     let boot = boot + cell.disk.map_or(Duration::ZERO, |disk| Duration::from_secs(disk.mib / 512));
-    boot + trials.contenders.iter().map(each).sum::<Duration>()
+    boot + sitting.contenders.iter().map(each).sum::<Duration>()
 }
 
 fn transfer(cell: &Cell, contender: Contender) -> Duration {
@@ -68,21 +68,19 @@ pub struct Budget {
 
 impl Budget {
     /// From now on; without a limit everything fits.
-    #[must_use]
     pub fn new(limit: Option<Duration>) -> Self {
         Self { began: Instant::now(), limit, guessed: Duration::ZERO, took: Duration::ZERO }
     }
 
     /// Whether there is time left for a cell.
-    #[must_use]
-    pub fn has_room_for(&self, cell: &Cell, trials: &Trials<'_>) -> bool {
-        let needed = estimate(cell, trials).mul_f64(self.correction());
+    pub fn has_room_for(&self, cell: &Cell, sitting: &Sitting) -> bool {
+        let needed = estimate(cell, sitting).mul_f64(self.correction());
         self.limit.is_none_or(|limit| self.began.elapsed() + needed <= limit)
     }
 
     /// Notes how long a cell really took.
-    pub fn learn(&mut self, cell: &Cell, trials: &Trials<'_>, took: Duration) {
-        self.guessed += estimate(cell, trials);
+    pub fn learn(&mut self, cell: &Cell, sitting: &Sitting, took: Duration) {
+        self.guessed += estimate(cell, sitting);
         self.took += took;
     }
 
@@ -95,39 +93,27 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::surroundings::Surroundings;
 
-    fn cell(name: &str) -> Cell {
-        Cell::all().into_iter().find(|cell| cell.name == name).unwrap()
+    fn sitting(contenders: &[Contender], runs: u32, patience_s: u64) -> Sitting {
+        Sitting { contenders: contenders.to_vec(), runs, patience_s, ..Sitting::default() }
     }
 
     #[test]
     fn more_runs_larger_guests_and_those_that_do_not_converge_take_longer() {
-        let surroundings = Surroundings::default();
-        let trials = |runs, patience| Trials {
-            contenders: Contender::ALL[..11].to_vec(),
-            runs,
-            patience: Duration::from_secs(patience),
-            surroundings: &surroundings,
-        };
-        let short = estimate(&cell("idle"), &trials(1, 300));
-        assert!(estimate(&cell("idle"), &trials(5, 300)) > short * 3);
-        assert!(estimate(&cell("idle-4g"), &trials(1, 300)) > short * 2);
-        let waiting = estimate(&cell("counters-150"), &trials(1, 300));
+        let contenders = &Contender::ALL[..11];
+        let trials = |runs, patience| sitting(contenders, runs, patience);
+        let short = estimate(&Cell::named("idle"), &trials(1, 300));
+        assert!(estimate(&Cell::named("idle"), &trials(5, 300)) > short * 3);
+        assert!(estimate(&Cell::named("idle-4g"), &trials(1, 300)) > short * 2);
+        let waiting = estimate(&Cell::named("counters-150"), &trials(1, 300));
         assert!(waiting > Duration::from_secs(8 * 300), "{waiting:?}");
-        assert!(estimate(&cell("counters-150"), &trials(1, 30)) < waiting / 4);
+        assert!(estimate(&Cell::named("counters-150"), &trials(1, 30)) < waiting / 4);
     }
 
     #[test]
     fn a_cell_that_does_not_fit_is_not_begun_and_slow_machines_are_known_by_what_they_did() {
-        let surroundings = Surroundings::default();
-        let trials = Trials {
-            contenders: Contender::ALL[..1].to_vec(),
-            runs: 3,
-            patience: Duration::from_secs(30),
-            surroundings: &surroundings,
-        };
-        let idle = cell("idle");
+        let trials = sitting(&Contender::ALL[..1], 3, 30);
+        let idle = Cell::named("idle");
         let one = estimate(&idle, &trials);
         let mut budget = Budget::new(Some(one * 3));
         assert!(budget.has_room_for(&idle, &trials));

@@ -13,17 +13,15 @@ pub(crate) const PAGE: u64 = 4096;
 const SYSTEM_MIB: u64 = 192;
 /// How much is filled and checked of a guest that boots a userland, in MiB: enough to notice harm, little beside the rest.
 const USERLAND_FILL_MIB: u64 = 32;
-/// A disk is as large as that, in MiB; half of it holds something.
-const DISK_MIB: u64 = 4096;
-const WRITTEN_DISK_MIB: u64 = 2048;
 /// How much of a guest is dirtied where it is dirtied at random, in MiB.
 const WORKING_SET_MIB: u64 = 256;
 
-/// One cell.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// One cell, as `cells.toml` has it.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct Cell {
     /// Its name, to choose it by.
-    pub name: &'static str,
+    pub name: String,
     /// Memory of the guest, in MiB.
     pub memory_mib: u64,
     /// What is in it.
@@ -41,26 +39,24 @@ pub struct Cell {
     /// What lies between the hosts.
     pub link: Link,
     /// `--on-diverge` of vmirror.
-    pub on_diverge: &'static str,
-    /// `--downtime` and `--max-downtime` of vmirror, in milliseconds: its defaults, unless the cell has a goal that asks for less.
+    pub on_diverge: String,
+    /// `--downtime` and `--max-downtime` of vmirror, in milliseconds.
     pub downtime_ms: (u64, u64),
     /// Whether it belongs to the short form.
-    #[serde(skip)]
+    #[serde(default, skip_serializing)]
     pub quick: bool,
 }
 
-/// A cell that was measured earlier is read back only if there still is the same: figures of what is now another cell, under
-/// its name, would be told as this one's.
-impl<'de> Deserialize<'de> for Cell {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        let read = serde_json::Value::deserialize(from)?;
-        let same = |cell: &Self| serde_json::to_value(cell).is_ok_and(|value| value == read);
-        Self::all().into_iter().find(same).ok_or_else(|| D::Error::custom("there is no such cell any more"))
-    }
+/// Reads a cell that was measured earlier, only if there still is the same: figures of what is now another cell, under its
+/// name, would be told as this one's.
+pub fn as_it_is<'de, D: Deserializer<'de>>(from: D) -> Result<Cell, D::Error> {
+    let read = serde_json::Value::deserialize(from)?;
+    let same = |cell: &Cell| serde_json::to_value(cell).is_ok_and(|value| value == read);
+    Cell::all().into_iter().find(same).ok_or_else(|| D::Error::custom("there is no such cell any more"))
 }
 
 /// What is in a guest's memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Filling {
     /// Nothing that a compression makes smaller.
@@ -74,7 +70,7 @@ pub enum Filling {
 }
 
 /// How much a guest writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Dirtying {
     /// Next to nothing.
@@ -86,7 +82,7 @@ pub enum Dirtying {
 }
 
 /// Which pages a guest writes, and what of them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
     /// Pages at random, all of each.
@@ -98,18 +94,19 @@ pub enum Order {
 }
 
 /// A guest's disk: a raw image, half of which holds something. The rest is sparse.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct Disk {
     /// Its size, in MiB.
     pub mib: u64,
     /// What is in its half.
     pub content: DiskContent,
     /// Whether the guest writes to it, as fast as it can.
+    #[serde(default)]
     pub written: bool,
 }
 
 /// What is in a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskContent {
     /// Half of it incompressible, half of it runs of words, compressible to about a quarter.
@@ -119,7 +116,7 @@ pub enum DiskContent {
 }
 
 /// What lies between the hosts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Link {
     /// As fast as this machine copies from one network namespace to another.
@@ -129,100 +126,28 @@ pub enum Link {
 }
 
 impl Cell {
-    /// A guest of 1 GiB, full of what cannot be compressed, that does nothing, on an unshaped link.
-    const fn idle(name: &'static str) -> Self {
-        Self {
-            name,
-            memory_mib: 1024,
-            content: Filling::Incompressible,
-            dirtying: Dirtying::Idle,
-            order: Order::Random,
-            disk: None,
-            frames: true,
-            link: Link::Unshaped,
-            on_diverge: "throttle",
-            downtime_ms: (50, 1000),
-            quick: false,
-        }
-    }
-
-    /// The same, on a link of 1 Gbit/s, dirtying that many per cent of it.
-    const fn dirtying(name: &'static str, percent: u64, order: Order) -> Self {
-        Self { dirtying: Dirtying::OfLink(percent), order, link: Link::Mbit(1000), ..Self::idle(name) }
-    }
-
-    /// A guest of 512 MiB, mostly zero, so that its disk is what moving it takes.
-    const fn with_disk(name: &'static str, mib: u64, content: DiskContent) -> Self {
-        let disk = Some(Disk { mib, content, written: false });
-        Self { memory_mib: 512, content: Filling::MostlyZero, disk, ..Self::idle(name) }
-    }
-
-    const fn quick(self) -> Self {
-        Self { quick: true, ..self }
-    }
-
     /// All of them.
-    #[must_use]
     pub fn all() -> Vec<Self> {
-        use DiskContent::{Debian, Mix};
-        use Order::{Counters, Random, Streaming};
-        vec![
-            Self::idle("idle").quick(),
-            Self { memory_mib: 512, ..Self::idle("idle-512m") },
-            Self { memory_mib: 4096, ..Self::idle("idle-4g") },
-            Self { content: Filling::Text, ..Self::idle("idle-text") },
-            Self { content: Filling::MostlyZero, ..Self::idle("idle-zero") }.quick(),
-            // What carrying frames adds to a guest's downtime is told beside the same guest without.
-            Self { content: Filling::MostlyZero, frames: false, ..Self::idle("idle-zero-no-frames") },
-            // Bytes count where the link limits: on one that does not, nothing is compressed that would take longer so.
-            Self { content: Filling::Userland, link: Link::Mbit(1000), ..Self::idle("idle-debian") }.quick(),
-            Self { content: Filling::Userland, ..Self::idle("idle-debian-unshaped") },
-            Self { link: Link::Mbit(1000), ..Self::idle("idle-1gbit") },
-            Self { link: Link::Mbit(10_000), ..Self::idle("idle-10gbit") },
-            Self { content: Filling::Text, ..Self::dirtying("random-25", 25, Random) },
-            Self { downtime_ms: (25, 1000), ..Self::dirtying("random-75", 75, Random) }.quick(),
-            Self { content: Filling::Text, ..Self::dirtying("streaming-75", 75, Streaming) },
-            Self { content: Filling::Text, ..Self::dirtying("counters-75", 75, Counters) },
-            Self::dirtying("counters-150", 150, Counters).quick(),
-            Self::dirtying("counters-400", 400, Counters),
-            Self { downtime_ms: (50, 100), ..Self::dirtying("random-150-throttle", 150, Random) },
-            Self { on_diverge: "post-copy", ..Self::dirtying("random-150", 150, Random) }.quick(),
-            // Of a slower link: an emulated guest cannot write four times what 1 Gbit/s carries.
-            Self {
-                on_diverge: "post-copy",
-                link: Link::Mbit(200),
-                ..Self::dirtying("random-400", 400, Random)
-            },
-            Self {
-                content: Filling::Text,
-                dirtying: Dirtying::Mib(100),
-                link: Link::Mbit(10_000),
-                ..Self::idle("steady-100m")
-            }
-            .quick(),
-            Self { memory_mib: 512, ..Self::dirtying("random-75-512m", 75, Random) },
-            // Mostly zero, so that moving so much does not take long.
-            Self {
-                memory_mib: 4096,
-                content: Filling::MostlyZero,
-                link: Link::Mbit(10_000),
-                ..Self::dirtying("counters-25-4g", 25, Counters)
-            },
-            Self::with_disk("disk-4g", DISK_MIB, Mix),
-            Self { link: Link::Mbit(1000), ..Self::with_disk("disk-4g-1gbit", DISK_MIB, Mix) },
-            Self { link: Link::Mbit(1000), ..Self::with_disk("disk-debian", DISK_MIB, Debian) },
-            // What its disk adds to a guest's downtime is told beside the same guest without.
-            Self { disk: None, ..Self::with_disk("disk-none", DISK_MIB, Mix) },
-            Self {
-                disk: Some(Disk { mib: WRITTEN_DISK_MIB, content: Mix, written: true }),
-                ..Self::with_disk("disk-write", WRITTEN_DISK_MIB, Mix)
-            }
-            .quick(),
-        ]
+        #[derive(Deserialize)]
+        struct Cells {
+            usual: toml::Table,
+            cells: Vec<toml::Table>,
+        }
+        let read = || -> Result<Vec<Self>, toml::de::Error> {
+            let Cells { usual, cells } = toml::from_str(include_str!("cells.toml"))?;
+            let whole = |own| usual.clone().into_iter().chain(own).collect::<toml::Table>().try_into();
+            cells.into_iter().map(whole).collect()
+        };
+        read().expect("the file is a part of this program, and read by its tests")
+    }
+
+    /// The one of that name.
+    #[cfg(test)]
+    pub fn named(name: &str) -> Self {
+        Self::all().into_iter().find(|cell| cell.name == name).unwrap()
     }
 
     /// How much the guest fills, in MiB.
-    #[must_use]
     pub fn fill_mib(&self) -> u64 {
         match self.content {
             Filling::MostlyZero => self.memory_mib / 8,
@@ -232,13 +157,11 @@ impl Cell {
     }
 
     /// How much of that it dirties, in MiB.
-    #[must_use]
     pub fn working_set_mib(&self) -> u64 {
         self.fill_mib().min(WORKING_SET_MIB)
     }
 
     /// How much it is to dirty per second, in pages.
-    #[must_use]
     pub fn rate(&self) -> u64 {
         match (self.dirtying, self.link) {
             (Dirtying::Idle, _) | (Dirtying::OfLink(_), Link::Unshaped) => 0,
@@ -248,13 +171,11 @@ impl Cell {
     }
 
     /// Whether its guest does something whose speed is measured.
-    #[must_use]
     pub fn is_busy(&self) -> bool {
         self.dirtying != Dirtying::Idle || self.disk.is_some_and(|disk| disk.written)
     }
 
     /// The pattern of its writes.
-    #[must_use]
     pub fn pattern(&self) -> Pattern {
         match self.order {
             Order::Random => Pattern::Random,
@@ -264,7 +185,6 @@ impl Cell {
     }
 
     /// What its pages hold.
-    #[must_use]
     pub fn page_content(&self) -> Content {
         match (self.order, self.content) {
             // The body of a page is drawn once, and stays.
@@ -275,7 +195,6 @@ impl Cell {
     }
 
     /// In words.
-    #[must_use]
     pub fn describe(&self) -> String {
         let memory = if self.memory_mib < 1024 {
             format!("{} MiB", self.memory_mib)
@@ -334,7 +253,7 @@ mod tests {
     #[test]
     fn cells_differ_and_the_short_form_has_some_of_them() {
         let cells = Cell::all();
-        let names: HashSet<&str> = cells.iter().map(|cell| cell.name).collect();
+        let names: HashSet<&String> = cells.iter().map(|cell| &cell.name).collect();
         assert_eq!(names.len(), cells.len());
         let words: HashSet<String> =
             cells.iter().map(|cell| format!("{} {}", cell.describe(), cell.on_diverge)).collect();
@@ -346,16 +265,15 @@ mod tests {
     fn a_cell_is_read_back_only_as_it_is_now() {
         for cell in Cell::all() {
             let mut value = serde_json::to_value(&cell).unwrap();
-            assert_eq!(serde_json::from_value::<Cell>(value.clone()).unwrap(), cell);
+            assert_eq!(as_it_is(value.clone()).unwrap(), cell);
             value["memory_mib"] = 768.into();
-            assert!(serde_json::from_value::<Cell>(value).is_err());
+            assert!(as_it_is(value).is_err());
         }
     }
 
     #[test]
     fn what_a_guest_dirties_is_a_part_of_its_link() {
-        let cells = Cell::all();
-        let rate = |name: &str| cells.iter().find(|cell| cell.name == name).unwrap().rate();
+        let rate = |name| Cell::named(name).rate();
         // 125 MB/s of 4096 bytes are 30,518 pages.
         assert_eq!((rate("idle"), rate("random-75"), rate("counters-400")), (0, 22_888, 122_070));
         assert_eq!((rate("random-400"), rate("steady-100m")), (24_414, 25_600));

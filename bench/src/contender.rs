@@ -45,26 +45,22 @@ impl Contender {
     ];
 
     /// A method of QEMU, not encrypted.
-    #[must_use]
     pub const fn plain(method: Method) -> Self {
         Self { method, tls: false }
     }
 
     /// A method of QEMU, encrypted.
-    #[must_use]
     pub const fn encrypted(method: Method) -> Self {
         Self { method, tls: true }
     }
 
     /// Whether it can move a guest of that kind: there is one way of QEMU to move a disk, and it moves nothing else.
-    #[must_use]
     pub fn fits(self, cell: &Cell) -> bool {
         self == Self::VMIRROR || (self == Self::NBD) == cell.disk.is_some()
     }
 
     /// Those of the short form in a cell: with QEMU's encryption only where a goal is about it, and where whole pages outrun
     /// the link, so that no pre-copy of QEMU ends, one that is waited for in vain. Counters compress: there zstd may end.
-    #[must_use]
     pub fn quick(cell: &Cell) -> &'static [Self] {
         if cell.disk.is_some() {
             return &[Self::VMIRROR, Self::NBD];
@@ -77,14 +73,12 @@ impl Contender {
     }
 
     /// Its name for people.
-    #[must_use]
     pub fn name(self) -> String {
         let encrypted = if self.tls { ", TLS" } else { "" };
         format!("{}{encrypted}", self.method.name())
     }
 
     /// Its name on the command line.
-    #[must_use]
     pub fn key(self) -> String {
         let encrypted = if self.tls && self != Self::VMIRROR { "-tls" } else { "" };
         format!("{}{encrypted}", self.method.key())
@@ -97,7 +91,6 @@ impl Contender {
 /// the first. So whom somebody follows, and what that one leaves behind in caches and in the machine's temperature, changes
 /// with every round, until the strides are used up: with 11 contenders after 10 rounds, with 8 after 4. Where one is left out
 /// for not converging, the next one follows the one before it.
-#[must_use]
 pub fn turns(contenders: &[Contender], round: u32) -> Vec<Contender> {
     let (count, round) = (contenders.len(), round as usize);
     let strides: Vec<usize> = (1..=count).filter(|stride| common_divisor(*stride, count) == 1).collect();
@@ -122,10 +115,7 @@ mod tests {
         assert_eq!((keys.len(), names.len()), (Contender::ALL.len(), Contender::ALL.len()));
         assert!(keys.contains("vmirror") && keys.contains("qemu-default-tls"), "{keys:?}");
         assert!(Contender::QUICK.iter().all(|quick| Contender::ALL.contains(quick)));
-        let quick = |name: &str| {
-            let cell = Cell::all().into_iter().find(|cell| cell.name == name).unwrap();
-            Contender::quick(&cell).len()
-        };
+        let quick = |name| Contender::quick(&Cell::named(name)).len();
         assert_eq!((quick("idle"), quick("counters-150"), quick("random-150")), (6, 3, 2));
     }
 

@@ -1,31 +1,25 @@
 //! The course of a run: the scene, the guests, the migrations in turns, the checks at the end.
 
-use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use migration::Report;
+use readable::{bytes, count, measured_ms as ms};
 use testbed::client::{Echo, EchoReport};
-use testbed::guest_spec::Nic;
-use testbed::{Console, GuestSpec, Host, Inventory, Programs, Status, Testbed};
-use tokio::runtime::Handle;
+use testbed::{AgentOptions, Console, GuestSpec, Host, Inventory, Programs, Status, Testbed};
 
 use crate::baseline::{Setting, Twin};
 use crate::measure::with_heartbeats;
 use crate::mirrored::{self, NAME};
 use crate::narrator::Narrator;
-use crate::number::{bytes, count, ms};
 use crate::record::{GuestFacts, Method, Record, Sample};
+use crate::run::Run;
+use crate::scene::{self, ADDRESSES, TWIN};
+use crate::settings::Settings;
 use crate::surroundings::Surroundings;
-use crate::{BenchError, Interrupt, Settings, present};
+use crate::{BenchError, present};
 
-/// The name of the guest that QEMU moves itself.
-const TWIN: &str = "twin";
-/// How long the guests may take to boot, on a machine with much other work.
-const BOOT: Duration = Duration::from_secs(180);
 /// How long the client listens to the guest that is not moved.
 const UNMIGRATED: Duration = Duration::from_secs(3);
-/// How much an idle guest checks of itself per second, in pages: 8 MiB, which leaves an emulated CPU idle.
-const CHECK_RATE: u64 = 2048;
 /// How long the guest may take to check all of itself once more.
 const CHECKED: Duration = Duration::from_secs(120);
 /// How long a migration may take.
@@ -51,40 +45,35 @@ struct Scene {
     twin: Option<Twin>,
     bed: Testbed,
     console: Console,
-    addresses: [Ipv4Addr; 2],
     /// What host B held before any guest came.
     empty: Inventory,
 }
 
-/// Does all of it. What was seen until an error is in `course` all the same.
-///
-/// # Errors
-/// Whatever kept the run from coming to its end. A migration by vmirror that did not complete ends it too, as a check
-/// that did not hold.
+/// Does all of it. What was seen until an error is in `course` all the same. A migration by vmirror that did not complete ends
+/// it too, as a check that did not hold.
 pub fn run(
     settings: &Settings,
     rounds: u32,
-    runtime: &Handle,
-    interrupt: &Interrupt,
+    run: &Run,
     narrator: &mut Narrator,
     course: &mut Course,
 ) -> Result<(), BenchError> {
     let programs = Programs::find();
     course.record.started = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S %Z").to_string();
     course.record.surroundings = Surroundings::find(&programs);
-    let mut scene = Scene::set(settings, &programs, runtime, interrupt, narrator, &mut course.record)?;
+    let mut scene = Scene::set(settings, &programs, run, narrator, &mut course.record)?;
     for round in 0..rounds {
         for turn in turns(round, settings.alone) {
-            interrupt.check()?;
+            run.check()?;
             let sample = match turn {
                 Method::Vmirror => {
-                    let sample = scene.by_vmirror(round, interrupt, narrator)?;
+                    let sample = scene.by_vmirror(round, run, narrator)?;
                     if let Some(report) = &sample.report {
-                        course.pages.push(mirrored::page(scene.hosts(round)[0], report)?);
+                        course.pages.push(mirrored::page(scene::hosts(&scene.bed, round)[0], report)?);
                     }
                     sample
                 }
-                method => scene.by_qemu(method, interrupt, narrator)?,
+                method => scene.by_qemu(method, run, narrator)?,
             };
             let completed = sample.report.as_ref().is_none_or(|report| report.error.is_none());
             course.record.samples.push(Sample { round, ..sample });
@@ -94,7 +83,7 @@ pub fn run(
             }
         }
     }
-    scene.check(rounds, interrupt, narrator, &mut course.record)
+    scene.check(rounds, run, narrator, &mut course.record)
 }
 
 /// Who moves its guest when: each method goes first as often as any other, and QEMU's two ways bring the twin back.
@@ -112,20 +101,14 @@ impl Scene {
     fn set(
         settings: &Settings,
         programs: &Programs,
-        runtime: &Handle,
-        interrupt: &Interrupt,
+        run: &Run,
         narrator: &mut Narrator,
         record: &mut Record,
     ) -> Result<Self, BenchError> {
         let root = rustix::process::geteuid().is_root() && !settings.rootless;
         record.network = root;
         let bed = if root { Testbed::with(programs)? } else { Testbed::rootless_with(programs)? };
-        for host in bed.hosts() {
-            host.start_agent()?;
-            if root {
-                host.add_tap(TWIN)?;
-            }
-        }
+        scene::prepare(&bed, &AgentOptions::default(), root)?;
         narrator.step(&format!(
             "two hosts are up, an agent on each: {} and {}{}",
             address(bed.a()),
@@ -137,19 +120,12 @@ impl Scene {
             }
         ));
         let empty = bed.b().inventory()?;
-        let spec = |name: &str, number: u8| -> Result<GuestSpec, BenchError> {
-            Ok(GuestSpec {
-                memory_mib: settings.memory,
-                fill_mib: settings.fill,
-                check_rate: Some(CHECK_RATE),
-                nic: root.then(|| Nic::new(name, number)),
-                // QEMU names its threads only when told to, and the twin's are told apart by name.
-                extra: vec!["-name".into(), format!("{name},debug-threads=on")],
-                ..GuestSpec::new(bed.a().serial(name))?
-            })
+        let spec = |name| -> Result<GuestSpec, BenchError> {
+            let common = scene::spec(&bed, name, root)?;
+            Ok(GuestSpec { memory_mib: settings.memory, fill_mib: settings.fill, ..common })
         };
-        let (spec, twin_spec) = (spec(NAME, 10)?, spec(TWIN, 11)?);
-        let console = Console::new(&spec.serial);
+        let (spec, twin_spec) = (spec(NAME)?, spec(TWIN)?);
+        let mut consoles = vec![Console::new(&spec.serial)];
         record.guest = Some(GuestFacts {
             memory_mib: spec.memory_mib,
             fill_mib: spec.fill_mib,
@@ -157,10 +133,7 @@ impl Scene {
             accelerator: spec.accelerator.name().to_owned(),
             command_line: spec.command_line(),
         });
-        if root {
-            bed.a().add_tap(NAME)?;
-        }
-        mirrored::run(bed.a(), &spec)?;
+        mirrored::start(bed.a(), &spec)?;
         narrator.step(&format!(
             "{NAME} was started on host-a with `vmirror run` (process {}); its memory: {} MiB, {} MiB of them filled",
             mirrored::pid(bed.a())?,
@@ -170,44 +143,29 @@ impl Scene {
         let twin = if settings.alone {
             None
         } else {
-            let twin = Twin::boot(bed.hosts(), &twin_spec, runtime, interrupt)?;
+            let twin = Twin::boot(bed.hosts(), &twin_spec, run)?;
+            consoles.push(Console::new(&twin_spec.serial));
             narrator.step(&format!(
                 "{TWIN}, an equal guest in a plain QEMU (process {}), for QEMU's own migration",
                 twin.pid()
             ));
             Some(twin)
         };
-        let addresses = [10, 11].map(|number| Ipv4Addr::new(10, 88, 0, number));
-        let mut scene = Self { echoes: Vec::new(), twin, bed, console, addresses, empty };
-        scene.wait_ready(&twin_spec, interrupt)?;
+        scene::wait_ready(&consoles, run)?;
         narrator.step("booted; memory is filled and the guests' ports answer");
-        scene.connect(interrupt, narrator, record)?;
+        let mut scene = Self { echoes: Vec::new(), twin, bed, console: consoles.swap_remove(0), empty };
+        scene.connect(run, narrator, record)?;
         Ok(scene)
     }
 
-    fn wait_ready(&self, twin: &GuestSpec, interrupt: &Interrupt) -> Result<(), BenchError> {
-        let consoles = [Some(self.console.clone()), self.twin.as_ref().map(|_| Console::new(&twin.serial))];
-        interrupt.wait("the guests to boot", BOOT, || {
-            let ready =
-                consoles.iter().flatten().all(|console| console.is_ready() && console.status().is_some());
-            Ok(ready.then_some(()))
-        })
-    }
-
     /// The client's connections, and what it notices before anything is moved.
-    fn connect(
-        &mut self,
-        interrupt: &Interrupt,
-        narrator: &mut Narrator,
-        record: &mut Record,
-    ) -> Result<(), BenchError> {
+    fn connect(&mut self, run: &Run, narrator: &mut Narrator, record: &mut Record) -> Result<(), BenchError> {
         let Some(client) = self.bed.client() else { return Ok(()) };
-        let guests = if self.twin.is_some() { &self.addresses[..] } else { &self.addresses[..1] };
+        let guests = if self.twin.is_some() { &ADDRESSES[..] } else { &ADDRESSES[..1] };
         for guest in guests {
             self.echoes.push(client.echo(*guest, CONNECTIONS)?);
         }
-        let (_, beats) =
-            with_heartbeats(Some(client), self.addresses[0], interrupt, || interrupt.sleep(UNMIGRATED))?;
+        let (_, beats) = with_heartbeats(Some(client), ADDRESSES[0], run, || run.sleep(UNMIGRATED))?;
         record.unmigrated = beats;
         if let Some(beats) = beats {
             narrator.step(&format!(
@@ -221,23 +179,12 @@ impl Scene {
         Ok(())
     }
 
-    /// Where the guest is in a round, and where it goes.
-    fn hosts(&self, round: u32) -> [&Host; 2] {
-        let hosts = [self.bed.a(), self.bed.b()];
-        if round.is_multiple_of(2) { hosts } else { [hosts[1], hosts[0]] }
-    }
-
-    fn by_vmirror(
-        &self,
-        round: u32,
-        interrupt: &Interrupt,
-        narrator: &mut Narrator,
-    ) -> Result<Sample, BenchError> {
-        let [from, to] = self.hosts(round);
+    fn by_vmirror(&self, round: u32, run: &Run, narrator: &mut Narrator) -> Result<Sample, BenchError> {
+        let [from, to] = scene::hosts(&self.bed, round);
         narrator.step(&format!("{NAME}: {} to {} by vmirror", from.name(), to.name()));
         let order = mirrored::Order { options: &[], disk: None, patience: PATIENCE };
-        let migrate = || mirrored::migrate(from, to, &order, interrupt, |phase| narrator.word(phase.name()));
-        let (sample, heartbeats) = with_heartbeats(self.bed.client(), self.addresses[0], interrupt, migrate)?;
+        let migrate = || mirrored::migrate(from, to, &order, run, |phase| narrator.word(phase.name()));
+        let (sample, heartbeats) = with_heartbeats(self.bed.client(), ADDRESSES[0], run, migrate)?;
         let sample = Sample { heartbeats, ..sample };
         narrator.result(&match &sample.report {
             Some(report) => format!("{}; {}", present::in_words(&sample), verified(report)),
@@ -246,24 +193,14 @@ impl Scene {
         Ok(sample)
     }
 
-    fn by_qemu(
-        &mut self,
-        method: Method,
-        interrupt: &Interrupt,
-        narrator: &mut Narrator,
-    ) -> Result<Sample, BenchError> {
-        let Some(twin) = &mut self.twin else {
-            return Err(BenchError::Baseline { status: "none".into(), message: "the twin is gone".into() });
-        };
+    fn by_qemu(&mut self, method: Method, run: &Run, narrator: &mut Narrator) -> Result<Sample, BenchError> {
+        let twin = self.twin.as_mut().ok_or_else(|| BenchError::baseline("none", "the twin is gone"))?;
         let [from, to] = [twin.host(), 1 - twin.host()].map(|host| &self.bed.hosts()[host]);
         narrator.step(&format!("{TWIN}: {} to {} by {}", from.name(), to.name(), method.name()));
         let setting = Setting { method, tls: false, hold: Duration::ZERO };
-        let migrate = || twin.migrate(self.bed.hosts(), setting, PATIENCE, interrupt);
-        let (moved, heartbeats) = with_heartbeats(self.bed.client(), self.addresses[1], interrupt, migrate)?;
-        let sample = moved.result.map_err(|miss| BenchError::Baseline {
-            status: method.name().to_owned(),
-            message: present::missed(&miss),
-        })?;
+        let migrate = || twin.migrate(self.bed.hosts(), setting, PATIENCE);
+        let (moved, heartbeats) = with_heartbeats(self.bed.client(), ADDRESSES[1], run, migrate)?;
+        let sample = moved.result.map_err(|miss| BenchError::baseline(method.name(), miss.to_string()))?;
         let sample = Sample { heartbeats, ..sample };
         narrator.result(&present::in_words(&sample));
         Ok(sample)
@@ -273,7 +210,7 @@ impl Scene {
     fn check(
         mut self,
         rounds: u32,
-        interrupt: &Interrupt,
+        run: &Run,
         narrator: &mut Narrator,
         record: &mut Record,
     ) -> Result<(), BenchError> {
@@ -285,7 +222,7 @@ impl Scene {
         let passes = now.as_ref().map_or(0, |status| status.passes);
         narrator.step(&format!("{NAME} checks all its pages from inside once more"));
         // Two ends of passes from now on: the pass between them saw every page after the last migration.
-        let status = interrupt.wait("the guest to check itself", CHECKED, || {
+        let status = run.wait("the guest to check itself", CHECKED, || {
             Ok(self.console.status().filter(|status| status.passes >= passes + 2))
         })?;
         check_guest(record, &self.console, &status);
@@ -365,7 +302,7 @@ fn check_guest(record: &mut Record, console: &Console, status: &Status) {
         format!(
             "{} pages ({}), {} checks; torn {}, stale {}, lost {}",
             count(status.pages),
-            bytes((status.pages * 4096) as f64),
+            bytes(status.pages * 4096),
             count(status.checked),
             status.torn,
             status.stale,
@@ -381,7 +318,7 @@ fn check_echo(record: &mut Record, echo: &EchoReport) {
     let found = if echo.broken.is_empty() {
         format!(
             "{} there and back, {} changed blocks, longest wait {}",
-            bytes(echo.bytes as f64),
+            bytes(echo.bytes),
             echo.mismatches,
             ms(echo.longest_stall.as_secs_f64() * 1e3)
         )

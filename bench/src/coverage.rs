@@ -5,22 +5,6 @@ use std::fmt::Write as _;
 use crate::cell::{Cell, Dirtying, Filling, Link, Order};
 use crate::trial::CellRecord;
 
-/// A value of one of the things that vary.
-struct Asked {
-    what: &'static str,
-    value: &'static str,
-    has: fn(&Cell) -> bool,
-}
-
-const fn asked(what: &'static str, value: &'static str, has: fn(&Cell) -> bool) -> Asked {
-    Asked { what, value, has }
-}
-
-/// As the content is called in `results.json`.
-fn content_is(cell: &Cell, name: &str) -> bool {
-    serde_json::to_value(cell.content).is_ok_and(|content| content == name)
-}
-
 fn dirties(cell: &Cell, percent: u64) -> bool {
     cell.dirtying == Dirtying::OfLink(percent)
 }
@@ -29,41 +13,35 @@ fn in_order(cell: &Cell, order: Order) -> bool {
     cell.dirtying != Dirtying::Idle && cell.order == order
 }
 
+/// What varies, one of its values, and which cells have it.
+type Asked = (&'static str, &'static str, fn(&Cell) -> bool);
+
 const ASKED: [Asked; 19] = [
-    asked("guest", "512 MiB", |cell| cell.memory_mib == 512),
-    asked("guest", "1 GiB", |cell| cell.memory_mib == 1024),
-    asked("guest", "4 GiB", |cell| cell.memory_mib == 4096),
-    asked("content", "incompressible", |cell| cell.content == Filling::Incompressible),
-    asked("content", "booted Debian userland", |cell| content_is(cell, "userland")),
-    asked("content", "mostly zero", |cell| cell.content == Filling::MostlyZero),
-    asked("dirtying", "idle", |cell| cell.dirtying == Dirtying::Idle),
-    asked("dirtying", "25 % of the link", |cell| dirties(cell, 25)),
-    asked("dirtying", "75 % of the link", |cell| dirties(cell, 75)),
-    asked("dirtying", "150 % of the link", |cell| dirties(cell, 150)),
-    asked("dirtying", "400 % of the link", |cell| dirties(cell, 400)),
-    asked("pattern", "random pages", |cell| in_order(cell, Order::Random)),
-    asked("pattern", "small counters", |cell| in_order(cell, Order::Counters)),
-    asked("pattern", "streaming", |cell| in_order(cell, Order::Streaming)),
-    asked("link", "1 Gbit/s", |cell| cell.link == Link::Mbit(1000)),
-    asked("link", "10 Gbit/s", |cell| cell.link == Link::Mbit(10_000)),
-    asked("link", "unshaped", |cell| cell.link == Link::Unshaped),
-    asked("disk that moves", "idle", |cell| cell.disk.is_some_and(|disk| !disk.written)),
-    asked("disk that moves", "written as fast as it goes", |cell| cell.disk.is_some_and(|disk| disk.written)),
+    ("guest", "512 MiB", |cell| cell.memory_mib == 512),
+    ("guest", "1 GiB", |cell| cell.memory_mib == 1024),
+    ("guest", "4 GiB", |cell| cell.memory_mib == 4096),
+    ("content", "incompressible", |cell| cell.content == Filling::Incompressible),
+    ("content", "booted Debian userland", |cell| cell.content == Filling::Userland),
+    ("content", "mostly zero", |cell| cell.content == Filling::MostlyZero),
+    ("dirtying", "idle", |cell| cell.dirtying == Dirtying::Idle),
+    ("dirtying", "25 % of the link", |cell| dirties(cell, 25)),
+    ("dirtying", "75 % of the link", |cell| dirties(cell, 75)),
+    ("dirtying", "150 % of the link", |cell| dirties(cell, 150)),
+    ("dirtying", "400 % of the link", |cell| dirties(cell, 400)),
+    ("pattern", "random pages", |cell| in_order(cell, Order::Random)),
+    ("pattern", "small counters", |cell| in_order(cell, Order::Counters)),
+    ("pattern", "streaming", |cell| in_order(cell, Order::Streaming)),
+    ("link", "1 Gbit/s", |cell| cell.link == Link::Mbit(1000)),
+    ("link", "10 Gbit/s", |cell| cell.link == Link::Mbit(10_000)),
+    ("link", "unshaped", |cell| cell.link == Link::Unshaped),
+    ("disk that moves", "idle", |cell| cell.disk.is_some_and(|disk| !disk.written)),
+    ("disk that moves", "written as fast as it goes", |cell| cell.disk.is_some_and(|disk| disk.written)),
 ];
 
 /// Without disks: 3 guests, 3 contents and 3 links, idle or in 4 rates of 3 patterns.
 const PRODUCT: usize = 3 * 3 * 3 * (1 + 4 * 3);
 
-const LEFT_OUT: &str = "\
-What is left out, and why:
-
-- Dirtying on an unshaped link: it has no rate to be a part of. 150 % and 400 % of 10 Gbit/s: an emulated guest cannot write as much. It cannot write four
-  times 1 Gbit/s of incompressible pages either, so that is measured of 200 Mbit/s.
-- Most sizes and contents together with dirtying: a migration sends what is there once, which the idle cells show by size and by content, and then what is
-  written again, which does not depend on what lies beside it. One cell each, with 512 MiB and with 4 GiB, would show it if that were wrong.
-- 4 GiB on a link of 1 Gbit/s: minutes for each migration, for what 1 GiB shows in a quarter of the time.
-- Disks together with busy memory, several disks, and images of other formats than raw: they move by the same ways, and are tested, not timed.
-";
+const LEFT_OUT: &str = include_str!("document/left-out.md");
 
 /// The document's section about it.
 pub(crate) fn section(records: &[CellRecord]) -> String {
@@ -75,7 +53,7 @@ pub(crate) fn section(records: &[CellRecord]) -> String {
          would take weeks. Of these each value is tried at least once, while the others stay: 1 GiB, incompressible, and an \
          unshaped link for idle guests, 1 Gbit/s for others.\n\n| | value | cells |\n| --- | --- | --- |\n"
     );
-    for Asked { what, value, has } in &ASKED {
+    for (what, value, has) in &ASKED {
         let (here, missing): (Vec<&Cell>, Vec<&Cell>) =
             cells.iter().filter(|cell| has(cell)).partition(measured);
         let cells = match (here.is_empty(), missing.is_empty()) {
@@ -94,7 +72,7 @@ pub(crate) fn section(records: &[CellRecord]) -> String {
 }
 
 fn names(cells: &[&Cell]) -> String {
-    cells.iter().map(|cell| cell.name).collect::<Vec<_>>().join(", ")
+    cells.iter().map(|cell| cell.name.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -105,7 +83,7 @@ mod tests {
     #[test]
     fn every_value_that_was_asked_for_has_its_cell() {
         let cells = Cell::all();
-        for Asked { what, value, has } in &ASKED {
+        for (what, value, has) in &ASKED {
             // The userland is an image that not every machine can make.
             let none = cells.iter().filter(|cell| has(cell)).count() == 0;
             assert!(!none || *value == "booted Debian userland", "{what} {value}");

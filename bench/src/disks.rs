@@ -9,8 +9,9 @@ use guest::page::{self, Content, Identity};
 use testbed::guest_spec::{Io, Pattern, TestDisk, Work};
 use testbed::{Host, TestbedError, disk};
 
+use crate::BenchError;
 use crate::cell::{Disk, DiskContent, PAGE};
-use crate::{BenchError, Interrupt};
+use crate::run::Run;
 
 /// The serial number by which a guest knows its disk.
 const SERIAL: &str = "data";
@@ -24,7 +25,6 @@ const STRETCH_MIB: u64 = 64;
 const MIB: usize = 1 << 20;
 
 /// The disk as a guest has it whose image that is.
-#[must_use]
 pub fn attached(disk: Disk, image: PathBuf) -> TestDisk {
     let work = Work::Blocks {
         pattern: Pattern::Random,
@@ -38,15 +38,11 @@ pub fn attached(disk: Disk, image: PathBuf) -> TestDisk {
 }
 
 /// Where the image of a guest lies that a host has of its own.
-#[must_use]
 pub fn image(host: &Host, guest: &str) -> PathBuf {
     host.disk_dir().join(format!("{guest}.raw"))
 }
 
 /// Whether there is room for the images of both guests on both hosts.
-///
-/// # Errors
-/// How much is missing, in words.
 pub fn has_room(disk: Disk) -> Result<(), String> {
     let directory = std::env::temp_dir();
     // Half of each holds something, there are four, and a file system that is all but full is a slow one.
@@ -56,23 +52,20 @@ pub fn has_room(disk: Disk) -> Result<(), String> {
         Err(error) => return Err(format!("{}: {error}", directory.display())),
     };
     if free < needed {
-        let [needed, free] = [needed, free].map(|room| crate::number::bytes(room as f64));
+        let [needed, free] = [needed, free].map(readable::bytes);
         return Err(format!("images need {needed} in {}, where {free} are free", directory.display()));
     }
     Ok(())
 }
 
 /// Makes an image with everything that a cell's disks hold.
-///
-/// # Errors
-/// Where it cannot be written, or there is nothing to fill it with; [`BenchError::Interrupted`].
-pub fn fill(image: &Path, disk: Disk, interrupt: &Interrupt) -> Result<(), BenchError> {
+pub fn fill(image: &Path, disk: Disk, run: &Run) -> Result<(), BenchError> {
     make(image, disk)?;
     let file = File::options().write(true).open(image).map_err(BenchError::file(image))?;
     let mut content = Filler::of(disk.content)?;
     let mut bytes = vec![0; MIB];
     for mib in (0..disk.mib).filter(|mib| (mib / STRETCH_MIB).is_multiple_of(2)) {
-        interrupt.check()?;
+        run.check()?;
         content.next(&mut bytes, mib);
         file.write_all_at(&bytes, mib << 20).map_err(BenchError::file(image))?;
     }
@@ -80,18 +73,12 @@ pub fn fill(image: &Path, disk: Disk, interrupt: &Interrupt) -> Result<(), Bench
 }
 
 /// Makes an image of that size with nothing in it, in place of what was there.
-///
-/// # Errors
-/// Where it cannot be written.
 pub fn make(image: &Path, disk: Disk) -> Result<(), BenchError> {
     disk::create(image, disk::Format::Raw, disk.mib << 20).map_err(BenchError::Testbed)
 }
 
 /// Takes what a guest that has left has left on a host, and has everything written that was not yet: nobody is to pay for what
 /// was done before.
-///
-/// # Errors
-/// Where it cannot be removed.
 pub fn clear(host: &Host, guest: &str) -> Result<(), BenchError> {
     let image = image(host, guest);
     match fs::remove_file(&image) {
@@ -170,7 +157,7 @@ mod tests {
     fn half_of_a_disk_holds_something_and_the_rest_takes_no_room() {
         let image = std::env::temp_dir().join(format!("vmirror-bench-disk-{}", std::process::id()));
         let small = Disk { mib: 2 * STRETCH_MIB, content: DiskContent::Mix, written: false };
-        fill(&image, small, &Interrupt::default()).unwrap();
+        fill(&image, small, &Run::new().unwrap()).unwrap();
         let (size, room) = (fs::metadata(&image).unwrap().len(), disk::allocated(&image).unwrap());
         fs::remove_file(&image).unwrap();
         assert_eq!(size, small.mib << 20);

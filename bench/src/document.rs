@@ -1,17 +1,17 @@
 //! The results as a document, in Markdown.
 
-mod disk;
-
 use std::fmt::Write as _;
+
+use readable::{count, measured_ms as ms};
 
 use crate::cell::Cell;
 use crate::contender::Contender;
 use crate::coverage;
 use crate::goals::Goal;
 use crate::measure::Spread;
-use crate::number::{bytes, count, ms};
 use crate::record::Sample;
 use crate::results::Results;
+use crate::throughput::Throughput;
 use crate::trial::{CellRecord, Sitting, Trial};
 
 /// A figure that is plotted.
@@ -28,11 +28,7 @@ pub struct PlottedFigure {
 /// All that are plotted.
 pub(crate) const FIGURES: [PlottedFigure; 5] = [
     PlottedFigure { file: "downtime", name: "downtime, ms", value: |_, sample| Some(sample.downtime_ms) },
-    PlottedFigure {
-        file: "gap",
-        name: "longest heartbeat gap, ms",
-        value: |_, sample| sample.heartbeats.and_then(|beats| beats.gap_ms()),
-    },
+    PlottedFigure { file: "gap", name: "longest heartbeat gap, ms", value: |_, sample| sample.gap_ms() },
     PlottedFigure { file: "total", name: "total time, s", value: |_, sample| Some(sample.total_ms / 1e3) },
     PlottedFigure {
         file: "bytes",
@@ -78,8 +74,9 @@ pub(crate) fn document(results: &Results) -> String {
         let _ = writeln!(text, "| {case} | {goal} | {measured} | {mark} |");
     }
     for goal in results.goals.iter().filter(|goal| goal.reached == Some(false)) {
-        let known = WHY_NOT.iter().find(|(case, _)| goal.case.starts_with(case));
-        let why = known.map_or("not known yet.", |(_, why)| why);
+        let mut known = WHY_NOT.lines().filter_map(|line| line.split_once(": "));
+        let why =
+            known.find(|(case, _)| goal.case.starts_with(case)).map_or("not known yet.", |(_, why)| why);
         let _ = writeln!(text, "\nWhy not: *{}*: {why}", goal.case);
     }
     text += "\n## Figures\n\n";
@@ -94,64 +91,10 @@ pub(crate) fn document(results: &Results) -> String {
     text
 }
 
-/// Why goals are not reached, as far as that was found out: the beginning of a case, and the reason.
-const WHY_NOT: [(&str, &str); 6] = [
-    (
-        "heartbeat gap",
-        "a guest that is only paused for 11 ms, and not moved, is heard again 1 to 2 ms later. One that was moved by QEMU's own engine is not for 38 \
-         ms beyond its downtime, and here for 36 ms with `--verify gate` and 41 ms with the proof, which shares two cores with it (medians of 8 each, \
-         in turns): the guest is emulated, and its new QEMU has none of its code translated. With hardware virtualisation, which was not to be had, \
-         it has not been measured. The frames of that time come late; none is lost.",
-    ),
-    (
-        "bytes, Debian userland",
-        "both hosts are one machine of two cores here, and the workers that compress share them with the receivers and an emulated guest. \
-     Where CPU time holds up, level 1 of Zstandard moves the guest soonest, which is what `--compress auto` is for. With level 3 \
-     throughout (`--compress zstd`) it was 159.8 MiB, 0.895. What was tried stands in [decision 0022](decisions/0022-streams-and-workers-overlap.md).",
-    ),
-    (
-        "disk of 4 GiB, unshaped",
-        "both hosts share two CPUs here, which are nearly all the time busy. QEMU's mirror neither encrypts nor hashes nor proves, and takes 2.5 s of \
-         CPU for both sides together; vmirror takes 4.7 s, of it at the source 1.9 s for compressing, hashing and encrypting. It was 2.35 of \
-         QEMU's time before copies were written around the page cache ([decision 0032](decisions/0032-copies-go-around-the-page-cache.md)).",
-    ),
-    (
-        "bytes, disk half incompressible",
-        "half of the content cannot be made smaller, and a quarter of the other half is left of that: 0.63 is what there is to be had.",
-    ),
-    (
-        "downtime with a disk that is written",
-        "what takes that time has not been found out. It is not what waits to be sent when the pause begins: less than 5 % of the downtime asked \
-         for waits then, and when 8 MiB could it was the same.",
-    ),
-    (
-        "downtime with a disk at rest",
-        "the disk's own part of the pause is 3 ms. The rest comes later in it: until the destination is ready, and from the hand-over until \
-         the machine runs. What takes that time has not been found out; in all it was 5 to 8 ms more in three sittings.",
-    ),
-];
-
-const EXPLAINED: &str = "
-## Cells
-
-*Downtime*: from the guest's STOP at the source until it runs at the destination, both on the same clock. *Gap*: the longest time without an answer to 1,000
-heartbeats per second, seen by a client on the guests' network. *Total*: vmirror's from the command to the end of clean-up and health watch, the start of the
-destination's QEMU, encryption and proof included; QEMU's `total-time`, its destination being started before, until the source has sent everything: the guest may run there later. *On the link*: what left the source through its link,
-counted by its network interface. *Own count*: vmirror's bytes of memory before encryption, QEMU's `transferred`. *CPU*: seconds for each GiB of guest RAM; vmirror's
-of an agent, all that it does, QEMU's of its sending or loading threads. *Guest*: the speed of its workload while it is mirrored, and when it runs at the destination,
-of what it was before. *Memory*: the most that was taken, on the side that took more: by an agent beyond what it has when idle; by a process of QEMU beyond the
-guest's RAM and what it had before, an estimate from below that has translated code in it where guests are emulated.
-
-Cells whose name begins with `disk` and that have one move a raw image with the guest, of each host's own file system, opened around the page cache
-(`cache=none`), to where there is nothing yet. QEMU's contender is what libvirt does for storage that is not shared: `nbd-server-start` and a writable export at the
-destination, of an image that was made before, `blockdev-add` and `blockdev-mirror` with `sync=full` and `copy-mode=write-blocking` at the source, and once that is ready its
-own pre-copy without a limit of bandwidth, in whose pause the job ends (`pause-before-switchover`). **Nothing of QEMU's is encrypted there; everything of vmirror's
-is**, and it is hashed and proved as well. *Copying* is from its beginning until everything was copied once. *Total* is from the command on for both; QEMU's ends when the
-guest runs there. *Running there* leaves out what comes after that. *CPU* has in it, for both, all threads of QEMU that do not run the guest, the writes of a busy
-guest included; vmirror's destination QEMU from its start on. A disk that is written stays mirrored for four seconds once it is copied; the guest's speed stands there
-for both parts of it, and is of blocks of 4096 bytes written at random, four at once, around the guest's page cache.
-
-";
+/// Why goals are not reached, as far as that was found out: in each line the beginning of a case, and the reason.
+const WHY_NOT: &str = include_str!("document/why-not.txt");
+/// What the cells' tables say.
+const EXPLAINED: &str = include_str!("document/explained.md");
 
 /// Contenders that were tried in a cell, in their usual order.
 pub(crate) fn tried(cell: &CellRecord) -> impl Iterator<Item = Contender> {
@@ -187,55 +130,102 @@ fn table(cell: &CellRecord, results: &Results) -> String {
     if let Some(failure) = &cell.failure {
         let _ = writeln!(text, "**It did not come to its end: {failure}**\n");
     }
-    if cell.cell.disk.is_some() {
-        return text + &disk::table(cell) + "\n";
-    }
-    text += "| | downtime | gap | total | on the link | own count | CPU source, s/GiB | CPU destination, s/GiB | guest, during / after | \
-             memory |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+    let (columns, work) = match cell.cell.disk {
+        Some(_) => (&OF_DISKS[..], "blocks written per second: before / copying / copied / after"),
+        None => (&OF_MEMORY[..], "guest, during / after"),
+    };
+    let mut heads: Vec<&str> = [""].into_iter().chain(columns.iter().map(|column| column.0)).collect();
+    heads.push(work);
+    heads.extend(cell.cell.disk.is_none().then_some("memory"));
+    text += &line(&heads);
+    text += &line(&vec!["---"; heads.len()]);
     for contender in tried(cell) {
-        text += &row(cell, contender);
+        let mut values = row(cell, contender, columns);
+        values.resize(columns.len() + 2, String::new());
+        if cell.cell.disk.is_none() {
+            let most = cell.by(contender).filter_map(|trial| trial.overhead_bytes).max();
+            values.push(most.map_or_else(|| "-".to_owned(), |most| bytes(most as f64)));
+        }
+        text += &line(&values);
     }
     text + "\n"
 }
 
-fn row(cell: &CellRecord, contender: Contender) -> String {
+/// A line of a table.
+fn line<T: AsRef<str>>(cells: &[T]) -> String {
+    let cell = |text: &str| if text.is_empty() { " |".to_owned() } else { format!(" {text} |") };
+    format!("|{}\n", cells.iter().map(|text| cell(text.as_ref())).collect::<String>())
+}
+
+/// A column of a cell's table: its head, what it shows of a migration, and how.
+type Column = (&'static str, fn(&Cell, &Sample) -> Option<f64>, fn(f64) -> String);
+
+const OF_MEMORY: [Column; 7] = [
+    ("downtime", |_, sample| Some(sample.downtime_ms), ms),
+    ("gap", |_, sample| sample.gap_ms(), ms),
+    ("total", |_, sample| Some(sample.total_ms), ms),
+    ("on the link", |_, sample| Some(sample.link_bytes? as f64), bytes),
+    ("own count", |_, sample| Some(sample.sent_bytes as f64), bytes),
+    ("CPU source, s/GiB", |cell, sample| Some(sample.cpu_source_ms / (1e3 * gib(cell))), seconds),
+    ("CPU destination, s/GiB", |cell, sample| Some(sample.cpu_destination_ms / (1e3 * gib(cell))), seconds),
+];
+
+const OF_DISKS: [Column; 9] = [
+    ("copying", |_, sample| Some(sample.disk?.took_ms()), ms),
+    ("running there", |_, sample| Some(sample.until_running_ms), ms),
+    ("total", |_, sample| Some(sample.total_ms), ms),
+    ("on the link", |_, sample| Some(sample.link_bytes? as f64), bytes),
+    ("CPU source, s", |_, sample| Some(sample.cpu_source_ms / 1e3), seconds),
+    ("CPU destination, s", |_, sample| Some(sample.cpu_destination_ms / 1e3), seconds),
+    ("downtime", |_, sample| Some(sample.downtime_ms), ms),
+    ("disk, of it", |_, sample| crate::goals::pause_of_disks(sample), ms),
+    ("gap", |_, sample| sample.gap_ms(), ms),
+];
+
+fn bytes(bytes: f64) -> String {
+    readable::bytes(bytes as u64)
+}
+
+fn seconds(seconds: f64) -> String {
+    format!("{seconds:.2}")
+}
+
+/// A contender's name and figures, or why it has none.
+fn row(cell: &CellRecord, contender: Contender, columns: &[Column]) -> Vec<String> {
     let trials: Vec<&Trial> = cell.by(contender).collect();
     let samples: Vec<&Sample> = cell.samples(contender).collect();
-    let memory = trials.iter().filter_map(|trial| trial.overhead_bytes).max();
-    let memory = memory.map_or_else(|| "-".to_owned(), |memory| bytes(memory as f64));
     let name = match row_of(&trials, &samples, contender) {
         Ok(name) => name,
-        Err(missed) => return format!("| {} | {missed} | | | | | | | | {memory} |\n", contender.name()),
+        Err(missed) => return vec![contender.name(), missed],
     };
-    let show = |value: &dyn Fn(&Sample) -> Option<f64>, unit: fn(f64) -> String| {
-        spread(Spread::of(samples.iter().filter_map(|sample| value(sample))), unit)
+    let mut row = vec![name];
+    for (_, value, show) in columns {
+        row.push(spread(Spread::of(samples.iter().filter_map(|sample| value(&cell.cell, sample))), *show));
+    }
+    let median = |value: &dyn Fn(&Throughput) -> Option<f64>, show: fn(f64) -> String| {
+        let speeds = Spread::of(trials.iter().filter_map(|trial| value(&trial.throughput)));
+        speeds.map_or_else(|| "-".to_owned(), |speeds| show(speeds.median))
     };
-    let speed = |value: fn(&Trial) -> Option<f64>| {
-        let parts = trials.iter().filter_map(|trial| {
-            let before = trial.throughput.before.filter(|before| *before > 0.0)?;
-            Some(value(trial)? / before * 100.0)
-        });
-        Spread::of(parts).map_or_else(|| "-".to_owned(), |spread| format!("{:.0} %", spread.median))
-    };
-    let seconds = |seconds: f64| format!("{seconds:.2}");
-    let per_gib = 1e3 * gib(&cell.cell);
-    format!(
-        "| {name} | {} | {} | {} | {} | {} | {} | {} | {} / {} | {memory} |\n",
-        show(&|sample| Some(sample.downtime_ms), ms),
-        show(&|sample| sample.heartbeats.and_then(|beats| beats.gap_ms()), ms),
-        show(&|sample| Some(sample.total_ms), ms),
-        show(&|sample| Some(sample.link_bytes? as f64), bytes),
-        show(&|sample| Some(sample.sent_bytes as f64), bytes),
-        show(&|sample| Some(sample.cpu_source_ms / per_gib), seconds),
-        show(&|sample| Some(sample.cpu_destination_ms / per_gib), seconds),
-        speed(|trial| trial.throughput.during),
-        speed(|trial| trial.throughput.after),
-    )
+    row.push(if cell.cell.disk.is_some() {
+        let speeds: [fn(&Throughput) -> Option<f64>; 4] =
+            [|speed| speed.before, |speed| speed.during, |speed| speed.copied, |speed| speed.after];
+        speeds.map(|speed| median(&speed, |blocks| count(blocks.round() as u64))).join(" / ")
+    } else {
+        let speeds: [fn(&Throughput) -> Option<f64>; 2] = [|speed| speed.during, |speed| speed.after];
+        let part = |value: fn(&Throughput) -> Option<f64>| {
+            let part = move |speed: &Throughput| {
+                Some(value(speed)? / speed.before.filter(|before| *before > 0.0)? * 100.0)
+            };
+            median(&part, |percent| format!("{percent:.0} %"))
+        };
+        speeds.map(part).join(" / ")
+    });
+    row
 }
 
 /// How a contender's row begins, or why it has no figures.
 fn row_of(trials: &[&Trial], samples: &[&Sample], contender: Contender) -> Result<String, String> {
-    let missed = trials.iter().find_map(|trial| trial.miss.as_ref()).map(crate::present::missed);
+    let missed = trials.iter().find_map(|trial| trial.miss.as_ref()).map(ToString::to_string);
     let name = contender.name();
     if samples.is_empty() {
         return Err(missed.unwrap_or_default());
@@ -267,7 +257,7 @@ mod tests {
     #[test]
     fn the_document_tells_who_did_not_come_to_an_end() {
         let mut results = results();
-        results.left_out = vec!["idle-4g"];
+        results.left_out = vec!["idle-4g".into()];
         results.judge();
         let text = document(&results);
         for part in [

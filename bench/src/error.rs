@@ -9,11 +9,13 @@ use testbed::TestbedError;
 
 /// Why a run did not come to its end.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum BenchError {
     /// Somebody asked for the end.
     #[error("interrupted")]
     Interrupted,
+    /// Something was asked for that there is not.
+    #[error("{0}")]
+    Usage(String),
     /// The hosts, the network or a guest.
     #[error("the testbed failed")]
     Testbed(#[from] TestbedError),
@@ -22,16 +24,10 @@ pub enum BenchError {
     Qmp(#[from] QmpError),
     /// A vmirror command failed.
     #[error("{command}: {message}")]
-    Vmirror {
-        /// The command.
-        command: String,
-        /// What it said.
-        message: String,
-    },
+    Vmirror { command: String, message: String },
     /// A vmirror command printed something unexpected.
     #[error("{command} printed no document of the expected form")]
     Document {
-        /// The command.
         command: String,
         /// What serde says.
         #[source]
@@ -39,39 +35,32 @@ pub enum BenchError {
     },
     /// QEMU's own migration did not complete.
     #[error("QEMU's own migration ended as {status:?}: {message}")]
-    Baseline {
-        /// QEMU's word.
-        status: String,
-        /// QEMU's reason.
-        message: String,
-    },
+    Baseline { status: String, message: String },
     /// Something did not happen in time.
     #[error("waited {waited:?} for {what}")]
-    Timeout {
-        /// What was waited for.
-        what: String,
-        /// How long.
-        waited: Duration,
-    },
+    Timeout { what: String, waited: Duration },
     /// A file or a process of the benchmark itself.
     #[error("{}", path.display())]
     File {
         /// The file or program.
         path: PathBuf,
-        /// What the system said.
         #[source]
         source: io::Error,
     },
 }
 
 impl BenchError {
-    pub(crate) fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+    pub fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::File { path, source }
     }
 
+    /// QEMU's own migration did not complete.
+    pub fn baseline(status: &str, message: impl Into<String>) -> Self {
+        Self::Baseline { status: status.to_owned(), message: message.into() }
+    }
+
     /// The error with everything behind it, in one line.
-    #[must_use]
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
         let mut next = std::error::Error::source(self);

@@ -7,7 +7,6 @@ use migration::Report;
 use serde::Serialize;
 
 use crate::measure::Spread;
-use crate::number;
 use crate::record::{Method, Record, Sample};
 
 /// Most downtime of an idle guest of 1 GiB, in milliseconds.
@@ -37,12 +36,11 @@ pub enum Unit {
 
 impl Unit {
     /// A number of it, for people.
-    #[must_use]
     pub fn show(self, number: f64) -> String {
         match self {
-            Unit::Ms => number::ms(number),
-            Unit::Bytes => number::bytes(number),
-            Unit::Count => number::count(number.round() as u64),
+            Unit::Ms => readable::measured_ms(number),
+            Unit::Bytes => readable::bytes(number as u64),
+            Unit::Count => readable::count(number.round() as u64),
         }
     }
 }
@@ -101,7 +99,6 @@ impl Figure {
     }
 
     /// The median by one method.
-    #[must_use]
     pub fn median(&self, method: Method) -> Option<f64> {
         self.by[method as usize].map(|spread| spread.median)
     }
@@ -121,7 +118,6 @@ fn short(unit: Unit, limit: f64) -> String {
 }
 
 /// Every figure of a run, in the order to show them.
-#[must_use]
 pub fn of(record: &Record) -> Vec<Figure> {
     let by = |value: fn(&Sample) -> Option<f64>| {
         Method::DEMO.map(|method| Spread::of(record.by(method).filter_map(value)))
@@ -145,11 +141,7 @@ pub fn of(record: &Record) -> Vec<Figure> {
         cpu.at_most_of(CPU_OF_QEMU, "QEMU's + 30 %", qemu_cpu),
     ];
     if record.network {
-        let mut gap = Figure::new(
-            "longest heartbeat gap",
-            Unit::Ms,
-            by(|sample| sample.heartbeats.and_then(|beats| beats.gap_ms())),
-        );
+        let mut gap = Figure::new("longest heartbeat gap", Unit::Ms, by(|sample| sample.gap_ms()));
         gap.unmigrated = record.unmigrated.and_then(|beats| beats.gap_ms());
         let mut lost = Figure::new(
             "heartbeats lost",
@@ -195,73 +187,10 @@ fn clean_scans(report: &Report, paused: bool) -> impl Iterator<Item = f64> {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::measure::Beats;
-    use serde_json::json;
 
     /// A run of two rounds with round numbers.
     pub(crate) fn record() -> Record {
-        let sample = |method, downtime_ms, total_ms, cpu: f64| Sample {
-            method,
-            round: 0,
-            from: "host-a".into(),
-            to: "host-b".into(),
-            began_unix_ms: 0.0,
-            total_ms,
-            until_running_ms: total_ms - 100.0,
-            downtime_ms,
-            cpu_source_ms: cpu / 2.0,
-            cpu_destination_ms: cpu / 2.0,
-            link_bytes: Some(310 << 20),
-            sent_bytes: 300 << 20,
-            heartbeats: Some(Beats {
-                sent: 2000,
-                lost: 0,
-                longest_gap_ms: downtime_ms + 3.0,
-                heard_again: true,
-            }),
-            disk: None,
-            report: None,
-            qemu: None,
-        };
-        let report = json!({
-            "id": "0b9e", "vm": "web1", "source": "host-a", "destination": "host-b", "started_unix_ms": 0, "engine": "mirror",
-            "outcome": "completed", "error": null, "total_ms": 900.0, "downtime_ms": 8.0, "downtime_asked_ms": 50.0,
-            "downtime_predicted_ms": 9.0,
-            "pause": {"stopped_ms": 0.5, "last_round_ms": 2.0, "device_state_ms": 3.0, "gate_ms": 4.0, "ready_ms": 6.0,
-                      "handed_over_ms": 6.5, "running_ms": 8.0},
-            "tracking_hold_ms": 0.4,
-            "phases": [{"name": "reserve", "start_ms": 0.0, "duration_ms": 300.0},
-                       {"name": "synchronize", "start_ms": 300.0, "duration_ms": 590.0}],
-            "rounds": [
-                {"n": 0, "dirty_pages": 262_144, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
-                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 90.0, "paused": false},
-                {"n": 1, "dirty_pages": 100, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
-                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 0.5, "paused": false},
-                {"n": 2, "dirty_pages": 30_000, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
-                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 7.0, "paused": false},
-                {"n": 3, "dirty_pages": 50, "zero": 0, "unchanged": 0, "delta": 0, "plain": 0, "raw_bytes": 0,
-                 "wire_bytes": 0, "duration_ms": 1.0, "scan_ms": 1.5, "paused": true}],
-            "memory": {"pages": 262_144, "page_size": 4096, "raw_bytes": 1, "wire_bytes": 1}, "disks": [],
-            "network": {"frames_forwarded": 0, "frames_dropped": 0}, "device_state_bytes": 1,
-            "verification": {"audited_pages": 1, "repaired_pages": 0, "gate": "match", "proof": "match",
-                             "proof_pages": 262_144, "mismatches": 0},
-            "health": null,
-        });
-        let mut first = sample(Method::Vmirror, 8.0, 900.0, 1400.0);
-        first.report = Some(serde_json::from_value(report).unwrap());
-        Record {
-            network: true,
-            unmigrated: Some(Beats { sent: 4000, lost: 0, longest_gap_ms: 2.5, heard_again: true }),
-            samples: vec![
-                first,
-                sample(Method::QemuDefault, 30.0, 3000.0, 1100.0),
-                sample(Method::QemuTuned, 12.0, 1000.0, 1000.0),
-                sample(Method::Vmirror, 10.0, 1000.0, 1600.0),
-                sample(Method::QemuDefault, 40.0, 3200.0, 1100.0),
-                sample(Method::QemuTuned, 12.0, 1100.0, 1000.0),
-            ],
-            ..Record::default()
-        }
+        serde_json::from_str(include_str!("figures/record.json")).unwrap()
     }
 
     fn goals<'a>(figures: &'a [Figure], name: &str) -> &'a [Goal] {

@@ -6,13 +6,13 @@ mod network;
 
 pub(crate) use disks::pause_of_disks;
 
+use micro::Engine;
 use migration::report::Round;
+use readable::measured_ms as ms;
 use serde::{Deserialize, Serialize};
 
 use crate::contender::Contender;
-use crate::engine::Engine;
 use crate::measure::Spread;
-use crate::number::{bytes, ms};
 use crate::record::{Method, Miss, Sample};
 use crate::trial::CellRecord;
 
@@ -34,7 +34,6 @@ const MULTIFD: Contender = Contender::plain(Method::QemuMultifd);
 const NOT_MEASURED: &str = "not measured";
 
 /// Each goal.
-#[must_use]
 pub fn of(cells: &[CellRecord], engine: Option<&Engine>) -> Vec<Goal> {
     let mut goals = vec![
         downtime(cells, "idle", "idle, unshaped", 10.0, 0.4),
@@ -52,6 +51,10 @@ pub fn of(cells: &[CellRecord], engine: Option<&Engine>) -> Vec<Goal> {
     goals.extend(disks::of(cells));
     goals.extend(network::of(cells));
     goals
+}
+
+fn bytes(bytes: f64) -> String {
+    readable::bytes(bytes as u64)
 }
 
 fn cell<'a>(cells: &'a [CellRecord], name: &str) -> Option<&'a CellRecord> {
@@ -123,7 +126,7 @@ fn downtime(cells: &[CellRecord], name: &str, case: &str, limit: f64, part: f64)
 
 /// Why a contender has no figures.
 fn missed(record: &CellRecord, contender: Contender) -> Option<String> {
-    record.by(contender).find_map(|trial| trial.miss.as_ref()).map(crate::present::missed)
+    record.by(contender).find_map(|trial| trial.miss.as_ref()).map(ToString::to_string)
 }
 
 /// A guest that outruns the link, mirrored by deltas alone, where QEMU does not come to an end.
@@ -164,7 +167,7 @@ fn by_deltas(cells: &[CellRecord], name: &str, case: &str) -> Goal {
 fn stall_ms(sample: &Sample) -> Option<f64> {
     let report = sample.report.as_ref()?;
     let fault = report.post_copy.as_ref().map_or(0.0, |tail| tail.longest_fault_ms);
-    let gap = sample.heartbeats.and_then(|beats| beats.gap_ms())?;
+    let gap = sample.gap_ms()?;
     Some(gap.max(fault).max(report.downtime_ms))
 }
 
@@ -246,7 +249,7 @@ fn throughput(engine: Option<&Engine>) -> Goal {
             one.tls / one.iperf3,
             two.tls / two.iperf3,
             rate(engine.memcpy),
-            engine.date()
+            date(engine)
         );
         Some((measured, one.plain >= PART * one.iperf3))
     });
@@ -258,6 +261,12 @@ fn throughput(engine: Option<&Engine>) -> Goal {
         measured,
         reached,
     }
+}
+
+/// When the engine was measured.
+fn date(engine: &Engine) -> String {
+    let time = jiff::Timestamp::from_second(engine.measured_unix_s).unwrap_or_default();
+    time.to_zoned(jiff::tz::TimeZone::system()).strftime("%Y-%m-%d %H:%M %Z").to_string()
 }
 
 /// What a mirrored guest loses of its speed.
@@ -296,18 +305,17 @@ fn overhead(cells: &[CellRecord]) -> Goal {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use micro::Through;
     use migration::report::{Counted, PostCopy};
 
     use super::*;
     use crate::cell::Cell;
-    use crate::engine::tests::engine;
     use crate::measure::Beats;
-    use crate::surroundings::Surroundings;
     use crate::throughput::Throughput;
     use crate::trial::{Sitting, Trial};
 
     pub(crate) fn record(name: &str, downtimes: &[(Contender, f64)]) -> CellRecord {
-        let cell = Cell::all().into_iter().find(|cell| cell.name == name).unwrap();
+        let cell = Cell::named(name);
         let trial = |&(contender, downtime_ms): &(Contender, f64)| {
             let mut sample = crate::figures::tests::record().samples.swap_remove(0);
             sample.downtime_ms = downtime_ms;
@@ -322,28 +330,22 @@ pub(crate) mod tests {
         };
         let runs = downtimes.iter().filter(|(contender, _)| *contender == Contender::VMIRROR).count();
         let dirtied = Some((cell.rate() * crate::cell::PAGE) as f64);
-        CellRecord {
-            description: cell.describe(),
-            cell,
-            sitting: Sitting {
-                started: "today".into(),
-                took_ms: 60_000.0,
-                runs: u32::try_from(runs).unwrap(),
-                patience_s: 60,
-                contenders: Contender::ALL.to_vec(),
-                surroundings: Surroundings::default(),
-            },
-            dirtied,
-            unmigrated: None,
-            trials: downtimes.iter().map(trial).collect(),
-            faults: Some(0),
-            skipped: None,
-            failure: None,
-        }
+        let sitting = Sitting {
+            started: "today".into(),
+            took_ms: 60_000.0,
+            runs: u32::try_from(runs).unwrap(),
+            patience_s: 60,
+            contenders: Contender::ALL.to_vec(),
+            ..Sitting::default()
+        };
+        let trials = downtimes.iter().map(trial).collect();
+        CellRecord { dirtied, trials, faults: Some(0), ..CellRecord::new(&cell, sitting) }
     }
 
-    fn goal<'a>(goals: &'a [Goal], case: &str) -> &'a Goal {
-        goals.iter().find(|goal| goal.case.starts_with(case)).unwrap()
+    /// Whether the goal of a case is reached in these cells, and what was measured.
+    pub(crate) fn judge(cells: &[CellRecord], case: &str) -> (Option<bool>, String) {
+        let goal = of(cells, None).into_iter().find(|goal| goal.case.starts_with(case)).unwrap();
+        (goal.reached, goal.measured)
     }
 
     #[test]
@@ -356,26 +358,24 @@ pub(crate) mod tests {
             (&[(own, 8.0)], None),
             (&[(DEFAULT, 40.0)], None),
         ] {
-            let goals = of(&[record("idle", downtimes)], None);
-            assert_eq!(goal(&goals, "idle, unshaped").reached, reached, "{downtimes:?}");
+            assert_eq!(judge(&[record("idle", downtimes)], "idle, unshaped").0, reached, "{downtimes:?}");
         }
         assert!(of(&[], None).iter().all(|goal| goal.reached.is_none() && goal.measured == "not measured"));
     }
 
     #[test]
     fn deltas_alone_are_judged_only_where_qemu_does_not_end() {
+        const CASE: &str = "dirtying 150 %, small";
         let mut cell = record("counters-150", &[(Contender::VMIRROR, 20.0), (DEFAULT, 300.0)]);
-        assert_eq!(goal(&of(&[cell.clone()], None), "dirtying 150 %, small").reached, Some(false));
+        assert_eq!(judge(&[cell.clone()], CASE).0, Some(false));
         let trial = cell.trials.last_mut().unwrap();
         (trial.sample, trial.miss) = (None, Some(Miss::NotConverged { after_ms: 3e5 }));
-        let goals = of(&[cell.clone()], None);
-        let goal = goal(&goals, "dirtying 150 %, small");
-        assert_eq!(goal.reached, Some(true));
-        assert_eq!(goal.measured, "20.0 ms; QEMU: not converged in 300.00 s; 1 of 1 runs");
+        let told = "20.0 ms; QEMU: not converged in 300.00 s; 1 of 1 runs".to_owned();
+        assert_eq!(judge(&[cell.clone()], CASE), (Some(true), told));
         let mut other = cell.trials[0].clone();
         other.contender = MULTIFD;
         cell.trials.push(other);
-        let told = &of(&[cell], None)[2].measured;
+        let (_, told) = judge(&[cell], CASE);
         assert!(told.contains("300.00 s, but QEMU, multifd zstd: 20.0 ms; 1 of 1"), "{told}");
     }
 
@@ -384,7 +384,7 @@ pub(crate) mod tests {
         let reached = |part: f64| {
             let mut cell = record("steady-100m", &[(Contender::VMIRROR, 1.0)]);
             cell.dirtied = cell.dirtied.map(|dirtied| dirtied * part);
-            goal(&of(&[cell], None), "guest slowdown").reached
+            judge(&[cell], "guest slowdown").0
         };
         assert_eq!([1.0, 0.95, 0.8].map(reached), [Some(true), Some(true), Some(false)]);
     }
@@ -397,33 +397,26 @@ pub(crate) mod tests {
             for (trial, (_, bytes)) in cell.trials.iter_mut().zip(contenders) {
                 trial.sample.as_mut().unwrap().link_bytes = Some(bytes);
             }
-            goal(&of(&[cell], None), "bytes, Debian userland").reached
+            judge(&[cell], "bytes, Debian userland").0
         };
         assert_eq!([300, 370, 450].map(sent), [Some(true), Some(false), Some(false)]);
         let other = record("idle-text", &[(Contender::VMIRROR, 1.0), (DEFAULT, 1.0), (MULTIFD, 1.0)]);
-        assert_eq!(goal(&of(&[other], None), "bytes, Debian userland").reached, None);
+        assert_eq!(judge(&[other], "bytes, Debian userland").0, None);
     }
 
     #[test]
     fn memory_and_speed_are_judged() {
-        let goals = of(&[record("steady-100m", &[(Contender::VMIRROR, 1.0)])], None);
-        assert_eq!(goal(&goals, "ledger").reached, Some(true));
-        let slowdown = goal(&goals, "guest slowdown");
-        assert_eq!(
-            (slowdown.reached, slowdown.measured.as_str()),
-            (Some(true), "4.0 % at 100.0 MiB/s; 1 of 1 runs")
-        );
+        let cells = [record("steady-100m", &[(Contender::VMIRROR, 1.0)])];
+        assert_eq!(judge(&cells, "ledger").0, Some(true));
+        let told = "4.0 % at 100.0 MiB/s; 1 of 1 runs".to_owned();
+        assert_eq!(judge(&cells, "guest slowdown"), (Some(true), told));
     }
 
     #[test]
     fn no_goal_is_reached_where_vmirror_missed_a_run_or_its_guest_is_not_known_to_be_whole() {
         let own = Contender::VMIRROR;
         let whole = record("idle", &[(own, 8.0), (own, 8.0), (DEFAULT, 40.0)]);
-        let reached = |cell: &CellRecord| {
-            let goals = of(std::slice::from_ref(cell), None);
-            let goal = goal(&goals, "idle, unshaped");
-            (goal.reached, goal.measured.clone())
-        };
+        let reached = |cell: &CellRecord| judge(std::slice::from_ref(cell), "idle, unshaped");
         assert_eq!(reached(&whole).0, Some(true));
         let mut missed = whole.clone();
         (missed.trials[1].sample, missed.trials[1].miss) =
@@ -446,11 +439,7 @@ pub(crate) mod tests {
     fn a_stall_that_only_the_client_saw_counts() {
         let mut cell = record("random-150", &[(Contender::VMIRROR, 20.0)]);
         cell.unmigrated = Some(Beats { sent: 9, lost: 0, longest_gap_ms: 3.0, heard_again: true });
-        let judge = |cell: &CellRecord| {
-            let goals = of(std::slice::from_ref(cell), None);
-            let goal = goal(&goals, "dirtying 150 %, incompressible");
-            (goal.reached, goal.measured.clone())
-        };
+        let judge = |cell: &CellRecord| judge(std::slice::from_ref(cell), "dirtying 150 %, incompressible");
         let heard = |cell: &mut CellRecord, longest_gap_ms, heard_again| {
             let sample = cell.trials[0].sample.as_mut().unwrap();
             let report = sample.report.as_mut().unwrap();
@@ -488,18 +477,22 @@ pub(crate) mod tests {
         }
         // QEMU's memory is not held against vmirror.
         cell.trials[1].overhead_bytes = Some(1 << 40);
-        let goals = of(&[cell.clone()], None);
-        let goal = |goals: &[Goal], case| goal(goals, case).reached;
-        assert_eq!((goal(&goals, "bytes, Debian"), goal(&goals, "ledger")), (Some(true), Some(true)));
+        let cells = [cell.clone()];
+        assert_eq!((judge(&cells, "bytes, Debian").0, judge(&cells, "ledger").0), (Some(true), Some(true)));
         cell.trials[0].sample.as_mut().unwrap().link_bytes = None;
-        assert_eq!(goal(&of(&[cell], None), "bytes, Debian"), None);
+        assert_eq!(judge(&[cell], "bytes, Debian").0, None);
     }
 
     #[test]
     fn throughput_is_judged_by_one_stream_against_iperf3() {
         for (plain, reached) in [(2.1e9, true), (1.9e9, false)] {
-            let goals = of(&[], Some(&engine(plain)));
-            assert_eq!(goal(&goals, "throughput").reached, Some(reached));
+            let through = |streams| Through { streams, iperf3: 4e9, plain, tls: plain / 2.0 };
+            let through = vec![through(1), through(2)];
+            let engine = Engine { measured_unix_s: 1_700_000_000, memcpy: 8e9, through };
+            let goals = of(&[], Some(&engine));
+            let goal = goals.iter().find(|goal| goal.case.starts_with("throughput")).unwrap();
+            assert!(goal.measured.ends_with(&format!("({})", date(&engine))));
+            assert_eq!(goal.reached, Some(reached));
         }
     }
 }

@@ -1,9 +1,9 @@
 //! vmirror and QEMU's own migration, side by side, in one run.
 //!
-//! [`course::run`] boots two equal guests on the [testbed], one under vmirror's agents, its twin in plain QEMU
+//! `course::run` boots two equal guests on the testbed, one under vmirror's agents, its twin in plain QEMU
 //! processes, and moves them back and forth over the same link in turns, so that whatever else the machine does meets all
-//! methods alike. Everything that was seen goes into one [`Record`]: every report, every sample of CPU time, what the
-//! guests' client noticed. [`figures`] holds the record against the goals, [`present`] shows it on a terminal, [`page`] as
+//! methods alike. Everything that was seen goes into one `Record`: every report, every sample of CPU time, what the
+//! guests' client noticed. `figures` holds the record against the goals, `present` shows it on a terminal, `page` as
 //! a page to look at.
 //!
 //! What is compared, and how it is counted:
@@ -19,38 +19,42 @@
 //! * **CPU time**: vmirror's is that of both agents, everything they do; QEMU's that of its migration thread at the source and
 //!   of the threads that load at the destination.
 
-pub mod baseline;
-pub mod budget;
-pub mod cell;
-pub mod contender;
-pub mod course;
-mod coverage;
-pub mod disks;
-mod document;
-pub mod engine;
-mod error;
-pub mod figures;
-pub mod goals;
-pub mod interrupt;
-pub mod link;
-pub mod measure;
-pub mod memory;
-pub mod mirrored;
-pub mod narrator;
-mod nbd;
-mod number;
-pub mod page;
-pub mod plot;
-pub mod present;
-pub mod program;
-pub mod record;
-pub mod results;
-pub mod settings;
-pub mod surroundings;
-pub mod throughput;
-pub mod trial;
+#![expect(unreachable_pub, reason = "nothing of it is seen from outside: it is for its two programs")]
 
-pub use error::BenchError;
-pub use interrupt::Interrupt;
-pub use record::Record;
-pub use settings::Settings;
+mod baseline;
+mod budget;
+mod cell;
+mod compare;
+mod contender;
+mod course;
+mod coverage;
+mod demo;
+mod disks;
+mod document;
+mod error;
+mod figures;
+mod file;
+mod goals;
+mod link;
+mod measure;
+mod memory;
+mod mirrored;
+mod narrator;
+mod nbd;
+mod page;
+mod plot;
+mod present;
+mod record;
+mod results;
+mod run;
+mod scene;
+mod settings;
+mod surroundings;
+mod throughput;
+mod trial;
+
+pub use compare::main as compare;
+pub use demo::main as demo;
+
+use error::BenchError;
+use record::Record;

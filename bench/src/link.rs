@@ -1,7 +1,7 @@
 //! What a host puts on its link, counted where it leaves the host.
 
-use std::fs;
-
+use procfs_core::FromRead as _;
+use procfs_core::net::InterfaceDeviceStatus;
 use testbed::Host;
 
 /// The hosts' end of the cable between the agents (testbed, `wire`). Guests and the client have a cable of their own, so their
@@ -17,14 +17,12 @@ pub struct LinkWatch<'a> {
 
 impl<'a> LinkWatch<'a> {
     /// From now on. None where the host has no link of its own, as in a testbed without root.
-    #[must_use]
     pub fn start(host: &'a Host) -> Option<Self> {
         Some(Self { host, before: sent(host)? })
     }
 
     /// Bytes since then: Ethernet frames as the kernel hands them over, up to 64 KiB each. A wire of 1500-byte packets
     /// would carry some 3 % more headers, for everybody.
-    #[must_use]
     pub fn bytes(&self) -> Option<u64> {
         Some(sent(self.host)?.saturating_sub(self.before))
     }
@@ -32,29 +30,14 @@ impl<'a> LinkWatch<'a> {
 
 fn sent(host: &Host) -> Option<u64> {
     // Of the thread that reads: /sys shows the network that was there when it was mounted.
-    let table = host.on_network(|| fs::read_to_string("/proc/thread-self/net/dev")).ok()?.ok()?;
-    transmitted(&table, LINK)
-}
-
-/// From a table of interfaces: its name, then eight numbers about receiving, then bytes transmitted (proc_net(5)).
-fn transmitted(table: &str, name: &str) -> Option<u64> {
-    let line = table.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
-    line.split_ascii_whitespace().nth(8)?.parse().ok()
+    let read = || InterfaceDeviceStatus::from_file("/proc/thread-self/net/dev");
+    let InterfaceDeviceStatus(interfaces) = host.on_network(read).ok()?.ok()?;
+    Some(interfaces.get(LINK)?.sent_bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bytes_transmitted_are_found_and_not_those_received() {
-        let table = "Inter-|   Receive |  Transmit\n face |bytes packets errs drop fifo frame compressed multicast|bytes\n    \
-                     lo:   1 2 0 0 0 0 0 0 3 4 0 0 0 0 0 0\n link01: 5 6 0 0 0 0 0 0 7 8 0 0 0 0 0 0\n link0: 900 6 0 0 0 0 0 \
-                     0 1234567 8 0 0 0 0 0 0\n";
-        assert_eq!(transmitted(table, "link0"), Some(1_234_567));
-        assert_eq!(transmitted(table, "uplink"), None);
-        assert_eq!(transmitted("", "link0"), None);
-    }
 
     #[test]
     fn what_is_sent_over_a_network_of_its_own_is_counted() {

@@ -11,7 +11,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use testbed::{Client, cpu};
 
-use crate::{BenchError, Interrupt};
+use crate::BenchError;
+use crate::run::Run;
 
 /// How often a thread's CPU time is read: a thread that ends takes its time with it, at most this much is missed.
 const SAMPLE_EVERY: Duration = Duration::from_millis(2);
@@ -30,36 +31,34 @@ pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-/// Sums up the CPU time of some of a process's threads while it is there, those included that come and go meanwhile.
+/// A thread that looks again and again until it is told to stop, and then gives back what it has seen.
 #[derive(Debug)]
-pub struct ThreadWatch {
+pub struct Watch<T> {
     stop: Arc<AtomicBool>,
-    sampler: JoinHandle<Duration>,
+    looks: JoinHandle<T>,
 }
 
-impl ThreadWatch {
-    /// Watches the threads of `pid` whose names fit, from now on.
-    ///
-    /// # Errors
-    /// Where no thread can be started.
-    pub fn start(pid: i32, fits: fn(&str) -> bool) -> Result<Self, BenchError> {
-        let before: HashMap<i32, Duration> =
-            cpu::thread_times(pid).into_iter().map(|thread| (thread.thread, thread.time)).collect();
+impl<T: Send + 'static> Watch<T> {
+    /// From now on.
+    pub fn start(look: impl FnOnce(&AtomicBool) -> T + Send + 'static) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
-        let sampler = thread::Builder::new()
-            .name("watch".into())
-            .spawn(move || sample(pid, fits, &before, &stopped))
-            .map_err(BenchError::file("thread"))?;
-        Ok(Self { stop, sampler })
+        Self { stop, looks: thread::spawn(move || look(&stopped)) }
     }
 
-    /// The CPU time they took since the start.
-    #[must_use]
-    pub fn stop(self) -> Duration {
+    /// What it has seen.
+    pub fn stop(self) -> T {
         self.stop.store(true, Relaxed);
-        self.sampler.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        self.looks.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
+}
+
+/// Sums up the CPU time from now on of those of a process's threads whose names fit, while it is there, those included that come
+/// and go meanwhile.
+pub fn watch_threads(pid: i32, fits: fn(&str) -> bool) -> Watch<Duration> {
+    let before: HashMap<i32, Duration> =
+        cpu::thread_times(pid).into_iter().map(|thread| (thread.thread, thread.time)).collect();
+    Watch::start(move |stop| sample(pid, fits, &before, stop))
 }
 
 fn sample(pid: i32, fits: fn(&str) -> bool, before: &HashMap<i32, Duration>, stop: &AtomicBool) -> Duration {
@@ -108,7 +107,6 @@ pub struct Beats {
 
 impl Beats {
     /// The gap, where it ended.
-    #[must_use]
     pub fn gap_ms(&self) -> Option<f64> {
         self.heard_again.then_some(self.longest_gap_ms)
     }
@@ -117,22 +115,19 @@ impl Beats {
 /// Does something while the client sends a guest heartbeats, from a while before to a while after.
 ///
 /// Without a client there are none, and no waiting.
-///
-/// # Errors
-/// What doing it fails with; [`BenchError::Interrupted`].
 pub fn with_heartbeats<T>(
     client: Option<&Client>,
     guest: Ipv4Addr,
-    interrupt: &Interrupt,
+    run: &Run,
     act: impl FnOnce() -> Result<T, BenchError>,
 ) -> Result<(T, Option<Beats>), BenchError> {
     let Some(client) = client else { return Ok((act()?, None)) };
     let heartbeats = client.heartbeats(guest, PER_SECOND)?;
-    interrupt.sleep(BEFORE)?;
+    run.sleep(BEFORE)?;
     let done = act()?;
-    interrupt.sleep(AFTER)?;
+    run.sleep(AFTER)?;
     let before = heartbeats.report().received;
-    interrupt.sleep(AT_END)?;
+    run.sleep(AT_END)?;
     let report = heartbeats.stop();
     let longest_gap_ms = ms(report.longest_gap);
     let heard_again = report.received > before;
@@ -188,7 +183,7 @@ mod tests {
     fn threads_that_fit_are_counted_from_the_start_of_the_watch_and_others_are_not() {
         const WORK: Duration = Duration::from_millis(60);
         let pid = std::process::id().cast_signed();
-        let watch = ThreadWatch::start(pid, |name| name == "bench-busy").unwrap();
+        let watch = watch_threads(pid, |name| name == "bench-busy");
         // They stay until the watch has ended, so that the sampler cannot come too late.
         let both = Arc::new(Barrier::new(3));
         let ended = Arc::new(Barrier::new(3));

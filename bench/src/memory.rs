@@ -3,6 +3,8 @@
 use std::fs;
 use std::ops::Range;
 
+use procfs_core::FromRead;
+use procfs_core::process::{MMPermissions, MemoryMap, MemoryMaps, Status};
 use testbed::Host;
 
 /// The memory of a process, from a time on.
@@ -17,21 +19,21 @@ pub struct Memory {
 
 impl Memory {
     /// Of a host's agent, from now on. None where the system does not tell.
-    #[must_use]
     pub fn of_agent(host: &Host) -> Option<Self> {
         Self::of(host.agent_pid()?, None)
     }
 
     /// Of a QEMU that has its guest's RAM in its own memory. None where that is not found.
-    #[must_use]
     pub fn of_qemu(pid: i32, guest_mib: u64) -> Option<Self> {
-        let guest = mappings(&maps(pid)?).find(|mapping| mapping.is_ram(guest_mib << 20))?;
-        Self::of(pid, Some(guest.addresses))
+        let maps: MemoryMaps = read(pid, "smaps")?;
+        let (start, end) = maps.iter().find(|mapping| is_ram(mapping, guest_mib << 20))?.address;
+        Self::of(pid, Some(start..end))
     }
 
     fn of(pid: i32, guest: Option<Range<u64>>) -> Option<Self> {
         let mut memory = Self { pid, guest, before: 0 };
-        memory.before = status_bytes(pid, "VmRSS")?.saturating_sub(memory.guest_resident()?);
+        let resident = read::<Status>(pid, "status")?.vmrss? << 10;
+        memory.before = resident.saturating_sub(memory.guest_resident()?);
         // 5: the most that was resident begins anew (proc_pid_clear_refs(5)).
         fs::write(format!("/proc/{pid}/clear_refs"), "5").ok()?;
         Some(memory)
@@ -39,80 +41,34 @@ impl Memory {
 
     /// The most since then beyond what there was, without the guest's RAM as it is now: where that has grown up to now, as at a
     /// destination, what was taken before the peak of both together is not seen, so of QEMU this is an estimate from below.
-    #[must_use]
     pub fn overhead(&self) -> Option<u64> {
-        let most = status_bytes(self.pid, "VmHWM")?;
+        let most = read::<Status>(self.pid, "status")?.vmhwm? << 10;
         Some(most.saturating_sub(self.guest_resident()?).saturating_sub(self.before))
     }
 
     fn guest_resident(&self) -> Option<u64> {
         let Some(guest) = &self.guest else { return Some(0) };
+        let maps: MemoryMaps = read(self.pid, "smaps")?;
         // It may have been divided meanwhile.
         let inside =
-            |mapping: &Mapping| guest.start <= mapping.addresses.start && mapping.addresses.end <= guest.end;
-        Some(mappings(&maps(self.pid)?).filter(inside).map(|mapping| mapping.resident).sum())
+            |mapping: &&MemoryMap| guest.start <= mapping.address.0 && mapping.address.1 <= guest.end;
+        Some(maps.iter().filter(inside).filter_map(|mapping| mapping.extension.map.get("Rss")).sum())
     }
 }
 
 /// The most, of several that may not be known.
-#[must_use]
 pub fn most_overhead(memories: &[Option<Memory>]) -> Option<u64> {
     memories.iter().filter_map(|memory| memory.as_ref()?.overhead()).max()
 }
 
-fn maps(pid: i32) -> Option<String> {
-    fs::read_to_string(format!("/proc/{pid}/smaps")).ok()
+fn read<T: FromRead>(pid: i32, file: &str) -> Option<T> {
+    T::from_file(format!("/proc/{pid}/{file}")).ok()
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Mapping {
-    addresses: Range<u64>,
-    permissions: String,
-    resident: u64,
-}
-
-impl Mapping {
-    /// Whether it may be a guest's RAM of that size. Translated code, which may be as large, can be executed.
-    fn is_ram(&self, bytes: u64) -> bool {
-        self.permissions == "rw-p" && self.addresses.end - self.addresses.start == bytes
-    }
-}
-
-/// Mappings of a process as proc_pid_smaps(5) has them: a line that begins with the addresses, lines about it.
-fn mappings(text: &str) -> impl Iterator<Item = Mapping> {
-    let mut lines = text.lines();
-    let mut current = None;
-    std::iter::from_fn(move || {
-        loop {
-            let Some(line) = lines.next() else { return current.take() };
-            if let Some(kib) = line.strip_prefix("Rss:") {
-                let kib = kib.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap_or_default();
-                if let Some(Mapping { resident, .. }) = &mut current {
-                    *resident = kib << 10;
-                }
-            } else if let Some(next) = head(line) {
-                let before = current.replace(next);
-                if before.is_some() {
-                    return before;
-                }
-            }
-        }
-    })
-}
-
-fn head(line: &str) -> Option<Mapping> {
-    let mut words = line.split_ascii_whitespace();
-    let (start, end) = words.next()?.split_once('-')?;
-    let address = |text| u64::from_str_radix(text, 16).ok();
-    let addresses = address(start)?..address(end)?;
-    Some(Mapping { addresses, permissions: words.next()?.to_owned(), resident: 0 })
-}
-
-/// A size in a process's status.
-fn status_bytes(pid: i32, name: &str) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
+/// Whether it may be a guest's RAM of that size. Translated code, which may be as large, can be executed.
+fn is_ram(mapping: &MemoryMap, bytes: u64) -> bool {
+    let plain = MMPermissions::READ | MMPermissions::WRITE | MMPermissions::PRIVATE;
+    mapping.perms == plain && mapping.address.1 - mapping.address.0 == bytes
 }
 
 #[cfg(test)]
@@ -120,21 +76,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_memory_of_a_process_is_found() {
-        let own = std::process::id().cast_signed();
-        assert!(status_bytes(own, "VmHWM").unwrap() >= 1 << 20);
-        assert_eq!(status_bytes(own, "VmNonsense"), None);
-    }
-
-    #[test]
     fn guest_ram_is_told_from_translated_code_of_the_same_size() {
-        let text = "7f0000000000-7f0020000000 rwxp 00000000 00:00 0\nSize: 524288 kB\nRss: 100 kB\nVmFlags: rd wr\n\
+        let text = "7f0000000000-7f0020000000 rwxp 00000000 00:00 0 \nSize: 524288 kB\nRss: 100 kB\nVmFlags: rd wr\n\
                     7f0040000000-7f0060000000 rw-p 00000000 00:00 0 \nSize: 524288 kB\nRss:              300000 kB\nPss: 1 kB\n";
-        let ram: Vec<Mapping> = mappings(text).filter(|mapping| mapping.is_ram(512 << 20)).collect();
-        assert_eq!(ram.len(), 1);
-        assert_eq!((ram[0].addresses.start, ram[0].resident), (0x7f00_4000_0000, 300_000 << 10));
-        assert_eq!(mappings(text).count(), 2);
-        assert_eq!(mappings("").count(), 0);
+        let maps = MemoryMaps::from_read(text.as_bytes()).unwrap();
+        let ram: Vec<&MemoryMap> = maps.iter().filter(|mapping| is_ram(mapping, 512 << 20)).collect();
+        assert_eq!((maps.len(), ram.len()), (2, 1));
+        assert_eq!((ram[0].address.0, ram[0].extension.map["Rss"]), (0x7f00_4000_0000, 300_000 << 10));
     }
 
     #[test]

@@ -8,25 +8,24 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use migration::{Outcome, Phase, Report};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use testbed::{GuestSpec, Host, cpu};
 
+use crate::BenchError;
 use crate::baseline::serves;
 use crate::link::LinkWatch;
-use crate::measure::{ThreadWatch, ms};
+use crate::measure::{ms, watch_threads};
 use crate::record::{DiskCopy, Method, Sample};
+use crate::run::Run;
 use crate::throughput::unix_ms;
-use crate::{BenchError, Interrupt};
 
 /// The guest's name.
 pub const NAME: &str = "web1";
 
 /// Starts the guest under a host's agent.
-///
-/// # Errors
-/// What `vmirror run` says.
-pub fn run(host: &Host, spec: &GuestSpec) -> Result<(), BenchError> {
+pub fn start(host: &Host, spec: &GuestSpec) -> Result<(), BenchError> {
     let line = spec.command_line();
     let mut arguments = vec!["run", NAME, "--json", "--"];
     arguments.extend(line.iter().map(String::as_str));
@@ -34,13 +33,11 @@ pub fn run(host: &Host, spec: &GuestSpec) -> Result<(), BenchError> {
 }
 
 /// Process id of the guest's QEMU on this host.
-///
-/// # Errors
-/// What `vmirror show` says.
-pub fn pid(host: &Host) -> Result<u64, BenchError> {
-    let shown: Value =
-        document("vmirror show", &succeeded("vmirror show", host.vmirror(&["show", NAME, "--json"])?)?)?;
-    Ok(shown["pid"].as_u64().unwrap_or_default())
+pub fn pid(host: &Host) -> Result<i32, BenchError> {
+    const COMMAND: &str = "vmirror show";
+    let output = host.vmirror(&["show", NAME, "--json"])?;
+    let shown: Value = document(COMMAND, &succeeded(COMMAND, output)?)?;
+    Ok(shown["pid"].as_i64().and_then(|pid| pid.try_into().ok()).unwrap_or_default())
 }
 
 /// How the guest is to be moved.
@@ -57,21 +54,18 @@ pub struct Order<'a> {
 /// Migrates the guest and measures what that takes. `entered` hears of each phase as it begins.
 ///
 /// A migration that does not complete is no error here: the report says so.
-///
-/// # Errors
-/// Where the command fails without a report; [`BenchError::Interrupted`].
 pub fn migrate(
     from: &Host,
     to: &Host,
     order: &Order<'_>,
-    interrupt: &Interrupt,
+    run: &Run,
     mut entered: impl FnMut(Phase),
 ) -> Result<Sample, BenchError> {
     let phases = Phases::follow(from)?;
     let agents = [from, to].map(Host::agent_pid);
     let cpu = || agents.map(|agent| agent.and_then(cpu::process_time).unwrap_or_default());
     // The disk is read by QEMU: its time counts as well, the guest's own apart.
-    let copying = order.disk.map(|_| ThreadWatch::start(qemu(from)?, serves)).transpose()?;
+    let copying = order.disk.map(|_| pid(from).map(|pid| watch_threads(pid, serves))).transpose()?;
     let before = cpu();
     let link = LinkWatch::start(from);
     let mut in_sync = None;
@@ -80,9 +74,13 @@ pub fn migrate(
     let address = to.listen().to_string();
     if let Some(hold) = order.disk.filter(|hold| !hold.is_zero()) {
         let words = [&["mirror", NAME, "--to", &address, "--json", "--detach"], order.options].concat();
-        report = failed_or_in_sync(from, &words, order.patience, interrupt)?;
+        // Its report, if it has ended instead of standing.
+        let output = run_on(from, &words, order.patience, run, || ())?;
+        if !output.status.success() {
+            report = Some(reported(words[0], output)?);
+        }
         in_sync = Some(unix_ms(SystemTime::now()));
-        interrupt.sleep(hold)?;
+        run.sleep(hold)?;
     }
     let words = match in_sync {
         Some(_) => vec!["switch", NAME, "--json"],
@@ -90,7 +88,7 @@ pub fn migrate(
     };
     let mut report = match report {
         Some(report) => report,
-        None => reported(words[0], run_on(from, &words, order.patience, interrupt, hear)?)?,
+        None => reported(words[0], run_on(from, &words, order.patience, run, hear)?)?,
     };
     for disk in &mut report.disks {
         // Where the testbed's directory was is nobody's business.
@@ -103,7 +101,7 @@ pub fn migrate(
     if let Some(copying) = copying {
         used[0] += ms(copying.stop());
         // A QEMU that was started for it: from its beginning on.
-        let threads = qemu(to).map(cpu::thread_times).unwrap_or_default();
+        let threads = pid(to).map(cpu::thread_times).unwrap_or_default();
         used[1] +=
             threads.iter().filter(|thread| serves(&thread.name)).map(|thread| ms(thread.time)).sum::<f64>();
     }
@@ -129,11 +127,6 @@ pub fn migrate(
     })
 }
 
-/// The guest's QEMU on a host, as the system counts processes.
-fn qemu(host: &Host) -> Result<i32, BenchError> {
-    Ok(i32::try_from(pid(host)?).unwrap_or_default())
-}
-
 /// When the disk was copied; none where it came to nothing. A mirror that was held says so itself.
 fn copied(report: &Report, in_sync_unix_ms: Option<f64>) -> Option<DiskCopy> {
     let phase = report.phases.iter().find(|phase| phase.name == Phase::Synchronize)?;
@@ -142,17 +135,6 @@ fn copied(report: &Report, in_sync_unix_ms: Option<f64>) -> Option<DiskCopy> {
         None => phase.start_ms + phase.duration_ms,
     };
     Some(DiskCopy { began_ms: phase.start_ms, copied_ms })
-}
-
-/// Puts up a mirror. Its report, if it has ended instead of standing.
-fn failed_or_in_sync(
-    from: &Host,
-    words: &[&str],
-    patience: Duration,
-    interrupt: &Interrupt,
-) -> Result<Option<Report>, BenchError> {
-    let output = run_on(from, words, patience, interrupt, || ())?;
-    if output.status.success() { Ok(None) } else { reported(words[0], output).map(Some) }
 }
 
 /// The report that a command has printed, whatever came of the migration.
@@ -168,42 +150,28 @@ fn run_on(
     from: &Host,
     words: &[&str],
     patience: Duration,
-    interrupt: &Interrupt,
+    run: &Run,
     mut meanwhile: impl FnMut(),
 ) -> Result<Output, BenchError> {
     const COMMAND: &str = "vmirror";
     let mut command = vmirror(from);
     command.args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = Ends(command.spawn().map_err(BenchError::file(COMMAND))?);
+    let child = command.spawn().map_err(BenchError::file(COMMAND))?;
+    let pid = Pid::from_child(&child);
     // What it prints is one document, which fits no pipe: read while it runs.
-    let output = child.0.stdout.take();
-    let complaint = child.0.stderr.take();
-    let read = |pipe: Option<Box<dyn std::io::Read + Send>>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            let read = pipe.map_or(Ok(0), |mut pipe| pipe.read_to_end(&mut bytes));
-            read.map(|_| bytes)
-        })
-    };
-    let output = read(output.map(|pipe| Box::new(pipe) as _));
-    let complaint = read(complaint.map(|pipe| Box::new(pipe) as _));
-    let status = interrupt.wait(COMMAND, patience, || {
+    let output = thread::spawn(move || child.wait_with_output());
+    let ended = run.wait(COMMAND, patience, || {
         meanwhile();
-        child.0.try_wait().map_err(BenchError::file(COMMAND))
-    })?;
-    let bytes = |reader: thread::JoinHandle<std::io::Result<Vec<u8>>>| {
-        reader
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            .map_err(BenchError::file(COMMAND))
-    };
-    Ok(Output { status, stdout: bytes(output)?, stderr: bytes(complaint)? })
+        Ok(output.is_finished().then_some(()))
+    });
+    if ended.is_err() {
+        let _ = kill_process(pid, Signal::KILL);
+    }
+    let output = output.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    ended.and_then(|()| output.map_err(BenchError::file(COMMAND)))
 }
 
 /// vmirror's own page about a migration.
-///
-/// # Errors
-/// What `vmirror report` says.
 pub fn page(host: &Host, report: &Report) -> Result<String, BenchError> {
     let file = host.directory().join(format!("{}.html", report.id));
     let path = file.to_string_lossy();
@@ -212,7 +180,6 @@ pub fn page(host: &Host, report: &Report) -> Result<String, BenchError> {
 }
 
 /// Whether a report is of a migration that completed with everything proved.
-#[must_use]
 pub fn is_proved(report: &Report) -> bool {
     use migration::report::Verdict;
     report.outcome == Outcome::Completed
@@ -232,9 +199,7 @@ impl Phases {
     fn follow(host: &Host) -> Result<Self, BenchError> {
         let mut command = vmirror(host);
         command.args(["events", "--follow", "--json"]).stdout(Stdio::piped()).stderr(Stdio::null());
-        let since = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        let since = unix_ms(SystemTime::now()) as u64;
         let mut child = Ends(command.spawn().map_err(BenchError::file("vmirror events"))?);
         let (tell, heard) = channel();
         if let Some(output) = child.0.stdout.take() {

@@ -17,20 +17,17 @@ pub struct Narrator {
 
 impl Narrator {
     /// The clock starts now.
-    #[must_use]
     pub fn new() -> Self {
         let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         Self { start: Instant::now(), colours, steps: Vec::new(), open: false }
     }
 
     /// Whether the output is a terminal that wants colours.
-    #[must_use]
     pub fn colours(&self) -> bool {
         self.colours
     }
 
     /// Milliseconds so far.
-    #[must_use]
     pub fn elapsed_ms(&self) -> f64 {
         ms(self.start.elapsed())
     }
@@ -58,7 +55,6 @@ impl Narrator {
     }
 
     /// Everything told so far.
-    #[must_use]
     pub fn into_steps(mut self) -> Vec<Step> {
         self.close();
         std::mem::take(&mut self.steps)

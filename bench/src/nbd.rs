@@ -7,32 +7,31 @@ use std::time::{Duration, SystemTime};
 use qemu::Qmp;
 use qemu::qmp::MirrorEnd;
 use serde_json::json;
-use tokio::runtime::Handle;
 
+use crate::BenchError;
 use crate::baseline::Events;
-use crate::{BenchError, Interrupt};
+use crate::run::Run;
 
 /// Names of the job, and of the node that it writes to.
 const JOB: &str = "mirror";
 const TARGET: &str = "target";
 
-/// A disk that is being mirrored.
+/// A disk that is being mirrored from one QEMU to another.
 #[derive(Debug)]
-pub(crate) struct NbdMirror {
-    runtime: Handle,
+pub struct NbdMirror<'a> {
+    here: &'a Qmp,
+    there: &'a Qmp,
+    run: &'a Run,
 }
 
-impl NbdMirror {
+impl<'a> NbdMirror<'a> {
     /// Begins to mirror a node into the node of the same name of the other QEMU, which listens there for it.
-    ///
-    /// # Errors
-    /// What QEMU says.
-    pub(crate) fn begin(
-        here: &Qmp,
-        there: &Qmp,
+    pub fn begin(
+        here: &'a Qmp,
+        there: &'a Qmp,
+        run: &'a Run,
         node: &str,
         listen: SocketAddr,
-        runtime: &Handle,
     ) -> Result<Self, BenchError> {
         let (host, port) = (listen.ip().to_string(), listen.port().to_string());
         let server = json!({ "addr": { "type": "inet", "data": { "host": host, "port": port } } });
@@ -41,26 +40,18 @@ impl NbdMirror {
                              "server": { "type": "inet", "host": host, "port": port } });
         let mirror = json!({ "job-id": JOB, "device": node, "target": TARGET, "sync": "full",
                              "copy-mode": "write-blocking", "on-target-error": "report" });
-        runtime.block_on(async {
+        run.block_on(async {
             there.execute_raw("nbd-server-start", server).await?;
             there.execute_raw("block-export-add", export).await?;
             here.execute_raw("blockdev-add", target).await?;
             here.execute_raw("blockdev-mirror", mirror).await
         })?;
-        Ok(Self { runtime: runtime.clone() })
+        Ok(Self { here, there, run })
     }
 
     /// Waits until everything has been copied once; gives back when that was.
-    ///
-    /// # Errors
-    /// [`BenchError::Timeout`], [`BenchError::Baseline`] where the job has failed, [`BenchError::Interrupted`].
-    pub(crate) fn copied(
-        &self,
-        events: &mut Events,
-        patience: Duration,
-        interrupt: &Interrupt,
-    ) -> Result<SystemTime, BenchError> {
-        let event = events.wait("QEMU's disk to be copied", patience, interrupt, |event| {
+    pub fn copied(&self, events: &mut Events, patience: Duration) -> Result<SystemTime, BenchError> {
+        let event = events.wait("QEMU's disk to be copied", patience, |event| {
             event.data["device"] == JOB
                 && matches!(event.name.as_str(), "BLOCK_JOB_READY" | "BLOCK_JOB_COMPLETED")
         })?;
@@ -68,36 +59,27 @@ impl NbdMirror {
             return Ok(event.timestamp);
         }
         let message = event.data["error"].as_str().unwrap_or("its job ended by itself");
-        Err(BenchError::Baseline { status: event.name, message: message.to_owned() })
+        Err(BenchError::baseline(&event.name, message))
     }
 
     /// The guest is paused: ends the job with both disks equal, and lets go of the destination's.
-    ///
-    /// # Errors
-    /// What QEMU says; [`BenchError::Baseline`] where the disks are not equal.
-    pub(crate) fn end(&self, here: &Qmp, there: &Qmp) -> Result<(), BenchError> {
-        self.runtime.block_on(async {
-            match here.end_mirror(JOB, false).await? {
+    pub fn end(&self) -> Result<(), BenchError> {
+        self.run.block_on(async {
+            match self.here.end_mirror(JOB, false).await? {
                 MirrorEnd::Synchronised => {}
-                other => {
-                    let (status, message) = ("not mirrored".to_owned(), format!("{other:?}"));
-                    return Err(BenchError::Baseline { status, message });
-                }
+                other => return Err(BenchError::baseline("not mirrored", format!("{other:?}"))),
             }
-            here.remove_node(TARGET).await?;
-            there.execute_raw("nbd-server-stop", json!({})).await?;
+            self.here.remove_node(TARGET).await?;
+            self.there.execute_raw("nbd-server-stop", json!({})).await?;
             Ok(())
         })
     }
 
     /// Gives it up. The guest goes on with its own disk.
-    ///
-    /// # Errors
-    /// What QEMU says.
-    pub(crate) fn give_up(&self, here: &Qmp) -> Result<(), BenchError> {
-        self.runtime.block_on(async {
-            here.end_mirror(JOB, true).await?;
-            here.remove_node(TARGET).await
+    pub fn give_up(&self) -> Result<(), BenchError> {
+        self.run.block_on(async {
+            self.here.end_mirror(JOB, true).await?;
+            self.here.remove_node(TARGET).await
         })?;
         Ok(())
     }

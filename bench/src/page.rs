@@ -2,16 +2,15 @@
 
 mod drawing;
 
+use readable::html::{self, escape, figure, section};
+use readable::{count, measured_ms as ms};
+
 use crate::course::Course;
 use crate::figures::{Figure, Unit};
-use crate::number::{count, ms};
 use crate::present::{cells, pause_parts, verdict};
 use crate::record::{Method, Record};
 
-const STYLE: &str = include_str!("page/style.css");
-
 /// The page.
-#[must_use]
 pub fn page(course: &Course, figures: &[Figure]) -> String {
     let record = &course.record;
     let typical = record.typical();
@@ -30,36 +29,7 @@ pub fn page(course: &Course, figures: &[Figure]) -> String {
         migrations(&course.pages),
         footer(record),
     ];
-    format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>vmirror beside QEMU's own migration</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{}</main>\n\
-         </body>\n</html>\n",
-        parts.concat()
-    )
-}
-
-/// Text made harmless in elements and in attributes.
-pub(crate) fn escape(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => safe.push_str("&amp;"),
-            '<' => safe.push_str("&lt;"),
-            '>' => safe.push_str("&gt;"),
-            '"' => safe.push_str("&quot;"),
-            '\'' => safe.push_str("&#39;"),
-            c => safe.push(c),
-        }
-    }
-    safe
-}
-
-fn section(title: &str, content: &str) -> String {
-    if content.is_empty() {
-        return String::new();
-    }
-    format!("<section>\n<h2>{}</h2>\n{content}</section>\n", escape(title))
+    html::page("vmirror beside QEMU's own migration", &parts)
 }
 
 fn header(record: &Record) -> String {
@@ -71,10 +41,9 @@ fn header(record: &Record) -> String {
     });
     let (class, word) =
         if record.succeeded() { ("good", "everything held") } else { ("bad", "not everything held") };
-    let failure = record
-        .failure
-        .as_ref()
-        .map_or_else(String::new, |failure| format!("<p class=\"reason\">{}</p>\n", escape(failure)));
+    let failure = record.failure.as_ref().map_or_else(String::new, |failure| {
+        format!("<ul class=\"reasons\">\n<li>{}</li>\n</ul>\n", escape(failure))
+    });
     format!(
         "<header>\n<p class=\"kicker\">vmirror</p>\n<h1>A running guest moves to another host and back</h1>\n\
          <p class=\"lead\">{}Measured in turns with QEMU's own migration of an equal guest over the same link.</p>\n\
@@ -84,26 +53,20 @@ fn header(record: &Record) -> String {
 }
 
 fn tiles(record: &Record, figures: &[Figure]) -> String {
-    let tile = |name: &str| -> String {
-        let Some(figure) = figures.iter().find(|figure| figure.name == name) else { return String::new() };
-        let Some(own) = figure.median(Method::Vmirror) else { return String::new() };
-        let beside = figure.median(Method::QemuDefault).map_or_else(String::new, |qemu| {
-            format!("<small>QEMU's default: {}</small>", figure.unit.show(qemu))
-        });
-        format!("<div class=\"tile\"><b>{}</b><span>{name}</span>{beside}</div>\n", figure.unit.show(own))
+    let tile = |name: &str| {
+        let of = figures.iter().find(|figure| figure.name == name)?;
+        let qemu = of.median(Method::QemuDefault);
+        let beside = qemu.map_or_else(String::new, |qemu| format!("QEMU's default: {}", of.unit.show(qemu)));
+        Some(figure(of.unit.show(of.median(Method::Vmirror)?), name, &beside))
     };
     let proved: u64 = record.reports().map(|report| report.verification.proof_pages).sum();
-    let all =
-        ["downtime", "total time", "CPU time of both sides", "longest heartbeat gap"].map(tile).concat();
+    let all = ["downtime", "total time", "CPU time of both sides", "longest heartbeat gap"];
+    let all: String = all.into_iter().filter_map(tile).collect();
     if all.is_empty() {
         return all;
     }
-    format!(
-        "<div class=\"tiles\">\n{all}<div class=\"tile\"><b>{}</b><span>pages proved equal</span><small>in {} \
-         migrations</small></div>\n</div>\n",
-        count(proved),
-        record.by(Method::Vmirror).count()
-    )
+    let migrations = format!("in {} migrations", record.by(Method::Vmirror).count());
+    html::figures(&(all + &figure(count(proved), "pages proved equal", &migrations)))
 }
 
 fn goals(figures: &[Figure]) -> String {
@@ -124,11 +87,9 @@ fn goals(figures: &[Figure]) -> String {
             );
         }
     }
-    format!(
-        "<div class=\"scroll\"><table>\n<thead><tr><th class=\"text\">figure<th>vmirror, median<th class=\"text\">goal<th></tr></thead>\n\
-         <tbody>\n{rows}</tbody>\n</table></div>\n<p class=\"note\">Where a goal is relative to QEMU, its better setting counts \
-         unless one is named. A figure that was not measured is not judged.</p>\n"
-    )
+    html::table("<th class=\"text\">figure<th>vmirror, median<th class=\"text\">goal<th>", &rows)
+        + "<p class=\"note\">Where a goal is relative to QEMU, its better setting counts unless one is named. A figure that was not \
+           measured is not judged.</p>\n"
 }
 
 /// The figures worth a picture: those that every method has.
@@ -147,7 +108,7 @@ fn drawings(record: &Record, figures: &[Figure]) -> String {
     };
     let mut all = drawn("downtime", |sample| Some(sample.downtime_ms));
     if record.network {
-        all += &drawn("longest heartbeat gap", |sample| sample.heartbeats.and_then(|beats| beats.gap_ms()));
+        all += &drawn("longest heartbeat gap", |sample| sample.gap_ms());
     }
     all += &drawn("total time", |sample| Some(sample.total_ms));
     all += &drawn("CPU time of both sides", |sample| Some(sample.cpu_ms()));
@@ -176,13 +137,12 @@ fn table(figures: &[Figure]) -> String {
         );
     }
     let [vmirror, default, tuned] = Method::DEMO.map(Method::name);
-    format!(
-        "<div class=\"scroll\"><table class=\"figures\">\n<thead><tr><th class=\"text\">median, least to most<th>{vmirror}<th>{default}\
-         <th>{tuned}<th>not moved</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n\
-         <p class=\"note\">Downtime: from STOP at the source until the guest runs at the destination. vmirror's total time includes \
-         the start of the destination's QEMU, encryption, verification, proof and clean-up; QEMU's has none of them. CPU \
-         time: both agents with all that they do; of QEMU the threads that send and load.</p>\n"
-    )
+    let heads =
+        format!("<th class=\"text\">median, least to most<th>{vmirror}<th>{default}<th>{tuned}<th>not moved");
+    html::table(&heads, &rows)
+        + "<p class=\"note\">Downtime: from STOP at the source until the guest runs at the destination. vmirror's total time includes \
+           the start of the destination's QEMU, encryption, verification, proof and clean-up; QEMU's has none of them. CPU \
+           time: both agents with all that they do; of QEMU the threads that send and load.</p>\n"
 }
 
 fn checks(record: &Record) -> String {
@@ -197,7 +157,7 @@ fn checks(record: &Record) -> String {
     if record.checks.is_empty() {
         return String::new();
     }
-    format!("<ul class=\"checks\">\n{}</ul>\n", record.checks.iter().map(check).collect::<String>())
+    format!("<ul class=\"held\">\n{}</ul>\n", record.checks.iter().map(check).collect::<String>())
 }
 
 fn steps(record: &Record) -> String {
@@ -223,14 +183,10 @@ fn migrations(pages: &[String]) -> String {
 fn footer(record: &Record) -> String {
     let machine = &record.surroundings;
     format!(
-        "<footer>{} · took {} · {}, {} CPUs, {:.1} GiB, Linux {}, load {} at the start · vmirror {} · QEMU {}</footer>\n",
+        "<footer>{} · took {} · {} · vmirror {} · QEMU {}</footer>\n",
         escape(&record.started),
         ms(record.took_ms),
-        escape(&machine.cpu),
-        machine.cpus,
-        machine.memory_mib as f64 / 1024.0,
-        escape(&machine.kernel),
-        escape(&machine.load),
+        escape(&machine.machine()),
         escape(&machine.vmirror),
         escape(&machine.qemu)
     )

@@ -11,7 +11,7 @@ use crate::record::Method;
 use crate::trial::CellRecord;
 
 /// A page's width, so that a document shows it as large as it is, in pixels.
-const WIDTH: u32 = 920;
+const WIDTH: i32 = 920;
 /// What is left of the scale, names of cells, and the scale.
 const NAMES: i32 = 160;
 const PLOT: i32 = 720;
@@ -19,8 +19,8 @@ const PLOT: i32 = 720;
 const PLACE: i32 = 7;
 const BETWEEN: i32 = 12;
 /// Height of the title, of a line of the legend, and of the scale.
-const TITLE: u32 = 36;
-const LINE: u32 = 20;
+const TITLE: i32 = 36;
+const LINE: i32 = 20;
 const SCALE: i32 = 26;
 /// Contenders in a line of the legend.
 const IN_LINE: usize = 4;
@@ -47,18 +47,7 @@ fn is_ring(contender: Contender) -> bool {
     contender.tls && contender != Contender::VMIRROR
 }
 
-struct Dot {
-    cell: usize,
-    /// Where in its row, by the contenders that have a place.
-    place: usize,
-    contender: Contender,
-    spread: Spread,
-}
-
 /// Draws a figure of all cells as SVG.
-///
-/// # Errors
-/// Where it cannot be drawn.
 pub fn dots(figure: PlottedFigure, cells: &[CellRecord]) -> Result<String, BenchError> {
     let mut svg = String::new();
     draw(figure, cells, &mut svg).map_err(|error| {
@@ -67,76 +56,35 @@ pub fn dots(figure: PlottedFigure, cells: &[CellRecord]) -> Result<String, Bench
     Ok(svg)
 }
 
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 fn draw(figure: PlottedFigure, cells: &[CellRecord], svg: &mut String) -> Drawn {
-    let spread = |record: &CellRecord, contender| {
-        let values = record.samples(contender).filter_map(|sample| (figure.value)(&record.cell, sample));
-        Spread::of(values.filter(|value| *value > 0.0))
-    };
-    let shown: Vec<Contender> = Contender::ALL
-        .into_iter()
-        .filter(|contender| cells.iter().any(|record| record.by(*contender).next().is_some()))
-        .collect();
-    let mut found = Vec::new();
-    for (cell, record) in cells.iter().enumerate() {
-        for (place, contender) in shown.iter().copied().enumerate() {
-            found.extend(spread(record, contender).map(|spread| Dot { cell, place, contender, spread }));
-        }
-    }
-    let rows = u32::try_from(cells.len().max(1))?;
-    let places = i32::try_from(shown.len().max(2))?;
-    let lines = u32::try_from(shown.len().div_ceil(IN_LINE))?;
-    let row = u32::try_from(places * PLACE + BETWEEN)?;
-    let above = TITLE + lines * LINE;
+    let tried = |contender: &Contender| cells.iter().any(|record| record.by(*contender).next().is_some());
+    let shown: Vec<Contender> = Contender::ALL.into_iter().filter(tried).collect();
+    let row = shown.len().max(2) as i32 * PLACE + BETWEEN;
+    let above = TITLE + shown.len().div_ceil(IN_LINE) as i32 * LINE;
     // The scale stands above the rows and below them: with many cells one of both is far away.
-    let scales = u32::try_from(2 * SCALE)?;
-    let height = above + rows * row + scales + 8;
+    let height = above + cells.len().max(1) as i32 * row + 2 * SCALE + 8;
 
-    let area = SVGBackend::with_string(svg, (WIDTH, height)).into_drawing_area();
+    let area = SVGBackend::with_string(svg, (WIDTH as u32, height as u32)).into_drawing_area();
     area.fill(&WHITE)?;
     area.draw(&Text::new(figure.name, (8, 8), (FONT, 18)))?;
     let how = "median, smallest to largest; x: none came to its end";
-    area.draw(&Text::new(how, (i32::try_from(WIDTH)? - 330, 12), (FONT, 12).into_font().color(&GREY)))?;
-    legend(&area, &shown)?;
+    area.draw(&Text::new(how, (WIDTH - 330, 12), (FONT, 12).into_font().color(&GREY)))?;
+    for (number, contender) in shown.iter().enumerate() {
+        let x = 14 + (number % IN_LINE) as i32 * (WIDTH / IN_LINE as i32);
+        let y = TITLE + (number / IN_LINE) as i32 * LINE + 8;
+        mark(&area, *contender, (x, y))?;
+        area.draw(&Text::new(contender.name(), (x + 10, y - 5), (FONT, 13)))?;
+    }
     let (_, below) = area.split_vertically(above);
-    rows_of(&below, figure, cells, &found, row)?;
-    crosses(&below, cells, &shown, row)?;
+    rows(&below, figure, cells, &shown, row)?;
     area.present()?;
     Ok(())
 }
 
-fn legend(area: &DrawingArea<SVGBackend<'_>, Shift>, shown: &[Contender]) -> Drawn {
-    let width = i32::try_from(WIDTH / u32::try_from(IN_LINE)?)?;
-    for (number, contender) in shown.iter().enumerate() {
-        let x = 14 + i32::try_from(number % IN_LINE)? * width;
-        let y = i32::try_from(TITLE + u32::try_from(number / IN_LINE)? * LINE)? + 8;
-        mark(area, *contender, (x, y))?;
-        area.draw(&Text::new(contender.name(), (x + 10, y - 5), (FONT, 13)))?;
-    }
-    Ok(())
-}
-
-/// Who has no figure in a cell for not having come to its end, at the end of the row.
-fn crosses(
-    area: &DrawingArea<SVGBackend<'_>, Shift>,
-    cells: &[CellRecord],
-    shown: &[Contender],
-    row: u32,
-) -> Drawn {
-    for (number, record) in cells.iter().enumerate() {
-        for (place, contender) in shown.iter().copied().enumerate() {
-            if record.by(contender).next().is_some() && record.samples(contender).next().is_none() {
-                let y = SCALE + i32::try_from(number)? * i32::try_from(row)? + middle_of(place)?;
-                let style = colour(contender.method).stroke_width(2);
-                area.draw(&Cross::new((NAMES + PLOT + 14, y), 3, style))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-fn mark(area: &DrawingArea<SVGBackend<'_>, Shift>, contender: Contender, at: (i32, i32)) -> Drawn {
+fn mark(area: &Area<'_>, contender: Contender, at: (i32, i32)) -> Drawn {
     let colour = colour(contender.method);
     if is_ring(contender) {
         area.draw(&Circle::new(at, 4, WHITE.filled()))?;
@@ -147,32 +95,41 @@ fn mark(area: &DrawingArea<SVGBackend<'_>, Shift>, contender: Contender, at: (i3
     Ok(())
 }
 
-fn rows_of(
-    area: &DrawingArea<SVGBackend<'_>, Shift>,
+fn rows(
+    area: &Area<'_>,
     figure: PlottedFigure,
     cells: &[CellRecord],
-    found: &[Dot],
-    row: u32,
+    shown: &[Contender],
+    row: i32,
 ) -> Drawn {
-    let least = found.iter().map(|dot| dot.spread.least).fold(f64::INFINITY, f64::min);
-    let most = found.iter().map(|dot| dot.spread.most).fold(0.0, f64::max);
+    let top = |cell: usize| SCALE + cell as i32 * row;
+    let (mut dots, mut crosses) = (Vec::new(), Vec::new());
+    for (cell, record) in cells.iter().enumerate() {
+        for (place, contender) in shown.iter().copied().enumerate() {
+            let y = top(cell) + BETWEEN / 2 + place as i32 * PLACE + PLACE / 2;
+            let samples = || record.samples(contender);
+            let values = samples().filter_map(|sample| (figure.value)(&record.cell, sample));
+            dots.extend(Spread::of(values.filter(|value| *value > 0.0)).map(|spread| (y, contender, spread)));
+            if record.by(contender).next().is_some() && samples().next().is_none() {
+                crosses.push((y, contender));
+            }
+        }
+    }
+    let least = dots.iter().map(|(.., spread)| spread.least).fold(f64::INFINITY, f64::min);
+    let most = dots.iter().map(|(.., spread)| spread.most).fold(0.0, f64::max);
     // Something to draw where there is nothing.
-    let ticks = if found.is_empty() { ticks(1.0, 10.0) } else { ticks(least, most) };
+    let ticks = if dots.is_empty() { ticks(1.0, 10.0) } else { ticks(least, most) };
     let (Some(&left), Some(&right)) = (ticks.first(), ticks.last()) else { return Ok(()) };
     let place = PLOT as f64 / (right / left).log10();
     let x = |value: f64| NAMES + ((value / left).log10() * place).round() as i32;
-    let top = |cell: usize| {
-        Ok::<i32, std::num::TryFromIntError>(SCALE + i32::try_from(cell)? * i32::try_from(row)?)
-    };
-    let bottom = top(cells.len().max(1))?;
+    let bottom = top(cells.len().max(1));
 
     for (number, record) in cells.iter().enumerate() {
-        let y = top(number)?;
+        let y = top(number);
         if number.is_multiple_of(2) {
-            area.draw(&Rectangle::new([(0, y), (NAMES + PLOT, y + i32::try_from(row)?)], SHADE.filled()))?;
+            area.draw(&Rectangle::new([(0, y), (NAMES + PLOT, y + row)], SHADE.filled()))?;
         }
-        let middle = y + i32::try_from(row)? / 2;
-        area.draw(&Text::new(record.cell.name, (8, middle - 7), (FONT, 13)))?;
+        area.draw(&Text::new(record.cell.name.clone(), (8, y + row / 2 - 7), (FONT, 13)))?;
     }
     let unit = figure.name.rsplit_once(", ").map_or("", |(_, unit)| unit);
     let unit = unit.split(' ').next().unwrap_or_default();
@@ -181,23 +138,22 @@ fn rows_of(
         area.draw(&PathElement::new(vec![(x, SCALE), (x, bottom)], LIGHT.stroke_width(1)))?;
         let label = format!("{tick} {unit}");
         // Letters are about 6 pixels wide.
-        let at = x - 3 * i32::try_from(label.len())?;
+        let at = x - 3 * label.len() as i32;
         for y in [SCALE - 16, bottom + 5] {
             area.draw(&Text::new(label.clone(), (at, y), (FONT, 12)))?;
         }
     }
-    for dot in found {
-        let y = top(dot.cell)? + middle_of(dot.place)?;
-        let range = vec![(x(dot.spread.least), y), (x(dot.spread.most), y)];
+    for (y, contender, spread) in dots {
+        let range = vec![(x(spread.least), y), (x(spread.most), y)];
         area.draw(&PathElement::new(range, GREY.stroke_width(1)))?;
-        mark(area, dot.contender, (x(dot.spread.median), y))?;
+        mark(area, contender, (x(spread.median), y))?;
+    }
+    // Who has no figure in a cell for not having come to its end, at the end of the row.
+    for (y, contender) in crosses {
+        let style = colour(contender.method).stroke_width(2);
+        area.draw(&Cross::new((NAMES + PLOT + 14, y), 3, style))?;
     }
     Ok(())
-}
-
-/// Where in a row.
-fn middle_of(place: usize) -> Result<i32, std::num::TryFromIntError> {
-    Ok(BETWEEN / 2 + i32::try_from(place)? * PLACE + PLACE / 2)
 }
 
 /// Ones, twos and fives (only ones where there would be many) that hold a range, from below it to above it.

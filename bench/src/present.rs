@@ -1,9 +1,10 @@
 //! A run on a terminal: what it is about, and the figures against the goals.
 
+use readable::measured_ms as ms;
+
 use crate::figures::{Figure, Goal};
 use crate::measure::Spread;
-use crate::number::ms;
-use crate::record::{Method, Miss, Record, Sample};
+use crate::record::{Method, Record, Sample};
 
 /// Paints words, or does not.
 #[derive(Clone, Copy, Debug)]
@@ -55,7 +56,6 @@ pub(crate) fn in_words(sample: &Sample) -> String {
 }
 
 /// What the run is about, before it begins.
-#[must_use]
 pub fn opening(paint: Paint) -> String {
     format!(
         "\n{}\n{}\n\n",
@@ -65,7 +65,6 @@ pub fn opening(paint: Paint) -> String {
 }
 
 /// Everything after the run.
-#[must_use]
 pub fn summary(record: &Record, figures: &[Figure], paint: Paint) -> String {
     let parts =
         [about(record, paint), table(record, figures, paint), typical(record, paint), checks(record, paint)];
@@ -75,17 +74,7 @@ pub fn summary(record: &Record, figures: &[Figure], paint: Paint) -> String {
 
 fn about(record: &Record, paint: Paint) -> String {
     let machine = &record.surroundings;
-    let mut lines = vec![(
-        "machine",
-        format!(
-            "{}, {} CPUs, {:.1} GiB, Linux {}, load {} at the start",
-            machine.cpu,
-            machine.cpus,
-            machine.memory_mib as f64 / 1024.0,
-            machine.kernel,
-            machine.load
-        ),
-    )];
+    let mut lines = vec![("machine", machine.machine())];
     lines.push(("programs", format!("vmirror {}, QEMU {}", machine.vmirror, machine.qemu)));
     if let Some(guest) = &record.guest {
         let free = guest.memory_mib.saturating_sub(guest.fill_mib);
@@ -148,7 +137,6 @@ fn table(record: &Record, figures: &[Figure], paint: Paint) -> String {
 }
 
 /// The parts of the pause, each with its length in milliseconds, in order of time.
-#[must_use]
 pub fn pause_parts(report: &migration::Report) -> Vec<(&'static str, f64)> {
     let pause = &report.pause;
     let mut marks = vec![
@@ -198,16 +186,6 @@ fn checks(record: &Record, paint: Paint) -> String {
         out += &format!("  {} {failure}\n", paint.verdict(Some(false), "✗"));
     }
     out
-}
-
-/// Why a migration has no figures, in a few words.
-#[must_use]
-pub fn missed(miss: &Miss) -> String {
-    match miss {
-        Miss::NotConverged { after_ms } => format!("not converged in {}", ms(*after_ms)),
-        Miss::Failed { message } => message.clone(),
-        Miss::Crashed => "its guest crashed at the destination".to_owned(),
-    }
 }
 
 #[cfg(test)]

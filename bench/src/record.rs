@@ -31,50 +31,42 @@ impl Method {
     /// Those that the demo compares.
     pub const DEMO: [Self; 3] = [Self::Vmirror, Self::QemuDefault, Self::QemuTuned];
 
-    /// Its name for people.
-    #[must_use]
-    pub fn name(self) -> &'static str {
+    /// Its names: for people, and on the command line.
+    fn names(self) -> (&'static str, &'static str) {
         match self {
-            Self::Vmirror => "vmirror",
-            Self::QemuDefault => "QEMU, defaults",
-            Self::QemuTuned => "QEMU, tuned",
-            Self::QemuMultifdPlain => "QEMU, multifd",
-            Self::QemuMultifd => "QEMU, multifd zstd",
-            Self::QemuPostCopy => "QEMU, post-copy",
-            Self::QemuNbd => "QEMU, NBD mirror",
+            Self::Vmirror => ("vmirror", "vmirror"),
+            Self::QemuDefault => ("QEMU, defaults", "qemu-default"),
+            Self::QemuTuned => ("QEMU, tuned", "qemu-tuned"),
+            Self::QemuMultifdPlain => ("QEMU, multifd", "qemu-multifd"),
+            Self::QemuMultifd => ("QEMU, multifd zstd", "qemu-multifd-zstd"),
+            Self::QemuPostCopy => ("QEMU, post-copy", "qemu-post-copy"),
+            Self::QemuNbd => ("QEMU, NBD mirror", "qemu-nbd"),
         }
     }
 
+    /// Its name for people.
+    pub fn name(self) -> &'static str {
+        self.names().0
+    }
+
     /// Its name on the command line.
-    #[must_use]
     pub fn key(self) -> &'static str {
-        match self {
-            Self::Vmirror => "vmirror",
-            Self::QemuDefault => "qemu-default",
-            Self::QemuTuned => "qemu-tuned",
-            Self::QemuMultifdPlain => "qemu-multifd",
-            Self::QemuMultifd => "qemu-multifd-zstd",
-            Self::QemuPostCopy => "qemu-post-copy",
-            Self::QemuNbd => "qemu-nbd",
-        }
+        self.names().1
     }
 }
 
 /// Why a migration has no figures.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case", tag = "why")]
 pub enum Miss {
-    /// It went on and on, and was given up.
-    NotConverged {
-        /// After so long, in milliseconds.
-        after_ms: f64,
-    },
+    /// It went on and on, and was given up after so long, in milliseconds.
+    #[error("not converged in {}", readable::measured_ms(*after_ms))]
+    NotConverged { after_ms: f64 },
     /// It ended with an error.
-    Failed {
-        /// Which.
-        message: String,
-    },
+    #[error("{message}")]
+    Failed { message: String },
     /// The guest came to the other side and did not survive it: it has booted since.
+    #[error("its guest crashed at the destination")]
     Crashed,
 }
 
@@ -104,7 +96,6 @@ pub struct DiskCopy {
 
 impl DiskCopy {
     /// What copying took, in milliseconds.
-    #[must_use]
     pub fn took_ms(self) -> f64 {
         self.copied_ms - self.began_ms
     }
@@ -151,9 +142,13 @@ pub struct Sample {
 
 impl Sample {
     /// CPU time of both sides, in milliseconds.
-    #[must_use]
     pub fn cpu_ms(&self) -> f64 {
         self.cpu_source_ms + self.cpu_destination_ms
+    }
+
+    /// The longest heartbeat gap, where it ended.
+    pub fn gap_ms(&self) -> Option<f64> {
+        self.heartbeats.and_then(|beats| beats.gap_ms())
     }
 }
 
@@ -228,7 +223,6 @@ pub struct Record {
 
 impl Record {
     /// Whether the run came to its end and everything held that had to. Goals that were missed do not matter here.
-    #[must_use]
     pub fn succeeded(&self) -> bool {
         self.failure.is_none() && !self.checks.is_empty() && self.checks.iter().all(|check| check.held)
     }
@@ -244,7 +238,6 @@ impl Record {
     }
 
     /// vmirror's report with the median downtime: of an even number, the shorter of the two in the middle.
-    #[must_use]
     pub fn typical(&self) -> Option<&Report> {
         let mut reports: Vec<&Report> = self.reports().collect();
         reports.sort_by(|a, b| a.downtime_ms.total_cmp(&b.downtime_ms));

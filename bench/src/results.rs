@@ -1,18 +1,16 @@
 //! Everything that the benchmark measured, in one or several sittings: what `results.json` holds.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
 
+use micro::Engine;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::cell::Cell;
-use crate::engine::Engine;
 use crate::goals::{self, Goal};
 use crate::surroundings::Surroundings;
 use crate::trial::CellRecord;
-use crate::{BenchError, document, plot};
+use crate::{BenchError, document, file, plot};
 
 /// What was measured. Each cell knows in which sitting; what is said here is of the last one.
 #[derive(Clone, Debug, Serialize)]
@@ -28,7 +26,7 @@ pub struct Results {
     /// What the engine sends through a cable; none where that was not measured.
     pub engine: Option<Engine>,
     /// Cells that were to be tried and were not, for want of time.
-    pub left_out: Vec<&'static str>,
+    pub left_out: Vec<String>,
     /// The cells.
     pub cells: Vec<CellRecord>,
     /// The goals.
@@ -46,17 +44,9 @@ pub struct Kept {
 
 impl Kept {
     /// From a directory that [`Results::write`] has written to, or nothing.
-    ///
-    /// # Errors
-    /// Where there are results that cannot be read: they are not to be overwritten unseen.
     pub fn read(directory: &Path) -> Result<Self, BenchError> {
         let path = json_in(directory);
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            read => read.map_err(BenchError::file(&path))?,
-        };
-        let document = |source| BenchError::Document { command: path.display().to_string(), source };
-        let mut value: Value = serde_json::from_str(&text).map_err(document)?;
+        let Some(mut value) = file::read::<Value>(&path)? else { return Ok(Self::default()) };
         let mut kept = Self::default();
         for cell in value["cells"].as_array_mut().into_iter().flatten() {
             let name = cell["cell"]["name"].as_str().unwrap_or("without a name").to_owned();
@@ -84,7 +74,6 @@ impl Results {
     }
 
     /// Whether there was one of these cells to try, every one of them came to its end, and no guest found a page of its own wrong.
-    #[must_use]
     pub fn succeeded(&self, names: &[&str]) -> bool {
         let sound = |name: &&str| {
             let record = self.cells.iter().find(|record| record.cell.name == *name);
@@ -98,23 +87,15 @@ impl Results {
     }
 
     /// Writes the document `benchmarks.md`, and beside it in `benchmarks/` the plots and `results.json`.
-    ///
-    /// # Errors
-    /// Where a file cannot be written.
     pub fn write(&self, directory: &Path) -> Result<PathBuf, BenchError> {
         let json = json_in(directory);
-        let files = json.parent().unwrap_or(directory);
-        fs::create_dir_all(files).map_err(BenchError::file(files))?;
-        let write = |path: PathBuf, text: String| fs::write(&path, text).map_err(BenchError::file(&path));
-        let text = serde_json::to_string_pretty(self)
-            .map_err(|source| BenchError::Document { command: "the run".into(), source })?;
-        let text = without_checkout(&text);
         for figure in document::FIGURES {
-            write(files.join(format!("{}.svg", figure.file)), plot::dots(figure, &self.cells)?)?;
+            let path = json.with_file_name(format!("{}.svg", figure.file));
+            file::write(&path, &plot::dots(figure, &self.cells)?)?;
         }
-        write(json.clone(), text + "\n")?;
+        file::write(&json, &without_checkout(&file::json(self)?))?;
         let document = directory.join("benchmarks.md");
-        write(document.clone(), document::document(self))?;
+        file::write(&document, &document::document(self))?;
         Ok(document)
     }
 }
@@ -132,6 +113,8 @@ fn json_in(directory: &Path) -> PathBuf {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::fs;
+
     use super::*;
     use crate::contender::Contender;
     use crate::record::{Method, Miss};
@@ -200,8 +183,11 @@ pub(crate) mod tests {
         let mut again = crate::goals::tests::record("idle", &[(Contender::VMIRROR, 5.0)]);
         again.sitting.started = "tomorrow".into();
         second.take(again);
-        let seen: Vec<_> =
-            second.cells.iter().map(|cell| (cell.cell.name, cell.sitting.started.as_str())).collect();
+        let seen: Vec<_> = second
+            .cells
+            .iter()
+            .map(|cell| (cell.cell.name.as_str(), cell.sitting.started.as_str()))
+            .collect();
         assert_eq!(seen, [("idle", "tomorrow"), ("idle-512m", "today")]);
 
         let path = json_in(&directory);

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::Parser;
 
-/// The choices of a run.
-#[derive(Args, Clone, Debug, PartialEq, Eq)]
+/// Boots a real guest, migrates it live between two hosts and back, and measures that beside QEMU's own migration
+#[derive(Clone, Debug, PartialEq, Eq, Parser)]
+#[command(name = "demo", max_term_width = 100)]
 pub struct Settings {
     /// Memory of each guest, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(256..=16_384))]
@@ -29,9 +30,6 @@ pub struct Settings {
 
 impl Settings {
     /// Whether the guest has room for what it is to fill, and for its own kernel and programs.
-    ///
-    /// # Errors
-    /// Words for whoever chose.
     pub fn validate(&self) -> Result<(), String> {
         // The guest's kernel, initramfs and tables take about 130 MiB.
         const SYSTEM_MIB: u64 = 160;
@@ -48,21 +46,15 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::{CommandFactory as _, Parser};
-
-    #[derive(Parser)]
-    struct Cli {
-        #[command(flatten)]
-        settings: Settings,
-    }
+    use clap::CommandFactory as _;
 
     fn settings(line: &[&str]) -> Settings {
-        Cli::try_parse_from([&["demo"], line].concat()).unwrap().settings
+        Settings::try_parse_from([&["demo"], line].concat()).unwrap()
     }
 
     #[test]
     fn the_defaults_are_those_of_the_goals() {
-        Cli::command().debug_assert();
+        Settings::command().debug_assert();
         let settings = settings(&[]);
         assert_eq!((settings.memory, settings.fill, settings.runs), (1024, 256, None));
         settings.validate().unwrap();
@@ -73,6 +65,6 @@ mod tests {
         assert!(
             settings(&["--memory", "512", "--fill", "512"]).validate().unwrap_err().contains("--fill 512")
         );
-        assert!(Cli::try_parse_from(["demo", "--runs", "0"]).is_err());
+        assert!(Settings::try_parse_from(["demo", "--runs", "0"]).is_err());
     }
 }

@@ -1,8 +1,10 @@
 //! The machine and the programs: what a figure means little without.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
+use procfs_core::{CpuInfo, FromRead as _, LoadAverage, Meminfo};
 use serde::{Deserialize, Serialize};
 use testbed::Programs;
 use testbed::accelerator::Accelerator;
@@ -31,22 +33,19 @@ pub struct Surroundings {
 
 impl Surroundings {
     /// Of this machine.
-    #[must_use]
     pub fn find(programs: &Programs) -> Self {
-        let version = |program: &std::path::Path| {
+        let version = |program: &Path| {
             let output = Command::new(program).arg("--version").output();
-            let text =
-                output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-            version_in(&text).to_owned()
+            version_in(&String::from_utf8_lossy(&output.map(|output| output.stdout).unwrap_or_default()))
+                .to_owned()
         };
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
-        let memory = value_of(&read("/proc/meminfo"), "MemTotal")
-            .and_then(|text| text.split(' ').next()?.parse::<u64>().ok());
+        let cpu = CpuInfo::from_file("/proc/cpuinfo").ok();
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         Self {
-            cpu: value_of(&read("/proc/cpuinfo"), "model name").unwrap_or_else(|| "unknown".into()),
+            cpu: cpu.as_ref().and_then(|cpu| cpu.model_name(0)).unwrap_or("unknown").to_owned(),
             cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            memory_mib: memory.unwrap_or_default() / 1024,
-            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            memory_mib: Meminfo::from_file("/proc/meminfo").map_or(0, |memory| memory.mem_total >> 20),
+            kernel: kernel.trim().to_owned(),
             vmirror: programs.vmirror.as_deref().map(version).unwrap_or_default(),
             qemu: version(&programs.qemu),
             accelerator: Accelerator::detect(&programs.qemu).map_or("unknown", Accelerator::name).to_owned(),
@@ -55,19 +54,23 @@ impl Surroundings {
     }
 
     /// The same machine and programs, with its load of now.
-    #[must_use]
     pub fn now(&self) -> Self {
         Self { load: load(), ..self.clone() }
     }
 
     /// Whether it is the same machine with the same programs, whatever its load.
-    #[must_use]
     pub fn same(&self, other: &Self) -> bool {
         *self == Self { load: self.load.clone(), ..other.clone() }
     }
 
+    /// The machine, in a few words.
+    pub fn machine(&self) -> String {
+        let Self { cpu, cpus, memory_mib, kernel, load, .. } = self;
+        let gib = *memory_mib as f64 / 1024.0;
+        format!("{cpu}, {cpus} CPUs, {gib:.1} GiB, Linux {kernel}, load {load} at the start")
+    }
+
     /// In a sentence.
-    #[must_use]
     pub fn describe(&self) -> String {
         let Self { cpu, cpus, memory_mib, kernel, vmirror, qemu, accelerator, .. } = self;
         let how = match accelerator.as_str() {
@@ -82,16 +85,7 @@ impl Surroundings {
 }
 
 fn load() -> String {
-    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().unwrap_or_default().to_owned()
-}
-
-/// The value of the first line `KEY : VALUE`.
-fn value_of(text: &str, key: &str) -> Option<String> {
-    text.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        (name.trim() == key).then(|| value.trim().to_owned())
-    })
+    LoadAverage::from_file("/proc/loadavg").map_or_else(|_| String::new(), |load| format!("{:.2}", load.one))
 }
 
 /// The first word of a version message that begins with a digit.
@@ -106,13 +100,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_and_values_are_found() {
+    fn versions_are_found() {
         assert_eq!(version_in("QEMU emulator version 7.2.22 (Debian 1:7.2)\nCopyright"), "7.2.22");
         assert_eq!(version_in("vmirror 0.1.0\n"), "0.1.0");
         assert_eq!(version_in("nothing"), "");
-        assert_eq!(
-            value_of("processor\t: 0\nmodel name\t: Fast: one\n", "model name"),
-            Some("Fast: one".into())
-        );
     }
 }

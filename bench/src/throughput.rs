@@ -3,9 +3,8 @@
 
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use guest::service::CONTROL_PORT;
@@ -13,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use testbed::{Client, Status};
 
 use crate::BenchError;
+use crate::measure::Watch;
 use crate::record::Sample;
 
 /// How often the guest is asked.
@@ -39,7 +39,6 @@ pub struct Throughput {
 
 impl Throughput {
     /// What the guest keeps of its speed while it is mirrored: 1 is all.
-    #[must_use]
     pub fn kept(&self) -> Option<f64> {
         let before = self.before.filter(|before| *before > 0.0)?;
         Some(self.during? / before)
@@ -47,39 +46,13 @@ impl Throughput {
 }
 
 /// What a guest said, and when it was heard: milliseconds since 1970, pages and blocks written.
-type Word = (f64, u64);
+pub type Word = (f64, u64);
 
-/// Asks a guest again and again.
-#[derive(Debug)]
-pub struct Watch {
-    stop: Arc<AtomicBool>,
-    asking: JoinHandle<Vec<Word>>,
-}
-
-impl Watch {
-    /// Asks from now on.
-    ///
-    /// # Errors
-    /// Where there is no socket to ask with.
-    pub fn start(client: &Client, guest: Ipv4Addr) -> Result<Self, BenchError> {
-        let socket = client.socket(guest, CONTROL_PORT)?;
-        socket.set_read_timeout(Some(EVERY)).map_err(BenchError::file("socket"))?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
-        let asking = thread::Builder::new()
-            .name("throughput".into())
-            .spawn(move || ask(&socket, &stopped))
-            .map_err(BenchError::file("thread"))?;
-        Ok(Self { stop, asking })
-    }
-
-    /// Asks no more, and gives back how fast the guest was around a migration.
-    #[must_use]
-    pub fn around(self, sample: Option<&Sample>) -> Throughput {
-        self.stop.store(true, Relaxed);
-        let words = self.asking.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        sample.map(|sample| around(&words, sample)).unwrap_or_default()
-    }
+/// Asks a guest from now on, again and again.
+pub fn watch(client: &Client, guest: Ipv4Addr) -> Result<Watch<Vec<Word>>, BenchError> {
+    let socket = client.socket(guest, CONTROL_PORT)?;
+    socket.set_read_timeout(Some(EVERY)).map_err(BenchError::file("socket"))?;
+    Ok(Watch::start(move |stop| ask(&socket, stop)))
 }
 
 fn ask(socket: &UdpSocket, stop: &AtomicBool) -> Vec<Word> {
@@ -103,7 +76,8 @@ pub(crate) fn unix_ms(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64() * 1e3
 }
 
-fn around(words: &[Word], sample: &Sample) -> Throughput {
+/// How fast the guest was around a migration.
+pub fn around(words: &[Word], sample: &Sample) -> Throughput {
     let runs = sample.began_unix_ms + sample.until_running_ms;
     let stops = runs - sample.downtime_ms;
     let within =

@@ -4,10 +4,10 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use readable::{bytes, measured_ms as ms};
 use serde::{Deserialize, Serialize};
-use testbed::guest_spec::{Nic, Userland};
-use testbed::{AgentOptions, Client, Console, GuestSpec, Programs, Testbed, TestbedError, Wire};
-use tokio::runtime::Handle;
+use testbed::guest_spec::Userland;
+use testbed::{AgentOptions, Client, Console, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
 
 use crate::baseline::{Setting, Twin};
 use crate::cell::{Cell, DiskContent, Filling, Link};
@@ -16,29 +16,24 @@ use crate::measure::{Beats, with_heartbeats};
 use crate::memory::{Memory, most_overhead};
 use crate::mirrored::{self, NAME};
 use crate::narrator::Narrator;
-use crate::number::{bytes, ms};
 use crate::record::{Miss, Moved, Sample};
+use crate::run::Run;
+use crate::scene::{self, ADDRESSES, TWIN};
 use crate::surroundings::Surroundings;
-use crate::throughput::{Throughput, Watch};
-use crate::{BenchError, Interrupt, disks, present};
+use crate::throughput::{self, Throughput};
+use crate::{BenchError, disks, present};
 
-/// The name of the guest that QEMU moves itself.
-const TWIN: &str = "twin";
-/// How long the guests may take to boot and to fill their memory.
-const BOOT: Duration = Duration::from_secs(300);
 /// How long the client listens to a guest that is not moved, and how long a guest works before it is.
 const UNMIGRATED: Duration = Duration::from_secs(2);
 const WARM_UP: Duration = Duration::from_secs(1);
 /// How long a disk that is written stays mirrored once it has been copied, before its guest is moved.
 const HOLD: Duration = Duration::from_secs(4);
-/// How much a guest checks of itself per second, in pages: 8 MiB, which leaves an emulated CPU to its workload.
-const CHECK_RATE: u64 = 2048;
-const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 88, 0, 10), Ipv4Addr::new(10, 88, 0, 11)];
 
 /// What came of one cell.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CellRecord {
     /// The cell.
+    #[serde(deserialize_with = "crate::cell::as_it_is")]
     pub cell: Cell,
     /// When and how it was tried.
     pub sitting: Sitting,
@@ -60,7 +55,7 @@ pub struct CellRecord {
 }
 
 /// When and how a cell was tried: not all need be of one run of the benchmark.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sitting {
     /// When it began.
     pub started: String,
@@ -95,6 +90,21 @@ pub struct Trial {
 }
 
 impl CellRecord {
+    /// Of a cell that nothing has come of yet.
+    pub fn new(cell: &Cell, sitting: Sitting) -> Self {
+        Self {
+            cell: cell.clone(),
+            sitting,
+            description: cell.describe(),
+            dirtied: None,
+            unmigrated: None,
+            trials: Vec::new(),
+            faults: None,
+            skipped: None,
+            failure: None,
+        }
+    }
+
     /// What one contender did.
     pub fn by(&self, contender: Contender) -> impl Iterator<Item = &Trial> {
         self.trials.iter().filter(move |trial| trial.contender == contender)
@@ -112,58 +122,27 @@ impl CellRecord {
     }
 }
 
-/// How a cell is tried.
-#[derive(Clone, Debug)]
-pub struct Trials<'a> {
-    /// By whom.
-    pub contenders: Vec<Contender>,
-    /// How often by each.
-    pub runs: u32,
-    /// How long one migration may take.
-    pub patience: Duration,
-    /// The machine and the programs.
-    pub surroundings: &'a Surroundings,
-}
-
 /// The hosts and what is on them.
 struct Scene<'a> {
-    twin: Option<Twin>,
+    twin: Twin,
     bed: Testbed,
     console: Console,
     cell: &'a Cell,
+    run: &'a Run,
 }
 
 /// Tries a cell. What keeps it from coming to its end is in its record.
-///
-/// # Errors
-/// [`BenchError::Interrupted`]
 pub fn run(
     cell: &Cell,
-    trials: &Trials<'_>,
-    runtime: &Handle,
-    interrupt: &Interrupt,
+    sitting: &Sitting,
+    run: &Run,
     narrator: &mut Narrator,
 ) -> Result<CellRecord, BenchError> {
     narrator.step(&format!("{}: {}", cell.name, cell.describe()));
     let began = Instant::now();
-    let mut record = CellRecord {
-        cell: cell.clone(),
-        sitting: Sitting {
-            started: jiff::Zoned::now().strftime("%Y-%m-%d %H:%M %Z").to_string(),
-            took_ms: 0.0,
-            runs: trials.runs,
-            patience_s: trials.patience.as_secs(),
-            contenders: trials.contenders.clone(),
-            surroundings: trials.surroundings.now(),
-        },
-        description: cell.describe(),
-        dirtied: None,
-        unmigrated: None,
-        trials: Vec::new(),
-        faults: None,
-        skipped: None,
-        failure: None,
-    };
+    let started = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M %Z").to_string();
+    let sitting = Sitting { started, surroundings: sitting.surroundings.now(), ..sitting.clone() };
+    let mut record = CellRecord::new(cell, sitting);
     let room = cell.disk.map_or(Ok(()), disks::has_room);
     let userland = match room.and_then(|()| userland(cell).map_err(|error| error.to_string())) {
         Ok(userland) => userland,
@@ -173,7 +152,7 @@ pub fn run(
             return Ok(record);
         }
     };
-    match try_all(cell, userland, trials, runtime, interrupt, narrator, &mut record) {
+    match try_all(cell, userland, run, narrator, &mut record) {
         Err(BenchError::Interrupted) => return Err(BenchError::Interrupted),
         Err(error) => {
             narrator.result(&error.chain());
@@ -197,24 +176,23 @@ fn userland(cell: &Cell) -> Result<Option<PathBuf>, TestbedError> {
 fn try_all(
     cell: &Cell,
     userland: Option<PathBuf>,
-    trials: &Trials<'_>,
-    runtime: &Handle,
-    interrupt: &Interrupt,
+    run: &Run,
     narrator: &mut Narrator,
     record: &mut CellRecord,
 ) -> Result<(), BenchError> {
-    let mut scene = Scene::set(cell, userland, runtime, interrupt)?;
-    scene.look(interrupt, narrator, record)?;
-    for round in 0..trials.runs {
-        for contender in turns(&trials.contenders, round) {
-            interrupt.check()?;
+    let mut scene = Scene::set(cell, userland, run)?;
+    scene.look(narrator, record)?;
+    let Sitting { runs, patience_s, contenders, .. } = record.sitting.clone();
+    for round in 0..runs {
+        for contender in turns(&contenders, round) {
+            run.check()?;
             // Who did not converge, or lost its guest, is not waited for again.
             let hopeless =
                 |trial: &Trial| matches!(trial.miss, Some(Miss::NotConverged { .. } | Miss::Crashed));
             if record.by(contender).any(hopeless) {
                 continue;
             }
-            let trial = scene.attempt(contender, round, trials.patience, interrupt)?;
+            let trial = scene.attempt(contender, round, Duration::from_secs(patience_s))?;
             narrator.result(&in_words(&trial));
             let stuck = contender == Contender::VMIRROR && trial.miss.is_some();
             record.trials.push(trial);
@@ -232,7 +210,7 @@ fn try_all(
 fn in_words(trial: &Trial) -> String {
     let result = match (&trial.sample, &trial.miss) {
         (Some(sample), _) => present::in_words(sample),
-        (None, Some(miss)) => present::missed(miss),
+        (None, Some(miss)) => miss.to_string(),
         (None, None) => "nothing".to_owned(),
     };
     let kept = trial.throughput.kept().map(|kept| format!(", guest at {:.0} %", kept * 100.0));
@@ -240,29 +218,19 @@ fn in_words(trial: &Trial) -> String {
 }
 
 impl<'a> Scene<'a> {
-    fn set(
-        cell: &'a Cell,
-        userland: Option<PathBuf>,
-        runtime: &Handle,
-        interrupt: &Interrupt,
-    ) -> Result<Self, BenchError> {
+    fn set(cell: &'a Cell, userland: Option<PathBuf>, run: &'a Run) -> Result<Self, BenchError> {
         let bed = Testbed::with(&Programs::find())?;
-        for host in bed.hosts() {
-            host.start_agent_with(&AgentOptions {
-                local: cell.disk.is_some(),
-                without_bpf: !cell.frames,
-                ..AgentOptions::default()
-            })?;
-            host.add_tap(TWIN)?;
-            if let Link::Mbit(mbit) = cell.link {
+        let (local, without_bpf) = (cell.disk.is_some(), !cell.frames);
+        scene::prepare(&bed, &AgentOptions { local, without_bpf, ..AgentOptions::default() }, true)?;
+        if let Link::Mbit(mbit) = cell.link {
+            for host in bed.hosts() {
                 bed.set_rate(host, Wire::Link, mbit * 1_000_000)?;
             }
         }
-        bed.a().add_tap(NAME)?;
-        let spec = |name: &str, number: u8| -> Result<GuestSpec, BenchError> {
+        let spec = |name| -> Result<GuestSpec, BenchError> {
             let image = disks::image(bed.a(), name);
             if let Some(disk) = cell.disk {
-                disks::fill(&image, disk, interrupt)?;
+                disks::fill(&image, disk, run)?;
             }
             // Under an agent it lies at the same place on both hosts.
             let image = if name == NAME {
@@ -278,24 +246,17 @@ impl<'a> Scene<'a> {
                 rate: 0,
                 pattern: cell.pattern(),
                 content: Some(cell.page_content()),
-                check_rate: Some(CHECK_RATE),
                 userland: userland.clone().map(Userland::Shared),
-                nic: Some(Nic::new(name, number)),
-                // QEMU names its threads only when told to, and the twin's are told apart by name.
-                extra: vec!["-name".into(), format!("{name},debug-threads=on")],
-                ..GuestSpec::new(bed.a().serial(name))?
+                ..scene::spec(&bed, name, true)?
             })
         };
-        let (spec, twin_spec) = (spec(NAME, 10)?, spec(TWIN, 11)?);
-        mirrored::run(bed.a(), &spec)?;
-        let twin = Twin::boot(bed.hosts(), &twin_spec, runtime, interrupt)?;
+        let (spec, twin_spec) = (spec(NAME)?, spec(TWIN)?);
+        mirrored::start(bed.a(), &spec)?;
+        let twin = Twin::boot(bed.hosts(), &twin_spec, run)?;
         let consoles = [&spec.serial, &twin_spec.serial].map(Console::new);
-        interrupt.wait("the guests to boot", BOOT, || {
-            let ready = consoles.iter().all(|console| console.is_ready() && console.status().is_some());
-            Ok(ready.then_some(()))
-        })?;
+        scene::wait_ready(&consoles, run)?;
         let [console, _] = consoles;
-        let scene = Self { twin: Some(twin), bed, console, cell };
+        let scene = Self { twin, bed, console, cell, run };
         for guest in ADDRESSES {
             scene.rest(scene.client()?, guest)?;
         }
@@ -307,17 +268,12 @@ impl<'a> Scene<'a> {
     }
 
     /// What is seen of the guest before anything is moved.
-    fn look(
-        &self,
-        interrupt: &Interrupt,
-        narrator: &mut Narrator,
-        record: &mut CellRecord,
-    ) -> Result<(), BenchError> {
+    fn look(&self, narrator: &mut Narrator, record: &mut CellRecord) -> Result<(), BenchError> {
         let client = self.client()?;
-        self.work(client, ADDRESSES[0], interrupt)?;
+        self.work(client, ADDRESSES[0])?;
         let before = client.status(ADDRESSES[0])?;
-        let (_, beats) =
-            with_heartbeats(Some(client), ADDRESSES[0], interrupt, || interrupt.sleep(UNMIGRATED))?;
+        let listen = || self.run.sleep(UNMIGRATED);
+        let (_, beats) = with_heartbeats(Some(client), ADDRESSES[0], self.run, listen)?;
         let after = client.status(ADDRESSES[0])?;
         self.rest(client, ADDRESSES[0])?;
         let ms_between = after.uptime_ms.saturating_sub(before.uptime_ms);
@@ -327,20 +283,20 @@ impl<'a> Scene<'a> {
         record.unmigrated = beats;
         narrator.result(&format!(
             "it dirties {} per second; longest heartbeat gap {}",
-            bytes(record.dirtied.unwrap_or_default()),
+            bytes(record.dirtied.unwrap_or_default() as u64),
             ms(beats.and_then(|beats| beats.gap_ms()).unwrap_or(f64::NAN)),
         ));
         Ok(())
     }
 
     /// Lets a guest do its work; the other one rests meanwhile, there are few CPUs.
-    fn work(&self, client: &Client, guest: Ipv4Addr, interrupt: &Interrupt) -> Result<(), BenchError> {
+    fn work(&self, client: &Client, guest: Ipv4Addr) -> Result<(), BenchError> {
         if !self.cell.is_busy() {
             return Ok(());
         }
         client.tell(guest, &format!("rate {}", self.cell.rate()))?;
         client.tell(guest, "resume")?;
-        interrupt.sleep(WARM_UP)
+        self.run.sleep(WARM_UP)
     }
 
     fn rest(&self, client: &Client, guest: Ipv4Addr) -> Result<(), BenchError> {
@@ -356,90 +312,76 @@ impl<'a> Scene<'a> {
         if self.cell.disk.is_some_and(|disk| disk.written) { HOLD } else { Duration::ZERO }
     }
 
-    fn attempt(
-        &mut self,
-        contender: Contender,
-        round: u32,
-        patience: Duration,
-        interrupt: &Interrupt,
-    ) -> Result<Trial, BenchError> {
-        let mut twin = self.twin.take();
-        let trial = self.attempt_with(&mut twin, contender, round, patience, interrupt);
-        self.twin = twin;
-        trial
-    }
-
-    fn attempt_with(
-        &self,
-        twin: &mut Option<Twin>,
-        contender: Contender,
-        round: u32,
-        patience: Duration,
-        interrupt: &Interrupt,
-    ) -> Result<Trial, BenchError> {
-        let client = self.client()?;
-        let own = contender == Contender::VMIRROR;
+    fn attempt(&mut self, contender: Contender, round: u32, patience: Duration) -> Result<Trial, BenchError> {
+        let (own, cell, run) = (contender == Contender::VMIRROR, self.cell, self.run);
         let guest = ADDRESSES[usize::from(!own)];
-        self.work(client, guest, interrupt)?;
-        let boot_id = client.status(guest)?.boot_id;
-        let watch = Watch::start(client, guest)?;
-        let act = || match twin.as_mut() {
-            _ if own => self.by_vmirror(round, patience, interrupt),
-            Some(twin) => {
-                let setting = Setting { method: contender.method, tls: contender.tls, hold: self.hold() };
-                if let Some(disk) = self.cell.disk {
-                    let to = &self.bed.hosts()[1 - twin.host()];
-                    disks::clear(to, TWIN)?;
-                    disks::make(&disks::image(to, TWIN), disk)?;
-                }
-                twin.migrate(self.bed.hosts(), setting, patience, interrupt)
+        self.work(self.client()?, guest)?;
+        let boot_id = self.client()?.status(guest)?.boot_id;
+        let watch = throughput::watch(self.client()?, guest)?;
+        let setting = Setting { method: contender.method, tls: contender.tls, hold: self.hold() };
+        let Self { twin, bed, .. } = self;
+        let act = || {
+            if own {
+                return by_vmirror(cell, scene::hosts(bed, round), setting.hold, patience, run);
             }
-            None => Err(BenchError::Baseline { status: "none".into(), message: "the twin is gone".into() }),
+            if let Some(disk) = cell.disk {
+                let to = &bed.hosts()[1 - twin.host()];
+                disks::clear(to, TWIN)?;
+                disks::make(&disks::image(to, TWIN), disk)?;
+            }
+            twin.migrate(bed.hosts(), setting, patience)
         };
-        let (moved, heartbeats) = with_heartbeats(Some(client), guest, interrupt, act)?;
-        let survived = client.status(guest)?.boot_id == boot_id;
+        let (moved, heartbeats) = with_heartbeats(bed.client(), guest, run, act)?;
+        let survived = self.client()?.status(guest)?.boot_id == boot_id;
         let Moved { result, overhead_bytes } = moved;
         let (sample, miss) = match result {
             Ok(_) if !survived => (None, Some(Miss::Crashed)),
             Ok(sample) => (Some(Sample { round, heartbeats, ..sample }), None),
             Err(miss) => (None, Some(miss)),
         };
-        let throughput = watch.around(sample.as_ref());
-        let throughput = if self.cell.is_busy() { throughput } else { Throughput::default() };
-        self.rest(client, guest)?;
+        let words = watch.stop();
+        let throughput = match &sample {
+            Some(sample) if cell.is_busy() => throughput::around(&words, sample),
+            _ => Throughput::default(),
+        };
+        self.rest(self.client()?, guest)?;
         Ok(Trial { contender, round, sample, miss, throughput, overhead_bytes })
     }
+}
 
-    fn by_vmirror(&self, round: u32, patience: Duration, interrupt: &Interrupt) -> Result<Moved, BenchError> {
-        let [a, b] = self.bed.hosts();
-        let [from, to] = if round.is_multiple_of(2) { [a, b] } else { [b, a] };
-        let agents = [from, to].map(Memory::of_agent);
-        let deadline = format!("{}s", patience.as_secs());
-        let (downtime, most) = self.cell.downtime_ms;
-        let (downtime, most) = (format!("{downtime}ms"), format!("{most}ms"));
-        let options = [
-            "--on-diverge",
-            self.cell.on_diverge,
-            "--downtime",
-            &downtime,
-            "--max-downtime",
-            &most,
-            "--timeout",
-            &deadline,
-        ];
-        // vmirror ends by itself at its deadline, and then some.
-        let disk = self.cell.disk.map(|_| self.hold());
-        let order = mirrored::Order { options: &options, disk, patience: patience * 2 };
-        if disk.is_some() {
-            disks::clear(to, NAME)?;
-        }
-        let sample = mirrored::migrate(from, to, &order, interrupt, |_| ())?;
-        let overhead_bytes = most_overhead(&agents);
-        let error = sample.report.as_ref().and_then(|report| report.error.as_ref());
-        let result = match error {
-            None => Ok(sample),
-            Some(failure) => Err(Miss::Failed { message: failure.finding.message.clone() }),
-        };
-        Ok(Moved { result, overhead_bytes })
+fn by_vmirror(
+    cell: &Cell,
+    [from, to]: [&Host; 2],
+    hold: Duration,
+    patience: Duration,
+    run: &Run,
+) -> Result<Moved, BenchError> {
+    let agents = [from, to].map(Memory::of_agent);
+    let (downtime, most) = cell.downtime_ms;
+    let [downtime, most] = [downtime, most].map(|limit| format!("{limit}ms"));
+    let deadline = format!("{}s", patience.as_secs());
+    let options = [
+        "--on-diverge",
+        &cell.on_diverge,
+        "--downtime",
+        &downtime,
+        "--max-downtime",
+        &most,
+        "--timeout",
+        &deadline,
+    ];
+    // vmirror ends by itself at its deadline, and then some.
+    let disk = cell.disk.map(|_| hold);
+    let order = mirrored::Order { options: &options, disk, patience: patience * 2 };
+    if disk.is_some() {
+        disks::clear(to, NAME)?;
     }
+    let sample = mirrored::migrate(from, to, &order, run, |_| ())?;
+    let overhead_bytes = most_overhead(&agents);
+    let error = sample.report.as_ref().and_then(|report| report.error.as_ref());
+    let result = match error {
+        None => Ok(sample),
+        Some(failure) => Err(Miss::Failed { message: failure.finding.message.clone() }),
+    };
+    Ok(Moved { result, overhead_bytes })
 }

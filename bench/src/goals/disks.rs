@@ -1,9 +1,10 @@
 //! Goals about guests whose disk moves with them, held against QEMU's own storage migration.
 
-use super::{Goal, cell, judged, median};
+use readable::{count, measured_ms as ms};
+
+use super::{Goal, bytes, cell, judged, median};
 use crate::contender::Contender;
 use crate::measure::Spread;
-use crate::number::{bytes, count, ms};
 use crate::record::Sample;
 use crate::throughput::Throughput;
 use crate::trial::CellRecord;
@@ -126,7 +127,7 @@ pub(crate) fn pause_of_disks(sample: &Sample) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::record;
+    use super::super::tests::{judge, record};
     use super::*;
     use crate::record::DiskCopy;
 
@@ -143,20 +144,16 @@ mod tests {
         record
     }
 
-    fn goal(cells: &[CellRecord], case: &str) -> Goal {
-        of(cells).into_iter().find(|goal| goal.case.starts_with(case)).unwrap()
-    }
-
     #[test]
     fn time_and_bytes_are_parts_of_qemus() {
         for (seconds, mib, time, bytes) in [(7.0, 500, true, true), (9.0, 600, false, false)] {
             let figures = [(Contender::VMIRROR, seconds, mib), (Contender::NBD, 10.0, 1000)];
             let cells = [with_figures("disk-4g-1gbit", &figures)];
-            assert_eq!(goal(&cells, "disk of 4 GiB, 1 Gbit/s").reached, Some(time), "{seconds}");
-            assert_eq!(goal(&cells, "bytes, disk half").reached, Some(bytes), "{mib}");
+            assert_eq!(judge(&cells, "disk of 4 GiB, 1 Gbit/s").0, Some(time), "{seconds}");
+            assert_eq!(judge(&cells, "bytes, disk half").0, Some(bytes), "{mib}");
         }
         let alone = [with_figures("disk-4g", &[(Contender::VMIRROR, 1.0, 1)])];
-        assert_eq!(goal(&alone, "disk of 4 GiB, unshaped").reached, None);
+        assert_eq!(judge(&alone, "disk of 4 GiB, unshaped").0, None);
         assert!(of(&[]).iter().all(|goal| goal.reached.is_none()));
     }
 
@@ -169,7 +166,7 @@ mod tests {
             for (trial, (during, copied)) in record.trials.iter_mut().zip(speeds) {
                 (trial.throughput.during, trial.throughput.copied) = (Some(during), Some(copied));
             }
-            assert_eq!(goal(&[record], "guest's writes").reached, Some(reached), "{during} {copied}");
+            assert_eq!(judge(&[record], "guest's writes").0, Some(reached), "{during} {copied}");
         }
     }
 
@@ -182,11 +179,8 @@ mod tests {
             let pause = &mut sample.report.as_mut().unwrap().pause;
             pause.disks_ms = pause.stopped_ms + in_pause;
             let none = record("disk-none", &[(Contender::VMIRROR, 8.0)]);
-            assert_eq!(
-                goal(&[disk, none], "downtime with a disk").reached,
-                Some(reached),
-                "{with} {in_pause}"
-            );
+            let (judged, _) = judge(&[disk, none], "downtime with a disk");
+            assert_eq!(judged, Some(reached), "{with} {in_pause}");
         }
     }
 }

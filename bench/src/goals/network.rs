@@ -1,8 +1,9 @@
 //! Goals about what a guest's network notices, held against QEMU's own migration.
 
+use readable::{count, measured_ms as ms};
+
 use super::{DEFAULT, Goal, cell, judged, median, missed};
 use crate::contender::Contender;
-use crate::number::{count, ms};
 use crate::record::Sample;
 use crate::trial::CellRecord;
 
@@ -34,7 +35,7 @@ fn gap(cells: &[CellRecord]) -> Goal {
     const LIMIT_MS: f64 = 3.0;
     let goal = format!("≤ downtime + {LIMIT_MS} ms");
     judged("heartbeat gap, idle, unshaped", goal, cell(cells, CELL), |record| {
-        let beyond = |sample: &Sample| Some(sample.heartbeats?.gap_ms()? - sample.downtime_ms);
+        let beyond = |sample: &Sample| Some(sample.gap_ms()? - sample.downtime_ms);
         let own = median(record, Contender::VMIRROR, beyond)?;
         let qemu = median(record, DEFAULT, beyond);
         let qemu = qemu.map_or_else(String::new, |qemu| format!("; QEMU: its downtime + {}", ms(qemu)));
@@ -56,7 +57,7 @@ fn added_downtime(cells: &[CellRecord]) -> Goal {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::record;
+    use super::super::tests::{judge, record};
     use super::*;
     use crate::measure::Beats;
 
@@ -71,27 +72,23 @@ mod tests {
         record
     }
 
-    fn reached(cells: &[CellRecord], case: &str) -> Option<bool> {
-        of(cells).into_iter().find(|goal| goal.case.starts_with(case)).unwrap().reached
-    }
-
     #[test]
     fn no_frame_may_be_lost_and_no_gap_be_longer_than_the_pause() {
         for (gap, lost, heard, kept) in [(12.5, 0, true, true), (14.0, 1, false, false)] {
             let cells =
                 [with_beats(CELL, &[(Contender::VMIRROR, 10.0, gap, lost), (DEFAULT, 50.0, 90.0, 40)])];
-            assert_eq!(reached(&cells, "heartbeat gap"), Some(heard), "{gap}");
-            assert_eq!(reached(&cells, "frames lost"), Some(kept), "{lost}");
+            assert_eq!(judge(&cells, "heartbeat gap").0, Some(heard), "{gap}");
+            assert_eq!(judge(&cells, "frames lost").0, Some(kept), "{lost}");
         }
     }
 
     #[test]
     fn what_frames_add_is_told_beside_a_guest_whose_frames_are_lost() {
         let with = with_beats(CELL, &[(Contender::VMIRROR, 10.0, 12.0, 0)]);
-        assert_eq!(reached(std::slice::from_ref(&with), "downtime with frames"), None);
+        assert_eq!(judge(std::slice::from_ref(&with), "downtime with frames").0, None);
         for (without, expected) in [(9.0, true), (7.0, false)] {
             let without = record("idle-zero-no-frames", &[(Contender::VMIRROR, without)]);
-            assert_eq!(reached(&[with.clone(), without], "downtime with frames"), Some(expected));
+            assert_eq!(judge(&[with.clone(), without], "downtime with frames").0, Some(expected));
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Measurements as drawings (SVG).
 
-use super::escape;
+use readable::html::{drawing, escape};
+use readable::measured_ms as ms;
+
 use crate::measure::Spread;
-use crate::number::ms;
 
 /// Width of a drawing, in its own units; the page scales it.
 const WIDTH: f64 = 1000.0;
@@ -18,18 +19,14 @@ pub(super) fn dots(title: &str, rows: &[(&str, Vec<f64>)], limit: Option<f64>) -
     let most = rows.iter().flat_map(|(_, values)| values).copied().chain(limit).fold(0.0, f64::max);
     let x = |value: f64| LEFT + value / most.max(1e-6) * (WIDTH - LEFT - RIGHT);
     let height = ROW * rows.len() as f64;
-    let mut svg = format!(
-        "<h3>{}</h3>\n<div class=\"scroll\"><svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\">\n\
-         <line class=\"grid\" x1=\"{LEFT}\" y1=\"0\" x2=\"{LEFT}\" y2=\"{height}\"/>\n",
-        escape(title)
-    );
+    let mut svg = format!("<line class=\"grid\" x1=\"{LEFT}\" y1=\"0\" x2=\"{LEFT}\" y2=\"{height}\"/>\n");
     if let Some(limit) = limit {
         let at = x(limit);
         svg += &format!("<line class=\"goal\" x1=\"{at:.1}\" y1=\"0\" x2=\"{at:.1}\" y2=\"{height}\"/>\n");
     }
     for (row, (name, values)) in rows.iter().enumerate() {
         let middle = (row as f64 + 0.5) * ROW;
-        let class = if row == 0 { "own" } else { "other" };
+        let class = if row == 0 { "hot" } else { "cool" };
         svg += &format!(
             "<text class=\"name\" x=\"{}\" y=\"{:.1}\">{}</text>\n",
             LEFT - 14.0,
@@ -55,15 +52,14 @@ pub(super) fn dots(title: &str, rows: &[(&str, Vec<f64>)], limit: Option<f64>) -
             ms(spread.median)
         );
     }
-    svg + "</svg></div>\n"
+    format!("<h3>{}</h3>\n{}", escape(title), drawing(WIDTH, height, &svg))
 }
 
 /// The parts of a whole, one after the other, each with its length in milliseconds.
 pub(super) fn stack(parts: &[(&str, f64)]) -> String {
     const BAR: f64 = 38.0;
     let whole: f64 = parts.iter().map(|(_, length)| length.max(0.0)).sum::<f64>().max(1e-6);
-    let mut svg = format!("<div class=\"scroll\"><svg viewBox=\"0 0 {WIDTH} {BAR}\" role=\"img\">\n");
-    let mut legend = String::from("<ul class=\"legend\">\n");
+    let (mut svg, mut legend) = (String::new(), String::new());
     let mut at = 0.0;
     for (number, (name, length)) in parts.iter().enumerate() {
         let width = length.max(0.0) / whole * WIDTH;
@@ -74,7 +70,7 @@ pub(super) fn stack(parts: &[(&str, f64)]) -> String {
             &format!("<li><i class=\"part{number}\"></i>{} <b>{}</b></li>\n", escape(name), ms(*length));
         at += width;
     }
-    svg + "</svg></div>\n" + &legend + "</ul>\n"
+    format!("{}<ul class=\"legend\">\n{legend}</ul>\n", drawing(WIDTH, BAR, &svg))
 }
 
 #[cfg(test)]

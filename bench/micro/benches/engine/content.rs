@@ -66,39 +66,16 @@ impl Numbers {
     }
 }
 
-const WORDS: [&str; 24] = [
-    "the ",
-    "page ",
-    "guest ",
-    "of ",
-    "memory ",
-    "a ",
-    "error: ",
-    "info ",
-    "connection ",
-    "to ",
-    "from ",
-    "request ",
-    "in ",
-    "disk ",
-    "is ",
-    "not ",
-    "user=",
-    "time=",
-    "returned ",
-    "and ",
-    "kernel ",
-    "value ",
-    "set\n",
-    "{\n    ",
-];
+const WORDS: &str = "the |page |guest |of |memory |a |error: |info |connection |to |from |request |in |disk |is |not |user=|time=|returned \
+                     |and |kernel |value |set\n|{\n    ";
 
 fn write_text(mut bytes: &mut [u8], numbers: &mut Numbers) {
+    let words: Vec<&str> = WORDS.split('|').collect();
     while !bytes.is_empty() {
         let number = numbers.next();
         let figures = format!("{} ", number >> 44);
         let word = match (number >> 8) % 30 {
-            at @ 0..24 => WORDS[at as usize],
+            at @ 0..24 => words[at as usize],
             _ => figures.as_str(),
         };
         let length = word.len().min(bytes.len());

@@ -5,15 +5,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use compression::Compression;
-use criterion::{Criterion, SamplingMode, Throughput};
+use criterion::{Criterion, Throughput};
 use mirror::memory::round::Guest;
 
 use crate::content::Content;
+use crate::encode::{BYTES, COMPRESSIONS, DELTA_BYTES, group};
 use crate::rig::{Destination, Tracee};
-
-const BYTES: usize = 256 << 20;
-/// What the last sent content of hot pages has room for, with some to spare.
-const DELTA_BYTES: usize = 64 << 20;
 
 /// A stream whose bytes are kept.
 #[derive(Clone, Default)]
@@ -36,14 +33,10 @@ impl Write for Recorder {
 /// The first round of 256 MiB, by content and compression, into an empty file; a later round of 64 MiB in which each page
 /// comes as a delta of one word.
 pub(crate) fn decode(c: &mut Criterion) {
-    let mut group = c.benchmark_group("decode");
-    group.throughput(Throughput::Bytes(BYTES as u64)).sampling_mode(SamplingMode::Flat).sample_size(10);
-    group.measurement_time(Duration::from_secs(3));
+    let mut group = group(c, "decode", BYTES);
     for content in Content::ALL {
         let mut tracee = None;
-        for (name, compression) in
-            [("none", Compression::Off), ("LZ4", Compression::Lz4), ("Zstandard", Compression::Zstd)]
-        {
+        for (name, compression) in COMPRESSIONS {
             group.bench_function(format!("first round, {}, {name}", content.name()), |b| {
                 let tracee = tracee.get_or_insert_with(|| Tracee::new(BYTES, content));
                 let recorder = Recorder::default();

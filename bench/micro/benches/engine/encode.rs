@@ -5,31 +5,39 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use compression::Compression;
-use criterion::{Criterion, SamplingMode, Throughput};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput};
 use mirror::memory::round::{Counts, Guest};
 
 use crate::content::Content;
 use crate::rig::Tracee;
 
-const BYTES: usize = 256 << 20;
+pub(crate) const BYTES: usize = 256 << 20;
 /// What the last sent content of hot pages has room for, with some to spare.
-const DELTA_BYTES: usize = 64 << 20;
+pub(crate) const DELTA_BYTES: usize = 64 << 20;
 /// A frame's payload.
 const BLOCK: usize = 1 << 20;
+
+pub(crate) const COMPRESSIONS: [(&str, Compression); 3] =
+    [("none", Compression::Off), ("LZ4", Compression::Lz4), ("Zstandard", Compression::Zstd)];
+
+/// A group of measurements that take long each, of so many bytes.
+pub(crate) fn group<'a>(c: &'a mut Criterion, name: &str, bytes: usize) -> BenchmarkGroup<'a, WallTime> {
+    let mut group = c.benchmark_group(name);
+    group.throughput(Throughput::Bytes(bytes as u64)).sampling_mode(SamplingMode::Flat).sample_size(10);
+    group.measurement_time(Duration::from_secs(3));
+    group
+}
 
 /// A whole round of the source, scan and all, on one stream to a sink that discards. In bytes of guest memory per second.
 ///
 /// The first round of 256 MiB, by content and compression; a round in which all of 256 MiB was written and nothing has
 /// changed; one in which a word of each page of 64 MiB has changed, so that each is sent as a delta.
 pub(crate) fn encode(c: &mut Criterion) {
-    let mut group = c.benchmark_group("encode");
-    group.throughput(Throughput::Bytes(BYTES as u64)).sampling_mode(SamplingMode::Flat).sample_size(10);
-    group.measurement_time(Duration::from_secs(3));
+    let mut group = group(c, "encode", BYTES);
     for content in Content::ALL {
         let mut tracee = None;
-        for (name, compression) in
-            [("none", Compression::Off), ("LZ4", Compression::Lz4), ("Zstandard", Compression::Zstd)]
-        {
+        for (name, compression) in COMPRESSIONS {
             group.bench_function(format!("first round, {}, {name}", content.name()), |b| {
                 let tracee = tracee.get_or_insert_with(|| Tracee::new(BYTES, content));
                 b.iter_custom(|iterations| {
@@ -81,9 +89,7 @@ fn again(b: &mut criterion::Bencher<'_>, mut tracee: Tracee, command: &str, kind
 
 /// The compressors alone, on blocks of 1 MiB, in one thread. In bytes that go in per second.
 pub(crate) fn compress(c: &mut Criterion) {
-    let mut group = c.benchmark_group("compress");
-    group.throughput(Throughput::Bytes(DELTA_BYTES as u64)).sampling_mode(SamplingMode::Flat).sample_size(10);
-    group.measurement_time(Duration::from_secs(3));
+    let mut group = group(c, "compress", DELTA_BYTES);
     for content in Content::ALL {
         let bytes = content.bytes(DELTA_BYTES);
         group.bench_function(format!("LZ4, {}", content.name()), |b| {

@@ -24,18 +24,14 @@ use std::time::Duration;
 
 use criterion::Criterion;
 
-use crate::figures::Figures;
-
 fn main() {
     let criterion =
         Criterion::default().warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(3));
     let mut criterion = criterion.configure_from_args();
-    let mut figures = Figures::default();
-    memcpy::memcpy(&mut criterion, &mut figures);
+    let memcpy = memcpy::memcpy(&mut criterion);
     for stage in [scan::scan, hash::hash, encode::encode, encode::compress, decode::decode] {
         stage(&mut criterion);
     }
-    through::through(&mut criterion, &mut figures);
-    figures.write();
+    figures::write(memcpy, through::through(&mut criterion));
     criterion.final_summary();
 }

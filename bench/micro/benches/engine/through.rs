@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use compression::Compression;
 use criterion::{Criterion, SamplingMode, Throughput};
+use micro::Through;
 use mirror::memory::round::Guest;
 
 use crate::content::Content;
-use crate::figures::{Figures, Rates};
 use crate::rig::{Destination, Tracee};
 use crate::tls::Agents;
 use crate::veth::VethPair;
@@ -24,11 +24,12 @@ const BYTES: u64 = 1 << 30;
 /// own connections with TLS. Compression is left to itself, as it is by default. From the beginning of the round until
 /// everything is applied. Beside it iperf3 over the same veth pair, with as many streams. In bytes per second.
 ///
-/// At the end the medians, and the ratios to iperf3. Needs root and iperf3; says so and is left out otherwise.
-pub(crate) fn through(c: &mut Criterion, figures: &mut Figures) {
+/// At the end the medians, and the ratios to iperf3; gives them back where there are all. Needs root and iperf3; says so and is
+/// left out otherwise.
+pub(crate) fn through(c: &mut Criterion) -> Option<Vec<Through>> {
     if !rustix::process::geteuid().is_root() {
         println!("SKIPPED through: network namespaces need root");
-        return;
+        return None;
     }
     let has_iperf = Command::new("iperf3").arg("--version").stdout(Stdio::null()).status().is_ok();
     if !has_iperf {
@@ -81,12 +82,14 @@ pub(crate) fn through(c: &mut Criterion, figures: &mut Figures) {
         });
     }
     group.finish();
-    for streams in [1, 2] {
+    let rates = |streams| {
         let median = |what| noted.median(what, streams);
-        let rates = Rates { streams, iperf3: median("iperf3"), plain: median("plain"), tls: median("tls") };
-        rates.print();
-        figures.through.push(rates);
-    }
+        let rates =
+            Through { streams, iperf3: median("iperf3")?, plain: median("plain")?, tls: median("tls")? };
+        crate::figures::print(&rates);
+        Some(rates)
+    };
+    [1, 2].into_iter().map(rates).collect()
 }
 
 /// Sends all of a process's memory to a new destination, over these connections, which are cut afterwards.

@@ -1,0 +1,216 @@
+//! `make bench`: vmirror and QEMU's own migration, side by side.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+
+use crate::budget::{self, Budget};
+use crate::cell::Cell;
+use crate::contender::Contender;
+use crate::narrator::Narrator;
+use crate::results::{Kept, Results};
+use crate::run::Run;
+use crate::surroundings::Surroundings;
+use crate::trial::{self, Sitting};
+use crate::{BenchError, file};
+
+/// All of it takes hours; what follows has every goal and every cell.
+const SITTINGS: &str = include_str!("compare/sittings.txt").trim_ascii_end();
+
+/// Compares vmirror with QEMU's own migration
+#[derive(Debug, Parser)]
+#[command(name = "bench", max_term_width = 100, after_help = SITTINGS)]
+struct Cli {
+    /// The short form: few cells, few contenders, under ten minutes
+    #[arg(long)]
+    quick: bool,
+    /// Only this cell; can be given again
+    #[arg(long = "cell", value_name = "NAME")]
+    cells: Vec<String>,
+    /// Only this contender; can be given again. vmirror and those that a goal compares it with make a goal's figures
+    #[arg(long = "contender", value_name = "NAME")]
+    contenders: Vec<String>,
+    /// Migrations by each contender in each cell [default: 5, or 3 with --quick]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: Option<u32>,
+    /// After how many seconds a migration is given up as not converging [default: 300, or 30 with --quick]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(5..=86_400))]
+    patience: Option<u64>,
+    /// Begin no cell that would not be done so many minutes after the beginning [default: none, or 9 with --quick]
+    #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    budget: Option<u64>,
+    /// Where benchmarks.md and benchmarks/ go [default: target/bench, or target/bench-quick]. Cells that are there already stay as
+    /// they are, but for those that are tried now: these are replaced, with all their contenders
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Keep no cells of earlier
+    #[arg(long)]
+    fresh: bool,
+    /// List the cells and the contenders
+    #[arg(long)]
+    list: bool,
+}
+
+/// The budget of the short form: under ten minutes, with some to spare for a cell that takes longer than was guessed.
+const QUICK_MINUTES: u64 = 9;
+
+/// `make bench`.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if cli.list {
+        for cell in Cell::all() {
+            println!("{:22}{}", cell.name, cell.describe());
+        }
+        println!();
+        for contender in Contender::ALL {
+            println!("{:22}{}", contender.key(), contender.name());
+        }
+        return ExitCode::SUCCESS;
+    }
+    Run::main(|run| {
+        let cells = chosen(&cli).map_err(BenchError::Usage)?;
+        let named = contenders(&cli).map_err(BenchError::Usage)?;
+        compare(&cli, &cells, &named, run)
+    })
+}
+
+/// Refuses what nothing is named.
+fn known(what: &str, named: &[String], all: &[String]) -> Result<(), String> {
+    let unknown = named.iter().find(|name| !all.contains(name));
+    unknown.map_or(Ok(()), |name| Err(format!("no {what} is named {name}; `bench --list` lists them")))
+}
+
+/// The cells to try.
+fn chosen(cli: &Cli) -> Result<Vec<Cell>, String> {
+    let all = Cell::all();
+    known("cell", &cli.cells, &all.iter().map(|cell| cell.name.clone()).collect::<Vec<_>>())?;
+    let fits = |cell: &Cell| {
+        if cli.cells.is_empty() { !cli.quick || cell.quick } else { cli.cells.contains(&cell.name) }
+    };
+    Ok(all.into_iter().filter(fits).collect())
+}
+
+/// The contenders that were named; none where none was.
+fn contenders(cli: &Cli) -> Result<Vec<Contender>, String> {
+    known("contender", &cli.contenders, &Contender::ALL.map(Contender::key))?;
+    Ok(Contender::ALL.into_iter().filter(|contender| cli.contenders.contains(&contender.key())).collect())
+}
+
+/// How a cell is tried.
+fn sitting(cli: &Cli, cell: &Cell, named: &[Contender], surroundings: &Surroundings) -> Sitting {
+    let contenders = match (named, cli.quick) {
+        ([], true) => Contender::quick(cell),
+        ([], false) => &Contender::ALL[..],
+        (named, _) => named,
+    };
+    let (runs, patience_s) = if cli.quick { (3, 30) } else { (5, 300) };
+    Sitting {
+        contenders: contenders.iter().copied().filter(|contender| contender.fits(cell)).collect(),
+        runs: cli.runs.unwrap_or(runs),
+        patience_s: cli.patience.unwrap_or(patience_s),
+        surroundings: surroundings.clone(),
+        ..Sitting::default()
+    }
+}
+
+fn compare(cli: &Cli, cells: &[Cell], named: &[Contender], run: &Run) -> Result<bool, BenchError> {
+    let mut narrator = Narrator::new();
+    let minutes = cli.budget.or(cli.quick.then_some(QUICK_MINUTES));
+    let mut budget = Budget::new(minutes.map(|minutes| Duration::from_secs(minutes * 60)));
+    let target = testbed::programs::target();
+    let usual = target.join(if cli.quick { "bench-quick" } else { "bench" });
+    let directory = cli.out.clone().unwrap_or(usual);
+    let kept = if cli.fresh { Kept::default() } else { Kept::read(&directory)? };
+    if !kept.dropped.is_empty() {
+        println!("not kept, being other cells now or recorded otherwise: {}\n", kept.dropped.join(", "));
+    }
+    let surroundings = Surroundings::find(&testbed::Programs::find());
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let mut results = Results {
+        started: jiff::Zoned::now().strftime("%Y-%m-%d %H:%M %Z").to_string(),
+        took_ms: 0.0,
+        command: format!("bench {}", words.join(" ")).trim_end().to_owned(),
+        surroundings: surroundings.clone(),
+        engine: file::read(&target.join(micro::FILE))?,
+        left_out: Vec::new(),
+        cells: kept.cells,
+        goals: Vec::new(),
+    };
+    let sitting = |cell: &Cell| sitting(cli, cell, named, &surroundings);
+    let all: Duration = cells.iter().map(|cell| budget::estimate(cell, &sitting(cell))).sum();
+    narrator.step(&format!("{} cells, about {:.0} minutes", cells.len(), all.as_secs_f64() / 60.0));
+    let mut document = None;
+    let mut tried = Vec::new();
+    for cell in cells {
+        let sitting = sitting(cell);
+        if !budget.has_room_for(cell, &sitting) {
+            narrator.step(&format!("{}: left out, there is no time for it", cell.name));
+            results.left_out.push(cell.name.clone());
+        } else {
+            let record = trial::run(cell, &sitting, run, &mut narrator)?;
+            budget.learn(cell, &sitting, Duration::from_secs_f64(record.sitting.took_ms / 1e3));
+            results.take(record);
+            tried.push(cell.name.as_str());
+        }
+        results.took_ms = narrator.elapsed_ms();
+        results.judge();
+        // After every cell: what was measured is not lost when the next one is interrupted.
+        document = Some(results.write(&directory)?);
+    }
+    show(&results);
+    if let Some(document) = document {
+        println!("\n  {}", document.display());
+    }
+    Ok(results.succeeded(&tried))
+}
+
+/// The goals, on the terminal.
+fn show(results: &Results) {
+    println!();
+    for goal in &results.goals {
+        let mark = match goal.reached {
+            Some(true) => "reached",
+            Some(false) => "NOT REACHED",
+            None => "-",
+        };
+        println!("{mark:12}{}: {}\n{:12}{}", goal.case, goal.goal, "", goal.measured);
+    }
+    if !results.left_out.is_empty() {
+        println!("\nleft out for want of time: {}", results.left_out.join(", "));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn an_unknown_cell_is_refused_by_name() {
+        Cli::command().debug_assert();
+        let cli = |line: &[&str]| Cli::try_parse_from([&["bench"], line].concat()).unwrap();
+        assert!(chosen(&cli(&["--cell", "nonsense"])).unwrap_err().contains("nonsense"));
+        // Those that the help tells of, too.
+        let told = SITTINGS.split("--cell ").skip(1).filter_map(|rest| rest.split_whitespace().next());
+        let told: Vec<&str> = told.flat_map(|name| ["--cell", name]).collect();
+        assert_eq!(chosen(&cli(&told)).unwrap().len(), Cell::all().len());
+        let named = chosen(&cli(&["--cell", "idle", "--cell", "random-75"])).unwrap();
+        assert_eq!(named.len(), 2);
+        assert!(chosen(&cli(&["--quick"])).unwrap().len() < chosen(&cli(&[])).unwrap().len());
+        assert!(Cli::try_parse_from(["bench", "--runs", "0"]).is_err());
+    }
+
+    #[test]
+    fn contenders_are_those_named_or_all_or_those_of_the_short_form() {
+        let cli = |line: &[&str]| Cli::try_parse_from([&["bench"], line].concat()).unwrap();
+        assert!(contenders(&cli(&["--contender", "nobody"])).unwrap_err().contains("nobody"));
+        let named = cli(&["--contender", "qemu-tuned-tls", "--contender", "vmirror"]);
+        let (named, surroundings) = (contenders(&named).unwrap(), Surroundings::default());
+        assert_eq!(named.len(), 2);
+        let idle = &Cell::all()[0];
+        let of = |line: &[&str], named| sitting(&cli(line), idle, named, &surroundings).contenders.len();
+        assert_eq!((of(&[], &[]), of(&[], &named), of(&["--quick"], &[])), (Contender::ALL.len() - 1, 2, 6));
+    }
+}
