@@ -4,13 +4,12 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use qemu::Spec;
 use qemu::qmp::Drive;
-use qemu::spec::FilePurpose;
 use uuid::Uuid;
 
 use crate::drives;
 use crate::identity;
+use crate::images;
 use crate::options::{Disks, Engine, Options};
 use crate::report;
 use crate::vm::Vm;
@@ -83,7 +82,7 @@ impl Disk {
 
 /// Describes the disks of a machine, and finds every reason for which they cannot leave this host.
 pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Finding>) {
-    let images = images(&vm.spec);
+    let images = images::of(&vm.spec);
     if images.is_empty() {
         return (Vec::new(), Vec::new());
     }
@@ -157,30 +156,6 @@ pub(crate) async fn describe(vm: &Vm, options: &Options) -> (Vec<Disk>, Vec<Find
         disks.push(disk);
     }
     (disks, findings)
-}
-
-/// The images that a machine uses: of its disks, and of firmware in flash. Whether each is the base of another.
-pub(crate) fn images(spec: &Spec) -> Vec<(PathBuf, bool)> {
-    // Other protocols reach storage that is no file of this host: both hosts reach the same.
-    let disks = spec.disks().into_iter().filter_map(|disk| {
-        let path = disk.host_path().map(Path::to_owned)?;
-        Some((path, disk.is_backing))
-    });
-    // What cannot be written is firmware of the host, which its packages bring.
-    let flash = spec.files().into_iter().filter(|file| file.purpose == FilePurpose::Flash && file.writable);
-    disks.chain(flash.map(|file| (file.path, false))).collect()
-}
-
-/// Those of them that are the machine's to write: nobody else's any more. One that is only read, as also with `snapshot=on`, or the base of
-/// another, may be others' as well.
-pub(crate) fn written(spec: &Spec) -> Vec<PathBuf> {
-    let shared: Vec<PathBuf> = spec
-        .disks()
-        .into_iter()
-        .filter(|disk| !disk.is_written())
-        .filter_map(|disk| disk.host_path().map(Path::to_owned))
-        .collect();
-    images(spec).into_iter().map(|(path, _)| path).filter(|path| !shared.contains(path)).collect()
 }
 
 /// Why the mirror cannot take a disk.

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use qemu::{ImageLock, ImageLockError, KeepOut, QmpError, Spec};
 
-use crate::disks;
+use crate::images;
 use crate::left_images::{LeftImages, ToBeLocked, among, same_file};
 use crate::vm::Record;
 use crate::which_file::WhichFile;
@@ -115,7 +115,7 @@ impl Fence {
     fn take_up(&self, records: &[Record]) {
         let own = |record: &&Record| record.ownership == Ownership::Owner;
         let specs = records.iter().filter(own).filter_map(|record| Spec::parse(&record.argv).ok());
-        let used: HashSet<PathBuf> = specs.flat_map(|spec| disks::written(&spec)).collect();
+        let used: HashSet<PathBuf> = specs.flat_map(|spec| images::written(&spec)).collect();
         let mut state = self.state();
         // It has come back, or was started here, and the last agent had no time to say so.
         self.left.taken(used.iter().map(PathBuf::as_path));

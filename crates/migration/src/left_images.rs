@@ -23,8 +23,8 @@ use qemu::Spec;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::disks;
 use crate::fence::Holder;
+use crate::images;
 use crate::state_file::StateFile;
 use crate::vm::Journal;
 use crate::which_file::WhichFile;
@@ -445,7 +445,7 @@ impl LeftImages {
         let made =
             records.iter().flat_map(|record| record.made.images.iter().map(|image| image.path.clone()));
         let specs = records.iter().filter_map(|record| Spec::parse(&record.argv).ok());
-        let theirs = specs.flat_map(|spec| disks::images(&spec)).map(|(path, _)| path);
+        let theirs = specs.flat_map(|spec| images::of(&spec)).map(|(path, _)| path);
         self.expire_older_than(THERE, &made.chain(theirs).collect::<Vec<_>>());
     }
 

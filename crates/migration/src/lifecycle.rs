@@ -29,6 +29,7 @@ pub use forget::{Forgotten, Lingering, forget, forget_incomplete};
 pub(crate) use forget::{ended, session_over};
 pub use paths::{LONGEST_SOCKET_PATH, NameTooLong, longest_name};
 pub(crate) use paths::{Paths, fits};
+pub(crate) use ran::NEVER_RAN;
 pub use ran::may_never_have_run;
 pub use recover::{Occasion, Recovered, recover};
 pub use resolve::{Resolution, resolve};

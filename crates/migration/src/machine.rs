@@ -39,7 +39,7 @@ impl Machine {
     /// Describes a machine of this host, and finds every reason for which it cannot leave it.
     pub(crate) async fn describe(host: &Host, vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
         let mut findings = unmovable(&vm.spec, options.accept_disconnect);
-        let supervision = supervised::of(&vm.record, &vm.spec, options);
+        let supervision = supervised::of(&vm.record, &vm.spec, options.leaves());
         host.left.may_start(&vm.record.name, supervision.as_ref().map(|found| &found.finding));
         findings.extend(supervision.filter(|found| found.refused).map(|found| found.finding));
         if vm.record.post_copy.is_some() {

@@ -10,8 +10,18 @@ use network::snoop::{Side, Snoop};
 use qemu::Spec;
 
 use crate::vm::Record;
-use crate::wire;
 use ownership::VmName;
+
+/// By what a guest is known to its neighbours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Neighbour {
+    /// The back end of its card.
+    pub netdev: String,
+    /// The card's MAC address; empty where it is not known.
+    pub mac: String,
+    /// IP addresses, as text.
+    pub addresses: Vec<String>,
+}
 
 /// The addresses of machines, by name.
 #[derive(Default)]
@@ -23,7 +33,7 @@ struct Machine {
     /// Heard here, by tap.
     heard: HashMap<String, Snoop>,
     /// Told by the host that it comes from.
-    told: Vec<wire::Neighbour>,
+    told: Vec<Neighbour>,
 }
 
 impl std::fmt::Debug for Neighbourhood {
@@ -61,12 +71,12 @@ impl Neighbourhood {
     }
 
     /// The host that a machine comes from has said by what it is known there.
-    pub(crate) fn tell(&self, name: &VmName, neighbours: &[wire::Neighbour]) {
-        self.lock().entry(name.clone()).or_default().told = neighbours.to_vec();
+    pub(crate) fn tell(&self, name: &VmName, neighbours: Vec<Neighbour>) {
+        self.lock().entry(name.clone()).or_default().told = neighbours;
     }
 
     /// By what a machine is known, as far as was told or heard; at least its cards' own addresses, where the command line has them.
-    pub(crate) fn known(&self, record: &Record, spec: &Spec) -> Vec<wire::Neighbour> {
+    pub(crate) fn known(&self, record: &Record, spec: &Spec) -> Vec<Neighbour> {
         let machines = self.lock();
         let machine = machines.get(&record.name);
         let neighbour = |nic: qemu::Nic| {
@@ -79,7 +89,7 @@ impl Neighbourhood {
                 addresses.extend(told.iter().flat_map(|told| told.addresses.iter().cloned()));
             }
             let mac = nic.mac.or_else(|| told.map(|told| told.mac.clone()))?;
-            Some(wire::Neighbour { netdev: nic.netdev, mac, addresses: addresses.into_iter().collect() })
+            Some(Neighbour { netdev: nic.netdev, mac, addresses: addresses.into_iter().collect() })
         };
         spec.nics().into_iter().filter_map(neighbour).collect()
     }

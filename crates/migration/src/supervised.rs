@@ -10,7 +10,6 @@ use qemu::Spec;
 use qemu::spec::Disk;
 
 use crate::identity::{self, LocksReach};
-use crate::options::{Disks, Options};
 use crate::vm::Record;
 use finding::Finding;
 use ownership::journal::blocking;
@@ -37,20 +36,28 @@ pub(crate) struct Supervision {
     pub(crate) refused: bool,
 }
 
+/// How a machine is to leave.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Leaves {
+    /// All its disks are mirrored: what stays of them here is kept locked.
+    pub(crate) mirrored: bool,
+    /// The operator has said that it is not started again, or that this does no harm.
+    pub(crate) accepted: bool,
+}
+
 /// Finds what may start a machine again when it has left.
-pub(crate) fn of(record: &Record, spec: &Spec, options: &Options) -> Option<Supervision> {
+pub(crate) fn of(record: &Record, spec: &Spec, leaves: Leaves) -> Option<Supervision> {
     let process = record.process.as_ref()?;
     // A service manager may be asked, and take its time.
     let found = || find(Path::new(ROOT), process.pid, &record.argv, std::process::id());
     let supervisor = blocking(found)?;
-    Some(said(&supervisor, record.name.as_ref(), is_fenced(spec, options), options.accept_supervisor))
+    Some(said(&supervisor, record.name.as_ref(), is_fenced(spec, leaves.mirrored), leaves.accepted))
 }
 
 /// The same as a warning, for a machine that is not to leave yet.
 #[must_use]
 pub fn warning(record: &Record, spec: &Spec) -> Option<Finding> {
-    of(record, spec, &Options { accept_supervisor: true, ..Options::default() })
-        .map(|supervision| supervision.finding)
+    of(record, spec, Leaves { mirrored: false, accepted: true }).map(|supervision| supervision.finding)
 }
 
 fn said(supervisor: &Supervisor, name: &str, fenced: bool, accepted: bool) -> Supervision {
@@ -74,14 +81,14 @@ fn said(supervisor: &Supervisor, name: &str, fenced: bool, accepted: bool) -> Su
 /// Whether the machine has a disk that another copy of it could not open: its QEMU has locks on it, which it has not where it was told so
 /// (`locking=off`), nor where the file system knows none. Where the disk is shared these locks are the destination's by then: those of a
 /// block device do not reach this host, nor do those of many file systems. Where it is mirrored its own are kept.
-fn is_fenced(spec: &Spec, options: &Options) -> bool {
+fn is_fenced(spec: &Spec, mirrored: bool) -> bool {
     let reach = |path: &Path| {
         let is_file = std::fs::metadata(path).is_ok_and(|file| file.is_file());
         is_file && identity::locks_reach(path) == LocksReach::All
     };
     spec.disks().into_iter().filter(Disk::is_written).any(|disk| {
         let Some(path) = disk.host_path() else { return false };
-        (options.disks == Disks::Mirror || reach(path)) && qemu::in_use(path).unwrap_or(false)
+        (mirrored || reach(path)) && qemu::in_use(path).unwrap_or(false)
     })
 }
 

@@ -71,6 +71,13 @@ pub struct Made {
     pub hooked_down: bool,
 }
 
+impl Made {
+    /// The interfaces by which the machine is in the network of the host that it came from.
+    pub(crate) fn forwarding(&self) -> Vec<String> {
+        self.forwarded.iter().flat_map(|tap| [tap.tunnel.clone(), tap.bridge.clone()]).collect()
+    }
+}
+
 /// A tap that stays in the network of the host that its machine came from: a port of a bridge of its own, which a tunnel leads out of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forwarded {

@@ -5,7 +5,7 @@ use std::future::Future;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use migration::forward::Released;
+use migration::release::Released;
 
 use super::Api;
 use super::refusal::{Body, InPath, Refusal, vm_name};

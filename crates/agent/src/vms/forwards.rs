@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use migration::forward::{self, Forward, Released};
+use migration::forward::Forward;
+use migration::release::{self, Released};
 use migration::{Origin, VmName};
 
 use super::{Entry, Vms};
@@ -38,7 +39,7 @@ impl Vms {
         if here {
             self.with_idle(name, |here| here.held = Some("put into the network of this host"))?;
         }
-        let released = forward::release(self.host(), name, force).await;
+        let released = release::forwarding(self.host(), name, force).await;
         if here {
             if let Some(Entry::Here(here)) = self.entries().get_mut(name)
                 && let Some(record) = self.host().journal.get(name)

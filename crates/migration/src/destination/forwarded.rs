@@ -115,7 +115,7 @@ pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Res
         }
     }
     // All of them are in the network here, so nothing of the tunnels is needed any more.
-    let left = interfaces_of(&record);
+    let left = record.made.forwarding();
     let recorded = host.journal.amend(&mut record, |now| now.made.forwarded.clear());
     interfaces::remove_all(&left).await;
     recorded.map_err(|e| Finding::new("journal", chain(&e), "see to the disk of state_dir"))?;
@@ -177,18 +177,4 @@ impl Source {
         released.map_err(|finding| End::Failed(vec![finding]))?;
         self.reply(Reply::ForwardingEnded(wire::Nothing {})).await
     }
-}
-
-/// The interfaces by which a machine is in another host's network, but for those that lead on to where it has gone.
-pub(crate) fn interfaces(host: &Host, record: &Record) -> Vec<String> {
-    let leads_on =
-        matches!(&record.ownership, Ownership::HandedOver { session, .. } if host.forwards.has(*session));
-    if leads_on {
-        return Vec::new();
-    }
-    interfaces_of(record)
-}
-
-fn interfaces_of(record: &Record) -> Vec<String> {
-    record.made.forwarded.iter().flat_map(|tap| [tap.tunnel.clone(), tap.bridge.clone()]).collect()
 }

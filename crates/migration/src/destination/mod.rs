@@ -24,7 +24,6 @@ mod storage;
 mod tail;
 
 pub use arrivals::DataConnections;
-pub(crate) use owner::NEVER_RAN;
 pub use post_copy::PostCopies;
 
 use std::sync::Arc;

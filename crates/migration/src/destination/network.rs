@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use super::{End, failed};
 use crate::hooks::Hook;
 use crate::host::Host;
+use crate::neighbourhood::Neighbour;
 use crate::vm::Record;
 use crate::{occasion, wire};
 use ::network::conntrack::{self, Flow};
@@ -72,7 +73,7 @@ impl Drop for Frames {
 /// What is known of a guest outside of it.
 #[derive(Default)]
 pub(super) struct Known {
-    pub(super) neighbours: Vec<wire::Neighbour>,
+    pub(super) neighbours: Vec<Neighbour>,
     flows: Vec<Flow>,
     entered: Vec<Flow>,
 }
@@ -81,9 +82,9 @@ impl Known {
     /// Takes in a part of it. With the last one this host's firewall is told of the guest's connections.
     pub(super) async fn take(&mut self, part: wire::Known, host: &Host, vm: &VmName) {
         let room = INTERFACES.saturating_sub(self.neighbours.len());
-        self.neighbours.extend(part.neighbours.into_iter().take(room));
+        self.neighbours.extend(part.neighbours.into_iter().take(room).map(Neighbour::from));
         // Should the link break, it is announced by them all the same.
-        host.neighbourhood.tell(vm, &self.neighbours);
+        host.neighbourhood.tell(vm, self.neighbours.clone());
         let Some(flows) = part.flows else { return };
         if !flows.add_to(&mut self.flows) {
             tracing::warn!("connections that make no sense, or too many, are left out");
@@ -208,7 +209,7 @@ impl Interfaces {
     }
 
     /// They are up: the guest gets what has come and what comes, and the network is told, now and again a few times.
-    pub(super) fn are_up(self, frames: &Frames, neighbours: &[wire::Neighbour]) {
+    pub(super) fn are_up(self, frames: &Frames, neighbours: &[Neighbour]) {
         let (mut sockets, mut taps, mut diversions, mut told) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let whole = self.each.iter().all(|interface| interface.macvtap || interface.socket.is_some());
@@ -315,7 +316,7 @@ fn let_go(held_back: Option<HeldBack>, diversions: Vec<Diversion>) {
     }
 }
 
-fn decode(known: &wire::Neighbour) -> Option<(Mac, Vec<IpAddr>)> {
+fn decode(known: &Neighbour) -> Option<(Mac, Vec<IpAddr>)> {
     let mac: Mac = known.mac.parse().ok()?;
     let addresses = known.addresses.iter().take(ADDRESSES).filter_map(|address| address.parse().ok());
     (!mac.is_group()).then(|| (mac, addresses.collect()))

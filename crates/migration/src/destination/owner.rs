@@ -16,6 +16,7 @@ use crate::health;
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::lifecycle;
+use crate::neighbourhood::Neighbour;
 use crate::occasion;
 use crate::places;
 use crate::points::{self, Point};
@@ -33,9 +34,6 @@ const AGAIN: Duration = Duration::from_secs(5);
 const POST: Duration = Duration::from_secs(1);
 /// Words that have no meaning for a copy that is ready, until nothing more is heard of who says them.
 const MOST_UNEXPECTED: usize = 16;
-/// What QEMU says of a guest that it has loaded and never run.
-pub(crate) const NEVER_RAN: [&str; 3] = ["inmigrate", "prelaunch", "paused"];
-
 impl Source {
     /// The copy is ready. From here on only the source's word, or a person's, decides what becomes of it.
     pub(super) async fn await_commit(
@@ -116,7 +114,7 @@ impl Source {
         commit: &wire::Commit,
         spec: Spec,
         qmp: Qmp,
-        network: Option<(Interfaces, Vec<wire::Neighbour>)>,
+        network: Option<(Interfaces, Vec<Neighbour>)>,
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
         points::reach(Point::CommitHeard).await;
@@ -410,7 +408,7 @@ fn name_of(commit: &wire::Commit) -> Result<VmName, End> {
 /// Whether QEMU has certainly not run the guest: it refused to, or says that the guest has not, and told of no beginning.
 async fn never_ran(qmp: &Qmp, events: &mut broadcast::Receiver<qemu::qmp::Event>, error: &QmpError) -> bool {
     let Ok(state) = qmp.status().await else { return false };
-    if state.running || !NEVER_RAN.contains(&state.status.as_str()) {
+    if state.running || !lifecycle::NEVER_RAN.contains(&state.status.as_str()) {
         return false;
     }
     if matches!(error, QmpError::Refused { .. }) {

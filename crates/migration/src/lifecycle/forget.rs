@@ -15,7 +15,6 @@ use super::in_use;
 use super::ran::{self, Ran};
 use super::taps::remove_taps;
 use crate::deadlines::{KILL_GRACE, QUIT_GRACE};
-use crate::destination::forwarded;
 use crate::firewall;
 use crate::guest_ram;
 use crate::hooks::Hook;
@@ -204,7 +203,7 @@ pub(crate) async fn forget_decided(
     }
     host.logs.ended(&record.name, record.made.rehearsal);
     remove_taps(record, goes).await;
-    interfaces::remove_all(&forwarded::interfaces(host, record)).await;
+    interfaces::remove_all(&host.forwards.interfaces_of(record)).await;
     let left = match &record.ownership {
         // Once more, if something of it has changed until its QEMU was gone, or could not be put on record.
         Ownership::HandedOver { to, .. } => host.fence.keep(&record.name, to, &record.left_behind).await,

@@ -7,10 +7,12 @@ use qemu::{Process, Qmp, QmpError};
 use tokio::time::timeout;
 
 use crate::deadlines::QUIT_GRACE;
-use crate::destination::NEVER_RAN;
 use crate::vm::{Origin, Record, Vm};
 use finding::{Finding, chain};
 use ownership::VmName;
+
+/// What QEMU says of a guest that it has loaded and never run.
+pub(crate) const NEVER_RAN: [&str; 3] = ["inmigrate", "prelaunch", "paused"];
 
 /// CPU time that no vCPU needs to come to be, to be loaded and to wait: one that has used more has run a guest, though that may be
 /// paused now.

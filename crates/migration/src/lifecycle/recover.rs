@@ -7,9 +7,9 @@ use qemu::{Look, Presence, Process, Qmp, Spec};
 use super::ran::{self, Ran};
 use super::{RunError, forget_decided, raise_taps};
 use crate::destination::network;
-use crate::disks;
 use crate::handed_in;
 use crate::host::Host;
+use crate::images;
 use crate::source::disks::Uncleared;
 use crate::vm::{Record, Vm};
 use finding::{Finding, chain};
@@ -180,7 +180,7 @@ pub(super) async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, Run
         let _ = qmp.migrate_cancel().await;
     }
     // It has its images, whatever was kept of an earlier stay.
-    host.fence.taken(disks::written(&spec).iter().map(PathBuf::as_path));
+    host.fence.taken(images::written(&spec).iter().map(PathBuf::as_path));
     host.fence.take_again(&record.name).await;
     if crate::source::disks::has_jobs(&qmp).await {
         // It is stopped while they are given up.

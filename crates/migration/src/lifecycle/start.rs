@@ -6,10 +6,10 @@ use qemu::spec::Mirrorable;
 use qemu::{Qmp, Spec};
 
 use super::{Paths, RunError, fits, forget};
-use crate::disks;
 use crate::guest_ram;
 use crate::handed_in;
 use crate::host::Host;
+use crate::images;
 use crate::room;
 use crate::vm::{Made, Origin, Record, Vm};
 use ownership::JournalError;
@@ -33,13 +33,13 @@ pub async fn run(
     let mut spec = Spec::parse(argv)?;
     spec.make_paths_absolute(directory);
     let left = |(image, _): (PathBuf, bool)| host.left.left_by(&image).map(|vm| (image, vm));
-    if let Some((image, vm)) = disks::images(&spec).into_iter().find_map(left).filter(|_| !stale_disks) {
+    if let Some((image, vm)) = images::of(&spec).into_iter().find_map(left).filter(|_| !stale_disks) {
         return Err(RunError::Stale { image, vm });
     }
     // Who only reads an image is not kept out.
     let kept = |image: PathBuf| host.left.kept_of(&image).map(|left| (image, left));
     let kept: Vec<(PathBuf, (VmName, Option<String>))> =
-        disks::written(&spec).into_iter().filter_map(kept).collect();
+        images::written(&spec).into_iter().filter_map(kept).collect();
     if let Some((image, (vm, to))) = kept.first().filter(|_| !stale_disks) {
         return Err(RunError::Kept { image: image.clone(), vm: vm.clone(), to: to.clone() });
     }
@@ -152,5 +152,5 @@ fn is_not_forwarded(host: &Host, name: &VmName) -> Result<(), RunError> {
 
 /// What an earlier machine has left is this one's now, and nobody else's to overwrite.
 fn has_its_disks(host: &Host, spec: &Spec) {
-    host.fence.taken(disks::written(spec).iter().map(PathBuf::as_path));
+    host.fence.taken(images::written(spec).iter().map(PathBuf::as_path));
 }

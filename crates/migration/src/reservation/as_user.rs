@@ -7,8 +7,8 @@ use qemu::spec::FilePurpose;
 use qemu::spec::render::{Purpose, Rendering};
 
 use super::Request;
-use crate::disks;
 use crate::host::Host;
+use crate::images;
 use crate::lifecycle::Paths;
 use finding::Finding;
 
@@ -30,7 +30,7 @@ impl Request {
             let mut of_it = drives.iter().filter(|disk| disk.path == path).peekable();
             of_it.peek().is_some() && of_it.all(|disk| disk.read_only || disk.is_backing)
         };
-        for (path, ..) in disks::images(&self.spec) {
+        for (path, ..) in images::of(&self.spec) {
             // What is made here, or was, is made that user's.
             let ours = !path.exists() || host.left.is_left_by(&self.name, &path);
             let (can, what) = match (ours, is_read(&path)) {

@@ -7,6 +7,7 @@ use qemu::spec::{FilePurpose, ram_place};
 use super::{Planned, Request, disks, file_name, mib};
 use crate::firewall;
 use crate::host::Host;
+use crate::images;
 use crate::lifecycle;
 use crate::machine;
 use crate::room;
@@ -89,7 +90,7 @@ impl Request {
     fn examine_consistency(&self, findings: &mut Vec<Finding>) {
         findings.extend(machine::unmovable(&self.spec, self.accept_disconnect));
         let listed = |path: &Path| self.disks.iter().any(|disk| Path::new(&disk.path) == path);
-        for (path, ..) in crate::disks::images(&self.spec) {
+        for (path, ..) in images::of(&self.spec) {
             if !listed(&path) {
                 let message = format!("disk {} is on the command line and was not announced", path.display());
                 findings.push(Finding::new(

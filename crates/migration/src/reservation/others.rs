@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use qemu::{Image, Spec};
 
 use super::chains::LONGEST;
-use crate::disks;
 use crate::drives::same_file;
 use crate::host::Host;
+use crate::images;
 use crate::vm::Record;
 use ownership::{Ownership, VmName};
 
@@ -16,7 +16,7 @@ use ownership::{Ownership, VmName};
 pub(super) fn writer(host: &Host, name: &VmName, image: &Path) -> Option<VmName> {
     let written = |record: &Record, spec: &Spec| {
         let made = record.made.images.iter().map(|made| made.path.clone());
-        disks::written(spec).into_iter().chain(made).collect()
+        images::written(spec).into_iter().chain(made).collect()
     };
     one_with(host, name, image, written)
 }
@@ -24,7 +24,7 @@ pub(super) fn writer(host: &Host, name: &VmName, image: &Path) -> Option<VmName>
 /// The other machine on this host that has an image open, or will.
 pub(super) fn user(host: &Host, name: &VmName, image: &Path) -> Option<VmName> {
     let used = |record: &Record, spec: &Spec| {
-        let named: Vec<PathBuf> = disks::images(spec).into_iter().map(|(path, _)| path).collect();
+        let named: Vec<PathBuf> = images::of(spec).into_iter().map(|(path, _)| path).collect();
         let mut used: Vec<PathBuf> = record.made.images.iter().map(|made| made.path.clone()).collect();
         // Of one that runs QEMU has its locks on all of them.
         if matches!(record.ownership, Ownership::Incoming { .. }) {

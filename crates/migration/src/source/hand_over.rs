@@ -21,9 +21,9 @@ use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::{Prepared, VM_PAUSED};
 use crate::deadlines::{CANCEL, HEALTH, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
-use crate::disks;
 use crate::health;
 use crate::hooks::Hook;
+use crate::images;
 use crate::lifecycle;
 use crate::occasion;
 use crate::options::{Engine, Verify};
@@ -461,7 +461,7 @@ impl Controller {
         if resumed {
             self.happened(Event::Resumed, |now| now.pauses = false);
             // It has its images, whatever is kept of an earlier stay.
-            self.host.fence.taken(disks::written(&self.vm.spec).iter().map(PathBuf::as_path));
+            self.host.fence.taken(images::written(&self.vm.spec).iter().map(PathBuf::as_path));
             self.host.fence.take_again(&self.vm.record.name).await;
         }
         self.host.forwards.undo(self.id).await;

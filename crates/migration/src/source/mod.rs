@@ -151,7 +151,7 @@ pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> 
         disks.clear();
     }
     let mut warnings = guest_ram::exposed(&vm.record, &vm.spec);
-    let supervision = supervised::of(&vm.record, &vm.spec, options);
+    let supervision = supervised::of(&vm.record, &vm.spec, options.leaves());
     warnings.extend(supervision.filter(|found| !found.refused).map(|found| found.finding));
     Ok(Readiness { destination: destination.name().to_owned(), findings: told, disks, warnings })
 }

@@ -217,7 +217,7 @@ fn a_disk_counts_as_one_that_a_second_copy_fails_at_only_as_long_as_it_is_locked
     let drive = format!("file={},format=raw,if=virtio", disk.display());
     let argv = ["qemu-system-x86_64", "-drive", &drive].map(str::to_owned);
     let spec = Spec::parse(&argv).unwrap();
-    let fenced = || is_fenced(&spec, &Options::default());
+    let fenced = || is_fenced(&spec, false);
     // As of a QEMU with locking=off, or on a file system without locks.
     assert!(!fenced());
     let lock = qemu::ImageLock::take(&disk).unwrap();

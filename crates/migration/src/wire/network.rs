@@ -3,6 +3,8 @@
 use network::interfaces::{macvtap, port};
 use prost::Message;
 
+use crate::neighbourhood;
+
 /// A tap interface as it is at the source.
 #[derive(Clone, PartialEq, Message)]
 pub struct Tap {
@@ -107,6 +109,12 @@ pub struct Known {
     /// Connections of its that the source's firewall knows, or some of them.
     #[prost(message, optional, tag = "2")]
     pub flows: Option<::network::conntrack::wire::Flows>,
+}
+
+impl From<Neighbour> for neighbourhood::Neighbour {
+    fn from(Neighbour { netdev, mac, addresses }: Neighbour) -> neighbourhood::Neighbour {
+        neighbourhood::Neighbour { netdev, mac, addresses }
+    }
 }
 
 impl From<&port::Port> for Port {
