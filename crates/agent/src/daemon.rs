@@ -15,7 +15,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use link::{Deadlines, Endpoint, Identity, Incoming, Listener, ListenerLimits, Peer, Purpose};
 use migration::destination::{self, DataConnections};
-use migration::{Finding, Host, Journal, VmName, lifecycle};
+use migration::{Finding, Host, Journal, LinkedHost, VmName, lifecycle};
 use tokio::net::UnixListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -169,9 +169,9 @@ impl Daemon {
         let left = Arc::new(migration::LeftImages::open(&config.state_dir));
         let fence = migration::Fence::new(Arc::clone(&left), &journal.all(), config.keeper.clone());
         let history = History::open_or_off(&config.state_dir.join("history.db"));
+        let post_copies = migration::PostCopies::default();
         let host = Host {
             name: config.name.clone(),
-            endpoint: endpoint.clone(),
             journal: Arc::new(journal),
             run_dir: config.run_dir.clone(),
             logs: migration::Logs::new(&config.log_dir, config.log_max),
@@ -180,10 +180,8 @@ impl Daemon {
             hooks: config.hooks.clone(),
             firewall: config.firewall.clone(),
             trust_seccomp: config.trust_seccomp,
-            bandwidth: link::Bandwidth::new(config.bandwidth),
-            switch_cost: Arc::default(),
             neighbourhood: Arc::default(),
-            post_copies: migration::PostCopies::default(),
+            rest: Arc::new(post_copies.clone()),
             lingering: lifecycle::Lingering::default(),
             recovering: migration::Recovering::default(),
             ram_files: Arc::default(),
@@ -191,7 +189,14 @@ impl Daemon {
             fence: Arc::new(fence),
             forwards: Arc::new(migration::Forwards::open(&config.state_dir)),
             forward_port: config.forward_port,
+        };
+        let host = LinkedHost {
+            host,
+            endpoint: endpoint.clone(),
             link_port: Arc::default(),
+            bandwidth: link::Bandwidth::new(config.bandwidth),
+            switch_cost: Arc::default(),
+            post_copies,
         };
 
         let closing = CancellationToken::new();

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::{Host, Logs};
+use migration::{Host, LinkedHost, Logs};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_secs(10);
 
 /// Begins to cut the logs of a host's machines, until the agent goes down: those in the directory of logs, and those that an earlier
 /// version has put among the sockets. A thread of its own, as it works on files.
-pub(crate) fn keep_bounded(host: Arc<Host>, closing: CancellationToken) {
+pub(crate) fn keep_bounded(host: Arc<LinkedHost>, closing: CancellationToken) {
     let keeper = thread::Builder::new().name("logs".to_owned());
     if let Err(error) = keeper.spawn(move || keep(&host, &closing)) {
         tracing::error!(%error, "logs are not kept bounded");

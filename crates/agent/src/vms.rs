@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::future::join_all;
-use migration::{Finding, Host, Origin, Ownership, Record, Vm, VmName, guest_ram};
+use migration::{Finding, LinkedHost, Origin, Ownership, Record, Vm, VmName, guest_ram};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -36,7 +36,7 @@ pub struct Vms {
 
 #[derive(Debug)]
 struct Inner {
-    host: Arc<Host>,
+    host: Arc<LinkedHost>,
     history: History,
     events: Events,
     entries: Mutex<BTreeMap<VmName, Entry>>,
@@ -87,7 +87,7 @@ struct Here {
 impl Vms {
     /// No machines yet: [`Vms::recover`] finds those of the journal.
     #[must_use]
-    pub fn new(host: Arc<Host>, history: History, events: Events, closing: CancellationToken) -> Vms {
+    pub fn new(host: Arc<LinkedHost>, history: History, events: Events, closing: CancellationToken) -> Vms {
         let (entries, again) = (Mutex::default(), StartedAgain::default());
         let tasks = TaskTracker::new();
         Vms { inner: Arc::new(Inner { host, history, events, entries, again, closing, tasks }) }
@@ -95,7 +95,7 @@ impl Vms {
 
     /// The host they are on.
     #[must_use]
-    pub fn host(&self) -> &Arc<Host> {
+    pub fn host(&self) -> &Arc<LinkedHost> {
         &self.inner.host
     }
 

@@ -1,19 +1,13 @@
-//! The host a controller runs on: what it may use, and what it allows its peers.
-
-#[cfg(test)]
-pub(crate) mod testing;
+//! A host: what is known of it, what machines may use there, and what others may ask it to run.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::Arc;
 
 use qemu::User;
 use qemu::spec::render::{Allowed, Permissions};
 use serde::{Deserialize, Serialize};
 
-use crate::destination::PostCopies;
 use crate::fence::Fence;
 use crate::forward::Forwards;
 use crate::hooks::Hooks;
@@ -22,6 +16,7 @@ use crate::lifecycle::Lingering;
 use crate::logs::Logs;
 use crate::neighbourhood::Neighbourhood;
 use crate::recovering::Recovering;
+use crate::rest::Rest;
 use crate::room::RamFiles;
 use crate::vm::Journal;
 use cgroup::CgroupParent;
@@ -100,13 +95,11 @@ impl Default for Firewall {
     }
 }
 
-/// The host a controller runs on.
+/// A host, as far as its machines are concerned.
 #[derive(Debug, Clone)]
 pub struct Host {
     /// This agent's name.
     pub name: String,
-    /// Its end of the link.
-    pub endpoint: link::Endpoint,
     /// Who owns what.
     pub journal: Arc<Journal>,
     /// Sockets, pid files.
@@ -123,14 +116,10 @@ pub struct Host {
     pub firewall: Firewall,
     /// Seccomp filters of QEMUs let pass what is done to track them: the operator's word, where the agent may not put them aside.
     pub trust_seccomp: bool,
-    /// What all mirrors that leave this host may send together; they share it equally.
-    pub bandwidth: Arc<link::Bandwidth>,
-    /// What a switch-over away from here costs.
-    pub switch_cost: Arc<SwitchCost>,
     /// By what addresses the machines here are known.
     pub neighbourhood: Arc<Neighbourhood>,
-    /// Machines here whose memory is not complete.
-    pub post_copies: PostCopies,
+    /// What brings the rest of the memory of machines that run here before it is complete.
+    pub rest: Arc<dyn Rest>,
     /// Machines that were to be forgotten, and of which a process may run on.
     pub lingering: Lingering,
     /// Machines that are still looked for since the agent started.
@@ -145,68 +134,4 @@ pub struct Host {
     pub forwards: Arc<Forwards>,
     /// UDP port of the tunnels for that.
     pub forward_port: u16,
-    /// TCP port of its end of the link, by which peers can ask it; none until it listens.
-    pub link_port: Arc<OnceLock<u16>>,
-}
-
-/// What a switch-over of the mirror costs beside the last pages: QEMU's saving and loading of devices, messages, the journal. It is
-/// measured at each, and the last one is what the next is expected to cost; but one that took far longer than expected may have had a
-/// bad moment of the machine, and counts as twice what was expected.
-#[derive(Debug)]
-pub struct SwitchCost {
-    microseconds: AtomicU64,
-}
-
-impl SwitchCost {
-    /// Before anything was measured: 6 to 9 ms were seen with small guests.
-    const UNMEASURED: Duration = Duration::from_millis(9);
-
-    /// What the next one is expected to cost.
-    #[must_use]
-    pub fn expected(&self) -> Duration {
-        Duration::from_micros(self.microseconds.load(Ordering::Relaxed))
-    }
-
-    /// What was measured last keeps a migration from being tried: half of what it is above the usual is forgotten, so that one bad
-    /// measurement does not decide for ever.
-    pub(crate) fn doubt(&self) {
-        let expected = self.expected();
-        if expected > Self::UNMEASURED {
-            self.expect(Self::UNMEASURED + (expected - Self::UNMEASURED) / 2);
-        }
-    }
-
-    /// Takes in what one has cost.
-    pub(crate) fn measured(&self, cost: Duration) {
-        self.expect(cost.min(self.expected() * 2));
-    }
-
-    fn expect(&self, cost: Duration) {
-        self.microseconds.store(u64::try_from(cost.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
-    }
-}
-
-impl Default for SwitchCost {
-    fn default() -> SwitchCost {
-        let cost = SwitchCost { microseconds: AtomicU64::new(0) };
-        cost.expect(Self::UNMEASURED);
-        cost
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_bad_switch_over_does_not_decide_and_several_do() {
-        let cost = SwitchCost::default();
-        cost.measured(Duration::from_millis(12));
-        cost.measured(Duration::from_secs(2));
-        assert_eq!(cost.expected(), Duration::from_millis(24));
-        (0..7).for_each(|_| cost.measured(Duration::from_secs(2)));
-        assert_eq!(cost.expected(), Duration::from_secs(2));
-        cost.measured(Duration::from_millis(10));
-        assert_eq!(cost.expected(), Duration::from_millis(10));
-    }
 }

@@ -1,7 +1,7 @@
 //! A machine that stays in the network of the host that it has left is taken out of that, by either of the two.
 
 use crate::destination::forwarded;
-use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::source::unforward;
 use crate::vm::Record;
 use finding::{Finding, kind};
@@ -23,7 +23,7 @@ pub enum Released {
 ///
 /// # Errors
 /// Why not.
-pub async fn forwarding(host: &Host, vm: &VmName, force: bool) -> Result<Released, Finding> {
+pub async fn forwarding(host: &LinkedHost, vm: &VmName, force: bool) -> Result<Released, Finding> {
     match host.journal.get(vm) {
         Some(record) if !record.made.forwarded.is_empty() && record.ownership == Ownership::Owner => {
             let former = record.arrived_from.clone().unwrap_or_default();
@@ -44,7 +44,7 @@ pub async fn forwarding(host: &Host, vm: &VmName, force: bool) -> Result<Release
     }
 }
 
-async fn forwarding_there(host: &Host, vm: &VmName, force: bool) -> Result<Released, Finding> {
+async fn forwarding_there(host: &LinkedHost, vm: &VmName, force: bool) -> Result<Released, Finding> {
     let mut released = Released::Whole;
     for forward in host.forwards.all().into_iter().filter(|forward| forward.vm == *vm) {
         match unforward(host, &forward).await {

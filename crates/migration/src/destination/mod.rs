@@ -48,6 +48,7 @@ use crate::confinement;
 use crate::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
 use crate::host::Host;
 use crate::lifecycle::{self, Forgotten};
+use crate::linked::LinkedHost;
 use crate::points::{self, Point};
 use crate::reservation::{Request, Reservation};
 use crate::vm::{PostCopy, Record, Vm};
@@ -97,7 +98,7 @@ pub(super) fn violation(what: &str) -> End {
 /// Serves one control connection from its first word to its end. `arrived` is called when a machine has become this
 /// host's and runs. Gives the machine of which it may have left a copy.
 pub async fn serve(
-    host: Arc<Host>,
+    host: Arc<LinkedHost>,
     control: Control,
     peer: Peer,
     data: DataConnections,
@@ -178,7 +179,7 @@ async fn can_be_told(host: &Host, vm: &str) -> Result<(), Finding> {
 
 /// The source at the other end of a control connection.
 pub(super) struct Source {
-    pub(super) host: Arc<Host>,
+    pub(super) host: Arc<LinkedHost>,
     pub(super) peer: Peer,
     pub(super) sender: Sender,
     pub(super) receiver: ControlReceiver,

@@ -1,7 +1,6 @@
 //! The network at the destination: what was on its way to the guest reaches it here, and the network is told where the guest is now.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use ::network::PacketSocket;
@@ -265,12 +264,13 @@ pub(crate) fn turn(host: &Host, record: &Record, qmp: &Qmp) {
             tracing::debug!(vm = %record.name, error = chain(&e), "QEMU did not announce its place");
         }
         is_home(&host, &record).await;
-        let _ = redirect(Arc::new(host), record).await;
+        let _ = redirect(&host, record).await;
     });
 }
 
 /// Has the operator's hook turn the network, whether or not anybody waits for it.
-pub(super) fn redirect(host: Arc<Host>, record: Record) -> JoinHandle<Result<(), Finding>> {
+pub(super) fn redirect(host: &Host, record: Record) -> JoinHandle<Result<(), Finding>> {
+    let host = host.clone();
     tokio::spawn(async move {
         let run = occasion::run(&host, Hook::Redirect, &record, false).await;
         run.inspect_err(|finding| {

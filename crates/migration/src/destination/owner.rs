@@ -16,6 +16,7 @@ use crate::health;
 use crate::hooks::Hook;
 use crate::host::Host;
 use crate::lifecycle;
+use crate::linked::LinkedHost;
 use crate::neighbourhood::Neighbour;
 use crate::occasion;
 use crate::places;
@@ -196,7 +197,7 @@ impl Source {
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
         }
-        let redirect = network::redirect(Arc::clone(&host), owned.clone());
+        let redirect = network::redirect(&host, owned.clone());
         let watch = async {
             if let Some(tail) = self.host.post_copies.get(session) {
                 tail.monitor(qmp.clone());
@@ -436,7 +437,7 @@ async fn is_ended(record: &Record) -> bool {
 }
 
 /// Puts on record that a machine runs, until it is.
-async fn insist(host: Arc<Host>, mut record: Record) {
+async fn insist(host: Arc<LinkedHost>, mut record: Record) {
     while let Err(e) = host.journal.on(&mut record, Event::Resumed, |_| {}) {
         if !matches!(e, ownership::JournalError::Io { .. }) {
             return;

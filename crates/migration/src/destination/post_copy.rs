@@ -25,6 +25,7 @@ use super::{End, Source, failed, interrupted, no_copy, violation};
 use crate::confinement;
 use crate::health;
 use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::vm::{GivenDescriptor, PostCopy, Record};
 use crate::wire::bounds;
 use crate::wire::{self, Missing, Reply};
@@ -101,7 +102,7 @@ pub(super) async fn attach(
 ///
 /// # Errors
 /// Why it could not, in words: to be tried again.
-pub(crate) async fn recover(host: &Host, record: &Record) -> Result<(), String> {
+pub(crate) async fn recover(host: &LinkedHost, record: &Record) -> Result<(), String> {
     let (Some(PostCopy { descriptor, missing, .. }), Some(session)) = (&record.post_copy, record.arrived_by)
     else {
         return Ok(());

@@ -23,7 +23,9 @@ use super::arrivals::Arrivals;
 use super::post_copy::{DEVICE, Waiting};
 use super::{End, Sender, failed, violation};
 use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::options::MAX_STREAMS;
+use crate::rest::Rest;
 use crate::vm::{GivenDescriptor, PostCopy, Record};
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
@@ -42,12 +44,6 @@ impl PostCopies {
         self.lock().get(&session).cloned()
     }
 
-    pub(crate) fn remove(&self, session: Uuid) {
-        let tail = self.lock().remove(&session);
-        // Its threads are waited for; not with the others locked out.
-        drop(tail);
-    }
-
     /// To be held while one is taken over from an agent that has ended: both this agent and the source that is back may try.
     pub(super) async fn recovering(&self) -> tokio::sync::MutexGuard<'_, ()> {
         self.recovering.lock().await
@@ -59,6 +55,18 @@ impl PostCopies {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Tail>>> {
         lock(&self.tails)
+    }
+}
+
+impl Rest for PostCopies {
+    fn supplied(&self, session: Uuid) -> Option<Supplied> {
+        self.get(session)?.supplied()
+    }
+
+    fn end(&self, session: Uuid) {
+        let tail = self.lock().remove(&session);
+        // Its threads are waited for; not with the others locked out.
+        drop(tail);
     }
 }
 
@@ -128,7 +136,7 @@ impl Link {
 impl Tail {
     /// Begins with a copy of which something is missing. What is returned last goes on record before anything can depend on it.
     pub(super) fn begin(
-        host: &Host,
+        host: &LinkedHost,
         record: &Record,
         qmp: Qmp,
         copy: Finished,
@@ -157,7 +165,7 @@ impl Tail {
 
     /// Goes on where another agent has ended.
     pub(super) fn resume(
-        host: &Host,
+        host: &LinkedHost,
         record: &Record,
         layout: &Layout,
         missing: PageSet,
@@ -310,13 +318,13 @@ impl Tail {
         let supplied = supplied(faults, self.taken_over);
         self.take_descriptor_back().await;
         no_longer_missing(host, session, Some(supplied)).await;
-        host.post_copies.remove(session);
+        host.rest.end(session);
         *finished = Some(supplied);
         supplied
     }
 
     /// How the guest has fared, if it lacks nothing any more.
-    pub(crate) fn supplied(&self) -> Option<Supplied> {
+    fn supplied(&self) -> Option<Supplied> {
         self.is_complete().then(|| supplied(self.memory.faults(), self.taken_over))
     }
 

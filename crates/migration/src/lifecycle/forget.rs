@@ -162,15 +162,16 @@ pub(crate) async fn forget_decided(
     }
     leave_images(&host.left, record);
     if let Some(session) = record.arrived_by {
-        let supplied = host.post_copies.get(session).and_then(|tail| tail.supplied());
-        if let (Some(supplied), Some(mut whole)) = (supplied, host.journal.get(&record.name)) {
+        if let (Some(supplied), Some(mut whole)) =
+            (host.rest.supplied(session), host.journal.get(&record.name))
+        {
             // It had everything, though nobody was there to be told.
             let has_all = |now: &mut Record| (now.post_copy, now.supplied) = (None, Some(supplied));
             if let Err(e) = host.journal.amend(&mut whole, has_all) {
                 tracing::error!(vm = %record.name, error = chain(&e), "the journal cannot be written");
             }
         }
-        host.post_copies.remove(session);
+        host.rest.end(session);
     }
     let goes = matches!(record.ownership, Ownership::Incoming { .. } | Ownership::HandedOver { .. });
     if goes

@@ -8,8 +8,8 @@ use super::ran::{self, Ran};
 use super::{RunError, forget_decided, raise_taps};
 use crate::destination::network;
 use crate::handed_in;
-use crate::host::Host;
 use crate::images;
+use crate::linked::LinkedHost;
 use crate::source::disks::Uncleared;
 use crate::vm::{Record, Vm};
 use finding::{Finding, chain};
@@ -44,7 +44,7 @@ pub enum Occasion {
 ///
 /// A machine that is this host's and that its own switch-over had paused runs again: the destination was never told to
 /// run it, because that is only done after the journal says so.
-pub async fn recover(host: &Host, record: Record, occasion: Occasion) -> Recovered {
+pub async fn recover(host: &LinkedHost, record: Record, occasion: Occasion) -> Recovered {
     // The caller's may be older than what was put on record since: that its memory has become complete, among others.
     let was_incomplete = is_incomplete(&record);
     let record = match host.journal.get(&record.name) {
@@ -135,7 +135,7 @@ pub async fn recover(host: &Host, record: Record, occasion: Occasion) -> Recover
 }
 
 /// Nothing of it is touched, and who asks for it is told why.
-fn keep(host: &Host, record: Record, why: Finding) -> Recovered {
+fn keep(host: &LinkedHost, record: Record, why: Finding) -> Recovered {
     let message = why.message.clone();
     host.lingering.note(&record.name, &Err(why));
     Recovered::Silent(record, message)
@@ -147,7 +147,7 @@ fn is_incomplete(record: &Record) -> bool {
 
 /// Connects to the QEMU of a machine of this host, has it run if that is what it was about, and takes out of it what an agent has left
 /// there that was killed.
-pub(super) async fn reconnect(host: &Host, mut record: Record) -> Result<Vm, RunError> {
+pub(super) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<Vm, RunError> {
     let spec = Spec::parse(&record.argv)?;
     let mut handed_in = record.handed_in.clone();
     if let Some(process) = record.process.as_ref().filter(|_| handed_in.is_empty()) {

@@ -3,7 +3,7 @@
 use super::ran::{self, Ran};
 use super::recover::reconnect;
 use super::{RunError, ended, forget_decided, has_own_disks, own_disks};
-use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::source::Settled;
 use crate::vm::{Record, Vm};
 use ownership::{Asked, Effect, Event, Why};
@@ -24,7 +24,7 @@ pub enum Resolution {
 /// # Errors
 /// [`RunError`] when QEMU is not there to be resumed, or something else than what the person saw is true by now.
 pub async fn resolve(
-    host: &Host,
+    host: &LinkedHost,
     record: Record,
     resolution: Resolution,
     force: bool,
@@ -86,7 +86,7 @@ pub async fn resolve(
 
 /// Whether a machine that a person does not want here may go: who can be asked is asked. A destination is told once more that the machine
 /// is its own; a QEMU that may run it has the last word.
-async fn may_be_given_up(host: &Host, record: &mut Record, force: bool) -> Result<(), RunError> {
+async fn may_be_given_up(host: &LinkedHost, record: &mut Record, force: bool) -> Result<(), RunError> {
     let name = record.name.clone();
     match record.ownership.clone() {
         Ownership::Incoming { .. } => Ok(()),
@@ -142,7 +142,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::host::testing::{Hosts, Says, qemu};
+    use crate::linked::testing::{Hosts, Says, qemu};
     use crate::vm::Origin;
     use ownership::Standing;
 

@@ -139,7 +139,7 @@ pub(super) mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::host::testing::Hosts;
+    use crate::linked::testing::Hosts;
     use crate::vm::{Origin, Record};
     use ownership::Standing;
 
@@ -169,7 +169,7 @@ pub(super) mod tests {
     async fn an_image_that_may_yet_come_to_name_other_files_is_not_opened() {
         let mut hosts = Hosts::new().await;
         let place = hosts.directory.path().to_owned();
-        let host = Arc::get_mut(&mut hosts.b).unwrap();
+        let host = &mut Arc::get_mut(&mut hosts.b).unwrap().host;
         host.allow.disk_dirs = vec![place.clone()];
         let [raw, top, base] = ["raw", "top", "base"].map(|name| place.join(name));
         std::fs::write(&raw, [0; 4096]).unwrap();

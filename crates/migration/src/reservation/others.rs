@@ -75,7 +75,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::host::testing::Hosts;
+    use crate::linked::testing::Hosts;
     use crate::reservation::chains::tests::qcow2;
     use crate::vm::Origin;
     use ownership::Standing;

@@ -31,8 +31,8 @@ use super::throttle::Throttling;
 use crate::confinement;
 use crate::disks::Disk;
 use crate::firewall;
-use crate::host::Host;
 use crate::lifecycle::{self, Paths};
+use crate::linked::LinkedHost;
 use crate::machine::Machine;
 use crate::options::{Compress, Engine, Goal, Options};
 use crate::plugged::Plugged;
@@ -50,7 +50,7 @@ const CHOSEN_STREAMS: usize = 4;
 
 /// A migration under way.
 pub(super) struct Controller {
-    pub(super) host: Arc<Host>,
+    pub(super) host: Arc<LinkedHost>,
     pub(super) vm: Vm,
     pub(super) to: String,
     pub(super) goal: Goal,
@@ -123,7 +123,13 @@ impl Held {
 
 impl Controller {
     /// Starts a controller on a task of its own.
-    pub(super) fn start(host: Arc<Host>, mut vm: Vm, to: String, goal: Goal, options: Options) -> Session {
+    pub(super) fn start(
+        host: Arc<LinkedHost>,
+        mut vm: Vm,
+        to: String,
+        goal: Goal,
+        options: Options,
+    ) -> Session {
         // The journal is the truth; the caller's copy may be older than the last attempt.
         if let Some(record) = host.journal.get(&vm.record.name) {
             vm.record = record;

@@ -11,6 +11,7 @@ use super::stop::Stop;
 use crate::deadlines::ANSWER;
 use crate::forward::Forward;
 use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::vm::Vm;
 use crate::wire::{self, Reply, Request};
 use ::network::interfaces::tunnel::{Tunnel, identifier};
@@ -88,7 +89,7 @@ async fn tunnels(
 }
 
 /// Has the host that a machine is on now take it into its own network. One that has not got it any more, or not so, has nothing to do.
-pub(crate) async fn unforward(host: &Host, forward: &Forward) -> Result<(), Finding> {
+pub(crate) async fn unforward(host: &LinkedHost, forward: &Forward) -> Result<(), Finding> {
     let Forward { vm, to, address, .. } = forward;
     let hint = format!("see to {to}, or end it on this host only with `vmirror release {vm} --force`");
     let commit =

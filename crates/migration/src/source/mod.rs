@@ -39,7 +39,7 @@ pub(crate) use settlement::{abandon, abandon_all, whose, withdraw};
 
 use crate::firewall;
 use crate::guest_ram;
-use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::machine::Machine;
 use crate::options::{Goal, Options};
 use crate::report::DiskMode;
@@ -84,7 +84,7 @@ pub struct PlannedDisk {
 
 /// Begins a migration, or a standing mirror. The session goes on whether or not its handle is kept.
 #[must_use]
-pub fn start(host: Arc<Host>, vm: Vm, to: String, goal: Goal, options: Options) -> Session {
+pub fn start(host: Arc<LinkedHost>, vm: Vm, to: String, goal: Goal, options: Options) -> Session {
     Controller::start(host, vm, to, goal, options)
 }
 
@@ -93,7 +93,12 @@ pub fn start(host: Arc<Host>, vm: Vm, to: String, goal: Goal, options: Options) 
 ///
 /// # Errors
 /// [`Failure`] when the destination cannot even be asked.
-pub async fn check(host: Arc<Host>, mut vm: Vm, to: &str, options: &Options) -> Result<Readiness, Failure> {
+pub async fn check(
+    host: Arc<LinkedHost>,
+    mut vm: Vm,
+    to: &str,
+    options: &Options,
+) -> Result<Readiness, Failure> {
     // The journal is the truth; the caller's copy may be older than what has happened since.
     if let Some(record) = host.journal.get(&vm.record.name) {
         vm.record = record;

@@ -21,6 +21,7 @@ use super::stop::Stop;
 use crate::boot_files;
 use crate::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
 use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::machine::{self, Machine};
 use crate::options::{DiskRoom, Engine, OnDiverge, Options};
 use crate::places;
@@ -82,7 +83,7 @@ impl From<Unheard> for Stop {
 }
 
 impl Destination {
-    pub(super) async fn connect(host: &Host, address: &str) -> Result<Destination, Finding> {
+    pub(super) async fn connect(host: &LinkedHost, address: &str) -> Result<Destination, Finding> {
         let control = host.endpoint.connect(address).await.map_err(|e| not_connected(&e))?;
         let peer = control.peer().clone();
         if peer.name == host.name {

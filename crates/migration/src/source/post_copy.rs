@@ -21,7 +21,7 @@ use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::deadlines::POST_COPY_READY;
-use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::report::{self, Counted};
 use crate::vm::Record;
 use crate::wire::{self, Reply, Request};
@@ -223,7 +223,7 @@ fn had_everything(
 
 /// Connects again, and hears what is still missing.
 async fn connect_again(
-    host: &Host,
+    host: &LinkedHost,
     record: &Record,
     secret: &Secret,
     layout: &Layout,
@@ -419,7 +419,7 @@ fn why(stop: &Stop, said: &mut Option<Finding>) -> Option<String> {
 ///
 /// # Errors
 /// [`Failure`] when the link is lost, the memory cannot be read, or nobody says that all of it has arrived: to be tried again.
-pub async fn supply(host: &Host, record: &Record) -> Result<Option<Finding>, Failure> {
+pub async fn supply(host: &LinkedHost, record: &Record) -> Result<Option<Finding>, Failure> {
     let failed = |stop: Stop| stop.into_failure(Stage::Failed);
     let gone =
         |e: &dyn std::error::Error| failed(Stop::because("ram", e, "see what became of its QEMU here"));

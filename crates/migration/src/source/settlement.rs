@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::peer::Destination;
 use crate::deadlines::{ANSWER, CANCEL};
 use crate::host::Host;
+use crate::linked::LinkedHost;
 use crate::vm::Record;
 use crate::wire::{self, Reply, Request};
 use finding::{Failure, Finding, Stage, chain};
@@ -38,7 +39,7 @@ pub enum Settled {
 ///
 /// # Errors
 /// [`Failure`] when the record is not that of a machine handed over, or the journal fails.
-pub async fn settle(host: &Host, record: &mut Record) -> Result<Settled, Failure> {
+pub async fn settle(host: &LinkedHost, record: &mut Record) -> Result<Settled, Failure> {
     let Ownership::HandedOver { session, to, address, .. } = record.ownership.clone() else {
         let message = format!("VM {} was not handed over", record.name);
         return Err(refused(Finding::new("not-in-doubt", message, "there is nothing to settle")));
@@ -87,7 +88,7 @@ fn about(session: &Uuid, record: &Record) -> wire::Commit {
 }
 
 /// Connects to an agent, and to no other that has its address by now.
-async fn connect(host: &Host, name: Option<&str>, address: &str) -> Result<Destination, Finding> {
+async fn connect(host: &LinkedHost, name: Option<&str>, address: &str) -> Result<Destination, Finding> {
     let destination = Destination::connect(host, address).await?;
     match name {
         Some(name) if destination.name() != name => {
@@ -99,7 +100,7 @@ async fn connect(host: &Host, name: Option<&str>, address: &str) -> Result<Desti
 }
 
 /// Has a destination throw away the copy of a machine that stays here.
-pub(crate) async fn withdraw(host: &Host, record: &Record, outgoing: &Outgoing) -> Withdrawal {
+pub(crate) async fn withdraw(host: &LinkedHost, record: &Record, outgoing: &Outgoing) -> Withdrawal {
     match connect(host, outgoing.to.as_deref(), &outgoing.address).await {
         Ok(mut destination) => destination.cancel(about(&outgoing.session, record), CANCEL).await,
         Err(finding) => {
@@ -110,7 +111,7 @@ pub(crate) async fn withdraw(host: &Host, record: &Record, outgoing: &Outgoing) 
 }
 
 /// Has every copy thrown away that may wait somewhere.
-pub(crate) fn abandon_all(host: &Host, record: &Record) {
+pub(crate) fn abandon_all(host: &LinkedHost, record: &Record) {
     for outgoing in &record.outgoing {
         abandon(host, record, outgoing.clone());
     }
@@ -118,7 +119,7 @@ pub(crate) fn abandon_all(host: &Host, record: &Record) {
 
 /// Has it thrown away as soon as the destination can be reached, however long that takes: it is told for as long as it is on record that
 /// it has to be. Nothing depends on it but the memory that the copy takes.
-pub(crate) fn abandon(host: &Host, record: &Record, outgoing: Outgoing) {
+pub(crate) fn abandon(host: &LinkedHost, record: &Record, outgoing: Outgoing) {
     let (host, record) = (host.clone(), record.clone());
     tokio::spawn(async move {
         let (mut pause, longest) = ABANDON_PAUSE;
@@ -165,7 +166,7 @@ pub fn supplied(host: &Host, record: &mut Record) {
 
 /// Tells the destination that nothing is kept here of a machine that was handed over, so that it need not remember. Once: it may
 /// remember for ever.
-pub async fn release(host: &Host, record: &Record) {
+pub async fn release(host: &LinkedHost, record: &Record) {
     let Ownership::HandedOver { session, to, address, .. } = &record.ownership else { return };
     let told = async {
         let destination = connect(host, Some(to), address).await?;
@@ -181,7 +182,7 @@ pub async fn release(host: &Host, record: &Record) {
 }
 
 /// Asks the source of a copy that waits here whose the machine is.
-pub(crate) async fn whose(host: &Host, record: &Record) -> SourceSays {
+pub(crate) async fn whose(host: &LinkedHost, record: &Record) -> SourceSays {
     let (Some(session), Some(address)) = (record.arrived_by, &record.arrived_from_address) else {
         return SourceSays::Unheard;
     };

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::destination::Sender;
 use crate::destination::network::Frames;
-use crate::host::testing::{Hosts, Says, qemu};
+use crate::linked::testing::{Hosts, Says, qemu};
 use crate::vm::Origin;
 use crate::wire::ToSource;
 use ownership::Standing;

@@ -1,5 +1,5 @@
 use super::*;
-use crate::host::testing::Hosts;
+use crate::linked::testing::Hosts;
 
 impl Words for mpsc::Receiver<Reply> {
     async fn word(&mut self, limit: Duration, _: &str) -> Result<Reply, Stop> {

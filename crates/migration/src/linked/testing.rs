@@ -9,11 +9,12 @@ use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixListener;
 
-use super::{Allow, Firewall, Host};
+use super::LinkedHost;
 use crate::destination::PostCopies;
 use crate::fence::Fence;
 use crate::forward::Forwards;
 use crate::hooks::Hooks;
+use crate::host::{Allow, Firewall, Host};
 use crate::left_images::LeftImages;
 use crate::lifecycle::Lingering;
 use crate::logs::Logs;
@@ -21,8 +22,8 @@ use crate::vm::Journal;
 
 /// `host-a`, and `host-b`, which listens.
 pub(crate) struct Hosts {
-    pub(crate) a: Arc<Host>,
-    pub(crate) b: Arc<Host>,
+    pub(crate) a: Arc<LinkedHost>,
+    pub(crate) b: Arc<LinkedHost>,
     pub(crate) directory: TempDir,
     listener: Listener,
 }
@@ -50,15 +51,15 @@ impl Hosts {
     }
 }
 
-fn host(directory: &Path, name: &str) -> Arc<Host> {
+fn host(directory: &Path, name: &str) -> Arc<LinkedHost> {
     let files = certificates::issue(directory, name, &["127.0.0.1".to_owned()]).unwrap();
     let identity = Identity::load(&directory.join("ca.pem"), &files.certificate, &files.key).unwrap();
     let own = directory.join(name);
     std::fs::create_dir(&own).unwrap();
     let left = Arc::new(LeftImages::open(&own));
-    Arc::new(Host {
+    let post_copies = PostCopies::default();
+    let host = Host {
         name: name.to_owned(),
-        endpoint: Endpoint::new(&identity, Deadlines::default()).unwrap(),
         journal: Arc::new(Journal::open(&own).unwrap()),
         run_dir: own.clone(),
         logs: Logs::new(&own, 1 << 20),
@@ -67,10 +68,8 @@ fn host(directory: &Path, name: &str) -> Arc<Host> {
         hooks: Hooks::default(),
         firewall: Firewall::default(),
         trust_seccomp: false,
-        bandwidth: Bandwidth::new(None),
-        switch_cost: Arc::default(),
         neighbourhood: Arc::default(),
-        post_copies: PostCopies::default(),
+        rest: Arc::new(post_copies.clone()),
         lingering: Lingering::default(),
         recovering: crate::recovering::Recovering::default(),
         ram_files: Arc::default(),
@@ -78,7 +77,14 @@ fn host(directory: &Path, name: &str) -> Arc<Host> {
         left,
         forwards: Arc::new(Forwards::open(&own)),
         forward_port: 4789,
+    };
+    Arc::new(LinkedHost {
+        host,
+        endpoint: Endpoint::new(&identity, Deadlines::default()).unwrap(),
         link_port: Arc::default(),
+        bandwidth: Bandwidth::new(None),
+        switch_cost: Arc::default(),
+        post_copies,
     })
 }
 
