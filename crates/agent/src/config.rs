@@ -10,8 +10,8 @@ use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 
-use migration::fence::Keeper;
-use migration::{Allow, Firewall, Hooks};
+use host::fence::Keeper;
+use host::{Allow, Firewall, Hooks};
 
 /// What an agent is told when it starts.
 #[derive(Debug, Clone, PartialEq, Eq)]

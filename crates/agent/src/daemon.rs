@@ -13,9 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt as _;
+use host::{Host, Journal, lifecycle};
 use link::{Deadlines, Endpoint, Identity, Incoming, Listener, ListenerLimits, Peer, Purpose};
 use migration::destination::{self, DataConnections};
-use migration::{Finding, Host, Journal, LinkedHost, VmName, lifecycle};
+use migration::{Finding, LinkedHost, VmName};
 use tokio::net::UnixListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -152,7 +153,7 @@ impl Daemon {
             lock::take(&config.state_dir.join("agent.lock"))?,
             lock::take(&socket::beside(&config.api, "lock"))?,
         ];
-        migration::guest_ram::directory(&config.ram_dir, &config.name)?;
+        host::guest_ram::directory(&config.ram_dir, &config.name)?;
         let most = lifecycle::longest_name(&config.run_dir);
         if most < VmName::LONGEST {
             tracing::warn!(run_dir = %config.run_dir.display(), "names of VMs may have at most {most} letters here");
@@ -166,15 +167,15 @@ impl Daemon {
         let journal = Journal::open(&config.state_dir)
             .map_err(|source| StartError::Journal { path: config.state_dir.clone(), source })?;
         // Before anything else: who starts a machine that has left once more is to find its images locked.
-        let left = Arc::new(migration::LeftImages::open(&config.state_dir));
-        let fence = migration::Fence::new(Arc::clone(&left), &journal.all(), config.keeper.clone());
+        let left = Arc::new(host::LeftImages::open(&config.state_dir));
+        let fence = host::Fence::new(Arc::clone(&left), &journal.all(), config.keeper.clone());
         let history = History::open_or_off(&config.state_dir.join("history.db"));
         let post_copies = migration::PostCopies::default();
         let host = Host {
             name: config.name.clone(),
             journal: Arc::new(journal),
             run_dir: config.run_dir.clone(),
-            logs: migration::Logs::new(&config.log_dir, config.log_max),
+            logs: host::Logs::new(&config.log_dir, config.log_max),
             ram_dir: config.ram_dir.clone(),
             allow: config.allow.clone(),
             hooks: config.hooks.clone(),
@@ -183,11 +184,11 @@ impl Daemon {
             neighbourhood: Arc::default(),
             rest: Arc::new(post_copies.clone()),
             lingering: lifecycle::Lingering::default(),
-            recovering: migration::Recovering::default(),
+            recovering: host::Recovering::default(),
             ram_files: Arc::default(),
             left,
             fence: Arc::new(fence),
-            forwards: Arc::new(migration::Forwards::open(&config.state_dir)),
+            forwards: Arc::new(host::Forwards::open(&config.state_dir)),
             forward_port: config.forward_port,
         };
         let host = LinkedHost {

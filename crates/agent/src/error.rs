@@ -1,7 +1,7 @@
 //! Why the agent does not do what it was asked.
 
 pub use finding::chain;
-use migration::lifecycle::for_where;
+use host::lifecycle::for_where;
 use migration::{BadName, Failure, Finding, JournalError, OptionError};
 use uuid::Uuid;
 

@@ -1,7 +1,8 @@
 //! Why a machine could not be started, taken in, stopped or resumed, with what to do about it.
 
-use migration::lifecycle::RunError;
-use migration::{Finding, JournalError, VmName, guest_ram};
+use host::guest_ram;
+use host::lifecycle::RunError;
+use migration::{Finding, JournalError, VmName};
 use qemu::{AdoptError, LaunchError, QmpError};
 
 use crate::error::chain;

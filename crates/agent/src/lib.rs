@@ -29,5 +29,5 @@ pub use config::{Config, ConfigError};
 pub use daemon::{Daemon, StartError};
 pub use descriptors::raise_descriptor_limit;
 pub use error::AgentError;
+pub use host::fence::Keeper;
 pub use lock::LockError;
-pub use migration::fence::Keeper;

@@ -16,7 +16,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::future::join_all;
-use migration::{Finding, LinkedHost, Origin, Ownership, Record, Vm, VmName, guest_ram};
+use host::{Origin, Record, Vm, guest_ram};
+use migration::{Finding, LinkedHost, Ownership, VmName};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -185,7 +186,7 @@ impl Vms {
             _ => None,
         };
         if let Some(vm) = idle {
-            warnings.extend(migration::lifecycle::may_never_have_run(&vm).await);
+            warnings.extend(host::lifecycle::may_never_have_run(&vm).await);
             warnings.extend(migration::tied(self.host(), &vm).await);
         }
         warnings
@@ -197,7 +198,7 @@ impl Vms {
             Some(Entry::Here(here)) => here.vm.clone(),
             _ => return Vec::new(),
         };
-        let supervised = migration::supervised::warning(&vm.record, &vm.spec);
+        let supervised = host::supervised::warning(&vm.record, &vm.spec);
         guest_ram::exposed(&vm.record, &vm.spec).into_iter().chain(supervised).collect()
     }
 

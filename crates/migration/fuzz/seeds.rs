@@ -1,12 +1,12 @@
-//! Writes what the corpora of these targets begin with: what two agents say to each other, and what they keep.
+//! Writes what the corpora of these targets begin with: what two agents say to each other, and what they tell of it.
 
 use fuzzing::Seeds;
+use migration::Report;
 use migration::wire::{
     BootFile, CgroupLimits, Commit, CpuidWord, Disk, Finding, Findings, Forward, Health, Holds, Known,
     Lacking, Macvtap, Missing, Neighbour, Nothing, Pages, Port, RamBlock, Reply, Request, Reserve, Reserved,
     Resume, Running, Sums, Supplied, Tap, ToDestination, ToSource, Vlan, WrongBlocks,
 };
-use migration::{Record, Report};
 use network::conntrack::wire::{Flow, Flows, Ports, Tuple};
 use prost::Message as _;
 
@@ -148,27 +148,9 @@ fn connections() -> Flows {
 
 const REPORT: &str = r#"{"id": "857d0a", "vm": "web1", "source": "host-a", "destination": "host-b", "started_unix_ms": 1700000000000, "engine": "mirror", "outcome": "completed", "error": {"stage": "failed", "kind": "link", "message": "the link is gone", "hint": "see to it", "more": [{"kind": "a", "message": "b", "hint": "c"}]}, "total_ms": 1234.5, "downtime_ms": 17.25, "downtime_asked_ms": 50.0, "downtime_predicted_ms": 20.0, "pause": {"stopped_ms": 0.1, "last_round_ms": 1.0, "device_state_ms": 2.0, "gate_ms": 3.0, "ready_ms": 4.0, "handed_over_ms": 5.0, "running_ms": 6.5}, "tracking_hold_ms": 0.5, "phases": [{"name": "switch-over", "start_ms": 0.0, "duration_ms": 1.5}], "rounds": [{"n": 0, "dirty_pages": 16384, "zero": 3, "unchanged": 2, "delta": 1, "plain": 5, "raw_bytes": 67108864, "wire_bytes": 4096, "duration_ms": 1.5, "scan_ms": 0.5, "paused": false, "estimate": {"dirty_rate": 1e6, "throughput": 2e9, "downtime_ms": null, "time_left_ms": 4.0}}], "memory": {"pages": 16384, "page_size": 4096, "raw_bytes": 67108864, "wire_bytes": 4096}, "disks": [{"name": "/vm/a.img", "size": 1073741824, "raw_bytes": 5, "wire_bytes": 4, "mode": "mirrored"}], "network": {"frames_forwarded": 3, "frames_dropped": 1, "forwarding": {"to": "10.9.0.3", "interfaces": ["vx0"]}}, "device_state_bytes": 100000, "verification": {"audited_pages": 1, "repaired_pages": 0, "gate": "match", "proof": "not-made", "proof_pages": 0, "mismatches": 0}, "health": {"watched_ms": 200.0, "vcpus": 2, "vcpus_progressing": 1}, "post_copy": {"pages": 5, "faults": 2, "longest_fault_ms": 1.5, "mean_fault_ms": 0.5, "duration_ms": 9.0, "links": 1, "counted": "part"}, "quiesced": {"stops": 1, "longest_ms": 2.0, "total_ms": 3.0}, "throttle": {"highest_share": 0.5, "duration_ms": 1.0, "stops": 3, "stopped_ms": 0.1, "longest_stop_ms": 0.05}}"#;
 
-const RECORD: &str = r#"{"name": "web1", "generation": 3, "ownership": {"handed-over": {"session": "5e5e5e5e-5e5e-5e5e-5e5e-5e5e5e5e5e5e", "to": "host-b", "address": "10.9.0.3:7600"}}, "origin": "arrived", "arrived_by": "5e5e5e5e-5e5e-5e5e-5e5e-5e5e5e5e5e5f", "resuming": false, "process": null, "argv": ["qemu-system-x86_64", "-m", "64M"], "qmp_socket": "/run/vmirror/web1.qmp", "memory": 67108864, "made": {"files": ["/dev/shm/vmirror-web1@pc.ram"], "taps": ["vm-web1"]}, "left_behind": ["/vm/a.img"]}"#;
-
-fn journal() {
-    let seeds = Seeds::of(env!("CARGO_MANIFEST_DIR"), "journal_slots");
-    let record = serde_json::from_str::<Record>(RECORD).expect("a record");
-    let json = serde_json::to_vec(&record).expect("a record is JSON");
-    let half = (json.len() as u16).to_le_bytes();
-    let both = |head: [u8; 3], first: &[u8], second: &[u8]| {
-        [&head[..], &(first.len() as u16).to_le_bytes(), first, second].concat()
-    };
-    seeds.add("two", both([0, 2, 3], &json, &json));
-    seeds.add("one", both([2, 2, 0], &json, &[]));
-    seeds.add("later", both([0, 2, 3], &json, b"{\"format\": 2}"));
-    seeds.add("other-version", both([3, 0, 0], b"vmirror2", &half));
-    seeds.add("last", both([0, 255, 1], &json, &json));
-}
-
 fn main() {
     let package = env!("CARGO_MANIFEST_DIR");
     words();
-    journal();
     serde_json::from_str::<Report>(REPORT).expect("a report");
     Seeds::of(package, "report_json").add("all", REPORT);
 }

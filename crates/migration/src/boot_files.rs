@@ -10,10 +10,10 @@ use mirror::hash::{ContentHash, Secret};
 use qemu::{FilePurpose, Spec};
 use uuid::Uuid;
 
-use crate::host::Host;
 use crate::reservation::disks::{allowed, creatable};
 use crate::wire;
 use finding::Finding;
+use host::Host;
 
 /// Most bytes of a file: the largest initrds have half of it.
 const MOST: u64 = 1 << 30;

@@ -1,4 +1,4 @@
-//! How long either side waits for the other, in one place, so that they fit each other.
+//! How long either side waits for the other, in one place, so that they fit each other. How long the crates below wait is theirs to say.
 //!
 //! docs/protocol.md has the same as a table; a test here compares the two, and checks that whoever waits waits longer than what it
 //! waits for may take.
@@ -52,10 +52,6 @@ pub(crate) const HEALTH: Duration = seconds(15);
 pub(crate) const WATCH_STILL: Duration = seconds(3);
 /// Destination: for the hook that turns the network, after that.
 pub(crate) const REDIRECT: Duration = seconds(8);
-/// Either: until QEMU has ended that was asked to.
-pub(crate) const QUIT_GRACE: Duration = seconds(5);
-/// Either: until a process is gone that was killed.
-pub(crate) const KILL_GRACE: Duration = seconds(5);
 
 #[cfg(test)]
 mod tests {
@@ -79,7 +75,7 @@ mod tests {
             ("reserved", RESERVE),
             ("QEMU's start", qemu::START_DEADLINE),
             ("QEMU's answer", qemu::COMMAND_DEADLINE),
-            ("hook", crate::hooks::MAX_DEADLINE),
+            ("hook", host::hooks::MAX_DEADLINE),
             ("boot files", BOOT_FILES),
             ("holds", HOLDS),
             ("round", ROUND),
@@ -95,8 +91,8 @@ mod tests {
             ("health", HEALTH),
             ("no progress", WATCH_STILL),
             ("network-redirect", REDIRECT),
-            ("quit", QUIT_GRACE),
-            ("kill", KILL_GRACE),
+            ("quit", host::QUIT_GRACE),
+            ("kill", host::KILL_GRACE),
         ])
     }
 

@@ -7,14 +7,14 @@ use std::time::Duration;
 use qemu::qmp::Drive;
 use uuid::Uuid;
 
-use crate::drives;
-use crate::identity;
-use crate::images;
 use crate::options::{Disks, Engine, Options};
 use crate::report;
-use crate::vm::Vm;
 use crate::wire;
 use finding::{Finding, chain};
+use host::Vm;
+use host::drives;
+use host::identity;
+use host::images;
 
 /// Formats that can be made at a destination.
 pub(crate) const FORMATS: [&str; 2] = ["raw", "qcow2"];

@@ -7,8 +7,8 @@ use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
 use crate::destination::PostCopies;
-use crate::host::Host;
 use crate::switch_cost::SwitchCost;
+use host::Host;
 
 /// The host a controller runs on. Whatever takes a [`Host`] is given this one's.
 #[derive(Debug, Clone)]

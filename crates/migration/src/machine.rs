@@ -4,15 +4,15 @@ use qemu::qmp::{CpuidWord, RunState, Version};
 use qemu::{NicKind, Qmp, RamBlock, Spec};
 
 use crate::blockers;
-use crate::confinement;
 use crate::disks::{self, Disk};
-use crate::host::Host;
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
-use crate::supervised;
-use crate::vm::Vm;
 use crate::wire;
 use finding::Finding;
+use host::Host;
+use host::Vm;
+use host::confinement;
+use host::supervised;
 use network::interfaces::macvtap::Macvtap;
 use network::interfaces::{Interfaces, Kind};
 
@@ -342,7 +342,7 @@ fn not_carried(netdev: &str, ifname: &str, kind: &Kind) -> Finding {
     }
 }
 /// The limits that are its process's own.
-fn limits(record: &crate::vm::Record) -> Result<cgroup::Limits, cgroup::CgroupError> {
+fn limits(record: &host::Record) -> Result<cgroup::Limits, cgroup::CgroupError> {
     let Some(process) = &record.process else { return Ok(cgroup::Limits::default()) };
     cgroup::read::limits(process.pid, &record.made.cgroups)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use humantime_serde::re::humantime::format_duration;
 use serde::{Deserialize, Serialize};
 
-use crate::supervised::Leaves;
+use host::supervised::Leaves;
 
 /// Whether to hand the machine over as soon as the mirror has caught up, or to keep it standing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,8 +3,8 @@
 use crate::destination::forwarded;
 use crate::linked::LinkedHost;
 use crate::source::unforward;
-use crate::vm::Record;
 use finding::{Finding, kind};
+use host::Record;
 use ownership::{Ownership, VmName};
 
 /// What the end of a forwarding came to.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use end_to_end::{Guest, PATIENCE, Pair, accounted, vmirror};
-use migration::{Journal, Record};
+use host::{Journal, Record};
 use serde_json::{Value, json};
 use testbed::guest_spec::{GuestSpec, Ram};
 use testbed::{Host, Programs, Testbed, root_or_skip};

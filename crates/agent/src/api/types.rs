@@ -7,8 +7,9 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
+use host::Origin;
 use migration::source::PlannedDisk;
-use migration::{Failure, Finding, Goal, Options, Origin, Outcome, Phase, Progress, Report, VmName};
+use migration::{Failure, Finding, Goal, Options, Outcome, Phase, Progress, Report, VmName};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 

@@ -7,11 +7,12 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use host::hooks::{MAX_DEADLINE, MIN_DEADLINE};
+use host::lifecycle::{LONGEST_SOCKET_PATH, longest_name};
+use host::{Allow, Firewall, Hooks, logs};
 use humantime::{format_duration, parse_duration};
-use migration::hooks::{MAX_DEADLINE, MIN_DEADLINE};
-use migration::lifecycle::{LONGEST_SOCKET_PATH, longest_name};
 use migration::options::MIN_BANDWIDTH;
-use migration::{Allow, CgroupParent, Firewall, Hooks, logs, rate};
+use migration::{CgroupParent, rate};
 use network::nft::NftPattern;
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
@@ -328,7 +329,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
             deadline: table.deadline,
         }),
         keeper: None,
-        forward_port: forward_port.map_or(migration::forward::PORT, NonZeroU16::get),
+        forward_port: forward_port.map_or(host::forward::PORT, NonZeroU16::get),
         firewall: file.network.map_or(Ok(Firewall::default()), |table| firewall(&source, table))?,
     })
 }

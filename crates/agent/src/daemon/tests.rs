@@ -1,4 +1,4 @@
-use migration::Record;
+use host::Record;
 use serde_json::json;
 
 use super::*;

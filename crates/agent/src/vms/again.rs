@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use migration::left_images::Watched;
-use migration::second_copy::{Marks, Second};
-use migration::{Finding, Record, VmName};
+use host::Record;
+use host::left_images::Watched;
+use host::second_copy::{Marks, Second};
+use migration::{Finding, VmName};
 
 use super::Vms;
 use crate::api::types::EventKind;

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use migration::forward::Forward;
+use host::Origin;
+use host::forward::Forward;
+use migration::VmName;
 use migration::release::{self, Released};
-use migration::{Origin, VmName};
 
 use super::{Entry, Vms};
 use crate::api::types::{ForwardView, VmState, VmView};

@@ -5,8 +5,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use migration::lifecycle::{self, DisownError, Forgotten, Occasion, Recovered, RunError, Stopped};
-use migration::{Origin, Ownership, Record, Vm, VmName};
+use host::lifecycle::{self, DisownError, Forgotten, RunError, Stopped};
+use host::{Origin, Record, Vm};
+use migration::{Occasion, Ownership, Recovered, VmName};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -88,7 +89,7 @@ impl Vms {
         let was = record.ownership.clone();
         // Never closed.
         let place = places.acquire_owned().await.ok();
-        let mut recovering = pin!(lifecycle::recover(self.host(), record, Occasion::Start));
+        let mut recovering = pin!(migration::recover(self.host(), record, Occasion::Start));
         let recovered = match tokio::time::timeout(PATIENCE, &mut recovering).await {
             Ok(recovered) => recovered,
             Err(_) => {
@@ -278,7 +279,7 @@ impl Vms {
         let (pause, times) = LOOK_AGAIN;
         let mut last = (record.clone(), "its monitor has closed".to_owned());
         for _ in 0..times {
-            match lifecycle::recover(self.host(), record.clone(), Occasion::Later).await {
+            match migration::recover(self.host(), record.clone(), Occasion::Later).await {
                 Recovered::Gone(_) => {
                     tracing::info!(vm = %name, "ended by itself");
                     return self.drop_entry(name, RemovalReason::Ended);

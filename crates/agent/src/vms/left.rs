@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use migration::fence::{KeptImage, Left, Seen};
-use migration::{Finding, Origin, Ownership, VmName};
+use host::Origin;
+use host::fence::{KeptImage, Left, Seen};
+use migration::{Finding, Ownership, VmName};
 
 use super::{Entry, Vms};
 use crate::api::types::{EventKind, KeptImageView, KeptView, ReleaseReason, VmState, VmView};

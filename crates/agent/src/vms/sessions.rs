@@ -3,9 +3,10 @@
 use std::num::NonZeroU64;
 use std::sync::Arc;
 
+use host::Record;
 use migration::report::Verification;
 use migration::source::Readiness;
-use migration::{Command, Goal, Options, Outcome, Ownership, Record, Report, VmName};
+use migration::{Command, Goal, Options, Outcome, Ownership, Report, VmName};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -278,7 +279,7 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::time::Duration;
 
-    use migration::Vm;
+    use host::Vm;
     use qemu::{Process, Qmp, Spec};
     use serde_json::{Value, json};
     use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use migration::lifecycle::{self, Occasion, Recovered};
-use migration::{Record, VmName};
+use host::Record;
+use migration::{Occasion, Recovered, VmName};
 
 use super::{Entry, Silent, Vms};
 use crate::api::types::RemovalReason;
@@ -39,7 +39,7 @@ impl Vms {
         loop {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(longest);
-            match lifecycle::recover(self.host(), record.clone(), Occasion::Later).await {
+            match migration::recover(self.host(), record.clone(), Occasion::Later).await {
                 Recovered::Silent(..) => {}
                 Recovered::Running(vm) => {
                     tracing::info!(vm = %name, "its QEMU answers again");

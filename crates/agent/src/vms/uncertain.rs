@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use migration::lifecycle::{self, Forgotten, Occasion, Recovered, Resolution, RunError};
+use host::Record;
+use host::lifecycle::{self, Forgotten, RunError};
 use migration::source::{self, Settled};
-use migration::{JournalError, Ownership, Record, VmName};
+use migration::{JournalError, Occasion, Ownership, Recovered, Resolution, VmName};
 
 use super::{Entry, Silent, Vms, not_here};
 use crate::api::types::{Decision, EventKind, Place, RemovalReason};
@@ -142,7 +143,7 @@ impl Vms {
 
     /// What became of a machine that is this host's again, or is on record as that at last.
     async fn found_again(&self, name: &VmName, record: Record, runs: Place) {
-        match lifecycle::recover(self.host(), record, Occasion::Later).await {
+        match migration::recover(self.host(), record, Occasion::Later).await {
             Recovered::Running(vm) => {
                 self.keep(*vm);
                 self.tell(name, EventKind::Settled { runs });
@@ -226,7 +227,7 @@ impl Vms {
             Decision::RunHere => Resolution::RunHere,
             Decision::GiveUp => Resolution::GiveUp,
         };
-        match lifecycle::resolve(self.host(), record.clone(), resolution, force).await {
+        match migration::resolve(self.host(), record.clone(), resolution, force).await {
             Ok(Some(vm)) => {
                 self.keep(vm);
                 self.tell(name, EventKind::Settled { runs: Place::Here });

@@ -23,9 +23,9 @@ use crate::deadlines::LOAD;
 use crate::linked::LinkedHost;
 use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
-use crate::vm::PostCopy;
 use crate::wire::{self, NETWORK_STREAM, Reply, Request as Asked};
 use finding::{Finding, chain, kind};
+use host::vm::PostCopy;
 
 /// A copy while it is being mirrored.
 pub(super) struct Copy {

@@ -7,13 +7,13 @@ use uuid::Uuid;
 
 use super::network;
 use super::{End, Source};
-use crate::host::Host;
-use crate::vm::Journal;
-use crate::vm::{Forwarded, Record};
 use crate::wire::{self, Reply};
 use ::network::interfaces::tunnel::{Tunnel, identifier};
 use ::network::interfaces::{self, Interfaces, TapError};
 use finding::{Finding, chain, kind};
+use host::Host;
+use host::Journal;
+use host::vm::{Forwarded, Record};
 use ownership::Ownership;
 
 /// What a source asks for, within bounds.

@@ -11,13 +11,13 @@ use qemu::{Create, ImageLock, NewFormat, Serve, ServedBacking, StorageDaemon, Us
 use rustix::fs::{FallocateFlags, fallocate};
 use uuid::Uuid;
 
-use crate::fence::Fence;
-use crate::host::Host;
-use crate::lifecycle::Paths;
 use crate::reservation::{Planned, SECTOR};
-use crate::vm::{MadeImage, Record};
-use crate::which_file::WhichFile;
 use finding::{Finding, chain};
+use host::Host;
+use host::fence::Fence;
+use host::lifecycle::Paths;
+use host::vm::{MadeImage, Record};
+use host::which_file::WhichFile;
 use ownership::VmName;
 
 /// Who may read an image that is made here: its owner, who is whom QEMU runs as.

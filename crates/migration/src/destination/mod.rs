@@ -44,17 +44,17 @@ use events::Events;
 use relay::Relay;
 
 use crate::boot_files::Arriving;
-use crate::confinement;
 use crate::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
-use crate::host::Host;
-use crate::lifecycle::{self, Forgotten};
 use crate::linked::LinkedHost;
 use crate::points::{self, Point};
 use crate::reservation::{Request, Reservation};
-use crate::vm::{PostCopy, Record, Vm};
 use crate::wire::bounds::{self, Unheard};
 use crate::wire::{self, Reply, Request as Asked, ToSource};
 use finding::{Finding, chain, kind};
+use host::Host;
+use host::confinement;
+use host::lifecycle::{self, Forgotten};
+use host::vm::{PostCopy, Record, Vm};
 use ownership::VmName;
 use ownership::{Effect, Event, Word};
 

@@ -14,14 +14,15 @@ use qemu::{Qmp, Spec};
 use tokio::task::JoinHandle;
 
 use super::{End, failed};
-use crate::hooks::Hook;
-use crate::host::Host;
-use crate::neighbourhood::Neighbour;
-use crate::vm::Record;
-use crate::{occasion, wire};
+use crate::wire;
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces;
 use finding::{Finding, chain};
+use host::Host;
+use host::Record;
+use host::hooks::Hook;
+use host::neighbourhood::Neighbour;
+use host::occasion;
 use ownership::VmName;
 
 /// A source that still has something after that long has it for ever.

@@ -22,14 +22,14 @@ use super::arrivals::DataConnections;
 pub use super::tail::PostCopies;
 use super::tail::{self, State, Tail};
 use super::{End, Source, failed, interrupted, no_copy, violation};
-use crate::confinement;
 use crate::health;
-use crate::host::Host;
 use crate::linked::LinkedHost;
-use crate::vm::{GivenDescriptor, PostCopy, Record};
 use crate::wire::bounds;
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
+use host::Host;
+use host::confinement;
+use host::vm::{GivenDescriptor, PostCopy, Record};
 use ownership::{Departed, Ownership};
 
 /// Where full userfaultfds come from.

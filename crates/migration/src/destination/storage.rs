@@ -9,10 +9,10 @@ use super::copy::Copy;
 use super::events::Teller;
 use super::images::Images;
 use super::{End, Source, failed};
-use crate::host::Host;
 use crate::reservation::{Request, Reservation};
 use crate::wire::{self, HOLDS_HASHES, Reply};
 use finding::{Finding, chain};
+use host::Host;
 
 /// What is told of a disk may be ahead of the link by so many messages.
 const AHEAD: usize = 4;

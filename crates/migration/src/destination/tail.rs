@@ -22,13 +22,13 @@ use uuid::Uuid;
 use super::arrivals::Arrivals;
 use super::post_copy::{DEVICE, Waiting};
 use super::{End, Sender, failed, violation};
-use crate::host::Host;
 use crate::linked::LinkedHost;
 use crate::options::MAX_STREAMS;
-use crate::rest::Rest;
-use crate::vm::{GivenDescriptor, PostCopy, Record};
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
+use host::Host;
+use host::rest::Rest;
+use host::vm::{GivenDescriptor, PostCopy, Record};
 use ownership::{Supplied, VmName};
 
 /// The machines of this host whose memory is not complete, by the migration that brought them. Clones are handles to

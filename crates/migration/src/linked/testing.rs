@@ -11,14 +11,14 @@ use tokio::net::UnixListener;
 
 use super::LinkedHost;
 use crate::destination::PostCopies;
-use crate::fence::Fence;
-use crate::forward::Forwards;
-use crate::hooks::Hooks;
-use crate::host::{Allow, Firewall, Host};
-use crate::left_images::LeftImages;
-use crate::lifecycle::Lingering;
-use crate::logs::Logs;
-use crate::vm::Journal;
+use host::Journal;
+use host::fence::Fence;
+use host::forward::Forwards;
+use host::hooks::Hooks;
+use host::left_images::LeftImages;
+use host::lifecycle::Lingering;
+use host::logs::Logs;
+use host::{Allow, Firewall, Host};
 
 /// `host-a`, and `host-b`, which listens.
 pub(crate) struct Hosts {
@@ -71,7 +71,7 @@ fn host(directory: &Path, name: &str) -> Arc<LinkedHost> {
         neighbourhood: Arc::default(),
         rest: Arc::new(post_copies.clone()),
         lingering: Lingering::default(),
-        recovering: crate::recovering::Recovering::default(),
+        recovering: host::recovering::Recovering::default(),
         ram_files: Arc::default(),
         fence: Arc::new(Fence::new(Arc::clone(&left), &[], None)),
         left,

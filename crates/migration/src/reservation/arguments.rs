@@ -4,9 +4,9 @@ use qemu::Spec;
 use qemu::spec::render::{Purpose, Refused, Remedy, Rendered, Rendering};
 
 use super::Request;
-use crate::host::Host;
-use crate::lifecycle::Paths;
 use finding::Finding;
+use host::Host;
+use host::lifecycle::Paths;
 
 impl Request {
     /// Finds everything on the command line that is not let through.

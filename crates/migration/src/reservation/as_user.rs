@@ -7,10 +7,10 @@ use qemu::spec::FilePurpose;
 use qemu::spec::render::{Purpose, Rendering};
 
 use super::Request;
-use crate::host::Host;
-use crate::images;
-use crate::lifecycle::Paths;
 use finding::Finding;
+use host::Host;
+use host::images;
+use host::lifecycle::Paths;
 
 impl Request {
     /// Finds what that user could not open: it is told before anything is copied.

@@ -9,8 +9,8 @@ use qemu::spec::{BlockDriver, FilePurpose};
 
 use super::others::{self, base_of};
 use super::{Request, disks};
-use crate::host::Host;
 use finding::{Finding, chain};
+use host::Host;
 use ownership::VmName;
 
 /// How many images may be based on each other.
@@ -140,7 +140,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::linked::testing::Hosts;
-    use crate::vm::{Origin, Record};
+    use host::{Origin, Record};
     use ownership::Standing;
 
     /// Makes an image that is based on this.

@@ -8,12 +8,12 @@ use rustix::fs::Access;
 
 use super::{Request, kernel_use, mib, others, read_probe};
 use crate::disks;
-use crate::drives;
-use crate::host::Host;
-use crate::identity;
-use crate::lifecycle::for_where;
 use crate::wire;
 use finding::{Finding, chain};
+use host::Host;
+use host::drives;
+use host::identity;
+use host::lifecycle::for_where;
 use ownership::VmName;
 
 /// A disk that is to be mirrored.

@@ -5,14 +5,14 @@ use std::path::{Component, Path, PathBuf};
 use qemu::spec::{FilePurpose, ram_place};
 
 use super::{Planned, Request, disks, file_name, mib};
-use crate::firewall;
-use crate::host::Host;
-use crate::images;
-use crate::lifecycle;
 use crate::machine;
-use crate::room;
-use crate::vm::Record;
 use finding::Finding;
+use host::Host;
+use host::Record;
+use host::firewall;
+use host::images;
+use host::lifecycle;
+use host::room;
 use ownership::{self, Effect, OnRecord as _, Why};
 
 impl Request {

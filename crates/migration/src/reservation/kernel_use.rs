@@ -8,7 +8,7 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
-use crate::drives::same_file;
+use host::drives::same_file;
 
 /// Where the kernel lists block devices.
 const DEVICES: &str = "/sys/block";

@@ -1,11 +1,11 @@
 //! Limits of a machine that is to come: whether they can be kept here, and the cgroups that keep them.
 
 use super::Request;
-use crate::host::Host;
-use crate::vm::Record;
 use cgroup::CgroupError;
 use cgroup::make::Plan;
 use finding::{Finding, chain};
+use host::Host;
+use host::Record;
 
 impl Request {
     /// Why the machine's limits cannot be kept here, as far as that can be told without making anything.

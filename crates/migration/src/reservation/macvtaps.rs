@@ -7,10 +7,10 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use qemu::Spec;
 use rustix::io::DupFlags;
 
-use crate::handed_in::HandedIn;
-use crate::host::Host;
 use crate::wire;
 use finding::Finding;
+use host::Host;
+use host::handed_in::HandedIn;
 use network::interfaces::{Interfaces, Kind, TapError};
 
 /// Queues of one macvtap: the kernel has no more.

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use qemu::{Image, Spec};
 
 use super::chains::LONGEST;
-use crate::drives::same_file;
-use crate::host::Host;
-use crate::images;
-use crate::vm::Record;
+use host::Host;
+use host::Record;
+use host::drives::same_file;
+use host::images;
 use ownership::{Ownership, VmName};
 
 /// The other machine on this host that writes an image, or will.
@@ -77,7 +77,7 @@ mod tests {
     use super::*;
     use crate::linked::testing::Hosts;
     use crate::reservation::chains::tests::qcow2;
-    use crate::vm::Origin;
+    use host::Origin;
     use ownership::Standing;
 
     #[tokio::test]

@@ -11,18 +11,18 @@ use super::macvtaps::Descriptors;
 use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started, limits};
 use crate::destination::images::Images;
 use crate::destination::post_copy;
-use crate::firewall;
-use crate::guest_ram;
-use crate::hooks::Hook;
-use crate::host::Host;
-use crate::lifecycle::Paths;
 use crate::machine;
-use crate::occasion;
-use crate::settings::Settings;
-use crate::vm::Record;
 use crate::wire;
 use cgroup::{CgroupError, make};
 use finding::{Finding, chain};
+use host::Host;
+use host::Record;
+use host::firewall;
+use host::guest_ram;
+use host::hooks::Hook;
+use host::lifecycle::Paths;
+use host::occasion;
+use host::settings::Settings;
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed. Its stream carries no RAM;
 /// but for the last of these, where RAM is to come by it.

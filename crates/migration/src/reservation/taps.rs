@@ -2,10 +2,10 @@
 
 use super::{Request, macvtaps};
 use crate::destination::forwarded::Tunnels;
-use crate::host::Host;
-use crate::vm::Record;
 use crate::wire;
 use finding::{Finding, chain};
+use host::Host;
+use host::Record;
 use network::interfaces::{self, Interfaces};
 
 /// The longest queue of a tap that is made here, in frames.

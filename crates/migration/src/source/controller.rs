@@ -28,10 +28,7 @@ use super::rounds::{Begin, Rounds};
 use super::stop::Stop;
 use super::switch::{self, Fencing, Prepared};
 use super::throttle::Throttling;
-use crate::confinement;
 use crate::disks::Disk;
-use crate::firewall;
-use crate::lifecycle::{self, Paths};
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
 use crate::options::{Compress, Engine, Goal, Options};
@@ -39,10 +36,13 @@ use crate::plugged::Plugged;
 use crate::progress::Progress;
 use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
-use crate::settings::Settings;
-use crate::vm::Vm;
 use crate::wire::{self, Request};
 use finding::{Finding, chain, kind};
+use host::Vm;
+use host::confinement;
+use host::firewall;
+use host::lifecycle::{self, Paths};
+use host::settings::Settings;
 use ownership::Event;
 
 /// Most data streams that an agent chooses by itself.

@@ -4,8 +4,8 @@
 use uuid::Uuid;
 
 use super::settlement::withdrawn;
-use crate::host::Host;
 use finding::Finding;
+use host::Host;
 use ownership::MOST_OUTGOING;
 use ownership::{Outgoing, VmName};
 

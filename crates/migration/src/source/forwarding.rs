@@ -9,14 +9,14 @@ use uuid::Uuid;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::deadlines::ANSWER;
-use crate::forward::Forward;
-use crate::host::Host;
 use crate::linked::LinkedHost;
-use crate::vm::Vm;
 use crate::wire::{self, Reply, Request};
 use ::network::interfaces::tunnel::{Tunnel, identifier};
 use ::network::interfaces::{Interfaces, TapError};
 use finding::{Finding, Stage, chain, kind};
+use host::Host;
+use host::Vm;
+use host::forward::Forward;
 
 /// Makes this host's ends of the tunnels for a machine.
 pub(super) async fn begin(

@@ -37,18 +37,18 @@ pub use post_copy::supply;
 pub use settlement::{Settled, release, settle, supplied};
 pub(crate) use settlement::{abandon, abandon_all, whose, withdraw};
 
-use crate::firewall;
-use crate::guest_ram;
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
 use crate::options::{Goal, Options};
 use crate::report::DiskMode;
 use crate::session::Session;
-use crate::supervised;
-use crate::vm::Vm;
 use crate::wire;
 use controller::Controller;
 use finding::{Failure, Finding, Stage, chain};
+use host::Vm;
+use host::firewall;
+use host::guest_ram;
+use host::supervised;
 use peer::Destination;
 
 /// How long QEMU may take to go back to running.

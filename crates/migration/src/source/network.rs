@@ -14,12 +14,12 @@ use ::network::tap::{OwnTap, QemuQueue};
 use link::{Bandwidth, Endpoint};
 use uuid::Uuid;
 
-use crate::host::Host;
 use crate::report;
 use crate::wire::{self, NETWORK_STREAM};
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces::{Interfaces, TapError};
 use finding::chain;
+use host::Host;
 use ownership::VmName;
 
 /// For so long nothing must have come for a guest that has gone, before what comes is not diverted any more.

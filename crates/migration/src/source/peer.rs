@@ -20,16 +20,16 @@ use super::earlier;
 use super::stop::Stop;
 use crate::boot_files;
 use crate::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
-use crate::host::Host;
 use crate::linked::LinkedHost;
 use crate::machine::{self, Machine};
 use crate::options::{DiskRoom, Engine, OnDiverge, Options};
-use crate::places;
 use crate::reservation::CPU_FEATURE_MISSING;
-use crate::vm::Vm;
 use crate::wire::bounds::{self, Unheard};
 use crate::wire::{self, Reply, Request, ToDestination};
 use finding::{Finding, chain, kind};
+use host::Host;
+use host::Vm;
+use host::places;
 use ownership::{Answer, Withdrawal};
 
 /// Words of the destination that may wait for somebody to listen, and the bytes that they may take.

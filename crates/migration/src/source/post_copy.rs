@@ -23,9 +23,9 @@ use super::stop::Stop;
 use crate::deadlines::POST_COPY_READY;
 use crate::linked::LinkedHost;
 use crate::report::{self, Counted};
-use crate::vm::Record;
 use crate::wire::{self, Reply, Request};
 use finding::{Failure, Finding, Stage, chain, kind};
+use host::Record;
 use ownership::Event;
 use ownership::Ownership;
 

@@ -23,11 +23,11 @@ use super::peer::violation;
 use super::stop::Stop;
 use super::switch::{self, Prepared, UNTIL_PAUSED};
 use crate::deadlines::PATIENCE;
-use crate::lifecycle::Paths;
 use crate::options::OnDiverge;
 use crate::report::{Pause, Phase, Round};
 use crate::wire::{Reply, Request, Sums};
 use finding::Finding;
+use host::lifecycle::Paths;
 
 /// The capability by which QEMU slows a guest that it cannot follow.
 pub(super) const THROTTLES: &str = "auto-converge";

@@ -26,11 +26,11 @@ use super::estimate::Estimate;
 use super::heard::Heard;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::confinement;
 use crate::deadlines::ROUND;
 use crate::report::{Memory, Quiesced, Round, Verification};
 use crate::wire::{Reply, Request, Sums};
 use finding::Finding;
+use host::confinement;
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;

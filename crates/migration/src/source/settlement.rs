@@ -7,11 +7,11 @@ use uuid::Uuid;
 
 use super::peer::Destination;
 use crate::deadlines::{ANSWER, CANCEL};
-use crate::host::Host;
 use crate::linked::LinkedHost;
-use crate::vm::Record;
 use crate::wire::{self, Reply, Request};
 use finding::{Failure, Finding, Stage, chain};
+use host::Host;
+use host::Record;
 use ownership::JournalError;
 use ownership::{Answer, Effect, Event, SourceSays, Withdrawal};
 use ownership::{Outgoing, Ownership, VmName};

@@ -20,12 +20,12 @@ use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
 use crate::deadlines::PATIENCE;
-use crate::fence::Fence;
 use crate::options::{Options, Verify};
 use crate::points::{self, Point};
 use crate::report::Pause;
 use crate::wire::{Nothing, Reply, Request};
 use finding::{Finding, kind};
+use host::fence::Fence;
 use ownership::VmName;
 
 /// QEMU's stream carries no RAM, and waits before it pauses the guest for good.

@@ -3,7 +3,7 @@
 use network::interfaces::{macvtap, port};
 use prost::Message;
 
-use crate::neighbourhood;
+use host::neighbourhood;
 
 /// A tap interface as it is at the source.
 #[derive(Clone, PartialEq, Message)]

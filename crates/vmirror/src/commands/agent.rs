@@ -116,7 +116,7 @@ fn hint(error: &StartError) -> &'static str {
         StartError::Listen { .. } => "choose an address of this host and a free port for `listen`",
         StartError::Api { .. } => "choose another path for `api`",
         StartError::RamDir(_) => "choose a tmpfs that is mounted, such as /dev/shm",
-        StartError::RamFiles(error) => migration::guest_ram::hint(error),
+        StartError::RamFiles(error) => host::guest_ram::hint(error),
         StartError::Journal { .. } => "look after it, or move it out of state_dir",
         _ => "choose directories that this user may write to",
     }

@@ -6,7 +6,8 @@ use agent::api::types::{
     AdoptRequest, Decision, Doubt, ForgetImagesReply, ForgetImagesRequest, KeptView, ReleaseReply,
     ReleaseRequest, ResolveReply, ResolveRequest, RunRequest, StopRequest, VmState, VmView,
 };
-use migration::{Origin, VmName};
+use host::Origin;
+use migration::VmName;
 use readable::{bytes, rate};
 use serde::Serialize;
 

@@ -148,9 +148,9 @@ fn line(event: &Event) -> String {
 
 fn words(kind: &EventKind) -> String {
     match kind {
-        EventKind::VmAdded { origin: migration::Origin::Run } => "started".to_owned(),
-        EventKind::VmAdded { origin: migration::Origin::Adopted } => "taken in".to_owned(),
-        EventKind::VmAdded { origin: migration::Origin::Arrived } => "arrived, and runs here".to_owned(),
+        EventKind::VmAdded { origin: host::Origin::Run } => "started".to_owned(),
+        EventKind::VmAdded { origin: host::Origin::Adopted } => "taken in".to_owned(),
+        EventKind::VmAdded { origin: host::Origin::Arrived } => "arrived, and runs here".to_owned(),
         EventKind::VmRemoved { reason } => match reason {
             RemovalReason::Migrated => "runs elsewhere now".to_owned(),
             RemovalReason::Stopped => "stopped".to_owned(),

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use migration::{Journal, Record};
+use host::{Journal, Record};
 use serde_json::{Value, json};
 
 use crate::site::{Agent, Site};

@@ -9,8 +9,8 @@ use super::*;
 use crate::destination::Sender;
 use crate::destination::network::Frames;
 use crate::linked::testing::{Hosts, Says, qemu};
-use crate::vm::Origin;
 use crate::wire::ToSource;
+use host::Origin;
 use ownership::Standing;
 
 const SESSION: Uuid = Uuid::from_u128(7);

@@ -7,8 +7,8 @@ use qemu::{Qmp, QmpError};
 
 use super::super::stop::Stop;
 use super::{NAME, NOT_RESUMED, Places, place};
-use crate::host::Host;
-use crate::lifecycle::{self, Paths};
+use host::Host;
+use host::lifecycle::{self, Paths};
 use ownership::VmName;
 
 /// Whether there are jobs of ours, for whose end the guest is stopped: to be on record before.
