@@ -154,7 +154,7 @@ impl Daemon {
             lock::take(&socket::beside(&config.api, "lock"))?,
         ];
         host::guest_ram::directory(&config.ram_dir, &config.name)?;
-        let most = lifecycle::longest_name(&config.run_dir);
+        let most = host::paths::longest_name(&config.run_dir);
         if most < VmName::LONGEST {
             tracing::warn!(run_dir = %config.run_dir.display(), "names of VMs may have at most {most} letters here");
         }
@@ -183,7 +183,7 @@ impl Daemon {
             trust_seccomp: config.trust_seccomp,
             neighbourhood: Arc::default(),
             rest: Arc::new(post_copies.clone()),
-            lingering: lifecycle::Lingering::default(),
+            lingering: host::Lingering::default(),
             recovering: host::Recovering::default(),
             ram_files: Arc::default(),
             left,

@@ -8,6 +8,7 @@
 //! anything else, by what is on record. Such a process ends only when its images were forgotten, removed, or are a machine's of this host
 //! again: one of which no record says why it is there is gone on with.
 
+pub(crate) mod holder;
 mod holders;
 mod lost;
 
@@ -25,7 +26,6 @@ use crate::left_images::{LeftImages, ToBeLocked, among, same_file};
 use crate::vm::Record;
 use crate::which_file::WhichFile;
 use finding::chain;
-pub(crate) use holders::Holder;
 pub use holders::Keeper;
 use ownership::{Ownership, VmName};
 

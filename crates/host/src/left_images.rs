@@ -23,7 +23,7 @@ use qemu::Spec;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::fence::Holder;
+use crate::fence::holder::Holder;
 use crate::images;
 use crate::state_file::StateFile;
 use crate::vm::Journal;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use qemu::spec::render::{Place, Way};
 
 use crate::host::Host;
-use crate::lifecycle::Paths;
+use crate::paths::Paths;
 use crate::vm::Record;
 use ownership::{Ownership, VmName};
 

@@ -7,17 +7,14 @@
 //! Huge pages are another matter: QEMU's mapping reserves all of a file at once, or fails. What the kernel says is free
 //! and not reserved is free, but for machines that are only about to start.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use qemu::Spec;
-use qemu::spec::ram_place;
 
 use crate::host::Host;
-use crate::vm::Record;
-use ownership::VmName;
+use crate::ram_files::{self, place};
 
 /// Which memory a RAM file takes: 0 for that of ordinary pages, else pages of so many bytes.
 type Pool = u64;
@@ -77,11 +74,6 @@ pub fn shortages(host: &Host, demands: &[Demand]) -> Vec<Shortage> {
     needed.into_iter().filter_map(short).collect()
 }
 
-/// The directory that says of which memory a RAM file is: one that is there before the file is made.
-fn place(file: &Path) -> Option<PathBuf> {
-    ram_place(file).map(Path::to_owned)
-}
-
 fn pool_of(directory: &Path) -> Pool {
     qemu::huge_page_size(directory).unwrap_or(0)
 }
@@ -128,43 +120,8 @@ fn promised(host: &Host, pool: Pool) -> u64 {
             Err(_) => size,
         }
     };
-    let files = host.ram_files.of(host.journal.all(), read_ram_files);
+    let files = host.ram_files.of(host.journal.all(), ram_files::read);
     files.into_iter().map(outstanding).fold(0, u64::saturating_add)
-}
-
-/// Directory and size of a RAM file, and the file.
-type RamFile = (PathBuf, u64, PathBuf);
-
-fn read_ram_files(argv: &[String]) -> Vec<RamFile> {
-    let backends = Spec::parse(argv).map(|spec| spec.ram_backends()).unwrap_or_default();
-    let file = |ram: qemu::RamBackend| {
-        let file = ram.mem_path?;
-        Some((place(&file)?, ram.size, file))
-    };
-    backends.into_iter().filter_map(file).collect()
-}
-
-/// The RAM files of machines, as their command lines name them: each is read once, not once for every reservation.
-#[derive(Debug, Default)]
-pub struct RamFiles(Mutex<HashMap<VmName, Read>>);
-
-/// A command line, and the RAM files that it names.
-type Read = (Vec<String>, Vec<RamFile>);
-
-impl RamFiles {
-    /// Those of these machines; others are not remembered any longer.
-    fn of(&self, records: Vec<Record>, read: impl Fn(&[String]) -> Vec<RamFile>) -> Vec<RamFile> {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut before = std::mem::take(&mut *known);
-        for Record { name, argv, .. } in records {
-            let read = match before.remove(&name) {
-                Some((same, files)) if same == argv => files,
-                _ => read(&argv),
-            };
-            known.insert(name, (argv, read));
-        }
-        known.values().flat_map(|(_, files)| files.iter().cloned()).collect()
-    }
 }
 
 /// Bytes of guest RAM of all machines of this agent.
@@ -181,39 +138,4 @@ fn available_memory() -> Option<u64> {
 
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes >> 20)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-
-    use super::*;
-
-    #[test]
-    fn a_command_line_is_read_once_and_again_when_it_has_changed() {
-        let record = |name: &str, memory: &str| -> Record {
-            serde_json::from_value(serde_json::json!({
-                "name": name, "generation": 0, "ownership": "owner", "origin": "run", "arrived_by": null, "resuming": false,
-                "process": null, "argv": ["qemu", "-m", memory], "qmp_socket": "/q", "memory": 0,
-                "made": { "files": [], "taps": [] },
-            }))
-            .unwrap()
-        };
-        let read = Cell::new(0);
-        let of = |files: &RamFiles, records: Vec<Record>| {
-            let sizes = files.of(records, |argv| {
-                read.set(read.get() + 1);
-                vec![("/dev/shm".into(), argv[2].parse().unwrap(), format!("/dev/shm/{}", argv[2]).into())]
-            });
-            let mut sizes: Vec<u64> = sizes.into_iter().map(|(_, size, _)| size).collect();
-            sizes.sort_unstable();
-            (sizes, read.take())
-        };
-        let files = RamFiles::default();
-        assert_eq!(of(&files, vec![record("a", "1"), record("b", "2")]), (vec![1, 2], 2));
-        assert_eq!(of(&files, vec![record("a", "1"), record("b", "2")]), (vec![1, 2], 0));
-        assert_eq!(of(&files, vec![record("a", "3"), record("b", "2")]), (vec![2, 3], 1));
-        assert_eq!(of(&files, vec![record("b", "2")]), (vec![2], 0));
-        assert_eq!(of(&files, vec![record("a", "3")]), (vec![3], 1), "one that had gone is not remembered");
-    }
 }

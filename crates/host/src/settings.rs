@@ -10,8 +10,7 @@ use qemu::{Qmp, QmpError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::host::Host;
-use crate::vm::Record;
+use crate::vm::{Journal, Record};
 use finding::chain;
 
 /// What QEMU's migration is set to, as far as we set it to something else.
@@ -41,10 +40,10 @@ fn neutral() -> Map<String, Value> {
 }
 
 /// Gives a machine's QEMU back what it had, if that is on record, and takes it off that.
-pub async fn give_back(host: &Host, record: &mut Record, qmp: &Qmp) {
+pub async fn give_back(journal: &Journal, record: &mut Record, qmp: &Qmp) {
     let Some(before) = record.settings.clone() else { return };
     before.restore(qmp).await;
-    if let Err(e) = host.journal.amend(record, |now| now.settings = None) {
+    if let Err(e) = journal.amend(record, |now| now.settings = None) {
         tracing::error!(vm = %record.name, error = chain(&e), "the journal cannot be written");
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use host::hooks::{MAX_DEADLINE, MIN_DEADLINE};
-use host::lifecycle::{LONGEST_SOCKET_PATH, longest_name};
+use host::paths::{LONGEST_SOCKET_PATH, longest_name};
 use host::{Allow, Firewall, Hooks, logs};
 use humantime::{format_duration, parse_duration};
 use migration::options::MIN_BANDWIDTH;

@@ -6,9 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use qemu::Process;
-use serde::{Deserialize, Serialize};
-
+use super::holder::Holder;
 use super::{Fence, State};
 use crate::deadlines::KILL_GRACE;
 use finding::chain;
@@ -31,15 +29,6 @@ impl Keeper {
         let (own, [vm, of]) = words.split_at_checked(self.arguments.len())? else { return None };
         (own == self.arguments && Path::new(of) == state_dir).then(|| vm.parse().ok())?
     }
-}
-
-/// A process that holds locks.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Holder {
-    pub(super) vm: VmName,
-    pub(super) process: Process,
-    /// Of these images.
-    pub(super) images: Vec<PathBuf>,
 }
 
 impl Fence {

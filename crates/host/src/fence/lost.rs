@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use qemu::{KeepOut, Process};
 
-use super::holders::Holder;
+use super::holder::Holder;
 use super::{Fence, Keeper, Locked, State, opened};
 use crate::left_images::LeftImages;
 use crate::which_file::WhichFile;

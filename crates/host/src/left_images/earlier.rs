@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use serde::Deserialize;
 
 use super::{Image, Kept, Left, OnRecord, Remnant};
-use crate::fence::Holder;
+use crate::fence::holder::Holder;
 use crate::state_file::StateFile;
 use crate::which_file::WhichFile;
 use ownership::VmName;

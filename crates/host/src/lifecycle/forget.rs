@@ -1,16 +1,13 @@
 //! A machine ended and forgotten: nothing of what was made for it on this host is left.
 
-use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 
 use qemu::{Kill, Process, Qmp, Spec};
 use uuid::Uuid;
 
-use super::Paths;
 use super::in_use;
 use super::ran::{self, Ran};
 use super::taps::remove_taps;
@@ -21,6 +18,7 @@ use crate::hooks::Hook;
 use crate::host::Host;
 use crate::left_images::{Left, LeftImages};
 use crate::occasion;
+use crate::paths::Paths;
 use crate::places;
 use crate::vm::{MadeImage, Origin, Record};
 use crate::which_file::WhichFile;
@@ -55,31 +53,6 @@ impl Forgotten {
 
     /// For whom nothing depends on it: whoever looks after the machine next finds it on record.
     pub fn kept_on_record(self) {}
-}
-
-/// Machines of which a process may run on, though they were to be forgotten. Clones are handles to the same.
-#[derive(Debug, Clone, Default)]
-pub struct Lingering(Arc<Mutex<HashMap<VmName, Finding>>>);
-
-impl Lingering {
-    /// Why a machine lingers, if it does.
-    #[must_use]
-    pub fn why(&self, name: &VmName) -> Option<Finding> {
-        self.lock().get(name).cloned()
-    }
-
-    /// Notes what came of an attempt to end a machine: it lingers for that reason, or does not any more.
-    pub fn note(&self, name: &VmName, ended: &Result<(), Finding>) {
-        match ended {
-            Ok(()) => drop(self.lock().remove(name)),
-            Err(why) => drop(self.lock().insert(name.clone(), why.clone())),
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<VmName, Finding>> {
-        // Every change is one step.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Ends whatever is left of a machine on this host, and removes what was made for it. The record goes last, so that a

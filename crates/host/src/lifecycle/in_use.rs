@@ -7,8 +7,8 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use super::Paths;
 use crate::host::Host;
+use crate::paths::Paths;
 use crate::vm::Record;
 use finding::Finding;
 

@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use qemu::spec::Mirrorable;
 use qemu::{Qmp, Spec};
 
-use super::{Paths, RunError, fits, forget};
+use super::error::RunError;
+use super::forget::forget;
 use crate::guest_ram;
 use crate::handed_in;
 use crate::host::Host;
 use crate::images;
+use crate::paths::{Paths, fits};
 use crate::room;
 use crate::vm::{Made, Origin, Record, Vm};
 use ownership::JournalError;

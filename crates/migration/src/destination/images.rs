@@ -15,7 +15,7 @@ use crate::reservation::{Planned, SECTOR};
 use finding::{Finding, chain};
 use host::Host;
 use host::fence::Fence;
-use host::lifecycle::Paths;
+use host::paths::Paths;
 use host::vm::{MadeImage, Record};
 use host::which_file::WhichFile;
 use ownership::VmName;

@@ -191,7 +191,7 @@ impl Source {
         places::give(&host, &record);
         let process = record.process.clone();
         let has_network = !spec.nics().is_empty();
-        settings::give_back(&host, &mut record, &qmp).await;
+        settings::give_back(&host.journal, &mut record, &qmp).await;
         let owned = record.clone();
         host.neighbourhood.listen(&record, &spec);
         arrived(Vm { record, spec, qmp: qmp.clone() });

@@ -12,11 +12,11 @@ use tokio::net::UnixListener;
 use super::LinkedHost;
 use crate::destination::PostCopies;
 use host::Journal;
+use host::Lingering;
 use host::fence::Fence;
 use host::forward::Forwards;
 use host::hooks::Hooks;
 use host::left_images::LeftImages;
-use host::lifecycle::Lingering;
 use host::logs::Logs;
 use host::{Allow, Firewall, Host};
 

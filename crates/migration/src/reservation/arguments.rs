@@ -6,7 +6,7 @@ use qemu::spec::render::{Purpose, Refused, Remedy, Rendered, Rendering};
 use super::Request;
 use finding::Finding;
 use host::Host;
-use host::lifecycle::Paths;
+use host::paths::Paths;
 
 impl Request {
     /// Finds everything on the command line that is not let through.

@@ -10,7 +10,7 @@ use super::Request;
 use finding::Finding;
 use host::Host;
 use host::images;
-use host::lifecycle::Paths;
+use host::paths::Paths;
 
 impl Request {
     /// Finds what that user could not open: it is told before anything is copied.

@@ -11,7 +11,7 @@ use host::Host;
 use host::Record;
 use host::firewall;
 use host::images;
-use host::lifecycle;
+use host::paths;
 use host::room;
 use ownership::{self, Effect, OnRecord as _, Why};
 
@@ -39,7 +39,7 @@ impl Request {
                 name_taken(host, &record)
             });
         }
-        findings.extend(lifecycle::fits(host, &self.name).err().map(|e| {
+        findings.extend(paths::fits(host, &self.name).err().map(|e| {
             let hint = format!("adopt it under a shorter name, or give {} a shorter run_dir", host.name);
             Finding::new("name-too-long", format!("on {}: {e}", host.name), hint)
         }));

@@ -20,8 +20,8 @@ use host::Record;
 use host::firewall;
 use host::guest_ram;
 use host::hooks::Hook;
-use host::lifecycle::Paths;
 use host::occasion;
+use host::paths::Paths;
 use host::settings::Settings;
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed. Its stream carries no RAM;

@@ -41,7 +41,7 @@ use finding::{Finding, chain, kind};
 use host::Vm;
 use host::confinement;
 use host::firewall;
-use host::lifecycle::{self, Paths};
+use host::paths::{self, Paths};
 use host::settings::Settings;
 use ownership::Event;
 
@@ -217,7 +217,7 @@ impl Controller {
             }
             Err(stop) => self.undo(stop).await,
         }
-        lifecycle::part(&self.host, &self.vm.record.name);
+        paths::part(&self.host, &self.vm.record.name);
         self.finish_report();
         self.report
     }
@@ -230,7 +230,7 @@ impl Controller {
             return Err(Stop::Refused(vec![Finding::new("busy", message, "try again when that has ended")]));
         }
         self.is_noted().await?;
-        lifecycle::meet(&self.host, &self.vm.record)
+        paths::meet(&self.host, &self.vm.record)
             .map_err(|e| Stop::because("run-dir", &e, "see to the source agent's run_dir"))?;
         let machine = self.initialize().await?;
         self.enter(Phase::Reserve).await;

@@ -419,7 +419,7 @@ impl Controller {
         }
         if self.held.configured {
             self.reconnect().await;
-            settings::give_back(&self.host, &mut self.vm.record, &self.vm.qmp).await;
+            settings::give_back(&self.host.journal, &mut self.vm.record, &self.vm.qmp).await;
         }
         self.reconnect().await;
         self.end_preparing().await;

@@ -27,7 +27,7 @@ use crate::options::OnDiverge;
 use crate::report::{Pause, Phase, Round};
 use crate::wire::{Reply, Request, Sums};
 use finding::Finding;
-use host::lifecycle::Paths;
+use host::paths::Paths;
 
 /// The capability by which QEMU slows a guest that it cannot follow.
 pub(super) const THROTTLES: &str = "auto-converge";

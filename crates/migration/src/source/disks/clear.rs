@@ -8,7 +8,7 @@ use qemu::{Qmp, QmpError};
 use super::super::stop::Stop;
 use super::{NAME, NOT_RESUMED, Places, place};
 use host::Host;
-use host::lifecycle::{self, Paths};
+use host::paths::{self, Paths};
 use ownership::VmName;
 
 /// Whether there are jobs of ours, for whose end the guest is stopped: to be on record before.
@@ -90,6 +90,6 @@ pub(crate) async fn clear_after(host: &Host, name: &VmName, qmp: &Qmp) -> Result
     for disk in 0..MAX_DISKS {
         let _ = std::fs::remove_file(place(&places, disk).0);
     }
-    lifecycle::part(host, name);
+    paths::part(host, name);
     Ok(())
 }

@@ -1,8 +1,12 @@
 //! Where the sockets and small files of a machine are, and whether their paths are short enough.
 
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use qemu::User;
+
 use crate::host::Host;
+use crate::vm::Record;
 use ownership::VmName;
 
 /// Longest path of a unix socket, in bytes: `sun_path` of `sockaddr_un` holds 108 with its final zero.
@@ -80,6 +84,30 @@ impl Paths {
     pub fn all(self) -> Vec<PathBuf> {
         vec![self.qmp, self.pid, self.device]
     }
+}
+
+/// Makes, or finds, a machine's own directory: the one place where its QEMU, which may run as another user, and the agent meet at
+/// sockets of either. Nobody else may enter it.
+pub fn meet(host: &Host, record: &Record) -> std::io::Result<()> {
+    let own = Paths::of(host, &record.name).own;
+    match std::fs::DirBuilder::new().mode(0o700).create(&own) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e),
+        _ => {}
+    }
+    let Some(process) = &record.process else { return Ok(()) };
+    let user = User::of_process(process.pid)?;
+    if user.uid() == std::fs::symlink_metadata(&own)?.uid() {
+        return Ok(());
+    }
+    user.give(&own)?;
+    // It is beside those of other machines.
+    let passed = std::fs::Permissions::from_mode(0o711);
+    if user.is_ours() { Ok(()) } else { std::fs::set_permissions(&host.run_dir, passed) }
+}
+
+/// Removes a machine's own directory, if there is nothing in it.
+pub fn part(host: &Host, name: &VmName) {
+    let _ = std::fs::remove_dir(Paths::of(host, name).own);
 }
 
 #[cfg(test)]
