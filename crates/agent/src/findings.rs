@@ -2,7 +2,7 @@
 
 use host::guest_ram;
 use host::lifecycle::RunError;
-use migration::{Finding, JournalError, VmName};
+use migration::{Finding, JournalError, ResolveError, VmName};
 use qemu::{AdoptError, LaunchError, QmpError};
 
 use crate::error::chain;
@@ -26,32 +26,9 @@ pub(crate) fn of_run(error: &RunError) -> Finding {
         RunError::AlreadyHere { .. } => ("already-here", "use the name that it has here"),
         RunError::Qmp(error) => return of_qmp(error),
         RunError::NoRoom(short) => ("no-room", short.hint()),
-        RunError::Lingers(why) => return why.clone(),
         RunError::Forwarded { .. } => {
             ("name-forwarded", "choose another name, or end that with `vmirror release`")
         }
-        RunError::Settled(_) => ("settled", "see `vmirror list` for what it is now"),
-        RunError::RunsThere { .. } => ("runs-there", "nothing is to be done: it runs there"),
-        RunError::UnknownThere { .. } => {
-            ("unknown-there", "look for its QEMU there; once you are certain, say the same with --force")
-        }
-        RunError::Unheard { .. } => (
-            "unheard",
-            "bring it back so that it can be asked; only if that host is lost for good, or you are certain of what the VM does there, \
-             say the same with --force",
-        ),
-        RunError::OwnedThere { .. } => (
-            "owned-there",
-            "say --give-up here; only if that agent is wrong, and the VM runs nowhere, --run-here --force",
-        ),
-        RunError::CopyLost { .. } => ("copy-lost", "nothing is to be done: see `vmirror list`"),
-        RunError::RunsHere(_) => ("runs-here", "nothing is to be given up; `vmirror stop` ends it"),
-        RunError::MayRunHere { .. } => (
-            "may-run-here",
-            "see what its QEMU does, and end it if it does not answer; only if it is certain never to have run here, say --force",
-        ),
-        RunError::Unsettled { .. } => ("journal-unusable", "see to the disk of state_dir, and say it again"),
-        RunError::Supplies(name) => return supplies(name),
         RunError::MigratedByOthers(_) => (
             "migrated-by-others",
             "see where it runs; what is here of it is ended with `vmirror stop --force`",
@@ -66,6 +43,39 @@ pub(crate) fn of_run(error: &RunError) -> Finding {
             "run the VM where it moved to; to go on from this image all the same, say --stale-disks",
         ),
         _ => ("run-failed", "see the agent's log"),
+    };
+    Finding::new(kind, chain(error), hint)
+}
+
+/// What a person's decision comes to that was not carried out.
+pub(crate) fn of_resolution(error: &ResolveError) -> Finding {
+    let (kind, hint) = match error {
+        ResolveError::Settled(_) => ("settled", "see `vmirror list` for what it is now"),
+        ResolveError::RunsThere { .. } => ("runs-there", "nothing is to be done: it runs there"),
+        ResolveError::UnknownThere { .. } => {
+            ("unknown-there", "look for its QEMU there; once you are certain, say the same with --force")
+        }
+        ResolveError::Unheard { .. } => (
+            "unheard",
+            "bring it back so that it can be asked; only if that host is lost for good, or you are certain of what the VM does there, \
+             say the same with --force",
+        ),
+        ResolveError::OwnedThere { .. } => (
+            "owned-there",
+            "say --give-up here; only if that agent is wrong, and the VM runs nowhere, --run-here --force",
+        ),
+        ResolveError::CopyLost { .. } => ("copy-lost", "nothing is to be done: see `vmirror list`"),
+        ResolveError::RunsHere(_) => ("runs-here", "nothing is to be given up; `vmirror stop` ends it"),
+        ResolveError::MayRunHere { .. } => (
+            "may-run-here",
+            "see what its QEMU does, and end it if it does not answer; only if it is certain never to have run here, say --force",
+        ),
+        ResolveError::Unsettled { .. } => {
+            ("journal-unusable", "see to the disk of state_dir, and say it again")
+        }
+        ResolveError::Supplies(name) => return supplies(name),
+        ResolveError::Lingers(why) => return why.clone(),
+        ResolveError::Run(error) => return of_run(error),
     };
     Finding::new(kind, chain(error), hint)
 }

@@ -35,6 +35,9 @@ pub fn same_file(a: &Path, b: &Path) -> bool {
 }
 
 /// The drives of a machine that have a medium. Their paths are absolute.
+///
+/// # Errors
+/// If QEMU does not answer.
 pub async fn of(vm: &Vm) -> Result<Vec<Drive>, QmpError> {
     let mut drives = vm.qmp.drives().await?;
     // QEMU tells names as it was given them.
@@ -48,6 +51,9 @@ pub async fn of(vm: &Vm) -> Result<Vec<Drive>, QmpError> {
 }
 
 /// The files and block devices that a machine has open around the page cache. Their paths are absolute.
+///
+/// # Errors
+/// If QEMU does not answer.
 pub async fn direct_files(vm: &Vm) -> Result<Vec<PathBuf>, QmpError> {
     let direct = vm.qmp.block_nodes().await?.into_iter().filter(|node| node.direct);
     let directory = directory(vm);

@@ -5,11 +5,14 @@ use finding::{Finding, chain};
 use network::nft;
 use ownership::VmName;
 
-/// A description that is longer would not fit into a message with all else.
+/// A description that is longer, in bytes, is not carried to another host.
 const LONGEST: usize = 512 << 10;
 const KIND: &str = "firewall";
 
 /// Describes the table that a machine has here; empty where it has none.
+///
+/// # Errors
+/// What an operator is told where `nft` cannot say, or the table is too large to be carried.
 pub async fn describe(host: &Host, name: &VmName) -> Result<String, Finding> {
     let Some(pattern) = &host.firewall.nft_table else { return Ok(String::new()) };
     let table = pattern.table(name.as_ref());
@@ -39,6 +42,9 @@ pub fn examine(host: &Host, document: &str) -> Option<Finding> {
 }
 
 /// Makes the table that a machine had at its source.
+///
+/// # Errors
+/// What an operator is told where it cannot be made.
 pub async fn make(host: &Host, name: &VmName, document: &str) -> Result<(), Finding> {
     let Some(pattern) = &host.firewall.nft_table else { return Ok(()) };
     let table = pattern.table(name.as_ref());

@@ -170,6 +170,9 @@ impl Forwards {
     }
 
     /// Makes this host's ends of the tunnels, on record first. They are down.
+    ///
+    /// # Errors
+    /// What an operator is told; nothing is left of the attempt then.
     pub async fn begin(&self, forward: Forward) -> Result<(), Finding> {
         let session = forward.session;
         let network = |e: &TapError| Finding::new("network", chain(e), "let the agent use netlink");
@@ -199,6 +202,9 @@ impl Forwards {
     }
 
     /// From now on frames pass: the machine is about to leave.
+    ///
+    /// # Errors
+    /// What an operator is told where an interface cannot be raised.
     pub async fn raise(&self, session: Uuid) -> Result<(), Finding> {
         let Some(forward) = self.with(session) else { return Ok(()) };
         forward.raise().await.map_err(|e| Finding::new("forward", chain(&e), "see to that interface"))

@@ -5,7 +5,8 @@
 //! migration, no message and no report: what belongs to those is above it.
 //!
 //! * [`lifecycle`] starts, adopts, ends and forgets machines; [`vm`] is what is kept of each.
-//! * What is made for a machine: [`guest_ram`], [`places`] of its sockets, [`firewall`], [`logs`], [`forward`]; and [`room`] for it.
+//! * What is made for a machine: [`guest_ram`], [`places`] of its sockets, [`firewall`], [`logs`], [`forward`]; [`paths`] are where, and [`room`] is what
+//!   can still be promised.
 //! * [`images`] and [`drives`] are what it has of disks; [`left_images`] what it has left of them, and [`fence`] keeps that locked.
 //! * Whether it would run twice: [`second_copy`], [`supervised`].
 //! * [`hooks`] are programs of the operator's, run when a machine's network moves.

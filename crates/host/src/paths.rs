@@ -42,6 +42,9 @@ pub fn longest_name(run_dir: &Path) -> usize {
 }
 
 /// Whether all sockets of a machine, also those of later migrations, can be made.
+///
+/// # Errors
+/// [`NameTooLong`] if one of them cannot.
 pub fn fits(host: &Host, name: &VmName) -> Result<(), NameTooLong> {
     let most = longest_name(&host.run_dir);
     if name.as_ref().len() <= most {
@@ -88,6 +91,9 @@ impl Paths {
 
 /// Makes, or finds, a machine's own directory: the one place where its QEMU, which may run as another user, and the agent meet at
 /// sockets of either. Nobody else may enter it.
+///
+/// # Errors
+/// If the directory cannot be made, or be given to the user that QEMU runs as.
 pub fn meet(host: &Host, record: &Record) -> std::io::Result<()> {
     let own = Paths::of(host, &record.name).own;
     match std::fs::DirBuilder::new().mode(0o700).create(&own) {

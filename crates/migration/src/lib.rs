@@ -44,7 +44,7 @@ pub use ownership::{BadName, Claim, JournalError, Ownership, VmName};
 pub use progress::{DiskProgress, Progress};
 pub use recover::{Occasion, Recovered, recover};
 pub use report::{Outcome, Phase, Report};
-pub use resolve::{Resolution, resolve};
+pub use resolve::{Resolution, ResolveError, resolve};
 pub use session::{Command, Ended, Session};
 pub use source::{Readiness, Settled};
 pub use switch_cost::SwitchCost;

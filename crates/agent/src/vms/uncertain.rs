@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use host::Record;
-use host::lifecycle::{self, Forgotten, RunError};
+use host::lifecycle::{self, Forgotten};
 use migration::source::{self, Settled};
-use migration::{JournalError, Occasion, Ownership, Recovered, Resolution, VmName};
+use migration::{JournalError, Occasion, Ownership, Recovered, Resolution, ResolveError, VmName};
 
 use super::{Entry, Silent, Vms, not_here};
 use crate::api::types::{Decision, EventKind, Place, RemovalReason};
@@ -245,13 +245,13 @@ impl Vms {
             }
             Err(error) => {
                 self.still_in_doubt(name, record, &error);
-                Err(AgentError::Refused(findings::of_run(&error)))
+                Err(AgentError::Refused(findings::of_resolution(&error)))
             }
         }
     }
 
     /// The journal decides what there is, not who had the machine in doubt: it may have settled its fate meanwhile.
-    fn still_in_doubt(&self, name: &VmName, doubted: Record, error: &RunError) {
+    fn still_in_doubt(&self, name: &VmName, doubted: Record, error: &ResolveError) {
         match self.host().journal.get(name) {
             Some(now) if now.claim() == doubted.claim() && now.ownership != Ownership::Owner => {
                 self.doubt(now)

@@ -6,7 +6,6 @@ use qemu::QmpError;
 
 use crate::paths::NameTooLong;
 use crate::room::Shortage;
-use finding::Finding;
 use ownership::{JournalError, VmName};
 
 /// Why a machine could not be started or adopted. Nothing is left of the attempt.
@@ -48,73 +47,6 @@ pub enum RunError {
         /// Its name here.
         name: VmName,
     },
-    /// It was in doubt when it was looked at, and is not any more.
-    #[error("VM {0} has settled its hand-over in the meantime")]
-    Settled(VmName),
-    /// It was handed over and runs at its destination.
-    #[error("VM {name} runs on {to}")]
-    RunsThere {
-        /// The machine.
-        name: VmName,
-        /// Name of the destination agent.
-        to: String,
-    },
-    /// The agent that it was handed over to answers, and knows nothing of it.
-    #[error(
-        "{to} knows nothing of VM {name}: its state directory may have been lost, and the VM may run there"
-    )]
-    UnknownThere {
-        /// The machine.
-        name: VmName,
-        /// Name of the destination agent.
-        to: String,
-    },
-    /// The agent that it comes from says that it is its own.
-    #[error("{from} says that VM {name} is its own: what is here is a copy that is worth nothing")]
-    OwnedThere {
-        /// The machine.
-        name: VmName,
-        /// Name of the source agent.
-        from: String,
-    },
-    /// The other agent of its hand-over could not be asked.
-    #[error("{peer} cannot be asked what it has of VM {name}")]
-    Unheard {
-        /// The machine.
-        name: VmName,
-        /// Name of that agent.
-        peer: String,
-    },
-    /// It never ran at its destination, and never will: it is this host's again.
-    #[error("{to} has no copy of VM {name} and never ran it: the VM is this host's again, and runs on here")]
-    CopyLost {
-        /// The machine.
-        name: VmName,
-        /// Name of the destination agent.
-        to: String,
-    },
-    /// The journal may say either that it is this host's or that it was handed over.
-    #[error("what becomes of VM {name} cannot be put on record: {why}")]
-    Unsettled {
-        /// The machine.
-        name: VmName,
-        /// What the journal says.
-        why: String,
-    },
-    /// It was not seen to run here, and does.
-    #[error("VM {0} runs here")]
-    RunsHere(VmName),
-    /// It was not seen to run here, and its QEMU cannot be asked.
-    #[error("VM {name} may run here: {why}")]
-    MayRunHere {
-        /// The machine.
-        name: VmName,
-        /// Why it cannot be told.
-        why: String,
-    },
-    /// Its destination lacks memory that is only here.
-    #[error("VM {0} runs at its destination and lacks memory that is only here")]
-    Supplies(VmName),
     /// Somebody else has migrated it away.
     #[error("VM {0} was migrated by another program (QEMU says postmigrate): it may run elsewhere")]
     MigratedByOthers(VmName),
@@ -132,9 +64,6 @@ pub enum RunError {
         /// Name of the agent that has it.
         to: String,
     },
-    /// A process of it does not end, or nobody can tell whether it has.
-    #[error("{}", .0.message)]
-    Lingers(Finding),
     /// An image that it names is kept locked.
     #[error(
         "{} is an image of VM {vm}, which has left{}: it is kept locked here, so that the VM is not started twice",
