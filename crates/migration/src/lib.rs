@@ -6,7 +6,7 @@
 //! * [`report`], [`progress`] and [`options`] are what an operator gives and gets.
 //!
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
-//! crate [`qemu`]. What a machine is on one host is the crate [`host`](::host)'s. Which host owns a machine, through any crash, is the crate [`ownership`]'s.
+//! crate [`qemu`]. What a machine is on one host is the crate [`host`]'s. Which host owns a machine, through any crash, is the crate [`ownership`]'s.
 
 mod blockers;
 mod boot_files;

@@ -13,11 +13,11 @@ use uuid::Uuid;
 
 use crate::reservation::{Planned, SECTOR};
 use finding::{Finding, chain};
+use host::Fence;
 use host::Host;
-use host::fence::Fence;
+use host::WhichFile;
 use host::paths::Paths;
 use host::vm::{MadeImage, Record};
-use host::which_file::WhichFile;
 use ownership::VmName;
 
 /// Who may read an image that is made here: its owner, who is whom QEMU runs as.

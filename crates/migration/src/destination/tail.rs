@@ -27,7 +27,7 @@ use crate::options::MAX_STREAMS;
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
 use host::Host;
-use host::rest::Rest;
+use host::Rest;
 use host::vm::{GivenDescriptor, PostCopy, Record};
 use ownership::{Supplied, VmName};
 

@@ -11,13 +11,13 @@ use tokio::net::UnixListener;
 
 use super::LinkedHost;
 use crate::destination::PostCopies;
+use host::Fence;
+use host::Forwards;
+use host::Hooks;
 use host::Journal;
+use host::LeftImages;
 use host::Lingering;
-use host::fence::Fence;
-use host::forward::Forwards;
-use host::hooks::Hooks;
-use host::left_images::LeftImages;
-use host::logs::Logs;
+use host::Logs;
 use host::{Allow, Firewall, Host};
 
 /// `host-a`, and `host-b`, which listens.
@@ -71,7 +71,7 @@ fn host(directory: &Path, name: &str) -> Arc<LinkedHost> {
         neighbourhood: Arc::default(),
         rest: Arc::new(post_copies.clone()),
         lingering: Lingering::default(),
-        recovering: host::recovering::Recovering::default(),
+        recovering: host::Recovering::default(),
         ram_files: Arc::default(),
         fence: Arc::new(Fence::new(Arc::clone(&left), &[], None)),
         left,

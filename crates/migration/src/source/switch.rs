@@ -25,7 +25,7 @@ use crate::points::{self, Point};
 use crate::report::Pause;
 use crate::wire::{Nothing, Reply, Request};
 use finding::{Finding, kind};
-use host::fence::Fence;
+use host::Fence;
 use ownership::VmName;
 
 /// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
