@@ -348,7 +348,7 @@ impl HandOver {
         };
     }
 
-    /// An agent starts: `lifecycle::recover` of the only record.
+    /// An agent starts: `migration::recover` of the only record.
     pub(crate) fn recover(&self, state: &mut State, host: usize) {
         let at = &mut state.hosts[host];
         at.up = Power::On;
