@@ -103,8 +103,6 @@ fn of_launch(error: &LaunchError) -> Finding {
 fn of_adopt(error: &AdoptError) -> Finding {
     let (kind, hint) = match error {
         AdoptError::Qmp(error) => return of_qmp(error),
-        // How to start it is in the message itself, made for this very machine.
-        AdoptError::PrivateRam { .. } => ("private-ram", "nothing was changed; the VM runs on as it is"),
         AdoptError::NotMirrorable(_) => ("not-mirrorable", "start the VM without that"),
         AdoptError::NotOnCommandLine { .. } => {
             ("not-its-socket", "name a QMP socket of QEMU itself, not of a proxy")

@@ -1,11 +1,11 @@
 //! The same machine for another host.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::argument::Argument;
 use crate::known::SHORT_CHARDEVS;
 use crate::memory::RamKind;
-use crate::mirrorable::{NotMirrorable, check_name, check_ram_ids};
+use crate::mirrorable::{NotMirrorable, check_name, check_ram_ids, into_shared_file};
 use crate::network::NicKind;
 use crate::options::{Properties, escape};
 use crate::ram_files::ram_file;
@@ -81,10 +81,22 @@ impl Spec {
         }
     }
 
+    /// All RAM is in shared files there that are the agent's, whatever it is in here.
     fn move_ram(&mut self, how: &Destination) -> Result<(), NotMirrorable> {
-        for backend in self.ram_backends() {
-            if backend.kind != RamKind::File || !backend.share {
-                return Err(NotMirrorable::PrivateRam { id: backend.id });
+        let odd = self.ram_backends().into_iter().find_map(|backend| match backend.kind {
+            RamKind::Other(kind) => Some(NotMirrorable::UnknownBackend { id: backend.id, kind }),
+            _ => None,
+        });
+        if let Some(odd) = odd {
+            return Err(odd);
+        }
+        // Before the others, as here.
+        self.name_implicit_ram(0, Path::new(""));
+        let objects: Vec<(usize, Properties)> = self.all("object").collect();
+        for (at, mut object) in objects {
+            if object.get("qom-type").is_some_and(|kind| kind.starts_with("memory-backend-")) {
+                into_shared_file(&mut object);
+                self.store(at, &object);
             }
         }
         let objects: Vec<(usize, Properties)> = self.all("object").collect();
@@ -382,10 +394,12 @@ mod tests {
         assert!(refused(&[], &[("n", "t")]).contains("no such network back end"));
         assert!(refused(&["-netdev", "user,id=n"], &[("n", "t")]).contains("only tap and bridge"));
         assert!(refused(&["-device", "vfio-pci"], &[]).contains("vfio-pci"));
-        let private = Spec::parse(&["q", "-m", "64"]).unwrap();
+        let odd =
+            Spec::parse(&["q", "-object", "memory-backend-epc,id=e,size=1M", "-machine", "memory-backend=e"])
+                .unwrap();
         assert_eq!(
-            private.for_destination(&how(&[])),
-            Err(NotMirrorable::PrivateRam { id: "pc.ram".to_owned() })
+            odd.for_destination(&how(&[])),
+            Err(NotMirrorable::UnknownBackend { id: "e".to_owned(), kind: "epc".to_owned() })
         );
     }
 

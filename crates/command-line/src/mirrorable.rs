@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::argument::Argument;
-use crate::memory::RamKind;
+use crate::memory::{RamBackend, RamKind};
 use crate::options::{Properties, escape};
 use crate::ram_files::{huge_directory, huge_page_size, ram_file};
 use crate::spec::Spec;
@@ -67,12 +67,6 @@ pub enum NotMirrorable {
         id: String,
         /// The file.
         path: PathBuf,
-    },
-    /// RAM that only this process has, where shared RAM is needed.
-    #[error("RAM {id} is private to its QEMU process")]
-    PrivateRam {
-        /// The backend's id.
-        id: String,
     },
     /// Huge pages were asked for, and the directory for RAM files has none.
     #[error("RAM {id} is to have huge pages, but {} is not on hugetlbfs", ram_dir.display())]
@@ -205,8 +199,9 @@ impl Spec {
                 return Err(NotMirrorable::UnknownBackend { id: backend.id, kind });
             }
         }
-        if self.has_implicit_ram() {
-            self.name_implicit_ram(how);
+        if let Some(ram) = self.ram_backends().into_iter().find(|backend| backend.kind == RamKind::Implicit) {
+            let path = how.ram_file(&ram.id, ram.mem_path.as_deref());
+            self.name_implicit_ram(self.arguments.len(), &path);
         }
         let backends: Vec<(usize, Properties)> = self.all("object").collect();
         for (at, mut object) in backends {
@@ -220,25 +215,18 @@ impl Spec {
         Ok(())
     }
 
-    /// Gives the RAM that QEMU would allocate for `-m` a backend of its own.
-    fn name_implicit_ram(&mut self, how: &Mirrorable) {
-        let id = self.default_ram_id();
+    /// Gives the RAM that QEMU would allocate for `-m` a backend of its own, in that file, as so manieth argument.
+    pub(crate) fn name_implicit_ram(&mut self, at: usize, path: &Path) {
         let ram = self.ram_backends().into_iter().find(|backend| backend.kind == RamKind::Implicit);
-        let Some(ram) = ram else { return };
-        let path = how.ram_file(id, ram.mem_path.as_deref());
-        self.arguments.push(Argument::with_value(
-            "-object",
-            format!(
-                "memory-backend-file,id={id},size={}B,mem-path={},share=on",
-                ram.size,
-                escape(&path.to_string_lossy())
-            ),
-        ));
+        let Some(RamBackend { id, size, .. }) = ram else { return };
+        let path = escape(&path.to_string_lossy());
+        let object = format!("memory-backend-file,id={id},size={size}B,mem-path={path},share=on");
+        self.arguments.insert(at, Argument::with_value("-object", object));
         // -mem-path and a backend exclude each other; a directory on a disk was refused before.
         self.remove_all("mem-path");
         match self.all("machine").last() {
             Some((at, mut machine)) => {
-                machine.set("memory-backend", id);
+                machine.set("memory-backend", &id);
                 self.store(at, &machine);
             }
             None => self.arguments.push(Argument::with_value("-machine", format!("memory-backend={id}"))),
@@ -248,30 +236,6 @@ impl Spec {
     pub(crate) fn set_pid_file(&mut self, pid_file: &Path) {
         self.remove_all("pidfile");
         self.arguments.push(Argument::with_value("-pidfile", pid_file.to_string_lossy()));
-    }
-
-    /// The options with which a machine with private RAM would have to be started to be mirrored, as a user would
-    /// type them.
-    #[must_use]
-    pub fn advice_for_shared_ram(&self, vm: &str) -> String {
-        let mut advice = Vec::new();
-        for backend in self.ram_backends() {
-            let named = backend.kind == RamKind::File && backend.share && backend.mem_path.is_some();
-            if named {
-                continue;
-            }
-            let path = format!("/dev/shm/{vm}-{}", backend.id);
-            let object = format!(
-                "-object memory-backend-file,id={},size={},share=on,mem-path={path}",
-                backend.id,
-                human(backend.size)
-            );
-            advice.push(match backend.kind {
-                RamKind::Implicit => format!("-machine memory-backend={} {object}", backend.id),
-                _ => object,
-            });
-        }
-        advice.join(" ")
     }
 }
 
@@ -313,23 +277,20 @@ fn share_backend(
         if object.is_on("hugetlb") && huge_page_size(&how.ram_dir).is_none() {
             return Err(NotMirrorable::HugePages { id: id.to_owned(), ram_dir: how.ram_dir.clone() });
         }
-        // Properties that only memory-backend-memfd has.
-        for key in ["hugetlb", "hugetlbsize", "seal"] {
-            object.remove(key);
-        }
-        object.set("qom-type", "memory-backend-file");
-        object.set_bool("share", true);
+        into_shared_file(object);
     }
     object.set("mem-path", &how.ram_file(id, path.as_deref()).to_string_lossy());
     Ok(())
 }
 
-fn human(bytes: u64) -> String {
-    match bytes {
-        _ if bytes.is_multiple_of(1 << 30) => format!("{}G", bytes >> 30),
-        _ if bytes.is_multiple_of(1 << 20) => format!("{}M", bytes >> 20),
-        _ => format!("{bytes}B"),
+/// The same RAM in a shared file, which is to be named.
+pub(crate) fn into_shared_file(object: &mut Properties) {
+    // Properties that only memory-backend-memfd has.
+    for key in ["hugetlb", "hugetlbsize", "seal"] {
+        object.remove(key);
     }
+    object.set("qom-type", "memory-backend-file");
+    object.set_bool("share", true);
 }
 
 #[cfg(test)]

@@ -78,6 +78,7 @@ pub use inject::{
 };
 pub use maps::{Mapping, MapsError, mappings};
 pub use missing::{Fault, MissingPages, SupplyError};
+pub use pagemap::Resident;
 pub use region::Region;
 pub use support::{Unsupported, kernel_support};
 pub use throttle::{LONGEST_STOP, Slowed, Throttle, ThrottleError};

@@ -19,6 +19,8 @@ const CHECK_WPASYNC: u64 = 2;
 const WRITTEN: u64 = 2;
 /// `PAGE_IS_PRESENT`: mapped now.
 const PRESENT: u64 = 8;
+/// `PAGE_IS_SWAPPED`: swapped out, or protected though there is nothing yet.
+const SWAPPED: u64 = 16;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
 
@@ -48,6 +50,10 @@ struct PageRegion {
     categories: u64,
 }
 
+impl PageRegion {
+    const NONE: PageRegion = PageRegion { start: 0, end: 0, categories: 0 };
+}
+
 /// What to do with written pages besides returning them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Protection {
@@ -64,6 +70,57 @@ enum Sought {
     Written(Protection),
     /// What is not mapped now.
     Unmapped,
+    /// What is neither mapped nor swapped out.
+    Empty,
+}
+
+/// Which memory of a process, that no file backs, has nothing in it: what was never touched, or was given back. It reads as zeros.
+///
+/// Of a page table that is there, a page that was protected before it was touched counts as one that has something.
+#[derive(Debug)]
+pub struct Resident {
+    pagemap: File,
+}
+
+impl Resident {
+    /// Regions asked for at a time.
+    const REGIONS: usize = 128;
+
+    /// Looks at the memory of a process as it is now: after an `execve` it still means the old memory.
+    ///
+    /// # Errors
+    /// When its pagemap cannot be opened.
+    pub fn open(pid: u32) -> io::Result<Resident> {
+        Ok(Resident { pagemap: File::open(format!("/proc/{pid}/pagemap"))? })
+    }
+
+    /// Whether all of a range of addresses is empty.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn is_empty(&self, range: &Range<u64>) -> io::Result<bool> {
+        let mut region = [PageRegion::NONE];
+        let (count, _) = scan(self.pagemap.as_fd(), range.clone(), Sought::Empty, &mut region)?;
+        Ok(count == 1 && region[0].start <= range.start && region[0].end >= range.end)
+    }
+
+    /// Calls `found` with every empty part of a range of addresses, in order.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn empty(&self, range: &Range<u64>, mut found: impl FnMut(Range<u64>)) -> io::Result<()> {
+        let mut regions = vec![PageRegion::NONE; Self::REGIONS];
+        let mut at = range.start;
+        while at < range.end {
+            let (count, end) = scan(self.pagemap.as_fd(), at..range.end, Sought::Empty, &mut regions)?;
+            regions.iter().take(count).for_each(|region| found(region.start..region.end));
+            if end <= at {
+                return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
+            }
+            at = end;
+        }
+        Ok(())
+    }
 }
 
 /// The pagemap of one process, and the buffer its answers are put in.
@@ -83,7 +140,7 @@ impl Pagemap {
     /// Opens the pagemap of a process as it is now: after an `execve` it still means the old memory.
     pub(crate) fn open(pid: u32) -> io::Result<Self> {
         let file = File::open(format!("/proc/{pid}/pagemap"))?;
-        Ok(Self { file, buffer: vec![PageRegion { start: 0, end: 0, categories: 0 }; REGIONS_PER_CALL] })
+        Ok(Self { file, buffer: vec![PageRegion::NONE; REGIONS_PER_CALL] })
     }
 
     /// Calls `found` with every written run of addresses in `range`, in order. Returns how many calls
@@ -144,6 +201,7 @@ fn scan(
         Sought::Written(Protection::Leave) => (CHECK_WPASYNC, 0, WRITTEN),
         Sought::Written(Protection::Renew) => (CHECK_WPASYNC | WP_MATCHING, 0, WRITTEN),
         Sought::Unmapped => (CHECK_WPASYNC, PRESENT, PRESENT),
+        Sought::Empty => (0, PRESENT | SWAPPED, PRESENT | SWAPPED),
     };
     let mut argument = ScanArgument {
         size: size_of::<ScanArgument>() as u64,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use ownership::{Claim, Departed, OnRecord, Outgoing, Ownership, Standing, Supplied, VmName};
 use qemu::spec::render::Place;
-use qemu::{Nic, NicKind, Process, Qmp, Spec};
+use qemu::{Nic, NicKind, Process, Qmp, RamAddresses, Spec};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -217,6 +217,9 @@ pub struct Record {
     pub qmp_socket: PathBuf,
     /// Its guest RAM, in bytes.
     pub memory: u64,
+    /// Where its QEMU has RAM that is no named file: it was not started here, nor came here.
+    #[serde(default, skip_serializing_if = "RamAddresses::is_empty")]
+    pub ram: RamAddresses,
     /// Interfaces that its QEMU was given by descriptor.
     #[serde(default)]
     pub handed_in: Vec<HandedIn>,
@@ -252,6 +255,7 @@ impl Record {
             argv: Vec::new(),
             qmp_socket: PathBuf::new(),
             memory: 0,
+            ram: RamAddresses::new(),
             handed_in: Vec::new(),
             made: Made::default(),
             left_behind: Vec::new(),

@@ -30,7 +30,8 @@ pub(crate) fn on_command_line(spec: &Spec) -> Vec<Finding> {
     spec.unknown_drives().into_iter().map(|(option, driver)| unknown_driver(&option, &driver)).collect()
 }
 
-fn not_migratable(reason: &str) -> Finding {
+/// What QEMU itself says.
+pub(crate) fn not_migratable(reason: &str) -> Finding {
     let reason = reason.trim_end_matches('.');
     let hint = match reason.strip_prefix("non-migratable device: ") {
         Some(_) => {

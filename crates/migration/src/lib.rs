@@ -22,6 +22,7 @@ pub mod options;
 mod plugged;
 pub mod points;
 pub mod progress;
+mod ram;
 pub mod rate;
 mod recover;
 pub mod release;

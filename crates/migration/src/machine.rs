@@ -36,6 +36,11 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
+    /// Whether its device state is saved without a migration by QEMU, whose stream would carry all RAM that is no named file.
+    pub(crate) fn saves_devices(&self) -> bool {
+        self.ram.iter().any(|block| block.in_stream)
+    }
+
     /// Describes a machine of this host, and finds every reason for which it cannot leave it.
     pub(crate) async fn describe(host: &Host, vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
         let mut findings = unmovable(&vm.spec, options.accept_disconnect);
@@ -49,7 +54,8 @@ impl Machine {
                 "wait until it has everything; `vmirror status` at its source shows how far it is",
             ));
         }
-        let ram = match vm.record.process.as_ref().map(|process| qemu::ram_blocks(process, &vm.spec)) {
+        let blocks = |process| qemu::ram_blocks(process, &vm.spec, &vm.record.ram);
+        let ram = match vm.record.process.as_ref().map(blocks) {
             Some(Ok(ram)) => ram,
             Some(Err(e)) => {
                 findings.push(Finding::new(

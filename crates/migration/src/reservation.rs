@@ -82,6 +82,7 @@ pub(crate) struct Request {
     post_copy: bool,
     /// QEMU's own stream carries the memory.
     pub(crate) qemu_stream: bool,
+    saved_devices: bool,
     /// The source waits for as long as it hears that this is worked on.
     pub(crate) patient: bool,
     /// Earlier migrations whose copies it says are worthless; of an agent that says nothing of them, all are.
@@ -187,6 +188,7 @@ impl Request {
             nft: wire.nft,
             post_copy: wire.post_copy,
             qemu_stream: wire.qemu_stream,
+            saved_devices: wire.saved_devices,
             patient: wire.patient,
             abandoned,
         })

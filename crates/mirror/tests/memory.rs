@@ -115,7 +115,7 @@ impl Rig {
         let secret = Secret::random().unwrap();
         let ram = |path: &Path| {
             let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
-            Ram::new(layout.clone(), vec![RamFile { file, offset: 0 }]).unwrap()
+            Ram::new(layout.clone(), vec![RamFile { file, offset: 0, process: None }]).unwrap()
         };
         let (tell, events) = channel();
         let mut destination =

@@ -10,8 +10,10 @@ use std::{
 };
 
 use crate::{
-    FilePurpose, NotMirrorable, ParseError, Process, ProcessError, Protocol, RamError, RamKind, Spec, Vm,
+    FilePurpose, LocateError, NotMirrorable, ParseError, Process, ProcessError, Protocol, RamAddresses,
+    RamError, Spec, Vm, located_blocks,
     qmp::{Qmp, QmpError},
+    ram::is_named_file,
     ram_blocks,
 };
 
@@ -22,6 +24,8 @@ pub struct Adopted {
     pub vm: Vm,
     /// Its versioned machine type.
     pub machine: String,
+    /// Where its RAM is that is no named file.
+    pub ram: RamAddresses,
     /// The connection to its monitor.
     pub qmp: Qmp,
 }
@@ -72,19 +76,12 @@ pub enum AdoptError {
         /// The option with its value.
         option: String,
     },
-    /// Its RAM is its own.
-    #[error(
-        "its memory is private to the process (RAM {id}), so it cannot be mirrored; start it with: {advice}"
-    )]
-    PrivateRam {
-        /// The backend's id.
-        id: String,
-        /// The options to start it with.
-        advice: String,
-    },
     /// Its RAM cannot be found.
     #[error("cannot find its memory")]
     Ram(#[from] RamError),
+    /// QEMU does not say where its RAM is.
+    #[error("cannot find its memory")]
+    Locate(#[from] LocateError),
     /// It is tied to this host.
     #[error("it cannot leave this host")]
     NotMirrorable(#[from] NotMirrorable),
@@ -133,8 +130,7 @@ pub enum AdoptError {
 /// Takes in the QEMU whose QMP is at `qmp_socket`.
 ///
 /// # Errors
-/// Says what stands in the way; for private RAM, with which options to start it; for a QMP socket that another
-/// client has, how to give it a second one. QEMU is left as it was.
+/// Says what stands in the way; for a QMP socket that another client has, how to give it a second one. QEMU is left as it was.
 pub async fn adopt(qmp_socket: &Path) -> Result<Adopted, AdoptError> {
     let socket = std::path::absolute(qmp_socket).unwrap_or_else(|_| qmp_socket.to_owned());
     let qmp = Qmp::connect(&socket).await?;
@@ -156,20 +152,13 @@ pub async fn adopt(qmp_socket: &Path) -> Result<Adopted, AdoptError> {
     // It has arrived by now, or has loaded its snapshot; the next start is not to do so again.
     let spec = spec.without_incoming().without_snapshot();
     spec.check_portable()?;
-    let private = spec
-        .ram_backends()
-        .into_iter()
-        .find(|ram| !(ram.kind == RamKind::File && ram.share && is_named(ram.mem_path.as_deref())));
-    if let Some(ram) = private {
-        let vm = qmp.name().await?.unwrap_or_else(|| "NAME".to_owned());
-        return Err(AdoptError::PrivateRam { id: ram.id, advice: spec.advice_for_shared_ram(&vm) });
-    }
-    ram_blocks(&process, &spec)?;
+    let ram = ram_addresses(&qmp, &process, &spec).await?;
+    ram_blocks(&process, &spec, &ram)?;
     check_devices(&qmp, &spec).await?;
     check_images(&qmp, &spec, &directory).await?;
     let machine = qmp.machine_type().await?;
     tracing::info!(pid, machine, socket = %socket.display(), "adopted a running QEMU");
-    Ok(Adopted { vm: Vm { process, spec, qmp_socket: socket }, machine, qmp })
+    Ok(Adopted { vm: Vm { process, spec, qmp_socket: socket }, machine, ram, qmp })
 }
 
 /// Whether a QEMU was started to receive a migration, as far as that can be read. The command line by which it is [taken in](adopt)
@@ -201,8 +190,22 @@ fn command_line(pid: u32) -> Result<(Spec, PathBuf), AdoptError> {
     Ok((spec, directory))
 }
 
-fn is_named(path: Option<&Path>) -> bool {
-    path.is_some_and(|path| !path.is_dir())
+/// Where RAM is that is no named file. Nothing is asked of a machine that has none.
+async fn ram_addresses(qmp: &Qmp, process: &Process, spec: &Spec) -> Result<RamAddresses, LocateError> {
+    let backends = spec.ram_backends();
+    let wanted: Vec<&str> = backends
+        .iter()
+        .filter(|backend| !is_named_file(backend))
+        .map(|backend| backend.id.as_str())
+        .collect();
+    if wanted.is_empty() {
+        return Ok(RamAddresses::new());
+    }
+    let blocks = located_blocks(qmp, process).await?.into_iter();
+    // Old machine types name RAM by its whole path in QEMU's tree of objects.
+    let id = |name: &str| name.strip_prefix("/objects/").unwrap_or(name).to_owned();
+    let named = blocks.map(|block| (id(&block.name), block.address));
+    Ok(named.filter(|(name, _)| wanted.contains(&name.as_str())).collect())
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {

@@ -1,26 +1,37 @@
-//! Guest RAM of a live QEMU: its files, and where QEMU has mapped them.
+//! Guest RAM of a live QEMU: where it can be read, and where QEMU has mapped it.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use crate::{Process, RamBackend, RamKind, Spec};
+use crate::{
+    Process, RamBackend, RamKind, Spec,
+    maps::{FileId, MapsLine, maps},
+};
+
+/// Where RAM that is no named file is in QEMU's address space, by the id of its backend.
+pub type RamAddresses = BTreeMap<String, u64>;
 
 /// `f_type` of hugetlbfs (linux/magic.h).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
-/// A piece of guest RAM: a file that QEMU has mapped.
+/// A piece of guest RAM.
 #[derive(Debug)]
 pub struct RamBlock {
     /// The id of its backend, which names it in QEMU's migration stream too.
     pub id: String,
-    /// The file's path, as on the command line. It may have been deleted since.
+    /// The file's path, as on the command line, which may have been deleted since; of RAM that is no named file, where it is read.
     pub path: PathBuf,
-    /// The file, open for reading and writing.
+    /// The file, open for reading and writing; of private RAM the memory of the process (`/proc/PID/mem`), open for reading.
     pub file: File,
+    /// Nothing but the process itself has it mapped: it is read through the process's address space.
+    pub private: bool,
+    /// A migration by QEMU carries it, whatever is set: it is no shared file with a name.
+    pub in_stream: bool,
     /// Bytes of RAM.
     pub size: u64,
     /// Where QEMU has mapped it: in the order of the file, without gap or overlap.
@@ -34,7 +45,7 @@ pub struct RamBlock {
 pub struct Mapping {
     /// Address in QEMU's address space.
     pub address: u64,
-    /// Bytes into the file.
+    /// Bytes into the file; of private RAM, whose file is the process's memory, the address once more.
     pub file_offset: u64,
     /// Bytes.
     pub len: u64,
@@ -44,11 +55,22 @@ pub struct Mapping {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RamError {
-    /// Its backend is not a shared, named file.
-    #[error("RAM {id} is not a shared file with a name")]
+    /// Its backend is not a shared, named file, and it is not known where QEMU has it.
+    #[error("RAM {id} is private to QEMU, and it is not known where it is")]
     Private {
         /// The backend's id.
         id: String,
+    },
+    /// The process's memory cannot be read.
+    #[error("cannot open {} to read RAM {id}", path.display())]
+    Memory {
+        /// The backend's id.
+        id: String,
+        /// The file below /proc.
+        path: PathBuf,
+        /// What the system says.
+        #[source]
+        source: io::Error,
     },
     /// The process' map cannot be read.
     #[error("cannot read {}", path.display())]
@@ -58,12 +80,6 @@ pub enum RamError {
         /// What the system says.
         #[source]
         source: io::Error,
-    },
-    /// A line of the map is not as documented in proc_pid_maps(5).
-    #[error("the kernel's map of QEMU has a line that is not understood: {line:?}")]
-    Form {
-        /// The line.
-        line: String,
     },
     /// QEMU has not mapped the file.
     #[error("QEMU has not mapped {} for RAM {id}", path.display())]
@@ -102,28 +118,49 @@ pub enum RamError {
     },
 }
 
-/// Finds the guest's RAM in the process: for every backend on the command line the file, checked by device and
-/// inode to be the one that QEMU has mapped, and the mappings. A deleted file is found through QEMU's descriptors.
+/// Finds the guest's RAM in the process: for every backend on the command line that is a named file that file, checked by device and
+/// inode to be the one that QEMU has mapped, and the mappings. A deleted file is found through QEMU's descriptors. Other RAM is at one of
+/// these `addresses` ([`private_ram`]).
 ///
 /// # Errors
 /// Names the backend or file that stands in the way.
-pub fn ram_blocks(process: &Process, spec: &Spec) -> Result<Vec<RamBlock>, RamError> {
-    let path = PathBuf::from(format!("/proc/{}/maps", process.pid));
-    let text = fs::read_to_string(&path).map_err(|source| RamError::Maps { path, source })?;
-    let maps = text
-        .lines()
-        .map(|line| MapsLine::parse(line).ok_or_else(|| RamError::Form { line: line.to_owned() }));
-    let maps = maps.collect::<Result<Vec<_>, _>>()?;
-    spec.ram_backends().iter().map(|backend| ram_block(process, backend, &maps)).collect()
+pub fn ram_blocks(
+    process: &Process,
+    spec: &Spec,
+    addresses: &RamAddresses,
+) -> Result<Vec<RamBlock>, RamError> {
+    let maps = maps(process).map_err(|(path, source)| RamError::Maps { path, source })?;
+    let block = |backend: &RamBackend| match is_named_file(backend) {
+        true => file_block(process, backend, &maps),
+        false => block_at(process, backend, &maps, addresses.get(&backend.id).copied()),
+    };
+    spec.ram_backends().iter().map(block).collect()
 }
 
-fn ram_block(process: &Process, backend: &RamBackend, maps: &[MapsLine]) -> Result<RamBlock, RamError> {
+/// Whether RAM is a shared file with a name, which can be opened by that.
+pub(crate) fn is_named_file(backend: &RamBackend) -> bool {
+    let named = backend.mem_path.as_ref().is_some_and(|path| !path.is_dir());
+    backend.kind == RamKind::File && backend.share && named
+}
+
+fn file_block(process: &Process, backend: &RamBackend, maps: &[MapsLine]) -> Result<RamBlock, RamError> {
     let id = backend.id.clone();
-    let path = match &backend.mem_path {
-        Some(path) if backend.kind == RamKind::File && backend.share => process.absolute(path),
-        _ => return Err(RamError::Private { id }),
+    let Some(path) = backend.mem_path.as_ref().map(|path| process.absolute(path)) else {
+        return Err(RamError::Private { id });
     };
     let (file, identity) = open_mapped(process, &id, &path, maps)?;
+    shared_block(backend, path, file, identity, maps)
+}
+
+/// RAM in a file that others can map too.
+fn shared_block(
+    backend: &RamBackend,
+    path: PathBuf,
+    file: File,
+    identity: FileId,
+    maps: &[MapsLine],
+) -> Result<RamBlock, RamError> {
+    let id = backend.id.clone();
     let mut mappings: Vec<Mapping> =
         maps.iter().filter(|line| line.file == identity && line.shared).map(|line| line.mapping).collect();
     mappings.sort_unstable_by_key(|mapping| mapping.file_offset);
@@ -133,7 +170,50 @@ fn ram_block(process: &Process, backend: &RamBackend, maps: &[MapsLine]) -> Resu
     if mapped != backend.size.next_multiple_of(page_size) {
         return Err(RamError::Incomplete { id, size: backend.size, mapped });
     }
-    Ok(RamBlock { id, path, file, size: backend.size, mappings, page_size })
+    let in_stream = !is_named_file(backend);
+    Ok(RamBlock { id, path, file, private: false, in_stream, size: backend.size, mappings, page_size })
+}
+
+/// RAM at an address: a file without a name that QEMU shares with others, or its own memory.
+fn block_at(
+    process: &Process,
+    backend: &RamBackend,
+    maps: &[MapsLine],
+    address: Option<u64>,
+) -> Result<RamBlock, RamError> {
+    let id = backend.id.clone();
+    let address = address.ok_or_else(|| RamError::Private { id: id.clone() })?;
+    let there = maps.iter().find(|line| line.contains(address));
+    let there = there.ok_or_else(|| RamError::Private { id: id.clone() })?;
+    if there.shared {
+        let path = PathBuf::from(&there.name);
+        let file = open_descriptor(process, &id, &path, there.file)?;
+        return shared_block(backend, path, file, there.file, maps);
+    }
+    let path = PathBuf::from(format!("/proc/{}/mem", process.pid));
+    let file = File::open(&path).map_err(|source| RamError::Memory {
+        id: id.clone(),
+        path: path.clone(),
+        source,
+    })?;
+    let mapped = private_from(address, maps);
+    if mapped < backend.size {
+        return Err(RamError::Incomplete { id, size: backend.size, mapped });
+    }
+    let mappings = vec![Mapping { address, file_offset: address, len: backend.size }];
+    let page_size = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+    Ok(RamBlock { id, path, file, private: true, in_stream: true, size: backend.size, mappings, page_size })
+}
+
+/// Bytes from an address on that are the process's own, without gap. The kernel has a line for each part that it treats in another way.
+fn private_from(address: u64, maps: &[MapsLine]) -> u64 {
+    let mut end = address;
+    for line in maps.iter().filter(|line| !line.shared && line.readable) {
+        if line.contains(end) {
+            end = line.mapping.address + line.mapping.len;
+        }
+    }
+    end - address
 }
 
 /// Bytes that are mapped from `offset` without gap or overlap; 0 if there is an overlap.
@@ -173,12 +253,17 @@ fn open_mapped(
     let Some(line) = line else {
         return Err(RamError::NotMapped { id: id.to_owned(), path: path.to_owned() });
     };
+    Ok((open_descriptor(process, id, path, line.file)?, line.file))
+}
+
+/// Opens a file that has no name any more, or never had one, by the descriptor that QEMU has of it.
+fn open_descriptor(process: &Process, id: &str, path: &Path, identity: FileId) -> Result<File, RamError> {
+    let failed = |source| RamError::Open { id: id.to_owned(), path: path.to_owned(), source };
     let directory = PathBuf::from(format!("/proc/{}/fd", process.pid));
     for descriptor in fs::read_dir(directory).map_err(failed)? {
         let descriptor = descriptor.map_err(failed)?.path();
-        if fs::metadata(&descriptor).is_ok_and(|file| FileId::of(&file) == line.file) {
-            let file = OpenOptions::new().read(true).write(true).open(descriptor).map_err(failed)?;
-            return Ok((file, line.file));
+        if fs::metadata(&descriptor).is_ok_and(|file| FileId::of(&file) == identity) {
+            return OpenOptions::new().read(true).write(true).open(descriptor).map_err(failed);
         }
     }
     Err(RamError::Deleted { path: path.to_owned() })
@@ -217,78 +302,9 @@ impl Process {
     }
 }
 
-/// What makes a file the same file: device and inode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct FileId {
-    major: u32,
-    minor: u32,
-    inode: u64,
-}
-
-impl FileId {
-    pub(crate) fn of(file: &fs::Metadata) -> FileId {
-        let device = file.dev();
-        FileId { major: rustix::fs::major(device), minor: rustix::fs::minor(device), inode: file.ino() }
-    }
-}
-
-/// A line of `/proc/PID/maps`, see proc_pid_maps(5).
-#[derive(Debug, PartialEq, Eq)]
-struct MapsLine {
-    mapping: Mapping,
-    shared: bool,
-    file: FileId,
-    name: String,
-}
-
-impl MapsLine {
-    fn parse(line: &str) -> Option<MapsLine> {
-        let hex = |text: &str| u64::from_str_radix(text, 16).ok();
-        let mut rest = line;
-        let mut field = || {
-            let (word, after) = rest.split_once(' ').unwrap_or((rest, ""));
-            rest = after.trim_start();
-            word
-        };
-        let (from, to) = field().split_once('-')?;
-        let permissions = field();
-        let offset = field();
-        let (major, minor) = field().split_once(':')?;
-        let inode = field().parse().ok()?;
-        let (from, to) = (hex(from)?, hex(to)?);
-        Some(MapsLine {
-            mapping: Mapping { address: from, file_offset: hex(offset)?, len: to.checked_sub(from)? },
-            shared: permissions.ends_with('s'),
-            file: FileId {
-                major: u32::from_str_radix(major, 16).ok()?,
-                minor: u32::from_str_radix(minor, 16).ok()?,
-                inode,
-            },
-            name: rest.to_owned(),
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lines_of_the_map() {
-        let line = "7f00-8f00 rw-s 00001000 00:1a 42                         /dev/shm/a b (deleted)";
-        assert_eq!(
-            MapsLine::parse(line),
-            Some(MapsLine {
-                mapping: Mapping { address: 0x7f00, file_offset: 0x1000, len: 0x1000 },
-                shared: true,
-                file: FileId { major: 0, minor: 26, inode: 42 },
-                name: "/dev/shm/a b (deleted)".to_owned(),
-            })
-        );
-        assert!(!MapsLine::parse("0-1 r-xp 0 08:01 5").unwrap().shared);
-        assert_eq!(MapsLine::parse("nonsense"), None);
-        assert_eq!(MapsLine::parse("2-1 r-xp 0 08:01 5"), None);
-    }
 
     #[test]
     fn gaps_and_overlaps_are_seen() {

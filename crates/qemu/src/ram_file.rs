@@ -16,7 +16,8 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::User;
-use crate::ram::{FileId, RamBlock};
+use crate::maps::FileId;
+use crate::ram::RamBlock;
 
 /// What the permissions of a directory and of a file are.
 const PRIVATE_DIRECTORY: u32 = 0o700;
@@ -257,7 +258,7 @@ mod tests {
 
     fn block(file: File) -> RamBlock {
         let (id, path, mappings) = ("pc.ram".to_owned(), PathBuf::new(), Vec::new());
-        RamBlock { id, path, file, size: MIB, mappings, page_size: 4096 }
+        RamBlock { id, path, file, private: false, in_stream: false, size: MIB, mappings, page_size: 4096 }
     }
 
     #[test]

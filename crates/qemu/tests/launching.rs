@@ -227,7 +227,7 @@ async fn the_guest_sees_the_same_machine_after_it_was_made_mirrorable() {
             let first = before.iter().zip(&after).find(|(before, after)| before != after);
             assert!(before == after, "{view} of {options:?} differs: {first:#?}");
         }
-        let blocks = ram_blocks(&process, &spec).unwrap();
+        let blocks = ram_blocks(&process, &spec, &qemu::RamAddresses::new()).unwrap();
         let size: u64 = blocks.iter().map(|block| block.size).sum();
         let dimm = if number == 3 { 64 << 20 } else { 0 };
         assert_eq!(size, spec.memory().unwrap() + dimm, "{options:?}");
@@ -257,7 +257,7 @@ async fn ram_is_found_in_its_file_also_after_the_file_was_deleted() {
     let place = Place::new();
     let (process, spec, qmp) = place.start("r", &["-M", "q35", "-m", "64", "-S"]).await;
     for deleted in [false, true] {
-        let mut blocks = ram_blocks(&process, &spec).unwrap();
+        let mut blocks = ram_blocks(&process, &spec, &qemu::RamAddresses::new()).unwrap();
         assert_eq!(blocks.len(), 1);
         let block = blocks.remove(0);
         assert_eq!((block.id.as_str(), block.size, block.page_size), ("pc.ram", 64 << 20, 4096));

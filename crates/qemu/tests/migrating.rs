@@ -134,8 +134,8 @@ async fn arrive(place: &Place, source: &Side, hop: usize, binary: &str, versione
     let mut events = source.qmp.events();
     source.qmp.migrate(&stream).await.unwrap();
     wait_for(&mut events, "pre-switchover").await;
-    for block in qemu::ram_blocks(&source.process, &source.spec).unwrap() {
-        let other = qemu::ram_blocks(&process, &spec)
+    for block in qemu::ram_blocks(&source.process, &source.spec, &qemu::RamAddresses::new()).unwrap() {
+        let other = qemu::ram_blocks(&process, &spec, &qemu::RamAddresses::new())
             .unwrap()
             .into_iter()
             .find(|other| other.id == block.id)

@@ -127,7 +127,7 @@ fn unreserved(directory: &Path, huge: u64) -> Result<Ram, RamError> {
     let file = File::options().read(true).write(true).create_new(true).open(directory.join("ram")).unwrap();
     file.set_len(huge * HUGE_PAGE).unwrap();
     let layout = Layout::new([("ram", huge * HUGE_PAGE)], 1).unwrap();
-    Ram::new(layout, vec![RamFile { file, offset: 0 }])
+    Ram::new(layout, vec![RamFile { file, offset: 0, process: None }])
 }
 
 /// The page with this number of the huge page with that one.

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod adoption;
+mod any_ram;
 mod back_and_forth;
 mod bad_clients;
 mod balloon;

@@ -147,7 +147,7 @@ fn directory() -> TempDir {
 
 fn ram(path: &Path, layout: Layout) -> Ram {
     let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
-    Ram::new(layout, vec![RamFile { file, offset: 0 }]).unwrap()
+    Ram::new(layout, vec![RamFile { file, offset: 0, process: None }]).unwrap()
 }
 
 /// The same for both ends and in every run.

@@ -81,7 +81,7 @@ pub async fn run(
             Ok(host.journal.amend(&mut record, |now| now.process = Some(process.clone()))?)
         })
         .await?;
-        made.check(&qemu::ram_blocks(&process, &spec)?)?;
+        made.check(&qemu::ram_blocks(&process, &spec, &record.ram)?)?;
         Ok(Qmp::connect(&record.qmp_socket).await?)
     };
     let launched = match launched.await {
@@ -135,6 +135,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
         argv: adopted.vm.spec.to_argv(),
         qmp_socket: adopted.vm.qmp_socket,
         memory: adopted.vm.spec.memory()?,
+        ram: adopted.ram,
         handed_in,
         ..Record::new(name, Standing::own(), Origin::Adopted)
     };

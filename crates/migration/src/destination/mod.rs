@@ -30,8 +30,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use link::{Control, ControlReceiver, ControlSender, Peer};
+use mirror::memory::Ram;
 use mirror::memory::destination::MemoryDestination;
-use mirror::memory::{Ram, RamFile};
 use qemu::{Qmp, Spec};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
@@ -384,14 +384,8 @@ impl Source {
         mut arrivals: Arrivals,
     ) -> Result<(Record, Spec, Qmp), End> {
         let places = post_copy::places(&reservation.ram);
-        let files = reservation
-            .ram
-            .drain(..)
-            .map(|block| RamFile {
-                offset: block.mappings.first().map_or(0, |m| m.file_offset),
-                file: block.file,
-            })
-            .collect();
+        let pid = reservation.record.process.as_ref().map_or(0, |process| process.pid);
+        let files = reservation.ram.drain(..).map(|block| crate::ram::file_of(block, pid)).collect();
         let ram = Ram::new(request.layout.clone(), files).map_err(|e| failed("ram", &e))?;
         let (tell, events) = Events::of(&request.layout, storage::blocks(request, &reservation.images));
         let told = tell.clone();

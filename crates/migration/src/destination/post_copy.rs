@@ -11,9 +11,9 @@ use dirty_tracker::{AttachError, DescriptorSource, InjectError, Injection, Known
 use link::LinkError;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
+use mirror::memory::Ram;
 use mirror::memory::post_copy::{Places, still_missing};
 use mirror::memory::source::TrackedRange;
-use mirror::memory::{Ram, RamFile};
 use qemu::{Qmp, RamBlock, Spec};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
@@ -117,19 +117,13 @@ pub(crate) async fn recover(host: &LinkedHost, record: &Record) -> Result<(), St
     }
     let Some(process) = &record.process else { return Err("the VM has no process".to_owned()) };
     let spec = Spec::parse(&record.argv).map_err(|e| chain(&e))?;
-    let blocks = qemu::ram_blocks(process, &spec).map_err(|e| chain(&e))?;
+    let blocks = qemu::ram_blocks(process, &spec, &record.ram).map_err(|e| chain(&e))?;
     let (addresses, places) = places(&blocks);
     let layout =
         Layout::new(blocks.iter().map(|block| (block.id.as_str(), block.size)), 1).map_err(|e| chain(&e))?;
     let missing = tail::read(missing, &layout)
         .map_err(|e| format!("{} cannot be read: {}", missing.display(), chain(&e)))?;
-    let files = blocks
-        .into_iter()
-        .map(|block| RamFile {
-            offset: block.mappings.first().map_or(0, |mapping| mapping.file_offset),
-            file: block.file,
-        })
-        .collect();
+    let files = blocks.into_iter().map(|block| crate::ram::file_of(block, process.pid)).collect();
     let ram = Ram::new(layout.clone(), files).map_err(|e| chain(&e))?;
     let missing = still_missing(&ram, &missing).map_err(|e| chain(&e))?;
     match MissingPages::resume(process.pid, &addresses, *descriptor) {

@@ -4,7 +4,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 
 use mirror::device::destination::DeviceDestination;
-use qemu::{Launch, LaunchError, Process, Qmp, RamBlock, Spec, User};
+use qemu::{Launch, LaunchError, Process, Qmp, RamAddresses, RamBlock, Spec, User};
 use serde_json::Value;
 
 use super::macvtaps::Descriptors;
@@ -99,7 +99,7 @@ impl Request {
             return Err(vec![finding].into());
         }
         let [events, late, _] = CAPABILITIES;
-        let on = if self.qemu_stream { &[events, late][..] } else { &CAPABILITIES };
+        let on = if self.qemu_stream || self.saved_devices { &[events, late][..] } else { &CAPABILITIES };
         // Its command line may have set others (`-global migration.…`).
         let before = Settings::of(&monitor).await.map_err(qmp)?;
         host.journal
@@ -209,7 +209,7 @@ impl Request {
                 "see the log of the agents",
             )]
         };
-        let ram = qemu::ram_blocks(process, spec).map_err(|e| differs(chain(&e)))?;
+        let ram = qemu::ram_blocks(process, spec, &RamAddresses::new()).map_err(|e| differs(chain(&e)))?;
         let bytes =
             |pages: &std::ops::Range<u64>| (pages.end - pages.start) * mirror::layout::PAGE_SIZE as u64;
         let same = ram.len() == self.layout.blocks().len()

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::account::blank;
+use super::devices::{Alone, Saving};
 use super::disks::{self, Disks};
 use super::earlier;
 use super::forwarding;
@@ -67,6 +68,8 @@ pub(super) struct Controller {
     pub(super) plugged: Option<Plugged>,
     /// Identity of the destination's state directory, where it tells one.
     pub(super) keeper: Option<Uuid>,
+    /// What has to be known to save its devices alone, where they are.
+    pub(super) alone: Option<Alone>,
 }
 
 /// What must be given back, whatever happens.
@@ -180,6 +183,7 @@ impl Controller {
             post_copy: false,
             plugged: None,
             keeper: None,
+            alone: None,
         };
         tokio::spawn(async move {
             let report = controller.run().await;
@@ -362,6 +366,11 @@ impl Controller {
                 "see `vmirror show`",
             )));
         };
+        self.alone = machine.saves_devices().then(|| Alone {
+            process: process.clone(),
+            machine: machine.machine.clone(),
+            mirrored: machine.ram.iter().map(|block| block.id.clone()).collect(),
+        });
         let places = self.disk_places();
         self.held.clears = !reserved.mirrored.is_empty();
         if machine.direct_disks || (self.held.clears && disks::has_jobs(&self.vm.qmp).await) {
@@ -430,15 +439,13 @@ impl Controller {
     async fn switch_over(&mut self) -> Result<Prepared, Stop> {
         let predicted = self.rounds()?.estimate.downtime().unwrap_or_default();
         self.report.downtime_predicted_ms = predicted.as_secs_f64() * 1e3;
-        let socket = Paths::of(&self.host, &self.vm.record.name).device;
         let streams = match self.post_copy {
             true => Some(self.prepare_post_copy().await?),
             false => None,
         };
         self.raise_tunnels().await?;
         switch::may_migrate(&self.vm.qmp).await?;
-        self.held.configured = true;
-        self.set_up_qemu(&switch::CAPABILITIES, Value::Null).await?;
+        let saving = self.saving().await?;
         self.offer()?;
         if let Some(network) = &mut self.held.network {
             network.look(&self.host, &self.vm.record.name).await;
@@ -463,7 +470,7 @@ impl Controller {
             &self.vm.qmp,
             (rounds, (disks, fencing), network),
             destination,
-            &socket,
+            &saving,
             &self.options,
             streams,
             qemu,
@@ -481,6 +488,18 @@ impl Controller {
             }
             Err(stop) => Err(stop),
         }
+    }
+
+    /// How its devices will be saved; QEMU is set up for that.
+    async fn saving(&mut self) -> Result<Saving, Stop> {
+        if let Some(alone) = self.alone.take() {
+            // It is stopped by us: whoever finds it so is to let it run.
+            self.host.journal.amend(&mut self.vm.record, |now| now.pauses = true)?;
+            return Ok(Saving::Alone(alone));
+        }
+        self.held.configured = true;
+        self.set_up_qemu(&switch::CAPABILITIES, Value::Null).await?;
+        Ok(Saving::Migration(Paths::of(&self.host, &self.vm.record.name).device))
     }
 
     /// Has QEMU's own migration be as ours needs it, whatever another tool has left it at. What it was is on record before that.

@@ -7,6 +7,7 @@
 
 mod account;
 mod controller;
+mod devices;
 pub(crate) mod disks;
 mod earlier;
 mod estimate;

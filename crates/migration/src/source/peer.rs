@@ -437,6 +437,7 @@ pub(super) fn reserve_request(
         nft: String::new(),
         post_copy: options.on_diverge == OnDiverge::PostCopy,
         qemu_stream: options.engine == Engine::Qemu,
+        saved_devices: machine.saves_devices(),
         patient: true,
         link_port: 0,
         abandoned: Some(earlier::named(host, &vm.record.name)),

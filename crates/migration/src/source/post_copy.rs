@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use link::{AbortHandle, Bandwidth, DataSender, Endpoint, InFlight};
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
+use mirror::memory::Ram;
 use mirror::memory::pages::PageSet;
 use mirror::memory::post_copy::PostCopySource;
-use mirror::memory::{Ram, RamFile};
 use qemu::Spec;
 use uuid::Uuid;
 
@@ -426,14 +426,11 @@ pub async fn supply(host: &LinkedHost, record: &Record) -> Result<Option<Finding
     let Ownership::HandedOver { session, to, .. } = &record.ownership else { return Ok(None) };
     let Some(process) = &record.process else { return Ok(None) };
     let spec = Spec::parse(&record.argv).map_err(|e| gone(&e))?;
-    let blocks = qemu::ram_blocks(process, &spec).map_err(|e| gone(&e))?;
+    let blocks = qemu::ram_blocks(process, &spec, &record.ram).map_err(|e| gone(&e))?;
     let streams = super::controller::chosen_streams();
     let layout = Layout::new(blocks.iter().map(|block| (block.id.as_str(), block.size)), streams)
         .map_err(|e| gone(&e))?;
-    let files = blocks.into_iter().map(|block| RamFile {
-        offset: block.mappings.first().map_or(0, |mapping| mapping.file_offset),
-        file: block.file,
-    });
+    let files = blocks.into_iter().map(|block| crate::ram::file_of(block, process.pid));
     let ram = Arc::new(Ram::new(layout.clone(), files.collect()).map_err(|e| gone(&e))?);
     let secret = Secret::random().map_err(|e| gone(&e))?;
     let again = connect_again(host, record, &secret, &layout).await.map_err(failed)?;

@@ -9,11 +9,11 @@ use dirty_tracker::{DescriptorSource, Injection, KnownFilters, ScanError, Tracke
 use link::AbortHandle;
 use mirror::hash::Secret;
 use mirror::layout::{Layout, PAGE_SIZE};
+use mirror::memory::Ram;
 use mirror::memory::pages::PageSet;
 use mirror::memory::post_copy::PostCopySource;
 use mirror::memory::round::{Flow, Guest, Sent};
 use mirror::memory::source::{How, MemorySource, Proof, Scanned, Scanning, SourceError, TrackedRange};
-use mirror::memory::{Ram, RamFile};
 use mirror::storage::Lane;
 use mirror::storage::layout::BLOCK_SIZE;
 use mirror::storage::source::StorageSource;
@@ -115,11 +115,7 @@ impl Rounds {
             .map_err(|e| Stop::Failed(confinement::untracked(&e)))?;
         let hold = tracker.hold();
         let totals = Memory { pages: layout.page_count(), page_size: PAGE_SIZE as u64, ..Memory::default() };
-        let file = |block: RamBlock| RamFile {
-            offset: block.mappings.first().map_or(0, |mapping| mapping.file_offset),
-            file: block.file,
-        };
-        let ram = Ram::new(layout, ram.into_iter().map(file).collect())
+        let ram = Ram::new(layout, ram.into_iter().map(|block| crate::ram::file_of(block, pid)).collect())
             .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
         let scanning = if kvm { Scanning::AlwaysSparing } else { Scanning::Quickest };
         let how = How { scanning, compression, gives_back: begin.gives_back };

@@ -3,19 +3,17 @@
 //! Until [`Ownership::HandedOver`](crate::Ownership) is in the journal every failure leads back: the machine runs on here. After it, none does
 //! by itself.
 
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use mirror::device::source::DeviceSource;
 use mirror::memory::round::Guest;
 use qemu::{Event, Qmp, QmpError};
 use tokio::sync::broadcast;
 use tokio::time::timeout;
-use tokio_util::task::AbortOnDropHandle;
 
+use super::devices::{Devices, Saving};
 use super::disks::Disks;
 use super::network::Network;
-use super::peer::{Destination, Sender, violation};
+use super::peer::{Destination, violation};
 use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
@@ -52,7 +50,7 @@ pub(super) struct Prepared {
     /// What was left out of the copy, where it was: what is asked for is supplied already.
     pub(super) supplying: Option<Supplying>,
     /// Where QEMU sent its stream; removed when dropped.
-    pub(super) _device: Option<AbortOnDropHandle<Result<u64, Stop>>>,
+    pub(super) _devices: Option<Devices>,
 }
 
 /// What keeps others from the disks of the machine once QEMU gives them up.
@@ -72,18 +70,14 @@ pub(super) async fn prepare(
         &mut Option<Network>,
     ),
     destination: &mut Destination,
-    socket: &Path,
+    saving: &Saving,
     options: &Options,
     streams: Option<Streams>,
     told: &mut bool,
     paused_for_good: impl FnOnce(),
 ) -> Result<Prepared, Stop> {
-    let mut events = qmp.events();
-    // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
-    let _ = std::fs::remove_file(socket);
-    let device = DeviceSource::listen(socket)
-        .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
-    let uri = device.uri();
+    let events = qmp.events();
+    let devices = Devices::prepare(qmp, saving, destination).await?;
     // From here on nobody else can begin one with other settings unseen: QEMU migrates once at a time.
     may_migrate(qmp).await?;
     if streams.is_some() {
@@ -96,18 +90,15 @@ pub(super) async fn prepare(
     if let Some(network) = &mut *network {
         network.divert().await;
     }
-    let asked = Instant::now();
-    begin(qmp, &uri, told).await?;
-    let mut pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination.sender())));
-    let paused_at = timeout(UNTIL_PAUSED, paused(&mut events, asked)).await.map_err(|_| never_paused())??;
+    let (mut devices, paused_at) = devices.pause(qmp, events, destination.sender(), told).await?;
     paused_for_good();
     if let Some(network) = &mut *network {
         network.is_paused();
     }
     points::reach(Point::Paused).await;
     let limit = options.max_downtime + PATIENCE;
-    let pausing = Pausing { qmp, events, paused_at, options, disks, fencing };
-    let work = timeout(limit, pausing.finish(rounds, destination, &mut pump, streams));
+    let pausing = Pausing { qmp, paused_at, options, disks, fencing };
+    let work = timeout(limit, pausing.finish(rounds, destination, &mut devices, streams));
     let look = async {
         if let Some(network) = network {
             network.look_again().await;
@@ -115,13 +106,12 @@ pub(super) async fn prepare(
     };
     let (worked, ()) = tokio::join!(work, look);
     let (pause, device_state_bytes, supplying) = worked.map_err(|_| too_long(limit))??;
-    Ok(Prepared { paused_at, pause, device_state_bytes, supplying, _device: Some(pump) })
+    Ok(Prepared { paused_at, pause, device_state_bytes, supplying, _devices: Some(devices) })
 }
 
 /// A guest that has just been paused.
 struct Pausing<'a> {
     qmp: &'a Qmp,
-    events: broadcast::Receiver<Event>,
     paused_at: Instant,
     options: &'a Options,
     disks: &'a mut Option<Disks>,
@@ -138,14 +128,14 @@ impl Pausing<'_> {
         mut self,
         rounds: &mut Rounds,
         destination: &mut Destination,
-        pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+        devices: &mut Devices,
         streams: Option<Streams>,
     ) -> Result<(Pause, u64, Option<Supplying>), Stop> {
         let mut pause = Pause { stopped_ms: self.since(), ..Pause::default() };
         destination.send(Request::HoldDevices(Nothing {})).await?;
         let (device_state_bytes, sound) = match &streams {
-            None => self.complete(rounds, destination, pump, &mut pause).await?,
-            Some(_) => (self.leave_out(rounds, destination, pump, &mut pause).await?, true),
+            None => self.complete(rounds, destination, devices, &mut pause).await?,
+            Some(_) => (self.leave_out(rounds, destination, devices, &mut pause).await?, true),
         };
         points::reach(Point::Sent).await;
         pause.gate_ms = self.since();
@@ -181,12 +171,12 @@ impl Pausing<'_> {
         &mut self,
         rounds: &mut Rounds,
         destination: &mut Destination,
-        pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+        devices: &mut Devices,
         pause: &mut Pause,
     ) -> Result<(u64, bool), Stop> {
         // Saving devices and sending the last pages need different things: they go on together. What saving writes to
         // guest RAM after the scan is found by the next one.
-        let (paused_at, options) = (self.paused_at, self.options);
+        let (paused_at, options, sender) = (self.paused_at, self.options, destination.sender());
         let since = || paused_at.elapsed().as_secs_f64() * 1e3;
         let send = async {
             rounds.round(destination, Guest::Paused).await?;
@@ -199,9 +189,9 @@ impl Pausing<'_> {
             pause.last_round_ms = sent;
             rounds.settle_checks().await?;
             self.give_up_disks(pause).await?;
-            (self.save(pump).await?, since())
+            (devices.save(self.qmp, &sender).await?, since())
         } else {
-            let save = async { Ok::<_, Stop>((self.save(pump).await?, since())) };
+            let save = async { Ok::<_, Stop>((devices.save(self.qmp, &sender).await?, since())) };
             let (saved, sent) = tokio::try_join!(save, send)?;
             pause.last_round_ms = sent;
             saved
@@ -222,7 +212,7 @@ impl Pausing<'_> {
         &mut self,
         rounds: &mut Rounds,
         destination: &mut Destination,
-        pump: &mut AbortOnDropHandle<Result<u64, Stop>>,
+        devices: &mut Devices,
         pause: &mut Pause,
     ) -> Result<u64, Stop> {
         let time = HOT_WITHIN.min(self.options.downtime / 2);
@@ -233,7 +223,7 @@ impl Pausing<'_> {
             rounds.settle_checks().await?;
             self.give_up_disks(pause).await?;
         }
-        let device_state_bytes = self.save(pump).await?;
+        let device_state_bytes = devices.save(self.qmp, &destination.sender()).await?;
         pause.device_state_ms = self.since();
         rounds.withhold_cold(destination, time).await?;
         pause.last_round_ms = self.since();
@@ -250,27 +240,9 @@ impl Pausing<'_> {
         }
         Ok(())
     }
-
-    /// Has QEMU save its devices. Returns how many bytes that took.
-    async fn save(&mut self, pump: &mut AbortOnDropHandle<Result<u64, Stop>>) -> Result<u64, Stop> {
-        self.qmp.migrate_continue().await.map_err(Stop::qemu)?;
-        let bytes =
-            pump.await.unwrap_or_else(|e| Err(Stop::because("device-state", &e, "see the source's log")))?;
-        saved(&mut self.events).await?;
-        Ok(bytes)
-    }
 }
 
-/// Sends on what QEMU writes, to its end. Returns how many bytes it were.
-async fn pump(mut device: DeviceSource, destination: Sender) -> Result<u64, Stop> {
-    let failed = |e: std::io::Error| Stop::because("device-state", &e, "see the VM's log on the source");
-    while let Some(part) = device.next().await.map_err(failed)? {
-        destination.send(Request::DeviceState(part)).await?;
-    }
-    Ok(device.bytes())
-}
-
-fn never_paused() -> Stop {
+pub(super) fn never_paused() -> Stop {
     let message = format!("QEMU did not pause the guest within {UNTIL_PAUSED:?}");
     Stop::Failed(Finding::new("pause", message, "see the VM's log on the source"))
 }
@@ -331,6 +303,19 @@ pub(super) async fn paused(events: &mut broadcast::Receiver<Event>, asked: Insta
                 return Err(not_migrated(status));
             }
             _ => {}
+        }
+    }
+}
+
+/// Waits until a guest that was told to has stopped. Returns when that was.
+pub(super) async fn stopped(
+    events: &mut broadcast::Receiver<Event>,
+    asked: Instant,
+) -> Result<Instant, Stop> {
+    loop {
+        let event = next(events).await?;
+        if event.name == "STOP" {
+            return Ok(instant_of(&event, asked));
         }
     }
 }

@@ -86,6 +86,10 @@ pub struct Reserve {
     /// The first data stream carries QEMU's own stream, with guest RAM and all, and nothing else.
     #[prost(bool, tag = "20")]
     pub qemu_stream: bool,
+    /// Device state was saved without a migration by QEMU, for its RAM is private, and brings the machine's own RAM blocks along: QEMU there
+    /// is to take RAM by it.
+    #[prost(bool, tag = "41")]
+    pub saved_devices: bool,
 }
 
 /// A word of CPUID.

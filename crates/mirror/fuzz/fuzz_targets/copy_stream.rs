@@ -33,7 +33,11 @@ fuzz_target!(|data: &[u8]| {
     let layout = Layout::new(["a", "b", "c"].into_iter().zip(RAM.map(|pages| pages * PAGE_SIZE as u64)), 2);
     let files: Vec<File> = RAM.iter().map(|pages| guarded(*pages as usize * PAGE_SIZE)).collect();
     let offset = GUARD as u64;
-    let ram = files.iter().map(|file| RamFile { file: file.try_clone().expect("a descriptor"), offset });
+    let ram = files.iter().map(|file| RamFile {
+        file: file.try_clone().expect("a descriptor"),
+        offset,
+        process: None,
+    });
     let ram = Ram::new(layout.expect("a layout"), ram.collect()).expect("RAM");
     let (tell, events) = mpsc::channel();
     let mut memory =

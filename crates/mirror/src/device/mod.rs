@@ -9,6 +9,7 @@
 //! [`release`](destination::DeviceDestination::release).
 
 pub mod destination;
+pub mod saved;
 pub mod source;
 
 /// Most bytes of the stream that travel in one message: below the limit of a control message of the link.

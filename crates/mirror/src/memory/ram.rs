@@ -1,4 +1,4 @@
-//! The files that hold guest RAM.
+//! The files that hold guest RAM, or the process that does.
 
 use std::fs::File;
 use std::io;
@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
+use dirty_tracker::Resident;
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use rustix::io::Errno;
 
@@ -43,6 +44,8 @@ struct Backing {
 enum Kind {
     /// tmpfs, or a file system on a disk.
     Pages,
+    /// The memory of a process, which alone has it: what it has never touched is told by its page table.
+    Process(Resident),
     /// hugetlbfs, with pages of so many bytes; mapped where a copy is written.
     Huge { page_size: u64, mapping: Option<HugeMapping> },
 }
@@ -54,6 +57,8 @@ pub struct RamFile {
     pub file: File,
     /// Where in the file the block begins, in bytes.
     pub offset: u64,
+    /// Of RAM that is private to a process, and read through its memory (`/proc/PID/mem`): that process. None of a file.
+    pub process: Option<u32>,
 }
 
 /// RAM files that do not fit the layout, or an access to one that failed.
@@ -100,7 +105,14 @@ impl Ram {
         if files.len() != layout.blocks().len() {
             return Err(RamError::Count { files: files.len(), blocks: layout.blocks().len() });
         }
-        let backing = |(number, RamFile { file, offset }): (usize, RamFile)| {
+        let backing = |(number, RamFile { file, offset, process }): (usize, RamFile)| {
+            if let Some(pid) = process {
+                let resident = Resident::open(pid).map_err(|source| {
+                    let block = layout.blocks()[number].id.clone();
+                    RamError::Io { action: "examine", block, source }
+                })?;
+                return Ok(Backing { file, offset, kind: Kind::Process(resident) });
+            }
             let kind = match huge::page_size(&file) {
                 Ok(Some(page_size)) => Kind::Huge { page_size, mapping: None },
                 Ok(None) => Kind::Pages,
@@ -114,6 +126,9 @@ impl Ram {
         let files = files.into_iter().enumerate().map(backing).collect::<Result<_, _>>()?;
         let ram = Ram { layout, files };
         for (number, block) in ram.layout.blocks().iter().enumerate() {
+            if matches!(ram.files[number].kind, Kind::Process(_)) {
+                continue;
+            }
             let size = ram.files[number].file.metadata().map_err(|e| ram.error("examine", number, e))?.len();
             let expected =
                 ram.files[number].offset + (block.pages.end - block.pages.start) * PAGE_SIZE as u64;
@@ -165,7 +180,9 @@ impl Ram {
                 continue;
             }
             match &self.files[number].kind {
-                Kind::Pages => self.clear(PageIndex(pages.start), pages.end - pages.start)?,
+                Kind::Pages | Kind::Process(_) => {
+                    self.clear(PageIndex(pages.start), pages.end - pages.start)?
+                }
                 Kind::Huge { .. } => self.clear_what_is_not(pages)?,
             }
         }
@@ -196,7 +213,9 @@ impl Ram {
         match kind {
             Kind::Huge { mapping: Some(mapping), .. } => mapping.write(file, bytes, offset),
             // Of a file on hugetlbfs that no copy was begun in, the system says that it cannot be written.
-            Kind::Pages | Kind::Huge { mapping: None, .. } => file.write_all_at(bytes, offset),
+            Kind::Pages | Kind::Process(_) | Kind::Huge { mapping: None, .. } => {
+                file.write_all_at(bytes, offset)
+            }
         }
         .map_err(|e| self.error("write", block, e))
     }
@@ -226,9 +245,16 @@ impl Ram {
     pub fn is_hole(&self, page: PageIndex, count: u64) -> Result<bool, RamError> {
         let (block, offset) = self.place(page);
         let Backing { file, kind, .. } = &self.files[block];
-        if matches!(kind, Kind::Huge { .. }) {
+        match kind {
             // All of it is data to SEEK_DATA there, holes or not.
-            return huge::is_empty(file).map_err(|e| self.error("find holes in", block, e));
+            Kind::Huge { .. } => {
+                return huge::is_empty(file).map_err(|e| self.error("find holes in", block, e));
+            }
+            Kind::Process(resident) => {
+                let range = offset..offset + count * PAGE_SIZE as u64;
+                return resident.is_empty(&range).map_err(|e| self.error("find holes in", block, e));
+            }
+            Kind::Pages => {}
         }
         // Threads share the file's position, but the answer is the call's result; the position is never used.
         match seek(file.as_fd(), SeekFrom::Data(offset)) {
@@ -244,7 +270,7 @@ impl Ram {
     /// [`RamError::Io`].
     pub fn empty(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, RamError> {
         let (block, _) = self.place(PageIndex(pages.start));
-        if matches!(self.files[block].kind, Kind::Pages) {
+        if !matches!(self.files[block].kind, Kind::Huge { .. }) {
             return self.holes(pages);
         }
         let mut empty: Vec<Range<u64>> = Vec::new();
@@ -269,6 +295,13 @@ impl Ram {
     /// [`RamError::Io`].
     pub fn holes(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, RamError> {
         let mut holes = Vec::new();
+        let (block, offset) = self.place(PageIndex(pages.start));
+        if let Kind::Process(resident) = &self.files[block].kind {
+            let range = offset..offset + (pages.end - pages.start) * PAGE_SIZE as u64;
+            let page = |address: u64| pages.start + (address - offset) / PAGE_SIZE as u64;
+            let found = resident.empty(&range, |hole| holes.push(page(hole.start)..page(hole.end)));
+            return found.map(|()| holes).map_err(|e| self.error("find holes in", block, e));
+        }
         let mut at = pages.start;
         while at < pages.end {
             let (block, offset) = self.place(PageIndex(at));

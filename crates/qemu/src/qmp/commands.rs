@@ -394,6 +394,22 @@ impl Qmp {
         self.execute_raw("remove-fd", arguments).await.map(drop)
     }
 
+    /// Has QEMU write the state of its devices, without any RAM, to a descriptor, and returns when it has. Only of a guest that is stopped;
+    /// QEMU gives its images up with that, as at the end of a migration, and takes them back when it is told to run (`cont`).
+    ///
+    /// It is the command that Xen's tools use (`xen-save-devices-state`), which needs no Xen. It does not ask what blocks migration.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn save_devices(&self, to: OwnedFd) -> Result<(), QmpError> {
+        let given = self.give_descriptor(to).await?;
+        let arguments = serde_json::json!({ "filename": format!("/dev/fdset/{}", given.set), "live": true });
+        let saved = self.execute_raw("xen-save-devices-state", arguments).await.map(drop);
+        // QEMU writes to a duplicate. Its own closes with the set; while the guest is stopped it does so at the end of the connection.
+        let taken = self.take_descriptor_back(&given).await;
+        saved.and(taken)
+    }
+
     /// The vCPUs and their threads.
     ///
     /// # Errors

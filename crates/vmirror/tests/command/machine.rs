@@ -149,22 +149,6 @@ fn a_command_line_that_qemu_refuses_leaves_nothing_and_says_what_qemu_said() {
 }
 
 #[test]
-fn adoption_refuses_private_ram_with_the_options_to_start_it_with_and_changes_nothing() {
-    let Some(qemu) = qemu() else { return };
-    let agent = Agent::start();
-    let socket = agent.site.path("own.qmp");
-    let qmp = format!("unix:{},server=on,wait=off", socket.display());
-    let started = Command::new(&qemu).args(MACHINE).args(["-qmp", &qmp]).spawn().unwrap();
-    let _own = Reaped(started);
-    until("QEMU listens", || std::os::unix::net::UnixStream::connect(&socket).is_ok());
-    let output = agent.ask(&["adopt", "own", "--qmp", socket.to_str().unwrap()]);
-    assert_eq!(output.status.code(), Some(2));
-    let line = text(&output.stderr);
-    assert!(line.contains("memory is private") && line.contains("memory-backend-file"), "{line}");
-    assert_eq!(agent.json(&["list"]), json!([]));
-}
-
-#[test]
 fn a_migration_to_where_no_agent_listens_is_refused_with_a_report_and_the_machine_runs_on() {
     let Some(qemu) = qemu() else { return };
     let agent = Agent::start();

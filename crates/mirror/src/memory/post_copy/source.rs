@@ -416,7 +416,7 @@ mod tests {
             file.write_all_at(&content, page * PAGE_SIZE as u64).unwrap();
         }
         let layout = Layout::new([("ram", PAGES * PAGE_SIZE as u64)], 1).unwrap();
-        Arc::new(Ram::new(layout, vec![RamFile { file, offset: 0 }]).unwrap())
+        Arc::new(Ram::new(layout, vec![RamFile { file, offset: 0, process: None }]).unwrap())
     }
 
     /// The pages of the frames that come, in their order, until there are so many.

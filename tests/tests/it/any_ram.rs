@@ -1,0 +1,145 @@
+//! A guest whose memory is in no file that anybody can open, as QEMU has it by default and most managers start it, moves as any other.
+
+use std::path::{Path, PathBuf};
+
+use end_to_end::{Guest, PATIENCE, Pair, accounted, image, local, until, vmirror};
+use migration::report::DiskMode;
+use testbed::disk::{self, Format};
+use testbed::guest_spec::{GuestSpec, Io, Pattern, Ram, TestDisk, Work};
+use testbed::{Host, root_or_skip};
+
+const MIB: u64 = 1 << 20;
+
+/// A guest as its user would start it, at work, with these options more.
+fn by_hand(pair: &Pair, extra: &[&str]) -> (GuestSpec, PathBuf) {
+    let qmp = pair.a().directory().join("vm-own.qmp");
+    let extra = extra.iter().map(|word| (*word).to_owned()).collect();
+    let pattern = Pattern::Incompressible;
+    let spec = GuestSpec {
+        ram: Ram::Private,
+        qmp: Some(qmp.clone()),
+        rate: 1000,
+        pattern,
+        extra,
+        ..pair.spec("vm", 256)
+    };
+    (spec, qmp)
+}
+
+fn adopt(host: &Host, qmp: &Path) {
+    let vm = vmirror(host, &["adopt", "vm", "--qmp", qmp.to_str().unwrap(), "--json"]).done().json();
+    assert_eq!((&vm["origin"], &vm["state"]), (&"adopted".into(), &"running".into()), "{vm}");
+}
+
+/// Adopts a guest that was started so, and moves it this often. Ends where it was started.
+fn moves_there_and_back(extra: &[&str], times: usize) {
+    let pair = Pair::start();
+    let (spec, qmp) = by_hand(&pair, extra);
+    let mut qemu = pair.a().boot(&spec).unwrap();
+    qemu.wait_ready(PATIENCE).unwrap();
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    adopt(pair.a(), &qmp);
+    for time in 0..times {
+        let (from, to) = if time % 2 == 0 { (pair.a(), pair.b()) } else { (pair.b(), pair.a()) };
+        accounted(&pair.migrate("vm", from, to, &[]), &guest);
+        pair.holds_nothing(from);
+    }
+    until("the QEMU that was started by hand has ended", || qemu.exit_status().is_some());
+    guest.sound_since(&before);
+}
+
+#[test]
+fn a_guest_with_private_memory_moves_without_a_restart() {
+    moves_there_and_back(&[], 10);
+}
+
+#[test]
+fn a_guest_whose_memory_is_a_file_without_a_name_moves() {
+    moves_there_and_back(
+        &["-object", "memory-backend-memfd,id=m,size=256M,share=on", "-machine", "memory-backend=m"],
+        2,
+    );
+}
+
+#[test]
+fn a_guest_whose_private_memory_is_all_there_from_the_start_moves() {
+    moves_there_and_back(&["-mem-prealloc"], 2);
+}
+
+#[test]
+fn a_guest_with_two_private_blocks_of_one_size_moves() {
+    let block = |id| format!("memory-backend-ram,id={id},size=128M");
+    let (a, b) = (block("a"), block("b"));
+    moves_there_and_back(
+        &["-object", &a, "-object", &b, "-numa", "node,memdev=a", "-numa", "node,memdev=b"],
+        2,
+    );
+}
+
+#[test]
+fn a_guest_with_private_memory_and_a_screen_moves_with_what_is_on_it() {
+    // With QEMU's default devices: video memory, option ROMs and a network card's.
+    moves_there_and_back(&["-vga", "std", "-device", "e1000"], 2);
+}
+
+#[test]
+fn a_switch_over_that_fails_leaves_a_guest_with_private_memory_running_where_it_was() {
+    let pair = Pair::start();
+    let (spec, qmp) = by_hand(&pair, &[]);
+    let mut qemu = pair.a().boot(&spec).unwrap();
+    qemu.wait_ready(PATIENCE).unwrap();
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    adopt(pair.a(), &qmp);
+    let held = [pair.a(), pair.b()].map(|host| host.inventory().unwrap());
+    // Its agent ends when the guest is paused and the copy complete, and the next finds it so.
+    let (migration, source) = pair.ready("vm");
+    pair.a().kill_agent().unwrap();
+    drop(source);
+    assert_eq!(migration.ended().code, Some(3));
+    pair.a().start_agent().unwrap();
+    until("it runs again", || pair.runs_on("vm", pair.a()));
+    pair.give_up_if_in_doubt("vm", &held[1]);
+    guest.sound_since(&before);
+    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    guest.sound_since(&before);
+}
+
+#[test]
+fn a_guest_with_private_memory_has_its_disk_where_it_stays_and_where_it_goes() {
+    if !root_or_skip("hosts with storage of their own") {
+        return;
+    }
+    let pair = Pair::with_local_disks();
+    disk::create(&image(pair.a(), "disk.qcow2"), Format::Qcow2, 32 * MIB).unwrap();
+    let blocks =
+        Work::Blocks { pattern: Pattern::Random, io: Io::Direct, rate: 100, depth: 2, check_rate: 100 };
+    let own = TestDisk {
+        roles: vec![blocks.within(16)],
+        ..TestDisk::new(pair.a().local_dir().join("disk.qcow2"), Format::Qcow2, "d")
+    };
+    let (spec, qmp) = by_hand(&pair, &[]);
+    let spec = GuestSpec { disks: vec![own], extra: vec!["-daemonize".into()], ..spec };
+    // Where the agent sees the host's own storage.
+    let place = format!("--mount=/proc/{}/ns/mnt", pair.a().agent_pid().unwrap());
+    let line = spec.command_line();
+    assert!(pair.a().command("nsenter").arg(place).arg("--").args(&line).status().unwrap().success());
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    adopt(pair.a(), &qmp);
+    // QEMU has given its images up by then, and takes them back.
+    let (migration, source) = pair.ready("vm");
+    pair.a().kill_agent().unwrap();
+    drop(source);
+    assert_eq!(migration.ended().code, Some(3));
+    pair.a().start_agent_with(&local()).unwrap();
+    until("it runs again", || pair.runs_on("vm", pair.a()));
+    let now = guest.status();
+    guest.sound_since(&before);
+    let moved = pair.migrate("vm", pair.a(), pair.b(), &[]);
+    assert_eq!(moved.disks[0].mode, DiskMode::Mirrored);
+    accounted(&moved, &guest);
+    accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
+    guest.sound_since(&now);
+}
