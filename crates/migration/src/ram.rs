@@ -1,6 +1,6 @@
 //! Guest RAM as the mirror reads and writes it.
 
-use mirror::memory::RamFile;
+use mirror::memory::{RamFile, RamProcess};
 use qemu::RamBlock;
 
 /// A block of the RAM of process `pid`.
@@ -8,6 +8,6 @@ pub(crate) fn file_of(block: RamBlock, pid: u32) -> RamFile {
     RamFile {
         offset: block.mappings.first().map_or(0, |mapping| mapping.file_offset),
         file: block.file,
-        process: block.private.then_some(pid),
+        process: block.private.then_some(RamProcess { pid, anonymous: block.anonymous }),
     }
 }

@@ -32,7 +32,12 @@ pub(crate) struct MapsLine {
 impl MapsLine {
     /// Whether it is no file's, and no stack or other special memory.
     pub(crate) fn is_anonymous(&self) -> bool {
-        self.file.inode == 0 && self.name.is_empty()
+        self.file.inode == 0 && (self.name.is_empty() || self.name.starts_with("[anon:"))
+    }
+
+    /// Whether some of these addresses are in it.
+    pub(crate) fn meets(&self, addresses: &std::ops::Range<u64>) -> bool {
+        self.mapping.address < addresses.end && addresses.start < self.mapping.address + self.mapping.len
     }
 
     /// Whether an address is in it.

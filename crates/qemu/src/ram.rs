@@ -30,6 +30,8 @@ pub struct RamBlock {
     pub file: File,
     /// Nothing but the process itself has it mapped: it is read through the process's address space.
     pub private: bool,
+    /// Where it is private: no file is behind it, so what was never touched of it is zero.
+    pub anonymous: bool,
     /// A migration by QEMU carries it, whatever is set: it is no shared file with a name.
     pub in_stream: bool,
     /// Bytes of RAM.
@@ -120,7 +122,7 @@ pub enum RamError {
 
 /// Finds the guest's RAM in the process: for every backend on the command line that is a named file that file, checked by device and
 /// inode to be the one that QEMU has mapped, and the mappings. A deleted file is found through QEMU's descriptors. Other RAM is at one of
-/// these `addresses` ([`private_ram`]).
+/// these `addresses`, as [`located_blocks`](crate::located_blocks) finds them.
 ///
 /// # Errors
 /// Names the backend or file that stands in the way.
@@ -171,7 +173,17 @@ fn shared_block(
         return Err(RamError::Incomplete { id, size: backend.size, mapped });
     }
     let in_stream = !is_named_file(backend);
-    Ok(RamBlock { id, path, file, private: false, in_stream, size: backend.size, mappings, page_size })
+    Ok(RamBlock {
+        id,
+        path,
+        file,
+        private: false,
+        anonymous: false,
+        in_stream,
+        size: backend.size,
+        mappings,
+        page_size,
+    })
 }
 
 /// RAM at an address: a file without a name that QEMU shares with others, or its own memory.
@@ -202,7 +214,19 @@ fn block_at(
     }
     let mappings = vec![Mapping { address, file_offset: address, len: backend.size }];
     let page_size = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
-    Ok(RamBlock { id, path, file, private: true, in_stream: true, size: backend.size, mappings, page_size })
+    let anonymous =
+        maps.iter().filter(|line| line.meets(&(address..address + backend.size))).all(MapsLine::is_anonymous);
+    Ok(RamBlock {
+        id,
+        path,
+        file,
+        private: true,
+        anonymous,
+        in_stream: true,
+        size: backend.size,
+        mappings,
+        page_size,
+    })
 }
 
 /// Bytes from an address on that are the process's own, without gap. The kernel has a line for each part that it treats in another way.

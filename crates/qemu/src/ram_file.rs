@@ -258,7 +258,17 @@ mod tests {
 
     fn block(file: File) -> RamBlock {
         let (id, path, mappings) = ("pc.ram".to_owned(), PathBuf::new(), Vec::new());
-        RamBlock { id, path, file, private: false, in_stream: false, size: MIB, mappings, page_size: 4096 }
+        RamBlock {
+            id,
+            path,
+            file,
+            private: false,
+            anonymous: false,
+            in_stream: false,
+            size: MIB,
+            mappings,
+            page_size: 4096,
+        }
     }
 
     #[test]

@@ -74,10 +74,14 @@ struct Line {
 pub async fn located_blocks(qmp: &Qmp, process: &Process) -> Result<Vec<LocatedBlock>, LocateError> {
     let lines = parse(&table(qmp).await?)?;
     let maps = maps(process).map_err(|(path, source)| LocateError::Read { path, source })?;
-    let addresses = match lines.iter().map(|line| line.address).collect::<Option<Vec<u64>>>() {
-        Some(told) => told.into_iter().map(Some).collect(),
-        None => search(process, &maps, &lines)?,
-    };
+    let addresses: Vec<Option<u64>> =
+        match lines.iter().map(|line| line.address).collect::<Option<Vec<u64>>>() {
+            Some(told) => told.into_iter().map(Some).collect(),
+            None => {
+                let found = search(process, &maps, &lines)?;
+                found.into_iter().map(|found| found.filter(|address| begins_at(&maps, *address))).collect()
+            }
+        };
     let place = |(line, address): (Line, Option<u64>)| {
         let is_there = |address: &u64| is_mapped(&maps, *address, line.total);
         match address.filter(is_there) {
@@ -140,6 +144,11 @@ fn is_mapped(maps: &[MapsLine], address: u64, length: u64) -> bool {
     false
 }
 
+/// Whether the kernel has something of its own from this address on: each RAM block is mapped by itself, with a guard after it.
+fn begins_at(maps: &[MapsLine], address: u64) -> bool {
+    maps.iter().any(|line| line.mapping.address == address)
+}
+
 /// Bytes of a heap that are looked through; QEMU's has a few MiB.
 const MOST_HEAP: u64 = 256 << 20;
 /// Read at a time.
@@ -150,13 +159,14 @@ const HOST_BEFORE: usize = 16;
 const NAME_AFTER: std::ops::Range<usize> = 24..72;
 const NAME_SIZE: usize = 256;
 
-/// Where the blocks are by the descriptions in the process's heap.
+/// Where the blocks are by the descriptions in the process's heap. What a guest sends goes through that heap too, and may look like one: a
+/// block of which two descriptions name two places is at none.
 fn search(process: &Process, maps: &[MapsLine], lines: &[Line]) -> Result<Vec<Option<u64>>, LocateError> {
     let path = PathBuf::from(format!("/proc/{}/mem", process.pid));
     let failed = |source| LocateError::Read { path: path.clone(), source };
     let memory = File::open(&path).map_err(failed)?;
-    let mut found = vec![None; lines.len()];
-    let heaps = maps.iter().filter(|line| line.name == "[heap]" || line.is_anonymous());
+    let mut found = vec![Found::Nowhere; lines.len()];
+    let heaps = maps.iter().filter(|line| line.name == "[heap]");
     for heap in heaps.filter(|heap| heap.readable && heap.mapping.len <= MOST_HEAP) {
         let mut at = 0;
         // Pieces overlap by what a description has.
@@ -169,19 +179,41 @@ fn search(process: &Process, maps: &[MapsLine], lines: &[Line]) -> Result<Vec<Op
                 break;
             }
             look_through(&piece, lines, &mut found);
-            if found.iter().all(Option::is_some) {
-                return Ok(found);
-            }
             if length < PIECE as u64 {
                 break;
             }
             at += length - overlap as u64;
         }
     }
-    Ok(found)
+    Ok(found.into_iter().map(Found::one).collect())
 }
 
-fn look_through(piece: &[u8], lines: &[Line], found: &mut [Option<u64>]) {
+/// What the descriptions of a block say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Nowhere,
+    At(u64),
+    Several,
+}
+
+impl Found {
+    fn add(&mut self, address: u64) {
+        *self = match *self {
+            Found::Nowhere => Found::At(address),
+            Found::At(known) if known == address => Found::At(known),
+            Found::At(_) | Found::Several => Found::Several,
+        };
+    }
+
+    fn one(self) -> Option<u64> {
+        match self {
+            Found::At(address) => Some(address),
+            Found::Nowhere | Found::Several => None,
+        }
+    }
+}
+
+fn look_through(piece: &[u8], lines: &[Line], found: &mut [Found]) {
     let word = |at: usize| {
         let bytes = piece.get(at..at + 8)?;
         Some(u64::from_le_bytes(bytes.try_into().ok()?))
@@ -189,14 +221,16 @@ fn look_through(piece: &[u8], lines: &[Line], found: &mut [Option<u64>]) {
     for at in (HOST_BEFORE..piece.len()).step_by(8) {
         let (Some(offset), Some(used), Some(total)) = (word(at), word(at + 8), word(at + 16)) else { return };
         for (line, found) in lines.iter().zip(found.iter_mut()) {
-            if (offset, used, total) != (line.offset, line.used, line.total) || found.is_some() {
+            if (offset, used, total) != (line.offset, line.used, line.total) {
                 continue;
             }
             let name = [line.name.as_bytes(), b"\0"].concat();
             let after = piece.get(at + NAME_AFTER.start..).unwrap_or_default();
             let after = &after[..after.len().min(NAME_AFTER.len() + name.len())];
-            if after.windows(name.len()).any(|text| text == name) {
-                *found = word(at - HOST_BEFORE);
+            if let Some(host) = word(at - HOST_BEFORE)
+                && after.windows(name.len()).any(|text| text == name)
+            {
+                found.add(host);
             }
         }
     }
@@ -245,12 +279,21 @@ mod tests {
             bytes
         };
         let look = |piece: &[u8]| {
-            let mut found = [None];
+            let mut found = [Found::Nowhere];
             look_through(piece, std::slice::from_ref(&line), &mut found);
             found[0]
         };
-        assert_eq!(look(&description("pc.rom")), Some(0x7f00_0000));
-        assert_eq!(look(&description("pc.rom2")), None);
-        assert_eq!(look(&[0; 64]), None);
+        let real = description("pc.rom");
+        assert_eq!(look(&real), Found::At(0x7f00_0000));
+        assert_eq!(look(&description("pc.rom2")), Found::Nowhere);
+        assert_eq!(look(&[0; 64]), Found::Nowhere);
+        assert_eq!(
+            look(&[real.clone(), real.clone()].concat()),
+            Found::At(0x7f00_0000),
+            "once more the same"
+        );
+        let mut other = real.clone();
+        other[1] = 1;
+        assert_eq!(look(&[real, other].concat()), Found::Several, "one of them a guest has made up");
     }
 }

@@ -108,6 +108,7 @@ async fn ram_that_is_no_named_file_is_found_by_what_qemu_says_of_it() {
         let adopted =
             adopt(&place.start_by_hand(options)).await.unwrap_or_else(|e| panic!("{options:?}: {e:?}"));
         let blocks = ram_blocks(&adopted.vm.process, &adopted.vm.spec, &adopted.ram).unwrap();
+        adopted.qmp.cont().await.unwrap();
         // Where a BIOS data area is: the size of the memory below 640 KiB, in KiB.
         let mut size = [0; 2];
         machine::wait_until("the firmware has said how much memory there is", || {

@@ -131,8 +131,14 @@ impl Ready {
                     }
                     *told = true;
                     qmp.stop().await.map_err(Stop::qemu)?;
-                    let paused_at = switch::stopped(&mut events, asked).await?;
-                    Ok((Devices::Alone { own }, paused_at))
+                    match switch::stopped(&mut events, asked) {
+                        Some(paused_at) => Ok((Devices::Alone { own }, paused_at)),
+                        // It is left as it is.
+                        None => {
+                            *told = false;
+                            Err(switch::was_paused("paused"))
+                        }
+                    }
                 }
             }
         };

@@ -307,15 +307,15 @@ pub(super) async fn paused(events: &mut broadcast::Receiver<Event>, asked: Insta
     }
 }
 
-/// Waits until a guest that was told to has stopped. Returns when that was.
-pub(super) async fn stopped(
-    events: &mut broadcast::Receiver<Event>,
-    asked: Instant,
-) -> Result<Instant, Stop> {
+/// When a guest has stopped that was told to and has answered: QEMU tells of it before that. None where it did not, as somebody else had
+/// stopped it before.
+pub(super) fn stopped(events: &mut broadcast::Receiver<Event>, asked: Instant) -> Option<Instant> {
+    use broadcast::error::TryRecvError;
     loop {
-        let event = next(events).await?;
-        if event.name == "STOP" {
-            return Ok(instant_of(&event, asked));
+        match events.try_recv() {
+            Ok(event) if event.name == "STOP" && !event.ours => return Some(instant_of(&event, asked)),
+            Ok(_) | Err(TryRecvError::Lagged(_)) => {}
+            Err(TryRecvError::Empty | TryRecvError::Closed) => return None,
         }
     }
 }

@@ -24,4 +24,4 @@ pub(crate) mod source_error;
 mod twins;
 pub(crate) mod writer;
 
-pub use ram::{Ram, RamError, RamFile};
+pub use ram::{Ram, RamError, RamFile, RamProcess};

@@ -44,8 +44,8 @@ struct Backing {
 enum Kind {
     /// tmpfs, or a file system on a disk.
     Pages,
-    /// The memory of a process, which alone has it: what it has never touched is told by its page table.
-    Process(Resident),
+    /// The memory of a process, which alone has it: what it has never touched is told by its page table, unless a file is behind it.
+    Process(Option<Resident>),
     /// hugetlbfs, with pages of so many bytes; mapped where a copy is written.
     Huge { page_size: u64, mapping: Option<HugeMapping> },
 }
@@ -58,7 +58,16 @@ pub struct RamFile {
     /// Where in the file the block begins, in bytes.
     pub offset: u64,
     /// Of RAM that is private to a process, and read through its memory (`/proc/PID/mem`): that process. None of a file.
-    pub process: Option<u32>,
+    pub process: Option<RamProcess>,
+}
+
+/// A process that has RAM to itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamProcess {
+    /// Process id.
+    pub pid: u32,
+    /// No file is behind it: what was never touched of it is zero.
+    pub anonymous: bool,
 }
 
 /// RAM files that do not fit the layout, or an access to one that failed.
@@ -106,8 +115,8 @@ impl Ram {
             return Err(RamError::Count { files: files.len(), blocks: layout.blocks().len() });
         }
         let backing = |(number, RamFile { file, offset, process }): (usize, RamFile)| {
-            if let Some(pid) = process {
-                let resident = Resident::open(pid).map_err(|source| {
+            if let Some(RamProcess { pid, anonymous }) = process {
+                let resident = anonymous.then(|| Resident::open(pid)).transpose().map_err(|source| {
                     let block = layout.blocks()[number].id.clone();
                     RamError::Io { action: "examine", block, source }
                 })?;
@@ -250,7 +259,8 @@ impl Ram {
             Kind::Huge { .. } => {
                 return huge::is_empty(file).map_err(|e| self.error("find holes in", block, e));
             }
-            Kind::Process(resident) => {
+            Kind::Process(None) => return Ok(false),
+            Kind::Process(Some(resident)) => {
                 let range = offset..offset + count * PAGE_SIZE as u64;
                 return resident.is_empty(&range).map_err(|e| self.error("find holes in", block, e));
             }
@@ -270,7 +280,7 @@ impl Ram {
     /// [`RamError::Io`].
     pub fn empty(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, RamError> {
         let (block, _) = self.place(PageIndex(pages.start));
-        if !matches!(self.files[block].kind, Kind::Huge { .. }) {
+        if matches!(self.files[block].kind, Kind::Pages | Kind::Process(Some(_))) {
             return self.holes(pages);
         }
         let mut empty: Vec<Range<u64>> = Vec::new();
@@ -296,7 +306,10 @@ impl Ram {
     pub fn holes(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, RamError> {
         let mut holes = Vec::new();
         let (block, offset) = self.place(PageIndex(pages.start));
-        if let Kind::Process(resident) = &self.files[block].kind {
+        if let Kind::Process(None) = &self.files[block].kind {
+            return Ok(holes);
+        }
+        if let Kind::Process(Some(resident)) = &self.files[block].kind {
             let range = offset..offset + (pages.end - pages.start) * PAGE_SIZE as u64;
             let page = |address: u64| pages.start + (address - offset) / PAGE_SIZE as u64;
             let found = resident.empty(&range, |hole| holes.push(page(hole.start)..page(hole.end)));
