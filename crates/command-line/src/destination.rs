@@ -96,6 +96,10 @@ impl Spec {
         for (at, mut object) in objects {
             if object.get("qom-type").is_some_and(|kind| kind.starts_with("memory-backend-")) {
                 into_shared_file(&mut object);
+                // Of a file that is nobody's but the machine's.
+                for key in ["readonly", "rom"] {
+                    object.remove(key);
+                }
                 self.store(at, &object);
             }
         }
@@ -395,11 +399,11 @@ mod tests {
         assert!(refused(&["-netdev", "user,id=n"], &[("n", "t")]).contains("only tap and bridge"));
         assert!(refused(&["-device", "vfio-pci"], &[]).contains("vfio-pci"));
         let odd =
-            Spec::parse(&["q", "-object", "memory-backend-epc,id=e,size=1M", "-machine", "memory-backend=e"])
+            Spec::parse(&["q", "-object", "memory-backend-odd,id=e,size=1M", "-machine", "memory-backend=e"])
                 .unwrap();
         assert_eq!(
             odd.for_destination(&how(&[])),
-            Err(NotMirrorable::UnknownBackend { id: "e".to_owned(), kind: "epc".to_owned() })
+            Err(NotMirrorable::UnknownBackend { id: "e".to_owned(), kind: "odd".to_owned() })
         );
     }
 

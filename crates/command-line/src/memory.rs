@@ -1,6 +1,6 @@
 //! Guest RAM: its size and what backs it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::options::is_yes;
 use crate::spec::Spec;
@@ -51,6 +51,15 @@ pub struct RamBackend {
     pub mem_path: Option<PathBuf>,
     /// Bytes into the file at which the RAM begins (`offset=`, QEMU 8.2).
     pub offset: u64,
+}
+
+impl RamBackend {
+    /// The file that it is, shared and with a name: only such can others map, and only such are a machine's own.
+    #[must_use]
+    pub fn named_file(&self) -> Option<&Path> {
+        let path = self.mem_path.as_deref().filter(|path| !path.is_dir())?;
+        (self.kind == RamKind::File && self.share).then_some(path)
+    }
 }
 
 impl Spec {

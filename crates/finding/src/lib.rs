@@ -36,6 +36,10 @@ pub mod kind {
     pub const UNKNOWN_COPY: &str = "unknown-copy";
     /// The peer does not keep to the protocol.
     pub const PROTOCOL: &str = "protocol";
+    /// Somebody else has let the machine run, or changed it, while it was to be handed over.
+    pub const TOUCHED: &str = "touched";
+    /// Another program migrates the machine, or has.
+    pub const MIGRATES_ALREADY: &str = "migrates-already";
     /// The machine is in no other host's network.
     pub const NOT_FORWARDED: &str = "not-forwarded";
 }

@@ -12,7 +12,7 @@ use ownership::VmName;
 
 /// The RAM files that a command line names.
 pub(crate) fn files(spec: &Spec) -> Vec<PathBuf> {
-    spec.ram_backends().into_iter().filter_map(|backend| backend.mem_path).collect()
+    spec.ram_backends().iter().filter_map(|backend| backend.named_file().map(Path::to_owned)).collect()
 }
 
 /// Those of them that are this agent's own; a user's file is neither made nor removed with them.

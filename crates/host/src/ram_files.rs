@@ -17,7 +17,7 @@ pub(crate) type RamFile = (PathBuf, u64, PathBuf);
 pub(crate) fn read(argv: &[String]) -> Vec<RamFile> {
     let backends = Spec::parse(argv).map(|spec| spec.ram_backends()).unwrap_or_default();
     let file = |ram: qemu::RamBackend| {
-        let file = ram.mem_path?;
+        let file = ram.named_file()?.to_owned();
         Some((place(&file)?, ram.size, file))
     };
     backends.into_iter().filter_map(file).collect()

@@ -46,7 +46,8 @@ impl Marks {
 
     fn in_spec(spec: &Spec) -> Marks {
         let written = spec.disks().into_iter().filter(Disk::is_written);
-        let ram = spec.ram_backends().into_iter().filter_map(|backend| Some(("RAM file", backend.mem_path?)));
+        let backends = spec.ram_backends();
+        let ram = backends.iter().filter_map(|backend| Some(("RAM file", backend.named_file()?.to_owned())));
         let pid_file = spec.pid_file().map(|file| ("pid file", file.to_owned()));
         Marks {
             disks: written.filter_map(|disk| disk.host_path().map(Path::to_owned)).collect(),

@@ -270,6 +270,13 @@ impl Record {
         Claim::of(&self.name, &self.standing())
     }
 
+    /// Whether its QEMU, when it is handed over, saves its devices alone: no migration by QEMU is ours then, and what has stopped is only
+    /// `paused`.
+    #[must_use]
+    pub fn saves_devices_alone(&self) -> bool {
+        !self.ram.is_empty() && self.settings.is_none()
+    }
+
     /// Whether its guest may stand still by our doing, by a switch-over, a scan of its memory or the end of a copy job, or was to be let run
     /// and was not seen to: it is this host's and is let run where it is found so.
     #[must_use]

@@ -7,6 +7,7 @@ use crate::blockers;
 use crate::disks::{self, Disk};
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
+use crate::source::devices;
 use crate::wire;
 use finding::Finding;
 use host::Host;
@@ -61,7 +62,7 @@ impl Machine {
                 findings.push(Finding::new(
                     "ram-not-mirrorable",
                     finding::chain(&e),
-                    "start the VM with `vmirror run`, or with RAM in a shared memory-backend-file",
+                    "see whether its QEMU is still the one that was adopted, and that the agent may trace it",
                 ));
                 Vec::new()
             }
@@ -118,6 +119,14 @@ impl Machine {
             cgroup::Limits::default()
         });
         let direct_disks = plugged.has_direct();
+        let mirrored: Vec<String> = ram.iter().map(|block| block.id.clone()).collect();
+        if ram.iter().any(|block| block.in_stream)
+            && options.engine == Engine::Mirror
+            && let Some(process) = &vm.record.process
+            && let Err(finding) = devices::may_save_alone(&vm.qmp, process, &machine, &mirrored).await
+        {
+            findings.push(finding);
+        }
         let machine = Machine {
             machine,
             qemu_version,

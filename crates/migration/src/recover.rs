@@ -160,7 +160,9 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
         tail.monitor(qmp.clone());
     }
     let status = qmp.status().await?.status;
+    let alone = record.saves_devices_alone();
     let found = match status.as_str() {
+        "finish-migrate" | "postmigrate" if alone => return Err(RunError::MigratedByOthers(record.name)),
         "finish-migrate" | "postmigrate" => Found::Switched,
         "paused" if record.pauses => Found::Held,
         _ => Found::There,
@@ -174,9 +176,12 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
         tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
         raise_taps(&record).await;
         // QEMU locks its images itself when it is told to run, and finds them free.
-        host.fence.hand_to(&record.name, || crate::source::resume_here(&qmp)).await?;
+        match alone {
+            true => host.fence.hand_to(&record.name, || crate::source::run_here(&qmp)).await?,
+            false => host.fence.hand_to(&record.name, || crate::source::resume_here(&qmp)).await?,
+        }
         network::turn(host, &record, &qmp);
-    } else if switching {
+    } else if switching && !alone {
         // A stream of ours that was under way has lost its reader; QEMU ends it by itself, or is told to.
         let _ = qmp.migrate_cancel().await;
     }
@@ -199,7 +204,7 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
     match &record.settings {
         Some(before) => before.restore(&qmp).await,
         // Of an agent that did not put on record what QEMU was set to.
-        None if switching => crate::source::reset_capabilities(&qmp).await,
+        None if switching && !alone => crate::source::reset_capabilities(&qmp).await,
         None => {}
     }
     let as_it_is = |now: &mut Record| {

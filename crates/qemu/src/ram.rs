@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    Process, RamBackend, RamKind, Spec,
+    Process, RamBackend, Spec,
     maps::{FileId, MapsLine, maps},
 };
 
@@ -62,6 +62,12 @@ pub enum RamError {
     Private {
         /// The backend's id.
         id: String,
+    },
+    /// The process has ended, or it is not certain that it has not.
+    #[error("process {pid} has ended")]
+    Gone {
+        /// The process.
+        pid: u32,
     },
     /// The process's memory cannot be read.
     #[error("cannot open {} to read RAM {id}", path.display())]
@@ -141,8 +147,7 @@ pub fn ram_blocks(
 
 /// Whether RAM is a shared file with a name, which can be opened by that.
 pub(crate) fn is_named_file(backend: &RamBackend) -> bool {
-    let named = backend.mem_path.as_ref().is_some_and(|path| !path.is_dir());
-    backend.kind == RamKind::File && backend.share && named
+    backend.named_file().is_some()
 }
 
 fn file_block(process: &Process, backend: &RamBackend, maps: &[MapsLine]) -> Result<RamBlock, RamError> {
@@ -197,10 +202,18 @@ fn block_at(
     let address = address.ok_or_else(|| RamError::Private { id: id.clone() })?;
     let there = maps.iter().find(|line| line.contains(address));
     let there = there.ok_or_else(|| RamError::Private { id: id.clone() })?;
-    if there.shared {
-        let path = PathBuf::from(&there.name);
-        let file = open_descriptor(process, &id, &path, there.file)?;
-        return shared_block(backend, path, file, there.file, maps);
+    // Anonymous memory can be shared, with children, and has no descriptor then.
+    let descriptor = match there.is_anonymous() {
+        true => None,
+        false => open_descriptor(process, &id, Path::new(&there.name), there.file).ok(),
+    };
+    if let (true, Some(file)) = (there.shared, descriptor.as_ref()) {
+        let file = file.try_clone().map_err(|source| RamError::Open {
+            id: id.clone(),
+            path: (&there.name).into(),
+            source,
+        })?;
+        return shared_block(backend, PathBuf::from(&there.name), file, there.file, maps);
     }
     let path = PathBuf::from(format!("/proc/{}/mem", process.pid));
     let file = File::open(&path).map_err(|source| RamError::Memory {
@@ -208,12 +221,17 @@ fn block_at(
         path: path.clone(),
         source,
     })?;
+    // Opened, it stays that process's.
+    if !process.look().runs() {
+        return Err(RamError::Gone { pid: process.pid });
+    }
     let mapped = private_from(address, maps);
     if mapped < backend.size {
         return Err(RamError::Incomplete { id, size: backend.size, mapped });
     }
     let mappings = vec![Mapping { address, file_offset: address, len: backend.size }];
-    let page_size = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+    let base = u64::try_from(rustix::param::page_size()).unwrap_or(4096);
+    let page_size = descriptor.as_ref().map_or(base, page_size);
     let anonymous =
         maps.iter().filter(|line| line.meets(&(address..address + backend.size))).all(MapsLine::is_anonymous);
     Ok(RamBlock {
@@ -232,7 +250,7 @@ fn block_at(
 /// Bytes from an address on that are the process's own, without gap. The kernel has a line for each part that it treats in another way.
 fn private_from(address: u64, maps: &[MapsLine]) -> u64 {
     let mut end = address;
-    for line in maps.iter().filter(|line| !line.shared && line.readable) {
+    for line in maps.iter().filter(|line| line.readable) {
         if line.contains(end) {
             end = line.mapping.address + line.mapping.len;
         }

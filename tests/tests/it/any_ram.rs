@@ -1,12 +1,14 @@
 //! A guest whose memory is in no file that anybody can open, as QEMU has it by default and most managers start it, moves as any other.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Guest, PATIENCE, Pair, accounted, image, local, until, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, Said, accounted, image, local, noise, until, vmirror};
 use migration::report::DiskMode;
+use serde_json::json;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, Ram, TestDisk, Work};
-use testbed::{Host, root_or_skip};
+use testbed::{Host, Monitor, root_or_skip};
 
 const MIB: u64 = 1 << 20;
 
@@ -142,4 +144,100 @@ fn a_guest_with_private_memory_has_its_disk_where_it_stays_and_where_it_goes() {
     accounted(&moved, &guest);
     accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
     guest.sound_since(&now);
+}
+
+/// A guest that is about to be handed over, and the monitor of another program beside the agent's.
+fn about_to_leave(during: impl FnOnce(&Pair, &mut Monitor)) -> (Pair, Said) {
+    let pair = Pair::start();
+    let other = pair.a().directory().join("other.qmp");
+    let second = format!("unix:{},server=on,wait=off", other.display());
+    let (spec, qmp) = by_hand(&pair, &["-qmp", &second, "-daemonize"]);
+    let line = spec.command_line();
+    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
+    let guest = Guest::ready("vm", &spec);
+    let mut monitor = Monitor::connect(&other).unwrap();
+    adopt(pair.a(), &qmp);
+    let before = guest.status();
+    let (migration, source) = pair.ready("vm");
+    during(&pair, &mut monitor);
+    drop(source);
+    let said = migration.ended();
+    assert!(!pair.runs_on("vm", pair.b()), "{said:?}");
+    if status(&mut monitor) == "running" {
+        guest.sound_since(&before);
+    }
+    (pair, said)
+}
+
+fn status(monitor: &mut Monitor) -> String {
+    monitor.execute("query-status", json!({})).unwrap()["status"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_guest_that_somebody_lets_run_before_it_is_handed_over_stays() {
+    let (pair, said) = about_to_leave(|_, monitor| drop(monitor.execute("cont", json!({})).unwrap()));
+    assert_eq!(said.report().error.unwrap().finding.kind, "touched", "{said:?}");
+    assert!(pair.runs_on("vm", pair.a()));
+}
+
+#[test]
+fn a_guest_that_somebody_migrates_before_it_is_handed_over_is_neither_run_nor_handed_over() {
+    let to = |pair: &Pair| format!("exec:cat > {}", pair.a().directory().join("elsewhere").display());
+    let (pair, said) = about_to_leave(|pair, monitor| {
+        monitor.execute("migrate", json!({ "uri": to(pair) })).unwrap();
+        until("it has been migrated", || {
+            monitor.execute("query-migrate", json!({})).unwrap()["status"] == "completed"
+        });
+    });
+    assert_eq!(said.report().error.unwrap().finding.kind, "migrates-already", "{said:?}");
+    assert!(!pair.runs_on("vm", pair.a()));
+    // Nor does an agent that finds it so.
+    pair.a().kill_agent().unwrap();
+    pair.a().start_agent().unwrap();
+    until("it is found again", || pair.show("vm", pair.a()).unwrap()["state"] != "recovering");
+    assert!(!pair.runs_on("vm", pair.a()));
+}
+
+#[test]
+fn a_file_that_a_guest_has_a_private_copy_of_is_not_the_guests_memory() {
+    let pair = Pair::start();
+    let template = pair.a().directory().join("template");
+    let content = noise(256 * MIB);
+    fs::write(&template, &content).unwrap();
+    let backend = format!("memory-backend-file,id=m,size=256M,share=off,mem-path={}", template.display());
+    let (spec, qmp) = by_hand(&pair, &["-object", &backend, "-machine", "memory-backend=m"]);
+    let mut qemu = pair.a().boot(&spec).unwrap();
+    qemu.wait_ready(PATIENCE).unwrap();
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    adopt(pair.a(), &qmp);
+    accounted(&pair.migrate("vm", pair.a(), pair.b(), &["--verify", "strict"]), &guest);
+    guest.sound_since(&before);
+    assert!(fs::read(&template).unwrap() == content, "it is others' too");
+}
+
+#[test]
+fn what_a_guest_with_private_memory_gives_back_is_zero_there_too() {
+    let pair = Pair::start();
+    let second = pair.a().directory().join("balloon.qmp");
+    let socket = format!("unix:{},server=on,wait=off", second.display());
+    let (spec, qmp) = by_hand(&pair, &["-device", "virtio-balloon-pci", "-qmp", &socket]);
+    let mut qemu = pair.a().boot(&spec).unwrap();
+    qemu.wait_ready(PATIENCE).unwrap();
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    adopt(pair.a(), &qmp);
+    let _ = pair.mirror("vm", pair.a(), pair.b(), &[]);
+    let mut monitor = Monitor::connect(&second).unwrap();
+    for size in [160 * MIB, 256 * MIB, 192 * MIB] {
+        monitor.execute("balloon", json!({ "value": size })).unwrap();
+        until("the balloon has its size", || {
+            monitor.execute("query-balloon", json!({})).unwrap()["actual"].as_u64().unwrap().abs_diff(size)
+                < MIB
+        });
+    }
+    let audit = vmirror(pair.a(), &["verify", "vm", "--json"]).done().json();
+    assert_eq!((&audit["gate"], &audit["mismatches"]), (&"match".into(), &0.into()), "{audit}");
+    accounted(&vmirror(pair.a(), &["switch", "vm", "--json"]).done().report(), &guest);
+    guest.sound_since(&before);
 }

@@ -86,7 +86,6 @@ fn look_at(spec: &Spec) {
     let _ = (spec.pid_file(), spec.qmp_sockets(), spec.own_qmp_socket(), spec.relative_path());
     let _ = (spec.disks(), spec.nics(), spec.taps(), spec.files(), spec.files_made());
     let _ = (spec.declared_devices(), spec.host_devices(), spec.gives_memory_back(), spec.unknown_drives());
-    let _ = spec.advice_for_shared_ram("web1");
     let total: u64 = spec.ram_backends().iter().map(|backend| backend.size).sum();
     assert!(spec.memory().is_ok(), "sizes are checked when a command line is parsed: {total}");
     parsed_again(&spec.without_incoming());

@@ -98,7 +98,20 @@ pub async fn may_never_have_run(vm: &Vm) -> Option<Finding> {
         return None;
     }
     let ran = has_run(&vm.record, Some(&vm.qmp)).await;
-    paused_copy(&vm.record.name, process.pid, &ran, qemu::was_started_incoming(process))
+    let copy = paused_copy(&vm.record.name, process.pid, &ran, qemu::was_started_incoming(process));
+    copy.or_else(|| may_be_left(&vm.record))
+}
+
+/// What is left of a machine with private RAM that was handed over is only paused: nothing of QEMU tells that from a pause.
+fn may_be_left(record: &Record) -> Option<Finding> {
+    let name = &record.name;
+    (!record.ram.is_empty()).then(|| {
+        Finding::new(
+            "paused-copy",
+            format!("the guest of {name} is paused: somebody has paused it, or it is what is left of a VM that was handed over to another host"),
+            format!("before you let it run, find out whether the VM runs elsewhere; `vmirror forget {name}` lets go of this one"),
+        )
+    })
 }
 
 fn paused_copy(name: &VmName, pid: u32, ran: &Ran, incoming: bool) -> Option<Finding> {

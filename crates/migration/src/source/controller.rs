@@ -462,7 +462,15 @@ impl Controller {
         else {
             return Err(nothing_held());
         };
-        let fencing = Fencing { fence: &self.host.fence, vm: &self.vm.record.name };
+        let name = self.vm.record.name.clone();
+        let fencing = Fencing { fence: &self.host.fence, vm: &name };
+        let (journal, record) = (&self.host.journal, &mut self.vm.record);
+        let stops = matches!(saving, Saving::Alone(_));
+        // It is stopped by us: whoever finds it so is to let it run.
+        let about_to_pause = || match stops {
+            true => Ok(journal.amend(record, |now| now.pauses = true)?),
+            false => Ok(()),
+        };
         let slowed = &mut self.report.throttle;
         // Paused for good, the guest need not be slowed any more.
         let paused = || *slowed = throttling.take().map(Throttling::end);
@@ -474,7 +482,7 @@ impl Controller {
             &self.options,
             streams,
             qemu,
-            paused,
+            (about_to_pause, paused),
         )
         .await;
         match prepared {
@@ -493,8 +501,6 @@ impl Controller {
     /// How its devices will be saved; QEMU is set up for that.
     async fn saving(&mut self) -> Result<Saving, Stop> {
         if let Some(alone) = self.alone.take() {
-            // It is stopped by us: whoever finds it so is to let it run.
-            self.host.journal.amend(&mut self.vm.record, |now| now.pauses = true)?;
             return Ok(Saving::Alone(alone));
         }
         self.held.configured = true;

@@ -1,28 +1,33 @@
-//! Device state at the source: how QEMU is made to write it.
+//! Device state at the source: how the guest is paused, and QEMU made to write it.
 //!
 //! Where all RAM is in shared, named files QEMU migrates, and leaves that out of its stream (`x-ignore-shared`). Other RAM it would send
 //! whole. There the guest is stopped, and QEMU saves its devices alone; what it keeps in RAM blocks of its own, such as video memory, is read
-//! from its memory and put beside them ([`mirror::device::saved`]).
+//! from its memory and put beside them ([`mirror::device::saved`]). While QEMU migrates it keeps others from its guest; while it only stands,
+//! anybody with a monitor may let it run, plug something in or migrate it. So that nothing of that has happened is looked at before the
+//! devices are saved, and once more before the machine is handed over.
 
 use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use mirror::device::source::DeviceSource;
 use mirror::device::{MAX_HELD, MAX_PART, saved};
+use qemu::qmp::MigrationState;
 use qemu::{Event, LocatedBlock, Process, Qmp};
-use tokio::sync::broadcast;
+use tokio::sync::broadcast::{self, error::TryRecvError};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::peer::{Destination, Sender};
 use super::stop::Stop;
 use super::switch::{self, UNTIL_PAUSED};
+use crate::blockers;
 use crate::wire::Request;
-use finding::{Finding, chain};
+use finding::{Finding, chain, kind};
 
 /// How a machine's devices are saved.
 pub(super) enum Saving {
@@ -41,146 +46,199 @@ pub(super) struct Alone {
     pub(super) mirrored: Vec<String>,
 }
 
-/// Device state on its way.
+/// Device state, from when it is made ready until it is saved.
 pub(super) enum Devices {
-    /// By a migration, which is carried as it comes.
-    Migrating { events: broadcast::Receiver<Event>, pump: AbortOnDropHandle<Result<u64, Stop>> },
-    /// By themselves.
-    Alone { own: OwnBlocks },
+    Migration(ByMigration),
+    Alone(ByThemselves),
 }
 
-/// Device state that nothing was done about yet but what can be before the guest is paused.
-pub(super) enum Ready {
-    Migration(DeviceSource),
-    Alone(OwnBlocks),
+/// By a migration, which is carried as it comes.
+pub(super) struct ByMigration {
+    events: broadcast::Receiver<Event>,
+    /// Where QEMU is to send it, until it does.
+    socket: Option<DeviceSource>,
+    pump: Option<AbortOnDropHandle<Result<u64, Stop>>>,
 }
 
-/// RAM blocks of the machine's own: video memory, firmware, ACPI tables.
-pub(super) struct OwnBlocks {
-    memory: File,
-    blocks: Vec<LocatedBlock>,
+/// By themselves, of a guest that only stands.
+pub(super) struct ByThemselves {
+    events: broadcast::Receiver<Event>,
+    memory: Arc<File>,
+    /// RAM blocks of the machine's own: video memory, firmware, ACPI tables.
+    own: Vec<LocatedBlock>,
     /// What the destination has of them.
     sent: Vec<saved::Block>,
+    /// QEMU's list of all RAM blocks, and how it says that migration stands, when that was made ready.
+    blocks: Vec<LocatedBlock>,
+    process: Process,
+    migration: MigrationState,
     bytes: u64,
 }
 
 impl Devices {
-    /// Makes ready what is needed for it, while the guest runs.
+    /// Makes ready what can be while the guest runs.
     pub(super) async fn prepare(
         qmp: &Qmp,
         saving: &Saving,
         destination: &Destination,
-    ) -> Result<Ready, Stop> {
+    ) -> Result<Devices, Stop> {
+        let events = qmp.events();
         match saving {
             Saving::Migration(socket) => {
                 // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
                 let _ = std::fs::remove_file(socket);
-                let device = DeviceSource::listen(socket)
+                let socket = DeviceSource::listen(socket)
                     .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
-                Ok(Ready::Migration(device))
+                Ok(Devices::Migration(ByMigration { events, socket: Some(socket), pump: None }))
             }
             Saving::Alone(alone) => {
-                let mut own = OwnBlocks::find(qmp, alone).await?;
-                own.sent = own.read()?;
-                let beginning = saved::beginning(&alone.machine, &own.sent);
-                own.send(&destination.sender(), &beginning).await?;
-                Ok(Ready::Alone(own))
+                let mut devices = ByThemselves::find(qmp, alone, events).await?;
+                devices.sent = devices.read().await?;
+                let beginning = saved::beginning(&alone.machine, &devices.sent);
+                devices.send(&destination.sender(), &beginning).await?;
+                Ok(Devices::Alone(devices))
             }
         }
+    }
+
+    /// Pauses the guest. `told` is whether QEMU may have been told to. Returns when it was paused.
+    pub(super) async fn pause(
+        &mut self,
+        qmp: &Qmp,
+        destination: Sender,
+        told: &mut bool,
+    ) -> Result<Instant, Stop> {
+        let paused = async {
+            match self {
+                Devices::Migration(devices) => devices.pause(qmp, destination, told).await,
+                Devices::Alone(devices) => devices.pause(qmp, told).await,
+            }
+        };
+        timeout(UNTIL_PAUSED, paused).await.map_err(|_| switch::never_paused())?
     }
 
     /// Has QEMU write its devices' state. Returns how many bytes it is, with the machine's own RAM.
     pub(super) async fn save(&mut self, qmp: &Qmp, destination: &Sender) -> Result<u64, Stop> {
         match self {
-            Devices::Migrating { events, pump } => {
-                qmp.migrate_continue().await.map_err(Stop::qemu)?;
-                let bytes = pump
-                    .await
-                    .unwrap_or_else(|e| Err(Stop::because("device-state", &e, "see the source's log")))?;
-                switch::saved(events).await?;
-                Ok(bytes)
-            }
-            Devices::Alone { own } => own.save(qmp, destination).await,
+            Devices::Migration(devices) => devices.save(qmp).await,
+            Devices::Alone(devices) => devices.save(qmp, destination).await,
+        }
+    }
+
+    /// That nobody else has touched the guest since it was paused. QEMU sees to that itself where it migrates.
+    pub(super) async fn is_untouched(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+        match self {
+            Devices::Migration(_) => Ok(()),
+            Devices::Alone(devices) => devices.is_untouched(qmp).await,
         }
     }
 }
 
-impl Ready {
-    /// Pauses the guest. `told` is whether QEMU may have been told to. Returns when it was paused.
-    pub(super) async fn pause(
-        self,
-        qmp: &Qmp,
-        mut events: broadcast::Receiver<Event>,
-        destination: Sender,
-        told: &mut bool,
-    ) -> Result<(Devices, Instant), Stop> {
+impl ByMigration {
+    async fn pause(&mut self, qmp: &Qmp, destination: Sender, told: &mut bool) -> Result<Instant, Stop> {
+        let Some(socket) = self.socket.take() else { return Err(switch::never_paused()) };
         let asked = Instant::now();
-        let paused = async {
-            match self {
-                Ready::Migration(device) => {
-                    switch::begin(qmp, &device.uri(), told).await?;
-                    let pump = AbortOnDropHandle::new(tokio::spawn(pump(device, destination)));
-                    let paused_at = switch::paused(&mut events, asked).await?;
-                    Ok((Devices::Migrating { events, pump }, paused_at))
-                }
-                Ready::Alone(own) => {
-                    // A migration by QEMU would refuse by itself.
-                    let blocked = qmp.query_migrate().await.map_err(Stop::qemu)?.blocked;
-                    if let Some(reason) = blocked.first() {
-                        return Err(Stop::Failed(crate::blockers::not_migratable(reason)));
-                    }
-                    *told = true;
-                    qmp.stop().await.map_err(Stop::qemu)?;
-                    match switch::stopped(&mut events, asked) {
-                        Some(paused_at) => Ok((Devices::Alone { own }, paused_at)),
-                        // It is left as it is.
-                        None => {
-                            *told = false;
-                            Err(switch::was_paused("paused"))
-                        }
-                    }
-                }
-            }
-        };
-        timeout(UNTIL_PAUSED, paused).await.map_err(|_| switch::never_paused())?
+        switch::begin(qmp, &socket.uri(), told).await?;
+        self.pump = Some(AbortOnDropHandle::new(tokio::spawn(pump(socket, destination))));
+        switch::paused(&mut self.events, asked).await
+    }
+
+    async fn save(&mut self, qmp: &Qmp) -> Result<u64, Stop> {
+        qmp.migrate_continue().await.map_err(Stop::qemu)?;
+        let Some(pump) = self.pump.as_mut() else { return Err(switch::never_paused()) };
+        let bytes =
+            pump.await.unwrap_or_else(|e| Err(Stop::because("device-state", &e, "see the source's log")))?;
+        switch::saved(&mut self.events).await?;
+        Ok(bytes)
     }
 }
 
-impl OwnBlocks {
-    async fn find(qmp: &Qmp, alone: &Alone) -> Result<OwnBlocks, Stop> {
-        let hint = "see the VM's log, and report its command line";
-        let failed = |e: &dyn std::error::Error| Stop::because("own-ram", e, hint);
-        let blocks = qemu::located_blocks(qmp, &alone.process).await.map_err(|e| failed(&e))?;
-        let is_mirrored = |block: &LocatedBlock| {
-            alone.mirrored.iter().any(|id| block.name.strip_prefix("/objects/").unwrap_or(&block.name) == id)
+impl ByThemselves {
+    async fn find(
+        qmp: &Qmp,
+        alone: &Alone,
+        events: broadcast::Receiver<Event>,
+    ) -> Result<ByThemselves, Stop> {
+        let failed = |e: &dyn std::error::Error| {
+            Stop::because("own-ram", e, "see the VM's log, and report its command line")
         };
-        let blocks: Vec<LocatedBlock> = blocks.into_iter().filter(|block| !is_mirrored(block)).collect();
-        let bytes: u64 = blocks.iter().map(|block| block.used).sum();
-        if bytes > MAX_HELD as u64 {
-            let message =
-                format!("the VM has {bytes} bytes of video memory and firmware, more than {MAX_HELD}");
-            return Err(Stop::Failed(Finding::new("own-ram", message, "start it with less video memory")));
-        }
+        let blocks = located(qmp, &alone.process).await?;
+        let own = own(&blocks, &alone.mirrored);
         let memory = File::open(format!("/proc/{}/mem", alone.process.pid)).map_err(|e| failed(&e))?;
-        Ok(OwnBlocks { memory, blocks, sent: Vec::new(), bytes: 0 })
+        let migration = qmp.query_migrate().await.map_err(Stop::qemu)?;
+        Ok(ByThemselves {
+            events,
+            memory: Arc::new(memory),
+            own,
+            sent: Vec::new(),
+            blocks,
+            process: alone.process.clone(),
+            migration,
+            bytes: 0,
+        })
     }
 
-    fn read(&self) -> Result<Vec<saved::Block>, Stop> {
-        let read = |block: &LocatedBlock| {
-            let mut content = vec![0; usize::try_from(block.used).unwrap_or(0)];
-            self.memory.read_exact_at(&mut content, block.address).map_err(|e| {
-                let message = format!("RAM block {} cannot be read: {}", block.name, chain(&e));
-                Stop::Failed(Finding::new("own-ram", message, "see the VM's log"))
-            })?;
-            Ok(saved::Block { name: block.name.clone(), content })
-        };
-        tokio::task::block_in_place(|| self.blocks.iter().map(read).collect())
+    async fn pause(&mut self, qmp: &Qmp, told: &mut bool) -> Result<Instant, Stop> {
+        // A migration by QEMU would see to that by itself.
+        let now = qmp.query_migrate().await.map_err(Stop::qemu)?;
+        if let Some(reason) = now.blocked.first() {
+            return Err(Stop::Failed(blockers::not_migratable(reason)));
+        }
+        self.is_not_migrated(now)?;
+        let asked = Instant::now();
+        *told = true;
+        if !qmp.quiesce().await.map_err(Stop::qemu)? {
+            // Somebody else has stopped it, or it has stopped itself: it is left so.
+            *told = false;
+            let status = qmp.status().await.map_err(Stop::qemu)?.status;
+            return Err(switch::was_paused(&status));
+        }
+        loop {
+            match self.events.try_recv() {
+                // QEMU tells of it before it answers.
+                Ok(event) if event.name == "STOP" && event.ours => {
+                    return Ok(switch::instant_of(&event, asked));
+                }
+                Ok(_) | Err(TryRecvError::Lagged(_)) => {}
+                Err(TryRecvError::Empty | TryRecvError::Closed) => return Ok(asked),
+            }
+        }
     }
 
-    /// Has QEMU save, and sends that with what has changed of the machine's own RAM.
+    async fn is_untouched(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+        loop {
+            match self.events.try_recv() {
+                Ok(event) if event.name == "RESUME" => return Err(touched("has been let run")),
+                Ok(_) => {}
+                Err(TryRecvError::Lagged(_)) => return Err(touched("has said too much to be listened to")),
+                Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+            }
+        }
+        if qmp.status().await.map_err(Stop::qemu)?.running {
+            return Err(touched("has been let run"));
+        }
+        self.is_not_migrated(qmp.query_migrate().await.map_err(Stop::qemu)?)
+    }
+
+    /// That no other program migrates the machine, or has since it was looked at first.
+    fn is_not_migrated(&self, now: MigrationState) -> Result<(), Stop> {
+        let before = &self.migration;
+        if (&now.status, now.total_ms, &now.ram) == (&before.status, before.total_ms, &before.ram) {
+            return Ok(());
+        }
+        let message = "another program has migrated the VM, or does, while it was to be handed over";
+        let hint = "see where it runs, and that it runs once; migrate it again when that is over";
+        Err(Stop::Failed(Finding::new(kind::MIGRATES_ALREADY, message, hint)))
+    }
+
     async fn save(&mut self, qmp: &Qmp, destination: &Sender) -> Result<u64, Stop> {
         let failed =
             |e: &dyn std::error::Error| Stop::because("device-state", e, "see the VM's log on the source");
+        self.is_untouched(qmp).await?;
+        // What was plugged in since, or has grown, is in no copy.
+        if located(qmp, &self.process).await? != self.blocks {
+            return Err(touched("has other RAM than when its switch-over began"));
+        }
         let (mut file, to_write) = file_in_memory().map_err(|e| failed(&e))?;
         qmp.save_devices(to_write.into()).await.map_err(Stop::qemu)?;
         let mut state = Vec::new();
@@ -194,11 +252,26 @@ impl OwnBlocks {
             )));
         };
         // After it: saving may write to memory.
-        let rest = saved::rest(&self.sent, &self.read()?);
+        let rest = saved::rest(&self.sent, &self.read().await?);
         for part in [&rest[..], state, &saved::end()] {
             self.send(destination, part).await?;
         }
         Ok(self.bytes)
+    }
+
+    /// What is in the machine's own blocks now.
+    async fn read(&self) -> Result<Vec<saved::Block>, Stop> {
+        let (memory, own) = (Arc::clone(&self.memory), self.own.clone());
+        let read = move |block: LocatedBlock| {
+            let mut content = vec![0; usize::try_from(block.used).unwrap_or(0)];
+            memory.read_exact_at(&mut content, block.address).map_err(|e| {
+                let message = format!("RAM block {} cannot be read: {}", block.name, chain(&e));
+                Stop::Failed(Finding::new("own-ram", message, "see the VM's log"))
+            })?;
+            Ok(saved::Block { name: block.name, content })
+        };
+        let reading = tokio::task::spawn_blocking(move || own.into_iter().map(read).collect());
+        reading.await.map_err(|e| Stop::because("agent", &e, "see the source agent's log"))?
     }
 
     async fn send(&mut self, destination: &Sender, bytes: &[u8]) -> Result<(), Stop> {
@@ -208,6 +281,80 @@ impl OwnBlocks {
         }
         Ok(())
     }
+}
+
+/// Why the devices of a machine could not be saved alone, found while there is time: QEMU does not say where its RAM is, or has too much of
+/// its own.
+///
+/// # Errors
+/// The finding.
+pub(crate) async fn may_save_alone(
+    qmp: &Qmp,
+    process: &Process,
+    machine: &str,
+    mirrored: &[String],
+) -> Result<(), Finding> {
+    if !is_known(machine) {
+        return Err(Finding::new(
+            "private-ram",
+            format!(
+                "RAM that is no shared file with a name is not mirrored of a machine of type {machine}, whose state QEMU does not save alone"
+            ),
+            "start it with RAM in a memory-backend-file with share=on",
+        ));
+    }
+    let located = qemu::located_blocks(qmp, process).await.map_err(|e| {
+        Finding::new("ram-not-mirrorable", chain(&e), "see the VM's log, and report its command line")
+    })?;
+    let bytes: u64 = own(&located, mirrored).iter().map(|block| block.used).sum();
+    // What the destination holds back in the pause is what has changed of it, and the devices.
+    if bytes > MAX_HELD as u64 / 2 {
+        return Err(Finding::new(
+            "own-ram",
+            format!(
+                "the VM has {} MiB of video memory and firmware, more than {}",
+                bytes >> 20,
+                MAX_HELD >> 21
+            ),
+            "start it with less video memory",
+        ));
+    }
+    Ok(())
+}
+
+/// Whether all state of a machine of that type is its devices' and RAM: others save more than RAM in parts (`spapr/htab`, `s390-stattrib`),
+/// or have their size of pages in the stream. Machines of before 2.4 have no sections' ends in theirs.
+fn is_known(machine: &str) -> bool {
+    let version = |text: &str| {
+        let (major, minor) = text.split('+').next()?.split_once('.')?;
+        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
+    };
+    let pc = ["pc-i440fx-", "pc-q35-", "pc-"].iter().find_map(|family| machine.strip_prefix(family));
+    match pc.map(version) {
+        Some(Some(version)) => version >= (2, 4),
+        Some(None) => true,
+        None => machine == "microvm" || machine == "isapc" || machine.starts_with("microvm-"),
+    }
+}
+
+async fn located(qmp: &Qmp, process: &Process) -> Result<Vec<LocatedBlock>, Stop> {
+    let found = qemu::located_blocks(qmp, process).await;
+    found.map_err(|e| Stop::because("own-ram", &e, "see the VM's log, and report its command line"))
+}
+
+/// Those that no mirror carries.
+fn own(blocks: &[LocatedBlock], mirrored: &[String]) -> Vec<LocatedBlock> {
+    let is_mirrored = |block: &&LocatedBlock| {
+        // Old machine types name RAM by its whole path in QEMU's tree of objects.
+        mirrored.iter().any(|id| block.name.strip_prefix("/objects/").unwrap_or(&block.name) == id)
+    };
+    blocks.iter().filter(|block| !is_mirrored(block)).cloned().collect()
+}
+
+/// Somebody else has done something to a machine that was paused to be handed over.
+fn touched(what: &str) -> Stop {
+    let message = format!("the VM {what} while it was to be handed over");
+    Stop::Failed(Finding::new(kind::TOUCHED, message, "see who else has its monitor, and migrate it again"))
 }
 
 /// A file without a name, and once more for writing only: QEMU truncates what it writes to, which a pipe cannot be, and takes no descriptor
@@ -225,4 +372,21 @@ async fn pump(mut device: DeviceSource, destination: Sender) -> Result<u64, Stop
         destination.send(Request::DeviceState(part)).await?;
     }
     Ok(device.bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_of_machines_whose_state_is_devices_and_ram_devices_are_saved_alone() {
+        for known in
+            ["pc-i440fx-7.2", "pc-q35-10.0", "pc-i440fx-2.4", "pc-q35-9.0+pve1", "microvm", "pc-i440fx-jammy"]
+        {
+            assert!(is_known(known), "{known}");
+        }
+        for unknown in ["pc-i440fx-2.3", "pc-1.3", "pseries-7.2", "virt-8.0", "s390-ccw-virtio-7.2"] {
+            assert!(!is_known(unknown), "{unknown}");
+        }
+    }
 }

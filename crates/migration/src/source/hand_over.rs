@@ -26,7 +26,7 @@ use crate::options::{Engine, Verify};
 use crate::points::{self, Point};
 use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
 use crate::wire::{Reply, Request};
-use finding::{Finding, chain};
+use finding::{Finding, chain, kind};
 use host::Record;
 use host::hooks::Hook;
 use host::images;
@@ -42,6 +42,11 @@ const AT_ONCE: Duration = Duration::from_millis(100);
 /// Whether it has ended because somebody else has stopped the guest.
 fn was_stopped(stop: &Stop) -> bool {
     matches!(stop, Stop::Failed(finding) if finding.kind == VM_PAUSED)
+}
+
+/// Whether it has ended because another program migrates the machine: neither that nor the guest's pause is ours to end.
+fn migrated_by_others(stop: &Stop) -> bool {
+    matches!(stop, Stop::Failed(finding) if finding.kind == kind::MIGRATES_ALREADY)
 }
 
 /// The journal has failed twice: a later start may find that the machine was given away, or not.
@@ -83,7 +88,7 @@ impl Controller {
 
     /// The two-step change of ownership. From the journal's entry on the machine is not this host's any more.
     pub(super) async fn hand_over(&mut self, prepared: Prepared) -> Result<(), Stop> {
-        let Prepared { paused_at, pause, device_state_bytes, supplying, .. } = prepared;
+        let Prepared { paused_at, pause, device_state_bytes, supplying, mut devices } = prepared;
         self.report.pause = pause;
         self.report.device_state_bytes = device_state_bytes;
         let since = || paused_at.elapsed().as_secs_f64() * 1e3;
@@ -100,6 +105,9 @@ impl Controller {
             supplies: supplying.is_some(),
         };
         self.held.supplying = supplying;
+        if let Some(devices) = &mut devices {
+            devices.is_untouched(&self.vm.qmp).await?;
+        }
         let mirrored: Vec<PathBuf> =
             self.held.disks.iter().flat_map(Disks::paths).map(Path::to_owned).collect();
         // From here on they are older than the machine's disks, whoever finds that on record.
@@ -381,8 +389,12 @@ impl Controller {
 
     /// Has the machine run here again. QEMU is to have its images, and nobody else before it.
     async fn resume(&self) -> Result<(), Stop> {
-        let resume = || super::resume_here(&self.vm.qmp);
-        self.host.fence.hand_to(&self.vm.record.name, resume).await.map_err(|e| self.not_resumed(&e))
+        let (fence, name, qmp) = (&self.host.fence, &self.vm.record.name, &self.vm.qmp);
+        let resumed = match self.vm.record.saves_devices_alone() {
+            true => fence.hand_to(name, || super::run_here(qmp)).await,
+            false => fence.hand_to(name, || super::resume_here(qmp)).await,
+        };
+        resumed.map_err(|e| self.not_resumed(&e))
     }
 
     fn not_resumed(&self, error: &QmpError) -> Stop {
@@ -407,7 +419,9 @@ impl Controller {
             if let Some(relay) = &self.held.relay {
                 relay.abort();
             }
-            if was_stopped(&stop) {
+            if self.vm.record.saves_devices_alone() && migrated_by_others(&stop) {
+                tracing::error!(vm = %self.vm.record.name, ?stop, "it is left as it is");
+            } else if was_stopped(&stop) {
                 // By somebody else while QEMU sent: it stays so.
                 let leave = || super::leave_stopped(&self.vm.qmp);
                 if let Err(e) = self.host.fence.hand_to(&self.vm.record.name, leave).await {

@@ -7,7 +7,7 @@
 
 mod account;
 mod controller;
-mod devices;
+pub(crate) mod devices;
 pub(crate) mod disks;
 mod earlier;
 mod estimate;
@@ -179,8 +179,13 @@ fn planned(machine: &Machine, reserved: &wire::Reserved) -> Vec<PlannedDisk> {
 
 /// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it.
 pub(crate) async fn resume_here(qmp: &Qmp) -> Result<(), QmpError> {
+    end_migration(qmp, Instant::now() + RESUME).await?;
+    run_here(qmp).await
+}
+
+/// The same of one that was only stopped: a migration that there may be is not ours.
+pub(crate) async fn run_here(qmp: &Qmp) -> Result<(), QmpError> {
     let deadline = Instant::now() + RESUME;
-    end_migration(qmp, deadline).await?;
     loop {
         if qmp.status().await?.running {
             return Ok(());

@@ -151,7 +151,7 @@ impl Controller {
         let limit = self.options.max_downtime + PATIENCE;
         let complete = self.complete_relay(&mut events, paused_at);
         let pause = timeout(limit, complete).await.map_err(|_| switch::too_long(limit))??;
-        Ok(Prepared { paused_at, pause, device_state_bytes: 0, supplying: None, _devices: None })
+        Ok(Prepared { paused_at, pause, device_state_bytes: 0, supplying: None, devices: None })
     }
 
     /// Has QEMU begin to send, and this agent to carry.

@@ -49,8 +49,8 @@ pub(super) struct Prepared {
     pub(super) device_state_bytes: u64,
     /// What was left out of the copy, where it was: what is asked for is supplied already.
     pub(super) supplying: Option<Supplying>,
-    /// Where QEMU sent its stream; removed when dropped.
-    pub(super) _devices: Option<Devices>,
+    /// How its devices were saved.
+    pub(super) devices: Option<Devices>,
 }
 
 /// What keeps others from the disks of the machine once QEMU gives them up.
@@ -74,11 +74,9 @@ pub(super) async fn prepare(
     options: &Options,
     streams: Option<Streams>,
     told: &mut bool,
-    paused_for_good: impl FnOnce(),
+    (about_to_pause, paused_for_good): (impl FnOnce() -> Result<(), Stop>, impl FnOnce()),
 ) -> Result<Prepared, Stop> {
-    let events = qmp.events();
-    let devices = Devices::prepare(qmp, saving, destination).await?;
-    // From here on nobody else can begin one with other settings unseen: QEMU migrates once at a time.
+    let mut devices = Devices::prepare(qmp, saving, destination).await?;
     may_migrate(qmp).await?;
     if streams.is_some() {
         // Most of what will be missing is given up while the guest still runs. Once that is done scans follow soon upon each
@@ -90,7 +88,8 @@ pub(super) async fn prepare(
     if let Some(network) = &mut *network {
         network.divert().await;
     }
-    let (mut devices, paused_at) = devices.pause(qmp, events, destination.sender(), told).await?;
+    about_to_pause()?;
+    let paused_at = devices.pause(qmp, destination.sender(), told).await?;
     paused_for_good();
     if let Some(network) = &mut *network {
         network.is_paused();
@@ -106,7 +105,7 @@ pub(super) async fn prepare(
     };
     let (worked, ()) = tokio::join!(work, look);
     let (pause, device_state_bytes, supplying) = worked.map_err(|_| too_long(limit))??;
-    Ok(Prepared { paused_at, pause, device_state_bytes, supplying, _devices: Some(devices) })
+    Ok(Prepared { paused_at, pause, device_state_bytes, supplying, devices: Some(devices) })
 }
 
 /// A guest that has just been paused.
@@ -264,7 +263,7 @@ pub(super) async fn may_migrate(qmp: &Qmp) -> Result<(), Stop> {
     match migration.filter(|status| !is_over(status)) {
         None => Ok(()),
         Some(status) => Err(Stop::Failed(Finding::new(
-            "migrates-already",
+            kind::MIGRATES_ALREADY,
             format!("another program migrates the VM: QEMU says {status}"),
             "wait for it, or end it there; then migrate again",
         ))),
@@ -307,19 +306,6 @@ pub(super) async fn paused(events: &mut broadcast::Receiver<Event>, asked: Insta
     }
 }
 
-/// When a guest has stopped that was told to and has answered: QEMU tells of it before that. None where it did not, as somebody else had
-/// stopped it before.
-pub(super) fn stopped(events: &mut broadcast::Receiver<Event>, asked: Instant) -> Option<Instant> {
-    use broadcast::error::TryRecvError;
-    loop {
-        match events.try_recv() {
-            Ok(event) if event.name == "STOP" && !event.ours => return Some(instant_of(&event, asked)),
-            Ok(_) | Err(TryRecvError::Lagged(_)) => {}
-            Err(TryRecvError::Empty | TryRecvError::Closed) => return None,
-        }
-    }
-}
-
 /// Waits until QEMU has saved everything.
 pub(super) async fn saved(events: &mut broadcast::Receiver<Event>) -> Result<(), Stop> {
     loop {
@@ -358,7 +344,7 @@ async fn next(events: &mut broadcast::Receiver<Event>) -> Result<Event, Stop> {
 
 /// When QEMU says that the event was. Its stamp is of the same host's clock; where that clock was set in between, the
 /// event is taken to be as old as it can be: the downtime is never less than the truth.
-fn instant_of(event: &Event, asked: Instant) -> Instant {
+pub(super) fn instant_of(event: &Event, asked: Instant) -> Instant {
     let age = SystemTime::now().duration_since(event.timestamp).ok();
     let at = age.and_then(|age| Instant::now().checked_sub(age));
     at.filter(|at| (asked..=event.received).contains(at)).unwrap_or(asked)
