@@ -7,9 +7,12 @@ use crate::memory::Memory;
 use crate::status::Counters;
 use crate::workload::Order;
 
-/// How often the writer looks whether writes are due.
+/// How often the writer looks at most whether writes are due.
 pub(crate) const TICK: Duration = Duration::from_millis(5);
-/// What a writer that fell behind, or stood still with the machine, makes up for at most: so a pause is not followed by a burst.
+/// How often it looks at least, to hear of another rate. An emulated machine that wakes as often as every tick is never at rest.
+const SELDOM: Duration = Duration::from_millis(50);
+/// What a writer that fell behind, or stood still with the machine, makes up for at most: so a pause is not followed by a burst. One
+/// write is always made up for.
 const BACKLOG: Duration = Duration::from_millis(100);
 
 /// What the writer is told while it runs.
@@ -45,8 +48,9 @@ impl Pace {
     /// How many writes are due at `now` at that rate; the time they stand for counts as spent.
     pub(crate) fn due(&mut self, now: Instant, rate: u64) -> u64 {
         let elapsed = now.saturating_duration_since(self.since);
-        if elapsed > BACKLOG {
-            self.since = now - BACKLOG;
+        let backlog = BACKLOG.max(between(rate));
+        if elapsed > backlog {
+            self.since = now - backlog;
         }
         let owed = now.saturating_duration_since(self.since);
         let due = (owed.as_nanos() * u128::from(rate) / 1_000_000_000) as u64;
@@ -57,15 +61,26 @@ impl Pace {
     }
 }
 
+/// The time from one write to the next, rounded up; none where there are no writes.
+fn between(rate: u64) -> Duration {
+    Duration::from_nanos(1_000_000_000_u64.checked_div(rate).map_or(0, |nanos| nanos + 1))
+}
+
+/// How long the writer rests between two looks.
+fn rest(rate: u64) -> Duration {
+    if rate == 0 { SELDOM } else { between(rate).clamp(TICK, SELDOM) }
+}
+
 /// Writes pages in that order, for ever.
 pub fn run(memory: &Memory, mut order: Order, control: &Control, counters: &Counters) -> ! {
     let mut pace = Pace::from(Instant::now());
     loop {
-        let due = pace.due(Instant::now(), control.rate.load(Relaxed));
+        let rate = control.rate.load(Relaxed);
+        let due = pace.due(Instant::now(), rate);
         if !control.paused.load(Relaxed) {
             write(memory, &mut order, due, counters);
         }
-        std::thread::sleep(TICK);
+        std::thread::sleep(rest(rate));
     }
 }
 
@@ -99,6 +114,22 @@ mod tests {
         let start = Instant::now();
         let mut pace = Pace { since: start };
         assert_eq!(pace.due(start + Duration::from_secs(3600), 1000), 100);
+    }
+
+    #[test]
+    fn a_rate_below_what_is_made_up_for_holds() {
+        let start = Instant::now();
+        let mut pace = Pace { since: start };
+        let total: u64 = (1..=200).map(|tick| pace.due(start + SELDOM * tick, 2)).sum();
+        assert!((19..=20).contains(&total), "{total} of 2 a second in ten seconds");
+    }
+
+    #[test]
+    fn a_writer_looks_as_often_as_there_is_something_to_write() {
+        assert_eq!(rest(0), SELDOM);
+        assert_eq!(rest(1), SELDOM);
+        assert_eq!(rest(1_000_000), TICK);
+        assert!((9..=11).contains(&rest(100).as_millis()));
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Herd {
                 fill_mib: 8,
                 rate: 20,
                 check: checked,
-                check_rate: Some(512),
+                check_rate: Some(64),
                 ..pair.spec(&name, 96)
             };
             let host = if on_both && number % 2 == 1 { pair.b() } else { pair.a() };
