@@ -182,7 +182,7 @@ impl Daemon {
             firewall: config.firewall.clone(),
             trust_seccomp: config.trust_seccomp,
             neighbourhood: Arc::default(),
-            rest: Arc::new(post_copies.clone()),
+            post_copy_memory: Arc::new(post_copies.clone()),
             lingering: host::Lingering::default(),
             recovering: host::Recovering::default(),
             ram_files: Arc::default(),

@@ -187,7 +187,7 @@ impl Vms {
         };
         if let Some(vm) = idle {
             warnings.extend(host::lifecycle::may_never_have_run(&vm).await);
-            warnings.extend(migration::tied(self.host(), &vm).await);
+            warnings.extend(movable::tied(self.host(), &vm).await);
         }
         warnings
     }

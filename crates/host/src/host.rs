@@ -15,9 +15,9 @@ use crate::left_images::LeftImages;
 use crate::lingering::Lingering;
 use crate::logs::Logs;
 use crate::neighbourhood::Neighbourhood;
+use crate::post_copy_memory::PostCopyMemory;
 use crate::ram_files::RamFiles;
 use crate::recovering::Recovering;
-use crate::rest::Rest;
 use crate::vm::Journal;
 use cgroup::CgroupParent;
 use network::nft::NftPattern;
@@ -119,7 +119,7 @@ pub struct Host {
     /// By what addresses the machines here are known.
     pub neighbourhood: Arc<Neighbourhood>,
     /// What brings the rest of the memory of machines that run here before it is complete.
-    pub rest: Arc<dyn Rest>,
+    pub post_copy_memory: Arc<dyn PostCopyMemory>,
     /// Machines that were to be forgotten, and of which a process may run on.
     pub lingering: Lingering,
     /// Machines that are still looked for since the agent started.

@@ -11,7 +11,6 @@
 //! * Whether it would run twice: [`second_copy`], [`supervised`].
 //! * [`hooks`] are programs of the operator's, run when a machine's network moves.
 
-pub mod confinement;
 mod deadlines;
 pub mod drives;
 pub mod fence;
@@ -31,9 +30,9 @@ pub mod neighbourhood;
 pub mod occasion;
 pub mod paths;
 pub mod places;
+mod post_copy_memory;
 mod ram_files;
 mod recovering;
-mod rest;
 pub mod room;
 pub mod second_copy;
 pub mod settings;
@@ -50,8 +49,8 @@ pub use host::{Allow, Firewall, Host};
 pub use left_images::LeftImages;
 pub use lingering::Lingering;
 pub use logs::Logs;
+pub use post_copy_memory::PostCopyMemory;
 pub use ram_files::RamFiles;
 pub use recovering::Recovering;
-pub use rest::Rest;
 pub use vm::{Journal, Made, Origin, Record, Vm};
 pub use which_file::WhichFile;

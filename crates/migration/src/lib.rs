@@ -8,7 +8,6 @@
 //! Memory and device state are moved by the crate [`mirror`] over the crate [`link`]; QEMU is spoken to through the
 //! crate [`qemu`]. What a machine is on one host is the crate [`host`]'s. Which host owns a machine, through any crash, is the crate [`ownership`]'s.
 
-mod blockers;
 mod boot_files;
 mod deadlines;
 pub mod destination;
@@ -22,7 +21,6 @@ pub mod options;
 mod plugged;
 pub mod points;
 pub mod progress;
-mod ram;
 pub mod rate;
 mod recover;
 pub mod release;
@@ -39,7 +37,6 @@ pub use deadlines::DECIDED;
 pub use destination::{DataConnections, PostCopies};
 pub use finding::{Failure, Finding, Stage};
 pub use linked::LinkedHost;
-pub use machine::tied;
 pub use options::{Compress, DiskRoom, Disks, Engine, Goal, OnDiverge, OptionError, Options, Verify};
 pub use ownership::{BadName, Claim, JournalError, Ownership, VmName};
 pub use progress::{DiskProgress, Progress};

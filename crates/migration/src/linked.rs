@@ -13,7 +13,7 @@ use host::Host;
 /// The host a controller runs on. Whatever takes a [`Host`] is given this one's.
 #[derive(Debug, Clone)]
 pub struct LinkedHost {
-    /// What it is by itself. Its [`rest`](Host::rest) are these [`post_copies`](LinkedHost::post_copies).
+    /// What it is by itself. Its [`post_copy_memory`](Host::post_copy_memory) are these [`post_copies`](LinkedHost::post_copies).
     pub host: Host,
     /// Its end of the link.
     pub endpoint: link::Endpoint,

@@ -1,9 +1,8 @@
 //! A machine as the source describes it: everything the destination must provide.
 
 use qemu::qmp::{CpuidWord, RunState, Version};
-use qemu::{NicKind, Qmp, RamBlock, Spec};
+use qemu::{NicKind, RamBlock};
 
-use crate::blockers;
 use crate::disks::{self, Disk};
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
@@ -12,8 +11,9 @@ use crate::wire;
 use finding::Finding;
 use host::Host;
 use host::Vm;
-use host::confinement;
 use host::supervised;
+use movable::compatibility::{features_on, too_old, unmovable};
+use movable::{blockers, confinement};
 use network::interfaces::macvtap::Macvtap;
 use network::interfaces::{Interfaces, Kind};
 
@@ -168,70 +168,6 @@ async fn facts(vm: &Vm) -> Result<Facts, qemu::QmpError> {
         plugged: Plugged::into(&vm.qmp).await?,
         blockers: blockers::told_by(&vm.qmp, &vm.spec).await?,
     })
-}
-
-/// What would keep a machine of this host from leaving it, as far as that can be told without a destination and is not refused when it is
-/// taken in: devices that QEMU cannot migrate, disks that are reached in a way that is not known to work, memory that cannot be tracked.
-pub async fn tied(host: &Host, vm: &Vm) -> Vec<Finding> {
-    let mut findings = blockers::on_command_line(&vm.spec);
-    // A QEMU that does not answer is told of elsewhere.
-    findings.extend(blockers::told_by(&vm.qmp, &vm.spec).await.unwrap_or_default());
-    findings.extend(confinement::check(host, &vm.record, &vm.spec).await);
-    findings
-}
-
-/// The names of the features that a machine's CPUs have.
-pub(crate) async fn features_on(qmp: &Qmp) -> Result<Vec<String>, qemu::QmpError> {
-    Ok(qmp.cpu_features().await?.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect())
-}
-
-/// The oldest QEMU whose stream without shared RAM, and whose pause before it, are known to work.
-const OLDEST_QEMU: (u32, u32) = (7, 2);
-
-/// A QEMU that is too old, on either side.
-pub(crate) fn too_old(host: &str, version: &Version) -> Option<Finding> {
-    let (major, minor) = OLDEST_QEMU;
-    ((version.major, version.minor) < OLDEST_QEMU).then(|| {
-        Finding::new(
-            "qemu-version",
-            format!("QEMU on {host} is {version}, older than {major}.{minor}"),
-            "run the VM with a newer QEMU",
-        )
-    })
-}
-
-/// What ties a machine to this host. With `accept_disconnect`, but for networks whose connections end with the move.
-pub(crate) fn unmovable(spec: &Spec, accept_disconnect: bool) -> Vec<Finding> {
-    let device = |device: String| {
-        Finding::new(
-            "host-device",
-            format!("{device} is tied to this host"),
-            "detach it, or start the VM without it",
-        )
-    };
-    let nic = |nic: qemu::Nic| match nic.kind {
-        NicKind::User | NicKind::Socket(_) if accept_disconnect => None,
-        NicKind::User => Some(Finding::new(
-            "user-networking",
-            format!("network {} is user-mode: its connections would break", nic.netdev),
-            "use a tap on a bridge, or `-nic none`, or accept that with --accept-disconnect",
-        )),
-        NicKind::Socket(kind) => Some(Finding::new(
-            "network-kind",
-            format!("network {} is of kind {kind}: its connections would break", nic.netdev),
-            "use a tap on a bridge, or accept that with --accept-disconnect",
-        )),
-        NicKind::Vhost(kind) | NicKind::Other(kind) => Some(Finding::new(
-            "network-kind",
-            format!("network {} is of kind {kind}, which cannot be carried over", nic.netdev),
-            "use a tap on a bridge",
-        )),
-        _ => None,
-    };
-    let mut findings: Vec<Finding> = spec.host_devices().into_iter().map(device).collect();
-    findings.extend(blockers::on_command_line(spec));
-    findings.extend(spec.nics().into_iter().filter_map(nic));
-    findings
 }
 
 async fn taps(vm: &Vm, forward: bool) -> (Vec<wire::Tap>, Vec<Finding>) {

@@ -137,7 +137,7 @@ pub async fn forget_decided(
     leave_images(&host.left, record);
     if let Some(session) = record.arrived_by {
         if let (Some(supplied), Some(mut whole)) =
-            (host.rest.supplied(session), host.journal.get(&record.name))
+            (host.post_copy_memory.supplied(session), host.journal.get(&record.name))
         {
             // It had everything, though nobody was there to be told.
             let has_all = |now: &mut Record| (now.post_copy, now.supplied) = (None, Some(supplied));
@@ -145,7 +145,7 @@ pub async fn forget_decided(
                 tracing::error!(vm = %record.name, error = chain(&e), "the journal cannot be written");
             }
         }
-        host.rest.end(session);
+        host.post_copy_memory.end(session);
     }
     let goes = matches!(record.ownership, Ownership::Incoming { .. } | Ownership::HandedOver { .. });
     if goes

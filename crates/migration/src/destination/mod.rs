@@ -52,9 +52,9 @@ use crate::wire::bounds::{self, Unheard};
 use crate::wire::{self, Reply, Request as Asked, ToSource};
 use finding::{Finding, chain, kind};
 use host::Host;
-use host::confinement;
 use host::lifecycle::{self, Forgotten};
 use host::vm::{PostCopy, Record, Vm};
+use movable::confinement;
 use ownership::VmName;
 use ownership::{Effect, Event, Word};
 
@@ -385,7 +385,7 @@ impl Source {
     ) -> Result<(Record, Spec, Qmp), End> {
         let places = post_copy::places(&reservation.ram);
         let pid = reservation.record.process.as_ref().map_or(0, |process| process.pid);
-        let files = reservation.ram.drain(..).map(|block| crate::ram::file_of(block, pid)).collect();
+        let files = reservation.ram.drain(..).map(|block| movable::ram::file_of(block, pid)).collect();
         let ram = Ram::new(request.layout.clone(), files).map_err(|e| failed("ram", &e))?;
         let (tell, events) = Events::of(&request.layout, storage::blocks(request, &reservation.images));
         let told = tell.clone();

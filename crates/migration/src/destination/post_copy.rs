@@ -28,8 +28,8 @@ use crate::wire::bounds;
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
 use host::Host;
-use host::confinement;
 use host::vm::{GivenDescriptor, PostCopy, Record};
+use movable::confinement;
 use ownership::{Departed, Ownership};
 
 /// Where full userfaultfds come from.
@@ -123,7 +123,7 @@ pub(crate) async fn recover(host: &LinkedHost, record: &Record) -> Result<(), St
         Layout::new(blocks.iter().map(|block| (block.id.as_str(), block.size)), 1).map_err(|e| chain(&e))?;
     let missing = tail::read(missing, &layout)
         .map_err(|e| format!("{} cannot be read: {}", missing.display(), chain(&e)))?;
-    let files = blocks.into_iter().map(|block| crate::ram::file_of(block, process.pid)).collect();
+    let files = blocks.into_iter().map(|block| movable::ram::file_of(block, process.pid)).collect();
     let ram = Ram::new(layout.clone(), files).map_err(|e| chain(&e))?;
     let missing = still_missing(&ram, &missing).map_err(|e| chain(&e))?;
     match MissingPages::resume(process.pid, &addresses, *descriptor) {

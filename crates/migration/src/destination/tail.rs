@@ -27,7 +27,7 @@ use crate::options::MAX_STREAMS;
 use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
 use host::Host;
-use host::Rest;
+use host::PostCopyMemory;
 use host::vm::{GivenDescriptor, PostCopy, Record};
 use ownership::{Supplied, VmName};
 
@@ -58,7 +58,7 @@ impl PostCopies {
     }
 }
 
-impl Rest for PostCopies {
+impl PostCopyMemory for PostCopies {
     fn supplied(&self, session: Uuid) -> Option<Supplied> {
         self.get(session)?.supplied()
     }
@@ -318,7 +318,7 @@ impl Tail {
         let supplied = supplied(faults, self.taken_over);
         self.take_descriptor_back().await;
         no_longer_missing(host, session, Some(supplied)).await;
-        host.rest.end(session);
+        host.post_copy_memory.end(session);
         *finished = Some(supplied);
         supplied
     }

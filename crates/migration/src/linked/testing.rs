@@ -69,7 +69,7 @@ fn host(directory: &Path, name: &str) -> Arc<LinkedHost> {
         firewall: Firewall::default(),
         trust_seccomp: false,
         neighbourhood: Arc::default(),
-        rest: Arc::new(post_copies.clone()),
+        post_copy_memory: Arc::new(post_copies.clone()),
         lingering: Lingering::default(),
         recovering: host::Recovering::default(),
         ram_files: Arc::default(),

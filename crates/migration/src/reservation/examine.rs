@@ -5,7 +5,6 @@ use std::path::{Component, Path, PathBuf};
 use qemu::spec::{FilePurpose, ram_place};
 
 use super::{Planned, Request, disks, file_name, mib};
-use crate::machine;
 use finding::Finding;
 use host::Host;
 use host::Record;
@@ -13,6 +12,7 @@ use host::firewall;
 use host::images;
 use host::paths;
 use host::room;
+use movable::compatibility::unmovable;
 use ownership::{self, Effect, OnRecord as _, Why};
 
 impl Request {
@@ -88,7 +88,7 @@ impl Request {
 
     /// What the source lists must be what the command line has: it is the command line that is run.
     fn examine_consistency(&self, findings: &mut Vec<Finding>) {
-        findings.extend(machine::unmovable(&self.spec, self.accept_disconnect));
+        findings.extend(unmovable(&self.spec, self.accept_disconnect));
         let listed = |path: &Path| self.disks.iter().any(|disk| Path::new(&disk.path) == path);
         for (path, ..) in images::of(&self.spec) {
             if !listed(&path) {

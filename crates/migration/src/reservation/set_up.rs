@@ -11,7 +11,6 @@ use super::macvtaps::Descriptors;
 use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started, limits};
 use crate::destination::images::Images;
 use crate::destination::post_copy;
-use crate::machine;
 use crate::wire;
 use cgroup::{CgroupError, make};
 use finding::{Finding, chain};
@@ -23,6 +22,7 @@ use host::hooks::Hook;
 use host::occasion;
 use host::paths::Paths;
 use host::settings::Settings;
+use movable::compatibility::{features_on, too_old};
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed. Its stream carries no RAM;
 /// but for the last of these, where RAM is to come by it.
@@ -151,7 +151,7 @@ impl Request {
         };
         let mut findings = Vec::new();
         let version = qmp.version().await.map_err(failed)?;
-        findings.extend(machine::too_old(&host.name, &version));
+        findings.extend(too_old(&host.name, &version));
         let machine = qmp.machine_type().await.map_err(failed)?;
         if machine != self.machine {
             findings.push(Finding::new(
@@ -166,7 +166,7 @@ impl Request {
         let lacking = self.lacking(qmp).await.map_err(failed)?;
         let mut cpu_features = Vec::new();
         if let Some(lacking) = lacking {
-            cpu_features = machine::features_on(qmp).await.map_err(failed)?;
+            cpu_features = features_on(qmp).await.map_err(failed)?;
             findings.push(Finding::new(
                 CPU_FEATURE_MISSING,
                 format!("the CPU on {} lacks what the guest was given ({lacking})", host.name),
@@ -179,7 +179,7 @@ impl Request {
     /// What the guest's CPUs have at the source and would not have here, as CPUID has it.
     async fn lacking(&self, qmp: &Qmp) -> Result<Option<String>, qemu::QmpError> {
         if self.cpuid.is_empty() {
-            let here = machine::features_on(qmp).await?;
+            let here = features_on(qmp).await?;
             let missing: Vec<&str> = self
                 .cpu_features
                 .iter()

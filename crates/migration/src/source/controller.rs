@@ -40,10 +40,10 @@ use crate::session::Session;
 use crate::wire::{self, Request};
 use finding::{Finding, chain, kind};
 use host::Vm;
-use host::confinement;
 use host::firewall;
 use host::paths::{self, Paths};
 use host::settings::Settings;
+use movable::confinement;
 use ownership::Event;
 
 /// Most data streams that an agent chooses by itself.

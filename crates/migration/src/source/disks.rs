@@ -27,7 +27,7 @@ use crate::wire::{self, Reply};
 use finding::{Finding, chain};
 
 /// What everything that is put into QEMU's block graph is called by.
-const NAME: &str = crate::blockers::OUR_NODES;
+const NAME: &str = movable::blockers::OUR_NODES;
 /// The name of a storage daemon's NBD socket.
 const NBD: &str = "nbd";
 /// A switch-over begins with at most so many blocks of which it is not certain what the destination has: 2 ms to read and compare.

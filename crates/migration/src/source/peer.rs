@@ -21,7 +21,7 @@ use super::stop::Stop;
 use crate::boot_files;
 use crate::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
 use crate::linked::LinkedHost;
-use crate::machine::{self, Machine};
+use crate::machine::Machine;
 use crate::options::{DiskRoom, Engine, OnDiverge, Options};
 use crate::reservation::CPU_FEATURE_MISSING;
 use crate::wire::bounds::{self, Unheard};
@@ -30,6 +30,7 @@ use finding::{Finding, chain, kind};
 use host::Host;
 use host::Vm;
 use host::places;
+use movable::compatibility::features_on;
 use ownership::{Answer, Withdrawal};
 
 /// Words of the destination that may wait for somebody to listen, and the bytes that they may take.
@@ -339,7 +340,7 @@ fn says(failed: &wire::Findings, kind: &str) -> bool {
 /// Names the features that are missing, by what both sides have: CPUID alone has no names.
 async fn name_missing(finding: &mut Finding, there: &[String], qmp: &Qmp) {
     // Without the names the finding says what it says: which bits.
-    let Ok(here) = machine::features_on(qmp).await else { return };
+    let Ok(here) = features_on(qmp).await else { return };
     let missing: Vec<String> = here.into_iter().filter(|feature| !there.contains(feature)).collect();
     if !missing.is_empty() {
         finding.message = format!("{}: {}", finding.message, missing.join(", "));

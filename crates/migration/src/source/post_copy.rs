@@ -430,7 +430,7 @@ pub async fn supply(host: &LinkedHost, record: &Record) -> Result<Option<Finding
     let streams = super::controller::chosen_streams();
     let layout = Layout::new(blocks.iter().map(|block| (block.id.as_str(), block.size)), streams)
         .map_err(|e| gone(&e))?;
-    let files = blocks.into_iter().map(|block| crate::ram::file_of(block, process.pid));
+    let files = blocks.into_iter().map(|block| movable::ram::file_of(block, process.pid));
     let ram = Arc::new(Ram::new(layout.clone(), files.collect()).map_err(|e| gone(&e))?);
     let secret = Secret::random().map_err(|e| gone(&e))?;
     let again = connect_again(host, record, &secret, &layout).await.map_err(failed)?;

@@ -30,7 +30,7 @@ use crate::deadlines::ROUND;
 use crate::report::{Memory, Quiesced, Round, Verification};
 use crate::wire::{Reply, Request, Sums};
 use finding::Finding;
-use host::confinement;
+use movable::confinement;
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;
@@ -115,7 +115,7 @@ impl Rounds {
             .map_err(|e| Stop::Failed(confinement::untracked(&e)))?;
         let hold = tracker.hold();
         let totals = Memory { pages: layout.page_count(), page_size: PAGE_SIZE as u64, ..Memory::default() };
-        let ram = Ram::new(layout, ram.into_iter().map(|block| crate::ram::file_of(block, pid)).collect())
+        let ram = Ram::new(layout, ram.into_iter().map(|block| movable::ram::file_of(block, pid)).collect())
             .map_err(|e| Stop::because("ram", &e, "see whether the VM's RAM file is still there"))?;
         let scanning = if kvm { Scanning::AlwaysSparing } else { Scanning::Quickest };
         let how = How { scanning, compression, gives_back: begin.gives_back };

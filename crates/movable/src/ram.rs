@@ -4,7 +4,8 @@ use mirror::memory::{RamFile, RamProcess};
 use qemu::RamBlock;
 
 /// A block of the RAM of process `pid`.
-pub(crate) fn file_of(block: RamBlock, pid: u32) -> RamFile {
+#[must_use]
+pub fn file_of(block: RamBlock, pid: u32) -> RamFile {
     RamFile {
         offset: block.mappings.first().map_or(0, |mapping| mapping.file_offset),
         file: block.file,

@@ -6,13 +6,13 @@ use qemu::{Qmp, QmpError, Spec};
 use finding::Finding;
 
 /// What the nodes that a mirror itself puts into QEMU's graph are called by.
-pub(crate) const OUR_NODES: &str = "vmirror-disk";
+pub const OUR_NODES: &str = "vmirror-disk";
 
 /// What QEMU says that it cannot migrate of a machine, and what it has open in a way that is not known to work.
 ///
 /// # Errors
 /// If it does not answer.
-pub(crate) async fn told_by(qmp: &Qmp, spec: &Spec) -> Result<Vec<Finding>, QmpError> {
+pub async fn told_by(qmp: &Qmp, spec: &Spec) -> Result<Vec<Finding>, QmpError> {
     let told: Vec<String> = spec.unknown_drives().into_iter().map(|(_, driver)| driver).collect();
     let mut findings: Vec<Finding> =
         qmp.query_migrate().await?.blocked.iter().map(|reason| not_migratable(reason)).collect();
@@ -26,12 +26,12 @@ pub(crate) async fn told_by(qmp: &Qmp, spec: &Spec) -> Result<Vec<Finding>, QmpE
 }
 
 /// What the command line has that is not known to work.
-pub(crate) fn on_command_line(spec: &Spec) -> Vec<Finding> {
+pub fn on_command_line(spec: &Spec) -> Vec<Finding> {
     spec.unknown_drives().into_iter().map(|(option, driver)| unknown_driver(&option, &driver)).collect()
 }
 
 /// What QEMU itself says.
-pub(crate) fn not_migratable(reason: &str) -> Finding {
+pub fn not_migratable(reason: &str) -> Finding {
     let reason = reason.trim_end_matches('.');
     let hint = match reason.strip_prefix("non-migratable device: ") {
         Some(_) => {

@@ -3,9 +3,9 @@
 use dirty_tracker::{AttachError, InjectError, KnownFilters, may_attach, seccomp_filters};
 use qemu::Spec;
 
-use crate::host::Host;
-use crate::vm::{Origin, Record};
 use finding::{Finding, chain, kind};
+use host::Host;
+use host::vm::{Origin, Record};
 
 /// Which of the filters that QEMU is under are known.
 ///

@@ -7,7 +7,7 @@ use ownership::Supplied;
 use uuid::Uuid;
 
 /// What brings the rest of the memory of machines here, each by the migration that the machine came by.
-pub trait Rest: Debug + Send + Sync {
+pub trait PostCopyMemory: Debug + Send + Sync {
     /// How the guest has fared, if it lacks nothing any more. None also where it never lacked anything.
     fn supplied(&self, session: Uuid) -> Option<Supplied>;
 
