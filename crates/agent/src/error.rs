@@ -83,7 +83,7 @@ pub enum AgentError {
     /// Its hand-over is under way, and nobody is to decide anything about it yet.
     #[error(
         "the hand-over of {0} is under way: it is decided, or listed as uncertain, within {limit} s",
-        limit = migration::DECIDED.as_secs()
+        limit = protocol::deadlines::DECIDED.as_secs()
     )]
     HandingOver(String),
     /// There is nothing to decide.

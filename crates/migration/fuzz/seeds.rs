@@ -2,13 +2,13 @@
 
 use fuzzing::Seeds;
 use migration::Report;
-use migration::wire::{
+use network::conntrack::wire::{Flow, Flows, Ports, Tuple};
+use prost::Message as _;
+use protocol::wire::{
     BootFile, CgroupLimits, Commit, CpuidWord, Disk, Finding, Findings, Forward, Health, Holds, Known,
     Lacking, Macvtap, Missing, Neighbour, Nothing, Pages, Port, RamBlock, Reply, Request, Reserve, Reserved,
     Resume, Running, Sums, Supplied, Tap, ToDestination, ToSource, Vlan, WrongBlocks,
 };
-use network::conntrack::wire::{Flow, Flows, Ports, Tuple};
-use prost::Message as _;
 
 const SESSION: [u8; 16] = [0x5e; 16];
 

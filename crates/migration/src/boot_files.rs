@@ -11,9 +11,9 @@ use qemu::{FilePurpose, Spec};
 use uuid::Uuid;
 
 use crate::reservation::disks::{allowed, creatable};
-use crate::wire;
 use finding::Finding;
 use host::Host;
+use protocol::wire;
 
 /// Most bytes of a file: the largest initrds have half of it.
 const MOST: u64 = 1 << 30;

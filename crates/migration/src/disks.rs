@@ -9,12 +9,12 @@ use uuid::Uuid;
 
 use crate::options::{Disks, Engine, Options};
 use crate::report;
-use crate::wire;
 use finding::{Finding, chain};
 use host::Vm;
 use host::drives;
 use host::identity;
 use host::images;
+use protocol::wire;
 
 /// Formats that can be made at a destination.
 pub(crate) const FORMATS: [&str; 2] = ["raw", "qcow2"];

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use prost::Message as _;
 
 use crate::reservation::Request as Understood;
-use crate::wire::{Known, Reply, Request, ToDestination, ToSource};
+use protocol::wire::{Known, Reply, Request, ToDestination, ToSource};
 
 /// Understands what a source says.
 ///

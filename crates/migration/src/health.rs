@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use qemu::{Process, Qmp};
 
-use crate::deadlines::WATCH_STILL;
-use crate::wire;
+use protocol::deadlines::WATCH_STILL;
+use protocol::wire;
 
 /// How long a machine is watched: several timer ticks even of a guest that ticks ten times a second.
 const WATCH: Duration = Duration::from_millis(200);

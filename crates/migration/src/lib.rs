@@ -1,7 +1,7 @@
 //! The migration controller: what happens when a machine moves from one host to another, in which order, and what is
 //! done when any step fails.
 //!
-//! * [`source`] and [`destination`] are the two controllers; [`wire`] is what they say to each other.
+//! * [`source`] and [`destination`] are the two controllers; what they say to each other is the crate [`protocol`].
 //! * [`recover`] finds a machine again after a crash, and [`resolve`] carries out what a person decides about one in doubt.
 //! * [`report`], [`progress`] and [`options`] are what an operator gives and gets.
 //!
@@ -9,7 +9,6 @@
 //! crate [`qemu`]. What a machine is on one host is the crate [`host`]'s. Which host owns a machine, through any crash, is the crate [`ownership`]'s.
 
 mod boot_files;
-mod deadlines;
 pub mod destination;
 mod disks;
 #[cfg(fuzzing)]
@@ -30,10 +29,8 @@ mod resolve;
 pub mod session;
 pub mod source;
 mod switch_cost;
-pub mod wire;
 
 pub use cgroup::{BadCgroup, CgroupParent};
-pub use deadlines::DECIDED;
 pub use destination::{DataConnections, PostCopies};
 pub use finding::{Failure, Finding, Stage};
 pub use linked::LinkedHost;

@@ -7,7 +7,6 @@ use crate::disks::{self, Disk};
 use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
 use crate::source::devices;
-use crate::wire;
 use finding::Finding;
 use host::Host;
 use host::Vm;
@@ -16,6 +15,7 @@ use movable::compatibility::{features_on, too_old, unmovable};
 use movable::{blockers, confinement};
 use network::interfaces::macvtap::Macvtap;
 use network::interfaces::{Interfaces, Kind};
+use protocol::wire;
 
 /// Everything the destination must provide, and what the source needs to mirror.
 #[derive(Debug)]

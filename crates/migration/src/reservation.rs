@@ -29,7 +29,6 @@ use crate::boot_files;
 use crate::destination::forwarded::Tunnels;
 use crate::destination::images::Images;
 use crate::options::MAX_STREAMS;
-use crate::wire;
 use cgroup::Limits;
 use finding::{Finding, chain};
 use host::Host;
@@ -40,6 +39,7 @@ use host::{Made, Origin, Record};
 use ownership::JournalError;
 use ownership::VmName;
 use ownership::{self, Effect, Event, OnRecord as _, Standing};
+use protocol::wire;
 
 pub(crate) use disks::{Planned, SECTOR};
 use macvtaps::Descriptors;

@@ -7,7 +7,7 @@ use std::thread;
 use end_to_end::{Guest, Pair, Said, accounted};
 use link::{DataReceiver, Deadlines, Endpoint, Identity, Incoming, Listener};
 use migration::Outcome;
-use migration::wire::{Nothing, Pages, Reply, Request, Reserved, ToDestination, ToSource};
+use protocol::wire::{Nothing, Pages, Reply, Request, Reserved, ToDestination, ToSource};
 use testbed::fault;
 use testbed::guest_spec::{Content, GuestSpec};
 use tokio::sync::oneshot;

@@ -19,13 +19,13 @@ use super::post_copy::{self, Waiting};
 use super::storage::broke;
 use super::tail::{self, Attendance, Tail};
 use super::{End, Source, failed, qemu_gone, violation};
-use crate::deadlines::LOAD;
 use crate::linked::LinkedHost;
 use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
-use crate::wire::{self, NETWORK_STREAM, Reply, Request as Asked};
 use finding::{Finding, chain, kind};
 use host::vm::PostCopy;
+use protocol::deadlines::LOAD;
+use protocol::wire::{self, NETWORK_STREAM, Reply, Request as Asked};
 
 /// A copy while it is being mirrored.
 pub(super) struct Copy {

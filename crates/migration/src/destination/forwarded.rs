@@ -7,7 +7,6 @@ use uuid::Uuid;
 
 use super::network;
 use super::{End, Source};
-use crate::wire::{self, Reply};
 use ::network::interfaces::tunnel::{Tunnel, identifier};
 use ::network::interfaces::{self, Interfaces, TapError};
 use finding::{Finding, chain, kind};
@@ -15,6 +14,7 @@ use host::Host;
 use host::Journal;
 use host::vm::{Forwarded, Record};
 use ownership::Ownership;
+use protocol::wire::{self, Reply};
 
 /// What a source asks for, within bounds.
 #[derive(Debug, Clone, Copy)]

@@ -44,12 +44,9 @@ use events::Events;
 use relay::Relay;
 
 use crate::boot_files::Arriving;
-use crate::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
 use crate::linked::LinkedHost;
 use crate::points::{self, Point};
 use crate::reservation::{Request, Reservation};
-use crate::wire::bounds::{self, Unheard};
-use crate::wire::{self, Reply, Request as Asked, ToSource};
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::lifecycle::{self, Forgotten};
@@ -57,6 +54,9 @@ use host::vm::{PostCopy, Record, Vm};
 use movable::confinement;
 use ownership::VmName;
 use ownership::{Effect, Event, Word};
+use protocol::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
+use protocol::wire::bounds::{self, Unheard};
+use protocol::wire::{self, Reply, Request as Asked, ToSource};
 
 /// Why a session did not become a machine here.
 #[derive(Debug)]

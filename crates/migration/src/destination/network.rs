@@ -14,7 +14,6 @@ use qemu::{Qmp, Spec};
 use tokio::task::JoinHandle;
 
 use super::{End, failed};
-use crate::wire;
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces;
 use finding::{Finding, chain};
@@ -24,6 +23,7 @@ use host::hooks::Hook;
 use host::neighbourhood::Neighbour;
 use host::occasion;
 use ownership::VmName;
+use protocol::wire;
 
 /// A source that still has something after that long has it for ever.
 const STRAGGLERS: Duration = Duration::from_secs(15);
@@ -70,6 +70,10 @@ impl Drop for Frames {
     }
 }
 
+fn neighbour(wire::Neighbour { netdev, mac, addresses }: wire::Neighbour) -> Neighbour {
+    Neighbour { netdev, mac, addresses }
+}
+
 /// What is known of a guest outside of it.
 #[derive(Default)]
 pub(super) struct Known {
@@ -82,7 +86,7 @@ impl Known {
     /// Takes in a part of it. With the last one this host's firewall is told of the guest's connections.
     pub(super) async fn take(&mut self, part: wire::Known, host: &Host, vm: &VmName) {
         let room = INTERFACES.saturating_sub(self.neighbours.len());
-        self.neighbours.extend(part.neighbours.into_iter().take(room).map(Neighbour::from));
+        self.neighbours.extend(part.neighbours.into_iter().take(room).map(neighbour));
         // Should the link break, it is announced by them all the same.
         host.neighbourhood.tell(vm, self.neighbours.clone());
         let Some(flows) = part.flows else { return };

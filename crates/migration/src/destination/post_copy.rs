@@ -24,13 +24,13 @@ use super::tail::{self, State, Tail};
 use super::{End, Source, failed, interrupted, no_copy, violation};
 use crate::health;
 use crate::linked::LinkedHost;
-use crate::wire::bounds;
-use crate::wire::{self, Missing, Reply};
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::vm::{GivenDescriptor, PostCopy, Record};
 use movable::confinement;
 use ownership::{Departed, Ownership};
+use protocol::wire::bounds;
+use protocol::wire::{self, Missing, Reply};
 
 /// Where full userfaultfds come from.
 pub(crate) const DEVICE: &str = "/dev/userfaultfd";
@@ -207,7 +207,7 @@ impl Source {
             let health = health::watch(&qmp, process.as_ref()).await;
             self.reply(Reply::Health(health)).await?;
             // The source closes when it has given everything back.
-            let _ = tokio::time::timeout(crate::deadlines::FIRST_WORD, self.word()).await;
+            let _ = tokio::time::timeout(protocol::deadlines::FIRST_WORD, self.word()).await;
         }
         Ok(())
     }

@@ -12,9 +12,9 @@ use tokio::time::Instant;
 use super::arrivals::Arrivals;
 use super::copy::not_loaded;
 use super::{End, Source, failed, qemu_gone, violation};
-use crate::deadlines::LOAD;
 use crate::reservation::Reservation;
-use crate::wire::Request as Asked;
+use protocol::deadlines::LOAD;
+use protocol::wire::Request as Asked;
 
 /// Bytes that are read from the stream at a time.
 const PIECE: usize = 256 << 10;

@@ -10,9 +10,9 @@ use super::events::Teller;
 use super::images::Images;
 use super::{End, Source, failed};
 use crate::reservation::{Request, Reservation};
-use crate::wire::{self, HOLDS_HASHES, Reply};
 use finding::{Finding, chain};
 use host::Host;
+use protocol::wire::{self, HOLDS_HASHES, Reply};
 
 /// What is told of a disk may be ahead of the link by so many messages.
 const AHEAD: usize = 4;

@@ -8,13 +8,13 @@ use rustix::fs::Access;
 
 use super::{Request, kernel_use, mib, others, read_probe};
 use crate::disks;
-use crate::wire;
 use finding::{Finding, chain};
 use host::Host;
 use host::drives;
 use host::identity;
 use host::lifecycle::for_where;
 use ownership::VmName;
+use protocol::wire;
 
 /// A disk that is to be mirrored.
 #[derive(Debug, Clone)]

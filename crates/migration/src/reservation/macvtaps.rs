@@ -7,11 +7,11 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use qemu::Spec;
 use rustix::io::DupFlags;
 
-use crate::wire;
 use finding::Finding;
 use host::Host;
 use host::handed_in::HandedIn;
 use network::interfaces::{Interfaces, Kind, TapError};
+use protocol::wire;
 
 /// Queues of one macvtap: the kernel has no more.
 const MAX_QUEUES: u32 = 256;

@@ -11,7 +11,6 @@ use super::macvtaps::Descriptors;
 use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started, limits};
 use crate::destination::images::Images;
 use crate::destination::post_copy;
-use crate::wire;
 use cgroup::{CgroupError, make};
 use finding::{Finding, chain};
 use host::Host;
@@ -23,6 +22,7 @@ use host::occasion;
 use host::paths::Paths;
 use host::settings::Settings;
 use movable::compatibility::{features_on, too_old};
+use protocol::wire;
 
 /// Capabilities of the QEMU that waits. Images are opened for good, and locked, only when the machine is resumed. Its stream carries no RAM;
 /// but for the last of these, where RAM is to come by it.

@@ -2,11 +2,11 @@
 
 use super::{Request, macvtaps};
 use crate::destination::forwarded::Tunnels;
-use crate::wire;
 use finding::{Finding, chain};
 use host::Host;
 use host::Record;
 use network::interfaces::{self, Interfaces};
+use protocol::wire;
 
 /// The longest queue of a tap that is made here, in frames.
 const MAX_QUEUE: u32 = 65_536;

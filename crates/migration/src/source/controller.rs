@@ -37,7 +37,6 @@ use crate::plugged::Plugged;
 use crate::progress::Progress;
 use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
 use crate::session::Session;
-use crate::wire::{self, Request};
 use finding::{Finding, chain, kind};
 use host::Vm;
 use host::firewall;
@@ -45,6 +44,7 @@ use host::paths::{self, Paths};
 use host::settings::Settings;
 use movable::confinement;
 use ownership::Event;
+use protocol::wire::{self, Request};
 
 /// Most data streams that an agent chooses by itself.
 const CHOSEN_STREAMS: usize = 4;

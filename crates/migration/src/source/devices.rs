@@ -25,9 +25,9 @@ use tokio_util::task::AbortOnDropHandle;
 use super::peer::{Destination, Sender};
 use super::stop::Stop;
 use super::switch::{self, UNTIL_PAUSED};
-use crate::wire::Request;
 use finding::{Finding, chain, kind};
 use movable::blockers;
+use protocol::wire::Request;
 
 /// How a machine's devices are saved.
 pub(super) enum Saving {

@@ -20,11 +20,11 @@ pub(crate) use clear::{Uncleared, clear, clear_after, has_jobs};
 
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::deadlines::HOLDS;
 use crate::disks::Disk;
 use crate::progress::DiskProgress;
-use crate::wire::{self, Reply};
 use finding::{Finding, chain};
+use protocol::deadlines::HOLDS;
+use protocol::wire::{self, Reply};
 
 /// What everything that is put into QEMU's block graph is called by.
 const NAME: &str = movable::blockers::OUR_NODES;

@@ -8,15 +8,15 @@ use uuid::Uuid;
 
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::deadlines::ANSWER;
 use crate::linked::LinkedHost;
-use crate::wire::{self, Reply, Request};
 use ::network::interfaces::tunnel::{Tunnel, identifier};
 use ::network::interfaces::{Interfaces, TapError};
 use finding::{Finding, Stage, chain, kind};
 use host::Host;
 use host::Vm;
 use host::forward::Forward;
+use protocol::deadlines::ANSWER;
+use protocol::wire::{self, Reply, Request};
 
 /// Makes this host's ends of the tunnels for a machine.
 pub(super) async fn begin(

@@ -20,12 +20,10 @@ use super::rounds::Rounds;
 use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::{Prepared, VM_PAUSED};
-use crate::deadlines::{CANCEL, HEALTH, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
 use crate::health;
 use crate::options::{Engine, Verify};
 use crate::points::{self, Point};
 use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
-use crate::wire::{Reply, Request};
 use finding::{Finding, chain, kind};
 use host::Record;
 use host::hooks::Hook;
@@ -35,6 +33,8 @@ use host::occasion;
 use host::settings;
 use ownership::Outgoing;
 use ownership::{Effect, Event, Why, Withdrawal};
+use protocol::deadlines::{CANCEL, HEALTH, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
+use protocol::wire::{Reply, Request};
 
 /// A destination that says within this time that the machine runs is waited for alone: a process started meanwhile would lengthen the pause.
 const AT_ONCE: Duration = Duration::from_millis(100);

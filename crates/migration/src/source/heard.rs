@@ -6,7 +6,7 @@ use mirror::layout::PageIndex;
 
 use super::peer::violation;
 use super::stop::Stop;
-use crate::wire::{Reply, WrongBlocks};
+use protocol::wire::{Reply, WrongBlocks};
 
 /// Replies that may wait to be looked at. A destination says one thing for each that it is asked.
 const MOST_REPLIES: usize = 64;
@@ -79,7 +79,7 @@ impl Heard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{Nothing, Pages};
+    use protocol::wire::{Nothing, Pages};
 
     #[test]
     fn a_destination_cannot_fill_the_memory_of_this_host_with_words() {

@@ -43,7 +43,6 @@ use crate::machine::Machine;
 use crate::options::{Goal, Options};
 use crate::report::DiskMode;
 use crate::session::Session;
-use crate::wire;
 use controller::Controller;
 use finding::{Failure, Finding, Stage, chain};
 use host::Vm;
@@ -51,6 +50,7 @@ use host::firewall;
 use host::guest_ram;
 use host::supervised;
 use peer::Destination;
+use protocol::wire;
 
 /// How long QEMU may take to go back to running.
 const RESUME: Duration = Duration::from_secs(10);

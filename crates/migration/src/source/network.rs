@@ -15,12 +15,12 @@ use link::{Bandwidth, Endpoint};
 use uuid::Uuid;
 
 use crate::report;
-use crate::wire::{self, NETWORK_STREAM};
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces::{Interfaces, TapError};
 use finding::chain;
 use host::Host;
 use ownership::VmName;
+use protocol::wire::{self, NETWORK_STREAM};
 
 /// For so long nothing must have come for a guest that has gone, before what comes is not diverted any more.
 const QUIET: Duration = Duration::from_millis(300);

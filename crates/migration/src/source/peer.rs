@@ -19,19 +19,19 @@ use uuid::Uuid;
 use super::earlier;
 use super::stop::Stop;
 use crate::boot_files;
-use crate::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
 use crate::options::{DiskRoom, Engine, OnDiverge, Options};
 use crate::reservation::CPU_FEATURE_MISSING;
-use crate::wire::bounds::{self, Unheard};
-use crate::wire::{self, Reply, Request, ToDestination};
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::Vm;
 use host::places;
 use movable::compatibility::features_on;
 use ownership::{Answer, Withdrawal};
+use protocol::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
+use protocol::wire::bounds::{self, Unheard};
+use protocol::wire::{self, Reply, Request, ToDestination};
 
 /// Words of the destination that may wait for somebody to listen, and the bytes that they may take.
 const UNREAD: usize = 4096;

@@ -20,14 +20,14 @@ use uuid::Uuid;
 use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::deadlines::POST_COPY_READY;
 use crate::linked::LinkedHost;
 use crate::report::{self, Counted};
-use crate::wire::{self, Reply, Request};
 use finding::{Failure, Finding, Stage, chain, kind};
 use host::Record;
 use ownership::Event;
 use ownership::Ownership;
+use protocol::deadlines::POST_COPY_READY;
+use protocol::wire::{self, Reply, Request};
 
 /// First and longest wait between two attempts to make a lost link again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));

@@ -26,11 +26,11 @@ use super::estimate::Estimate;
 use super::heard::Heard;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::deadlines::ROUND;
 use crate::report::{Memory, Quiesced, Round, Verification};
-use crate::wire::{Reply, Request, Sums};
 use finding::Finding;
 use movable::confinement;
+use protocol::deadlines::ROUND;
+use protocol::wire::{Reply, Request, Sums};
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;
@@ -414,7 +414,7 @@ impl Rounds {
         let disks = self.storage.as_ref().map_or(0, |storage| storage.layout().block_count());
         let size = self.totals.pages * PAGE_SIZE as u64 + disks * BLOCK_SIZE as u64;
         let limit = ROUND + Duration::from_secs(size / SLOWEST_AUDIT);
-        destination.send(Request::Audit(crate::wire::Nothing {})).await?;
+        destination.send(Request::Audit(protocol::wire::Nothing {})).await?;
         loop {
             match destination.receive_within(limit, "read its copy back").await? {
                 Reply::Audited(audited) => {

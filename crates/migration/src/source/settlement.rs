@@ -6,15 +6,15 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::peer::Destination;
-use crate::deadlines::{ANSWER, CANCEL};
 use crate::linked::LinkedHost;
-use crate::wire::{self, Reply, Request};
 use finding::{Failure, Finding, Stage, chain};
 use host::Host;
 use host::Record;
 use ownership::JournalError;
 use ownership::{Answer, Effect, Event, SourceSays, Withdrawal};
 use ownership::{Outgoing, Ownership, VmName};
+use protocol::deadlines::{ANSWER, CANCEL};
+use protocol::wire::{self, Reply, Request};
 
 /// First and longest wait between two attempts to tell a destination that its copy is worthless.
 const ABANDON_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));

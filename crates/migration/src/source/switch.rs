@@ -17,14 +17,14 @@ use super::peer::{Destination, violation};
 use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
-use crate::deadlines::PATIENCE;
 use crate::options::{Options, Verify};
 use crate::points::{self, Point};
 use crate::report::Pause;
-use crate::wire::{Nothing, Reply, Request};
 use finding::{Finding, kind};
 use host::Fence;
 use ownership::VmName;
+use protocol::deadlines::PATIENCE;
+use protocol::wire::{Nothing, Reply, Request};
 
 /// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
 pub(super) const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];

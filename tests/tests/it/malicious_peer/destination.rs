@@ -4,7 +4,7 @@
 use super::liar::{Lies, Say, before, field, is_asked_for, resident};
 use end_to_end::{Guest, Pair, Said, vmirror};
 use migration::Outcome;
-use migration::wire::{
+use protocol::wire::{
     Audited, Finding, Findings, Health, Holds, Lacking, Missing, Nothing, Pages, Reply, Reserved, Running,
     Sums, WrongBlocks,
 };

@@ -11,9 +11,9 @@ use link::{
     Bandwidth, Control, ControlReceiver, ControlSender, DataHello, DataReceiver, Deadlines, Endpoint,
     Identity, Incoming, LinkError, Listener,
 };
-use migration::wire::{Reply, Request, ToDestination, ToSource};
 use prost::bytes::{Buf, BufMut};
 use prost::encoding::{DecodeContext, WireType};
+use protocol::wire::{Reply, Request, ToDestination, ToSource};
 use testbed::Host;
 use tokio::sync::oneshot;
 

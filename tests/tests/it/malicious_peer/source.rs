@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use super::liar::{Lies, Raw, Say, before, endpoint, field, is_asked_for, resident};
 use compression::Encoding;
 use end_to_end::{Guest, PATIENCE, Pair, Said, until, vmirror};
-use migration::wire::{
-    Commit, Disk, Known, Neighbour, Nothing, RamBlock, Request, Reserve, Resume, Sums, Tap, ToDestination,
-    ToSource,
-};
 use mirror::hash::ContentHash;
 use mirror::layout::{PAGE_SIZE, PageIndex};
 use mirror::memory::codec::{self, Entry};
+use protocol::wire::{
+    Commit, Disk, Known, Neighbour, Nothing, RamBlock, Request, Reserve, Resume, Sums, Tap, ToDestination,
+    ToSource,
+};
 use testbed::guest_spec::GuestSpec;
 
 /// The most that the destination's agent may ever take.

@@ -9,9 +9,9 @@ use super::*;
 use crate::destination::Sender;
 use crate::destination::network::Frames;
 use crate::linked::testing::{Hosts, Says, qemu};
-use crate::wire::ToSource;
 use host::Origin;
 use ownership::Standing;
+use protocol::wire::ToSource;
 
 const SESSION: Uuid = Uuid::from_u128(7);
 

@@ -28,7 +28,7 @@ pub struct CgroupLimits {
 
 impl CgroupLimits {
     /// What is sent of them; nothing where there are none.
-    pub(crate) fn of(limits: &Limits) -> Option<CgroupLimits> {
+    pub fn of(limits: &Limits) -> Option<CgroupLimits> {
         let (weight, shares) = match limits.weight {
             Some(CpuWeight::V2(weight)) => (Some(weight), None),
             Some(CpuWeight::V1(shares)) => (None, Some(shares)),
@@ -45,7 +45,7 @@ impl CgroupLimits {
     }
 
     /// What was sent; none where it makes no sense.
-    pub(crate) fn checked(&self) -> Option<Limits> {
+    pub fn checked(&self) -> Option<Limits> {
         let quota = match (self.cpu_time, self.cpu_period) {
             (Some(time @ 1..), Some(period @ 1..)) => Some(Quota { time, period }),
             (None, None) => None,

@@ -49,7 +49,7 @@ const MOST_VCPUS: u32 = 65_536;
 
 /// Why nothing more is heard of a peer.
 #[derive(Debug)]
-pub(crate) enum Unheard {
+pub enum Unheard {
     /// The link is gone.
     Link(LinkError),
     /// It does not keep to the protocol: what it did, to follow on its name.
@@ -77,7 +77,7 @@ impl From<LinkError> for Unheard {
 }
 
 /// What a source says next.
-pub(crate) async fn request(receiver: &mut ControlReceiver) -> Result<Request, Unheard> {
+pub async fn request(receiver: &mut ControlReceiver) -> Result<Request, Unheard> {
     let message = receiver.receive_if::<ToDestination>(Request::fits).await?;
     // Of a later version: what it would have said is not understood, so it is not passed over.
     let request = message.request.ok_or_else(unknown)?;
@@ -85,7 +85,7 @@ pub(crate) async fn request(receiver: &mut ControlReceiver) -> Result<Request, U
 }
 
 /// What a destination says next.
-pub(crate) async fn reply(receiver: &mut ControlReceiver) -> Result<Reply, Unheard> {
+pub async fn reply(receiver: &mut ControlReceiver) -> Result<Reply, Unheard> {
     let message = receiver.receive_if::<ToSource>(Reply::fits).await?;
     message.reply.ok_or_else(unknown)?.bounded().map_err(Unheard::Violation)
 }
@@ -130,7 +130,7 @@ const FLOWS: u32 = 2;
 
 impl Request {
     /// Whether a message, not decoded yet, is made of no more parts than one that makes sense.
-    pub(crate) fn fits(bytes: &[u8]) -> bool {
+    pub fn fits(bytes: &[u8]) -> bool {
         every(bytes, |tag, request| match tag {
             DEVICE_STATE | FILE_PART => true,
             KNOWN => every(request, |tag, part| tag != FLOWS || every(part, |_, _| true)),
@@ -139,7 +139,7 @@ impl Request {
     }
 
     /// The request, if all of it is within its limits; else what is not.
-    pub(crate) fn bounded(self) -> Result<Request, String> {
+    pub fn bounded(self) -> Result<Request, String> {
         match &self {
             Request::Reserve(reserve) => reserve.bounded()?,
             Request::DeviceState(part) | Request::FilePart(part) => {
@@ -164,12 +164,12 @@ impl Request {
 
 impl Reply {
     /// Whether a message, not decoded yet, is made of no more parts than one that makes sense.
-    pub(crate) fn fits(bytes: &[u8]) -> bool {
+    pub fn fits(bytes: &[u8]) -> bool {
         every(bytes, |_, reply| every(reply, |_, _| true))
     }
 
     /// The reply, with words that can be shown, if all else of it is within its limits; else what is not.
-    pub(crate) fn bounded(self) -> Result<Reply, String> {
+    pub fn bounded(self) -> Result<Reply, String> {
         Ok(match self {
             Reply::Refused(findings) => Reply::Refused(findings.bounded()?),
             Reply::Failed(findings) => Reply::Failed(findings.bounded()?),
@@ -222,7 +222,7 @@ impl Reply {
     }
 
     /// Bytes that it takes as long as nobody listens to it.
-    pub(crate) fn weight(&self) -> usize {
+    pub fn weight(&self) -> usize {
         const BASE: usize = 256;
         BASE + match self {
             Reply::Mismatch(pages) | Reply::Wanted(pages) => pages.pages.len() * 8,

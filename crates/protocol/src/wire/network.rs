@@ -3,8 +3,6 @@
 use network::interfaces::{macvtap, port};
 use prost::Message;
 
-use host::neighbourhood;
-
 /// A tap interface as it is at the source.
 #[derive(Clone, PartialEq, Message)]
 pub struct Tap {
@@ -111,12 +109,6 @@ pub struct Known {
     pub flows: Option<::network::conntrack::wire::Flows>,
 }
 
-impl From<Neighbour> for neighbourhood::Neighbour {
-    fn from(Neighbour { netdev, mac, addresses }: Neighbour) -> neighbourhood::Neighbour {
-        neighbourhood::Neighbour { netdev, mac, addresses }
-    }
-}
-
 impl From<&port::Port> for Port {
     fn from(port: &port::Port) -> Port {
         let (known, on) = port.switches();
@@ -126,19 +118,19 @@ impl From<&port::Port> for Port {
 
 impl Port {
     /// What it says. None where it makes no sense.
-    pub(crate) fn checked(&self) -> Option<port::Port> {
+    pub fn checked(&self) -> Option<port::Port> {
         port::Port::of(self.known, self.on, self.vlans.iter().map(|vlan| (vlan.vid, vlan.flags)))
     }
 }
 
 impl Macvtap {
     /// None of one that is on nothing of this host's, or in a mode that is more than its number.
-    pub(crate) fn of(macvtap: &macvtap::Macvtap) -> Option<Macvtap> {
+    pub fn of(macvtap: &macvtap::Macvtap) -> Option<Macvtap> {
         Some(Macvtap { lower: macvtap.lower.clone()?, mode: macvtap.number()?, mac: macvtap.mac.to_string() })
     }
 
     /// What it says. None where it makes no sense.
-    pub(crate) fn checked(&self) -> Option<macvtap::Macvtap> {
+    pub fn checked(&self) -> Option<macvtap::Macvtap> {
         macvtap::Macvtap::of(&self.lower, self.mode, &self.mac)
     }
 }

@@ -10,48 +10,48 @@ const fn seconds(seconds: u64) -> Duration {
 }
 
 /// Destination: a source's first word, and its last, before it closes.
-pub(crate) const FIRST_WORD: Duration = seconds(10);
+pub const FIRST_WORD: Duration = seconds(10);
 /// Destination, right after the start of its agent: until the machine that is asked about is found.
-pub(crate) const FOUND: Duration = seconds(8);
+pub const FOUND: Duration = seconds(8);
 /// Destination: between two words that it is still at a reservation.
-pub(crate) const WORKING: Duration = seconds(15);
+pub const WORKING: Duration = seconds(15);
 /// Source: for a word of the destination while it reserves.
-pub(crate) const RESERVE_WORD: Duration = seconds(60);
+pub const RESERVE_WORD: Duration = seconds(60);
 /// Source: for a reservation in all. QEMU reserves hundreds of GiB of huge pages meanwhile, and hooks run.
-pub(crate) const RESERVE: Duration = seconds(1200);
+pub const RESERVE: Duration = seconds(1200);
 /// Destination: for the files that a machine boots from, all of them.
-pub(crate) const BOOT_FILES: Duration = seconds(600);
+pub const BOOT_FILES: Duration = seconds(600);
 /// Source: for what an image holds that was there before.
-pub(crate) const HOLDS: Duration = seconds(300);
+pub const HOLDS: Duration = seconds(300);
 /// Source: until a round is acknowledged.
-pub(crate) const ROUND: Duration = seconds(300);
+pub const ROUND: Duration = seconds(300);
 /// Source: until QEMU there waits for pages that are missing.
-pub(crate) const POST_COPY_READY: Duration = seconds(75);
+pub const POST_COPY_READY: Duration = seconds(75);
 /// Source, within the pause: until what is known of the guest's addresses and connections is on its way.
-pub(crate) const KNOWN: Duration = seconds(2);
+pub const KNOWN: Duration = seconds(2);
 /// Source, within the pause: beyond the longest downtime that was allowed, until the machine runs on where it was.
-pub(crate) const PATIENCE: Duration = seconds(5);
+pub const PATIENCE: Duration = seconds(5);
 /// Destination: until QEMU has loaded the devices.
-pub(crate) const LOAD: Duration = seconds(60);
+pub const LOAD: Duration = seconds(60);
 /// Source: for word that the machine runs, before it is asked for on another connection.
-pub(crate) const RUNNING: Duration = seconds(10);
+pub const RUNNING: Duration = seconds(10);
 /// Source: for an answer on another connection.
-pub(crate) const ANSWER: Duration = seconds(25);
+pub const ANSWER: Duration = seconds(25);
 /// Source: how often it asks within the migration, and how long apart.
-pub(crate) const SETTLE_TRIES: u32 = 6;
+pub const SETTLE_TRIES: u32 = 6;
 /// See [`SETTLE_TRIES`].
-pub(crate) const SETTLE_PAUSE: Duration = seconds(2);
+pub const SETTLE_PAUSE: Duration = seconds(2);
 /// Source: until a hand-over is decided, or known to be uncertain, from when it was handed over.
 pub const DECIDED: Duration =
     RUNNING.saturating_add(ANSWER.saturating_add(SETTLE_PAUSE).saturating_mul(SETTLE_TRIES));
 /// Source: until a copy has been thrown away.
-pub(crate) const CANCEL: Duration = seconds(30);
+pub const CANCEL: Duration = seconds(30);
 /// Source: for the report on the machine's health.
-pub(crate) const HEALTH: Duration = seconds(15);
+pub const HEALTH: Duration = seconds(15);
 /// Destination: for a machine that makes no progress, while its health is watched.
-pub(crate) const WATCH_STILL: Duration = seconds(3);
+pub const WATCH_STILL: Duration = seconds(3);
 /// Destination: for the hook that turns the network, after that.
-pub(crate) const REDIRECT: Duration = seconds(8);
+pub const REDIRECT: Duration = seconds(8);
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,7 @@
 //! fields are optional, and a peer that does not know them ignores them. A message without a known kind is a
 //! violation. The link bounds a whole message to 1 MiB before any of it is decoded.
 
-pub(crate) mod bounds;
+pub mod bounds;
 mod limits;
 mod names;
 mod network;
@@ -19,7 +19,7 @@ pub use network::{Forward, Known, Macvtap, Neighbour, Port, Tap, Vlan};
 pub use reserve::{CpuidWord, Disk, RamBlock, Reserve};
 
 /// The data stream with frames that were on their way to the guest.
-pub(crate) const NETWORK_STREAM: u16 = u16::MAX;
+pub const NETWORK_STREAM: u16 = u16::MAX;
 
 /// From source to destination.
 #[derive(Clone, PartialEq, Message)]
@@ -424,7 +424,7 @@ pub struct Health {
 
 impl Request {
     /// The machine that it is about, where it may be the first message of a connection; else empty.
-    pub(crate) fn vm(&self) -> &str {
+    pub fn vm(&self) -> &str {
         match self {
             Request::Reserve(reserve) => &reserve.name,
             Request::Commit(commit) | Request::Cancel(commit) | Request::EndForwarding(commit) => {
@@ -448,26 +448,26 @@ impl From<Reply> for ToSource {
     }
 }
 
-impl From<crate::Finding> for Finding {
-    fn from(finding: crate::Finding) -> Finding {
+impl From<finding::Finding> for Finding {
+    fn from(finding: finding::Finding) -> Finding {
         Finding { kind: finding.kind, message: finding.message, hint: finding.hint }
     }
 }
 
-impl From<Finding> for crate::Finding {
-    fn from(finding: Finding) -> crate::Finding {
-        crate::Finding { kind: finding.kind, message: finding.message, hint: finding.hint }
+impl From<Finding> for finding::Finding {
+    fn from(finding: Finding) -> finding::Finding {
+        finding::Finding { kind: finding.kind, message: finding.message, hint: finding.hint }
     }
 }
 
-impl From<Vec<crate::Finding>> for Findings {
-    fn from(findings: Vec<crate::Finding>) -> Findings {
+impl From<Vec<finding::Finding>> for Findings {
+    fn from(findings: Vec<finding::Finding>) -> Findings {
         Findings { findings: findings.into_iter().map(Into::into).collect(), ..Findings::default() }
     }
 }
 
 /// Bytes of bits in one [`Missing`]: 2 GiB worth of pages in 64 KiB.
-pub(crate) const MISSING_BYTES: usize = 64 << 10;
+pub const MISSING_BYTES: usize = 64 << 10;
 
 impl Missing {
     /// A set of pages, in as many messages as it takes.
@@ -505,7 +505,7 @@ fn sums_of(bytes: &[u8]) -> Option<Vec<mirror::ledger::Sum>> {
 }
 
 /// Hashes in one [`Holds`]: 2 GiB worth of blocks in 512 KiB.
-pub(crate) const HOLDS_HASHES: usize = 32 << 10;
+pub const HOLDS_HASHES: usize = 32 << 10;
 
 impl Holds {
     /// What a part of a disk holds.
