@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use migration::Report;
 use readable::{bytes, count, measured_ms as ms};
+use session::Report;
 use testbed::client::{Echo, EchoReport};
 use testbed::{AgentOptions, Console, GuestSpec, Host, Inventory, Programs, Status, Testbed};
 

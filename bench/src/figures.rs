@@ -3,8 +3,8 @@
 //! Everything is judged by its median. Where a goal is relative to QEMU's own migration, the better of its two settings
 //! counts, unless the goal names one.
 
-use migration::Report;
 use serde::Serialize;
+use session::Report;
 
 use crate::measure::Spread;
 use crate::record::{Method, Record, Sample};

@@ -7,9 +7,9 @@ mod network;
 pub(crate) use disks::pause_of_disks;
 
 use micro::Engine;
-use migration::report::Round;
 use readable::measured_ms as ms;
 use serde::{Deserialize, Serialize};
+use session::report::Round;
 
 use crate::contender::Contender;
 use crate::measure::Spread;
@@ -306,7 +306,7 @@ fn overhead(cells: &[CellRecord]) -> Goal {
 #[cfg(test)]
 pub(crate) mod tests {
     use micro::Through;
-    use migration::report::{Counted, PostCopy};
+    use session::report::{Counted, PostCopy};
 
     use super::*;
     use crate::cell::Cell;

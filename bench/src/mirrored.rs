@@ -7,10 +7,10 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use migration::{Outcome, Phase, Report};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
+use session::{Outcome, Phase, Report};
 use testbed::{GuestSpec, Host, cpu};
 
 use crate::BenchError;
@@ -181,7 +181,7 @@ pub fn page(host: &Host, report: &Report) -> Result<String, BenchError> {
 
 /// Whether a report is of a migration that completed with everything proved.
 pub fn is_proved(report: &Report) -> bool {
-    use migration::report::Verdict;
+    use session::report::Verdict;
     report.outcome == Outcome::Completed
         && report.verification.gate == Verdict::Match
         && report.verification.proof == Verdict::Match

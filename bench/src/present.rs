@@ -137,7 +137,7 @@ fn table(record: &Record, figures: &[Figure], paint: Paint) -> String {
 }
 
 /// The parts of the pause, each with its length in milliseconds, in order of time.
-pub fn pause_parts(report: &migration::Report) -> Vec<(&'static str, f64)> {
+pub fn pause_parts(report: &session::Report) -> Vec<(&'static str, f64)> {
     let pause = &report.pause;
     let mut marks = vec![
         ("guest stopped", pause.stopped_ms),

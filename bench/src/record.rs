@@ -1,8 +1,8 @@
 //! Everything that was seen in a run: what `report.json` holds.
 
-use migration::Report;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use session::Report;
 
 use crate::measure::Beats;
 use crate::surroundings::Surroundings;

@@ -1,7 +1,7 @@
 //! What must add up in the report of every migration that completed.
 
-use migration::report::Verdict;
-use migration::{Outcome, Phase, Report};
+use session::report::Verdict;
+use session::{Outcome, Phase, Report};
 
 use crate::Guest;
 
@@ -49,7 +49,7 @@ pub fn accounted(report: &Report, guest: &Guest) {
         "the last round is that of the paused guest: {:?}",
         report.rounds
     );
-    let sum = |bytes: fn(&migration::report::Round) -> u64| report.rounds.iter().map(bytes).sum::<u64>();
+    let sum = |bytes: fn(&session::report::Round) -> u64| report.rounds.iter().map(bytes).sum::<u64>();
     assert_eq!(report.memory.raw_bytes, sum(|round| round.raw_bytes), "{report:#?}");
     assert_eq!(report.memory.wire_bytes, sum(|round| round.wire_bytes), "{report:#?}");
 

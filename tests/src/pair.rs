@@ -4,8 +4,8 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use migration::Report;
 use serde_json::Value;
+use session::Report;
 use testbed::guest_spec::{GuestSpec, Nic, Ram};
 use testbed::{AgentOptions, Client, Host, Inventory, Programs, RunningGuest, Testbed};
 

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::PathBuf;
 
-use migration::points::{DIRECTORY, Point};
+use session::points::{DIRECTORY, Point};
 use testbed::{AgentOptions, Host};
 
 use crate::until;

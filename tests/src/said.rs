@@ -2,8 +2,8 @@
 
 use std::process::Output;
 
-use migration::Report;
 use serde_json::Value;
+use session::Report;
 
 /// A command that has ended.
 #[derive(Debug, Clone)]

@@ -12,11 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use finding::Finding;
 use futures::FutureExt as _;
 use host::{Host, Journal, lifecycle};
 use link::{Deadlines, Endpoint, Identity, Incoming, Listener, ListenerLimits, Peer, Purpose};
+use migration::LinkedHost;
 use migration::destination::{self, DataConnections};
-use migration::{Finding, LinkedHost, VmName};
+use ownership::VmName;
 use tokio::net::UnixListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -120,7 +122,7 @@ pub enum StartError {
         path: PathBuf,
         /// Why not.
         #[source]
-        source: migration::JournalError,
+        source: ownership::JournalError,
     },
 }
 

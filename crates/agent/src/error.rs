@@ -1,8 +1,10 @@
 //! Why the agent does not do what it was asked.
 
 pub use finding::chain;
+use finding::{Failure, Finding};
 use host::lifecycle::for_where;
-use migration::{BadName, Failure, Finding, JournalError, OptionError};
+use ownership::{BadName, JournalError};
+use session::OptionError;
 use uuid::Uuid;
 
 use crate::api::types::Doubt;

@@ -1,8 +1,10 @@
 //! Why a machine could not be started, taken in, stopped or resumed, with what to do about it.
 
+use finding::Finding;
 use host::guest_ram;
 use host::lifecycle::RunError;
-use migration::{Finding, JournalError, ResolveError, VmName};
+use migration::ResolveError;
+use ownership::{JournalError, VmName};
 use qemu::{AdoptError, LaunchError, QmpError};
 
 use crate::error::chain;
@@ -134,7 +136,7 @@ pub(crate) fn of_qmp(error: &QmpError) -> Finding {
 }
 
 /// A guest that was asked to power off and did not.
-pub(crate) fn still_runs(name: &migration::VmName) -> Finding {
+pub(crate) fn still_runs(name: &ownership::VmName) -> Finding {
     Finding::new(
         "still-runs",
         format!("the guest of {name} was asked to power off and has not"),
@@ -143,7 +145,7 @@ pub(crate) fn still_runs(name: &migration::VmName) -> Finding {
 }
 
 /// A machine whose QEMU does not answer.
-pub(crate) fn silent(name: &migration::VmName, why: &str) -> Finding {
+pub(crate) fn silent(name: &ownership::VmName, why: &str) -> Finding {
     Finding::new(
         "qemu-silent",
         format!("the QEMU of {name} does not answer: {why}"),
@@ -152,7 +154,7 @@ pub(crate) fn silent(name: &migration::VmName, why: &str) -> Finding {
 }
 
 /// A machine whose record cannot be read.
-pub(crate) fn unreadable(name: &migration::VmName, error: &JournalError) -> Finding {
+pub(crate) fn unreadable(name: &ownership::VmName, error: &JournalError) -> Finding {
     Finding::new(
         "record-unreadable",
         format!("the record of {name} cannot be read: {}", chain(error)),
@@ -170,7 +172,7 @@ pub(crate) fn unless_forced(why: &Finding) -> Finding {
 }
 
 /// Something may start a machine from the images that it has left.
-pub(crate) fn started_by(name: &migration::VmName, found: &Finding) -> Finding {
+pub(crate) fn started_by(name: &ownership::VmName, found: &Finding) -> Finding {
     Finding::new(
         &found.kind,
         format!("{}: a second copy of {name} would run from the images that are locked here", found.message),
@@ -179,7 +181,7 @@ pub(crate) fn started_by(name: &migration::VmName, found: &Finding) -> Finding {
 }
 
 /// A machine that was handed over before its memory was complete.
-pub(crate) fn supplies(name: &migration::VmName) -> Finding {
+pub(crate) fn supplies(name: &ownership::VmName) -> Finding {
     Finding::new(
         "post-copy",
         format!("{name} runs at its destination and still lacks memory that only this host has"),
@@ -193,7 +195,7 @@ mod tests {
 
     #[test]
     fn every_finding_says_what_to_do() {
-        let name: migration::VmName = "web1".parse().unwrap();
+        let name: ownership::VmName = "web1".parse().unwrap();
         let socket = std::path::PathBuf::from("/run/web1.qmp");
         let taken = RunError::Qmp(QmpError::Taken { socket });
         let name_taken = RunError::Journal(JournalError::NameTaken(name.clone()));

@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use migration::{Finding, Report};
+use finding::Finding;
 use rusqlite::types::Type;
 use rusqlite::{Connection, Row, params};
+use session::Report;
 
 use crate::api::types::HistoryEntry;
 use crate::error::chain;
@@ -297,12 +298,12 @@ fn private(path: &Path) {
 }
 
 /// The name of an outcome in reports and messages.
-fn outcome_name(outcome: migration::Outcome) -> &'static str {
+fn outcome_name(outcome: session::Outcome) -> &'static str {
     match outcome {
-        migration::Outcome::Completed => "completed",
-        migration::Outcome::Failed => "failed",
-        migration::Outcome::Cancelled => "cancelled",
-        migration::Outcome::Uncertain => "uncertain",
+        session::Outcome::Completed => "completed",
+        session::Outcome::Failed => "failed",
+        session::Outcome::Cancelled => "cancelled",
+        session::Outcome::Uncertain => "uncertain",
     }
 }
 

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::{Failure, Finding, Outcome, Phase, Progress, Report, Session, Stage, VmName};
+use finding::{Failure, Finding, Stage};
+use ownership::VmName;
+use session::{Outcome, Phase, Progress, Report, Session};
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -111,17 +113,17 @@ fn vanished(last: &Progress) -> Report {
         downtime_ms: 0.0,
         downtime_asked_ms: 0.0,
         downtime_predicted_ms: 0.0,
-        pause: migration::report::Pause::default(),
+        pause: session::report::Pause::default(),
         tracking_hold_ms: 0.0,
         phases: Vec::new(),
         rounds: Vec::new(),
-        memory: migration::report::Memory {
+        memory: session::report::Memory {
             raw_bytes: last.raw_bytes,
             wire_bytes: last.wire_bytes,
-            ..migration::report::Memory::default()
+            ..session::report::Memory::default()
         },
         disks: Vec::new(),
-        network: migration::report::Network::default(),
+        network: session::report::Network::default(),
         device_state_bytes: 0,
         verification: last.verification.clone(),
         health: None,
@@ -142,7 +144,7 @@ pub(crate) mod tests {
             vm: "web1".to_owned(),
             source: "host-a".to_owned(),
             destination: "host-b".to_owned(),
-            goal: migration::Goal::Migrate,
+            goal: session::Goal::Migrate,
             phase: Phase::Synchronize,
             elapsed_ms: 1500.0,
             rounds: 2,
@@ -155,7 +157,7 @@ pub(crate) mod tests {
             predicted_downtime_ms: Some(4.0),
             time_left_ms: None,
             in_sync: false,
-            verification: migration::report::Verification::default(),
+            verification: session::report::Verification::default(),
             warning: None,
             throttle: 0.0,
             disks: Vec::new(),

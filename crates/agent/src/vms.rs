@@ -15,9 +15,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use finding::Finding;
 use futures::future::join_all;
 use host::{Origin, Record, Vm, guest_ram};
-use migration::{Finding, LinkedHost, Ownership, VmName};
+use migration::LinkedHost;
+use ownership::{Ownership, VmName};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 

@@ -7,14 +7,14 @@ use std::time::Duration;
 use qemu::qmp::Drive;
 use uuid::Uuid;
 
-use crate::options::{Disks, Engine, Options};
-use crate::report;
 use finding::{Finding, chain};
 use host::Vm;
 use host::drives;
 use host::identity;
 use host::images;
 use protocol::wire;
+use session::options::{Disks, Engine, Options};
+use session::report;
 
 /// Formats that can be made at a destination.
 pub(crate) const FORMATS: [&str; 2] = ["raw", "qcow2"];

@@ -4,7 +4,6 @@ use qemu::qmp::{CpuidWord, RunState, Version};
 use qemu::{NicKind, RamBlock};
 
 use crate::disks::{self, Disk};
-use crate::options::{Engine, Options};
 use crate::plugged::Plugged;
 use crate::source::devices;
 use finding::Finding;
@@ -16,6 +15,7 @@ use movable::{blockers, confinement};
 use network::interfaces::macvtap::Macvtap;
 use network::interfaces::{Interfaces, Kind};
 use protocol::wire;
+use session::options::{Engine, Options};
 
 /// Everything the destination must provide, and what the source needs to mirror.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Machine {
     /// Describes a machine of this host, and finds every reason for which it cannot leave it.
     pub(crate) async fn describe(host: &Host, vm: &Vm, options: &Options) -> (Option<Machine>, Vec<Finding>) {
         let mut findings = unmovable(&vm.spec, options.accept_disconnect);
-        let supervision = supervised::of(&vm.record, &vm.spec, options.leaves());
+        let supervision = supervised::of(&vm.record, &vm.spec, leaves(options));
         host.left.may_start(&vm.record.name, supervision.as_ref().map(|found| &found.finding));
         findings.extend(supervision.filter(|found| found.refused).map(|found| found.finding));
         if vm.record.post_copy.is_some() {
@@ -141,6 +141,14 @@ impl Machine {
             limits,
         };
         (Some(machine), findings)
+    }
+}
+
+/// How a machine is to leave, for what may start it again.
+pub(crate) fn leaves(options: &Options) -> supervised::Leaves {
+    supervised::Leaves {
+        mirrored: options.disks == session::Disks::Mirror,
+        accepted: options.accept_supervisor,
     }
 }
 

@@ -28,7 +28,6 @@ use uuid::Uuid;
 use crate::boot_files;
 use crate::destination::forwarded::Tunnels;
 use crate::destination::images::Images;
-use crate::options::MAX_STREAMS;
 use cgroup::Limits;
 use finding::{Finding, chain};
 use host::Host;
@@ -40,6 +39,7 @@ use ownership::JournalError;
 use ownership::VmName;
 use ownership::{self, Effect, Event, OnRecord as _, Standing};
 use protocol::wire;
+use session::options::MAX_STREAMS;
 
 pub(crate) use disks::{Planned, SECTOR};
 use macvtaps::Descriptors;

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
-use migration::rate::RateError;
-use migration::{Compress, DiskRoom, Disks, Engine, OnDiverge, Options, Verify, VmName};
+use ownership::VmName;
+use session::rate::RateError;
+use session::{Compress, DiskRoom, Disks, Engine, OnDiverge, Options, Verify};
 
 /// Moves running virtual machines between hosts by keeping a verified mirror of them.
 #[derive(Debug, Parser)]
@@ -366,7 +367,7 @@ impl From<MigrateOptions> for Options {
 }
 
 fn rate(text: &str) -> Result<Limit, RateError> {
-    migration::rate::limit(text).map(Limit)
+    session::rate::limit(text).map(Limit)
 }
 
 /// The beginning of a migration's id.

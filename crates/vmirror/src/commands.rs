@@ -10,7 +10,7 @@ mod watch;
 
 use std::future::Future;
 
-use migration::Goal;
+use session::Goal;
 
 use crate::cli::{Cli, Command};
 use crate::client::Client;

@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use agent::api::types::{ErrorBody, ErrorDetail};
-use migration::{Finding, Outcome, Report, Stage};
+use finding::{Finding, Stage};
+use session::{Outcome, Report};
 
 /// Exit codes, as the contract has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

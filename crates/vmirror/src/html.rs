@@ -4,10 +4,10 @@ mod timeline;
 
 use std::fmt::Write as _;
 
-use migration::report::{Counted, Verdict};
-use migration::{Outcome, Report};
 use readable::html::{self, escape, figure, section};
 use readable::{bytes, count, moment, ms, rate};
+use session::report::{Counted, Verdict};
+use session::{Outcome, Report};
 
 use crate::summary::{headline, outcome, predicted, verdict};
 

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use migration::{Goal, Phase, Progress};
 use readable::{bytes, ms, rate};
+use session::{Goal, Phase, Progress};
 
 use crate::output::Output;
 
@@ -131,7 +131,7 @@ fn disks(progress: &Progress) -> Option<String> {
 mod tests {
     use super::*;
     use crate::summary::tests::progress;
-    use migration::DiskProgress;
+    use session::DiskProgress;
 
     #[test]
     fn a_line_has_phase_bytes_rates_lag_and_time_left() {

@@ -48,9 +48,9 @@ impl Output {
     }
 
     /// What is done and is not as it should be. With `--json` the document says it.
-    pub(crate) fn warn(&self, warnings: &[migration::Finding]) {
+    pub(crate) fn warn(&self, warnings: &[finding::Finding]) {
         if !self.json {
-            let told = |found: &migration::Finding| {
+            let told = |found: &finding::Finding| {
                 format!("warning: {}  [{}]\n  → {}\n", found.message, found.kind, found.hint)
             };
             let _ = write!(io::stderr(), "{}", warnings.iter().map(told).collect::<String>());

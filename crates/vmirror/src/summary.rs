@@ -1,8 +1,8 @@
 //! A migration's report in words: short at its end, in full when asked for.
 
-use migration::report::{Counted, Disk, DiskMode, Round, Verdict, Verification};
-use migration::{Engine, Outcome, Report};
 use readable::{bytes, count, moment, ms, rate};
+use session::report::{Counted, Disk, DiskMode, Round, Verdict, Verification};
+use session::{Engine, Outcome, Report};
 
 use crate::table::Table;
 

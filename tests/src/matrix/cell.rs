@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use migration::points::Point;
+use session::points::Point;
 
 use crate::PHASES;
 

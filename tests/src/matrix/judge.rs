@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use migration::Report;
-use migration::report::Verdict;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use session::Report;
+use session::report::Verdict;
 
 use super::cell::{Cell, Kind};
 use super::lane::{Lane, NAME, difference};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use migration::points;
+use session::points;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Nic, Pattern, TestDisk, Work};
 use testbed::{

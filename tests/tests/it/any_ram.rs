@@ -4,8 +4,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use end_to_end::{Guest, PATIENCE, Pair, Said, accounted, image, local, noise, until, vmirror};
-use migration::report::DiskMode;
 use serde_json::json;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, Ram, TestDisk, Work};
 use testbed::{Host, Monitor, root_or_skip};

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use end_to_end::{Guest, Pair, accounted, until, vmirror};
-use migration::report::Verdict;
 use serde_json::{Value, json};
+use session::report::Verdict;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Monitor, TestbedError};
 

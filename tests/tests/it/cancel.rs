@@ -8,8 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use end_to_end::{Pair, Points, Said, Scene, until, vmirror};
-use migration::points::Point;
-use migration::{Outcome, Phase};
+use session::points::Point;
+use session::{Outcome, Phase};
 use testbed::{Programs, Testbed, fault, root_or_skip};
 
 /// Slow enough for the memory of the guest to take half a minute.

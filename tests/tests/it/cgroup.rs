@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use end_to_end::{Pair, UnderWay, accounted, until, vmirror};
-use migration::Outcome;
+use session::Outcome;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Host, Testbed, fault, root_or_skip};
 

@@ -1,7 +1,7 @@
 //! A guest that outruns its mirror is slowed until it does not, or stays where it is, as was asked.
 
 use end_to_end::{PAGE, Pair, UnderWay, accounted, until, vmirror};
-use migration::Outcome;
+use session::Outcome;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Wire, root_or_skip};
 

@@ -1,7 +1,7 @@
 //! Whatever crashes, and whenever: never two run, never none that could, and nothing is left behind.
 
 use end_to_end::{Pair, Said, Scene, UnderWay, accounted, until, vmirror};
-use migration::{Outcome, Phase};
+use session::{Outcome, Phase};
 use testbed::fault;
 use testbed::guest_spec::{GuestSpec, Nic};
 use testbed::{Host, Wire, root_or_skip};

@@ -1,8 +1,8 @@
 //! A guest that QEMU's own stream carries must arrive as whole as with the mirror, and stay where it was when that fails.
 
 use end_to_end::{Guest, Pair, accounted, until, vmirror};
-use migration::report::Verdict;
-use migration::{Outcome, Report};
+use session::report::Verdict;
+use session::{Outcome, Report};
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Host, Programs, Testbed, Wire, root_or_skip};
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use end_to_end::{Guest, Pair, Refusal, Supervisor, accounted, image, local, noise, until, vmirror};
-use migration::points;
+use session::points;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, Ram, TestDisk, Work};
 use testbed::{AgentOptions, Host, Status, Testbed, root_or_skip};

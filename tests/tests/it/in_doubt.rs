@@ -7,8 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use end_to_end::{Guest, Pair, Points, Refusal, UnderWay, accounted, until, vmirror};
-use migration::Outcome;
-use migration::points::Point;
+use session::Outcome;
+use session::points::Point;
 use testbed::{BadDisk, Host, Inventory, Shim, Status, fault};
 
 /// Who runs a guest that should not is heard in that time.

@@ -5,8 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use end_to_end::{Pair, image, vmirror};
-use migration::report::DiskMode;
 use serde_json::{Value, json};
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::{Host, Monitor, Programs, root_or_skip};
 

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use end_to_end::{Guest, Pair, accounted, all_came_once, unbroken, until};
-use migration::Phase;
+use session::Phase;
 use testbed::guest_spec::{GuestSpec, Nic};
 use testbed::{AgentOptions, Host, root_or_skip};
 
@@ -49,7 +49,7 @@ impl Scene {
     }
 
     /// Moves there, and is found there by the network.
-    fn moves(&self, [from, to]: [&Host; 2], options: &[&str]) -> migration::Report {
+    fn moves(&self, [from, to]: [&Host; 2], options: &[&str]) -> session::Report {
         let report = self.pair.migrate("vm", from, to, options);
         if from.inventory().unwrap().links.contains_key(TAP) {
             // Made by hand, and left to whoever made it.
@@ -135,7 +135,7 @@ fn no_frame_is_lost_or_repeated_when_the_guest_moves() {
 }
 
 /// When the guest was known to run at its new place.
-fn resumed(report: &migration::Report) -> SystemTime {
+fn resumed(report: &session::Report) -> SystemTime {
     let resume = report.phases.iter().find(|phase| phase.name == Phase::Resume).unwrap();
     UNIX_EPOCH
         + Duration::from_millis(report.started_unix_ms)

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 
 use end_to_end::{Pair, local, until, vmirror};
-use migration::report::DiskMode;
+use session::report::DiskMode;
 use testbed::{Host, Programs, Testbed, root_or_skip};
 
 /// A user and group that own nothing.

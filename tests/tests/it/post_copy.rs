@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use end_to_end::{Guest, PAGE, Pair, UnderWay, until, vmirror};
-use migration::Report;
-use migration::report::{Counted, Outcome, Verdict};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+use session::Report;
+use session::report::{Counted, Outcome, Verdict};
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{AgentOptions, Host, Monitor, Status, Testbed, Wire, root_or_skip};
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use end_to_end::{Guest, PATIENCE, Pair, accounted, image, until, vmirror};
-use migration::report::DiskMode;
+use session::report::DiskMode;
 use testbed::client::Pgbench;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Nic, TestDisk, Userland};

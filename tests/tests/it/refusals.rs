@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use end_to_end::{Pair, until, vmirror};
 use link::certificates::{IssueOptions, Validity, issue_with};
-use migration::Outcome;
+use session::Outcome;
 use testbed::guest_spec::{GuestSpec, Ram};
 use testbed::{AgentOptions, Host, Programs, Testbed, root_or_skip};
 

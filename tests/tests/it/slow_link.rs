@@ -1,7 +1,7 @@
 //! A link that is slower than the guest writes must not keep it from moving where less needs to be sent.
 
 use end_to_end::{PAGE, Pair, accounted};
-use migration::Report;
+use session::Report;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Wire, root_or_skip};
 

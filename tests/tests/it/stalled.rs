@@ -6,8 +6,8 @@ use std::thread;
 
 use end_to_end::{Guest, Pair, Said, accounted};
 use link::{DataReceiver, Deadlines, Endpoint, Identity, Incoming, Listener};
-use migration::Outcome;
 use protocol::wire::{Nothing, Pages, Reply, Request, Reserved, ToDestination, ToSource};
+use session::Outcome;
 use testbed::fault;
 use testbed::guest_spec::{Content, GuestSpec};
 use tokio::sync::oneshot;

@@ -3,8 +3,8 @@
 use std::fs;
 
 use end_to_end::{Pair, image, local, until, vmirror};
-use migration::points::{DIRECTORY, Point};
 use serde_json::json;
+use session::points::{DIRECTORY, Point};
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, TestDisk, Work};
 use testbed::{Monitor, Testbed, root_or_skip};

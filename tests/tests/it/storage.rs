@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use end_to_end::{BlockDevice, Pair, accounted, noise, until, vmirror};
-use migration::report::DiskMode;
+use session::report::DiskMode;
 use testbed::Host;
 use testbed::guest_spec::GuestSpec;
 

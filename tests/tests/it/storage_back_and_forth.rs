@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use end_to_end::{Guest, Pair, accounted, image, until, vmirror, write_noise};
-use migration::Report;
-use migration::report::DiskMode;
+use session::Report;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Nic, Pattern, Syntax, TestDisk, Work};
 use testbed::{Host, root_or_skip};

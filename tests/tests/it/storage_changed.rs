@@ -3,9 +3,9 @@
 use std::cell::RefCell;
 
 use end_to_end::{Guest, Pair, accounted, image, until, vmirror, write_noise};
-use migration::Outcome;
-use migration::report::DiskMode;
 use serde_json::{Value, json};
+use session::Outcome;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Pattern, TestDisk, Work};
 use testbed::{Monitor, Status, root_or_skip};

@@ -1,7 +1,7 @@
 //! Disks around the page cache, read and written all the time while they are mirrored: nothing is lost, whoever does the I/O.
 
 use end_to_end::{Pair, accounted, image, until};
-use migration::report::DiskMode;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Aio, GuestSpec, Io, Nic, Pattern, TestDisk, Work};
 use testbed::root_or_skip;

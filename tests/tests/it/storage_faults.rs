@@ -11,9 +11,9 @@ use end_to_end::{
     BlockDevice, Guest, Pair, Said, UnderWay, Writes, accounted, image, local, noise, until, vmirror,
     write_noise,
 };
-use migration::Outcome;
-use migration::report::DiskMode;
 use serde_json::json;
+use session::Outcome;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Nic, Pattern, Syntax, TestDisk, Work};
 use testbed::{Inventory, Monitor, Status, Wire, fault, root_or_skip};
@@ -212,7 +212,7 @@ impl Scene {
     }
 
     /// A second attempt succeeds.
-    fn moves(&self) -> migration::report::Disk {
+    fn moves(&self) -> session::report::Disk {
         let report = self.pair.migrate("vm", self.pair.a(), self.pair.b(), self.options());
         accounted(&report, &self.guest);
         let disk = report.disks[0].clone();

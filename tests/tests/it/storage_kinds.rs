@@ -4,8 +4,8 @@
 use std::fs;
 
 use end_to_end::{PAGE, Pair, accounted, image, noise, until, write_noise};
-use migration::Report;
-use migration::report::DiskMode;
+use session::Report;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Nic, Pattern, TestDisk, Work};
 use testbed::{Wire, root_or_skip};

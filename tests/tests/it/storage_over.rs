@@ -3,7 +3,7 @@
 use std::fs;
 
 use end_to_end::{Pair, image, noise, write_noise};
-use migration::report::DiskMode;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::root_or_skip;
 

@@ -6,8 +6,8 @@ use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
 use end_to_end::{BlockDevice, Pair, Refusal, image, local, until, vmirror};
-use migration::report::DiskMode;
 use serde_json::json;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::{Host, Monitor, root_or_skip};
 

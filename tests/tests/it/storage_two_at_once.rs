@@ -3,7 +3,7 @@
 use std::thread;
 
 use end_to_end::{Pair, accounted, image, until, write_noise};
-use migration::report::DiskMode;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Nic, Pattern, TestDisk, Work};
 use testbed::{Host, root_or_skip};

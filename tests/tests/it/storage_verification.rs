@@ -3,7 +3,7 @@
 use std::fs;
 
 use end_to_end::{Guest, Pair, accounted, image, until, vmirror, write_noise};
-use migration::report::DiskMode;
+use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Pattern, TestDisk, Work};
 use testbed::{Host, ram, root_or_skip};

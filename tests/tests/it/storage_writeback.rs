@@ -4,7 +4,8 @@
 use std::fs;
 
 use end_to_end::{BlockDevice, Guest, Pair, accounted, image, local, noise, until, vmirror, write_noise};
-use migration::{Finding, Outcome, Phase, Report};
+use finding::Finding;
+use session::{Outcome, Phase, Report};
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Nic, Pattern, Syntax, TestDisk, Work};
 use testbed::{Inventory, Status, fault, root_or_skip};

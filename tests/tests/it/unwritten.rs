@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use end_to_end::{Pair, until, vmirror};
-use migration::points;
+use session::points;
 use testbed::{AgentOptions, BadDisk, Shim, Testbed, fault};
 
 #[test]

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use end_to_end::{Guest, PAGE, Pair, accounted, until, vmirror};
-use migration::report::Verdict;
-use migration::{Outcome, Stage};
+use finding::Stage;
+use session::Outcome;
+use session::report::Verdict;
 use testbed::guest_spec::GuestSpec;
 use testbed::{Host, ram};
 

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use end_to_end::{Guest, Pair, accounted};
-use migration::{Outcome, Stage};
+use finding::Stage;
+use session::Outcome;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Host, Programs, Testbed, root_or_skip};
 

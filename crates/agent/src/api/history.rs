@@ -2,8 +2,8 @@
 
 use axum::Json;
 use axum::extract::State;
-use migration::Report;
 use serde::Deserialize;
+use session::Report;
 
 use super::Api;
 use super::refusal::{InPath, InQuery, Refusal};

@@ -6,8 +6,9 @@ use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
-use migration::{OptionError, Stage};
+use finding::Stage;
 use serde::de::DeserializeOwned;
+use session::OptionError;
 
 use crate::api::types::{ErrorBody, ErrorDetail};
 use crate::error::{AgentError, chain};
@@ -239,6 +240,6 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for InQuery<T> {
 }
 
 /// A machine's name from the path.
-pub(crate) fn vm_name(text: &str) -> Result<migration::VmName, AgentError> {
+pub(crate) fn vm_name(text: &str) -> Result<ownership::VmName, AgentError> {
     Ok(text.parse()?)
 }

@@ -3,8 +3,8 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use migration::report::Verification;
-use migration::{Goal, Progress};
+use session::report::Verification;
+use session::{Goal, Progress};
 use uuid::Uuid;
 
 use super::Api;
@@ -23,7 +23,7 @@ pub(super) async fn check(
     let name = vm_name(&name)?;
     let (vms, vm) = (api.vms.clone(), name.clone());
     let readiness = to_the_end(async move { vms.check(&vm, &request.to, &request.options).await }).await?;
-    let migration::source::Readiness { destination, findings, disks, warnings } = readiness;
+    let session::Readiness { destination, findings, disks, warnings } = readiness;
     Ok(Json(CheckReply { vm: name.into(), destination, findings, disks, warnings }))
 }
 
@@ -104,7 +104,7 @@ pub(super) async fn show(
 }
 
 /// The report of a session that is not under way any more.
-pub(super) async fn ended(api: &Api, id: Uuid) -> Result<migration::Report, AgentError> {
+pub(super) async fn ended(api: &Api, id: Uuid) -> Result<session::Report, AgentError> {
     match of_history(api, move |history| history.report(&id.to_string())).await {
         Err(AgentError::History(HistoryError::Unknown(_))) => Err(AgentError::UnknownSession(id)),
         other => other,

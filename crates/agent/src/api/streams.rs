@@ -51,8 +51,8 @@ pub(super) async fn session(
 /// all that can come.
 async fn next(
     active: &Active,
-    progress: &mut tokio::sync::watch::Receiver<migration::Progress>,
-    ended: &mut tokio::sync::watch::Receiver<Option<Arc<migration::Report>>>,
+    progress: &mut tokio::sync::watch::Receiver<session::Progress>,
+    ended: &mut tokio::sync::watch::Receiver<Option<Arc<session::Report>>>,
 ) {
     if progress.has_changed().is_err() || active.session.report().is_some() {
         // The sender of `ended` lives in `active`.

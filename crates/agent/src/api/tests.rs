@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use migration::VmName;
+use ownership::VmName;
 use reqwest::{Client, Method, StatusCode};
 use serde_json::{Value, json};
 use tempfile::TempDir;

@@ -7,10 +7,12 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
+use finding::{Failure, Finding};
 use host::Origin;
-use migration::source::PlannedDisk;
-use migration::{Failure, Finding, Goal, Options, Outcome, Phase, Progress, Report, VmName};
+use ownership::VmName;
 use serde::{Deserialize, Serialize};
+use session::PlannedDisk;
+use session::{Goal, Options, Outcome, Phase, Progress, Report};
 use uuid::Uuid;
 
 /// `GET /v1/agent`: who answers.
@@ -330,7 +332,7 @@ pub struct BandwidthRequest {
     pub to: Option<String>,
     /// What must be under way, a migration or a standing mirror; left out, either.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub goal: Option<migration::Goal>,
+    pub goal: Option<session::Goal>,
 }
 
 /// `POST /v1/vms/{name}/resolve`.

@@ -7,15 +7,16 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use cgroup::CgroupParent;
 use host::hooks::{MAX_DEADLINE, MIN_DEADLINE};
 use host::paths::{LONGEST_SOCKET_PATH, longest_name};
 use host::{Allow, Firewall, Hooks, logs};
 use humantime::{format_duration, parse_duration};
-use migration::options::MIN_BANDWIDTH;
-use migration::{CgroupParent, rate};
 use network::nft::NftPattern;
 use serde::de::{Error as _, IgnoredAny};
 use serde::{Deserialize, Deserializer};
+use session::options::MIN_BANDWIDTH;
+use session::rate;
 use toml::Spanned;
 
 use super::{Config, ConfigError, Tls};

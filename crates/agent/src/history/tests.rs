@@ -9,11 +9,7 @@ fn kept_in(directory: &tempfile::TempDir) -> PathBuf {
 fn a_report_comes_back_as_it_was_after_a_restart() {
     let directory = tempfile::tempdir().unwrap();
     let mut full = report("0b9e5b0c-0000-4000-8000-000000000001");
-    full.rounds.push(migration::report::Round {
-        n: 0,
-        dirty_pages: 7,
-        ..migration::report::Round::default()
-    });
+    full.rounds.push(session::report::Round { n: 0, dirty_pages: 7, ..session::report::Round::default() });
     History::open(&kept_in(&directory)).unwrap().add(&full).unwrap();
     let again = History::open(&kept_in(&directory)).unwrap();
     assert_eq!(again.report(&full.id).unwrap(), full);
@@ -67,7 +63,7 @@ fn only_the_newest_are_kept() {
 fn large_reports_take_no_more_room_than_there_is_for_all_and_the_newest_is_kept_all_the_same() {
     let directory = tempfile::tempdir().unwrap();
     let rounds =
-        |id: &str, n: usize| Report { rounds: vec![migration::report::Round::default(); n], ..report(id) };
+        |id: &str, n: usize| Report { rounds: vec![session::report::Round::default(); n], ..report(id) };
     let bytes = |report: &Report| serde_json::to_string(report).unwrap().len() as u64;
     let (small, large) = (bytes(&report("0")), bytes(&rounds("0", 100)));
     let history = History::keeping(&kept_in(&directory), 1000, large + 3 * small).unwrap();
@@ -104,12 +100,12 @@ fn large_reports_take_no_more_room_than_there_is_for_all_and_the_newest_is_kept_
 fn a_later_outcome_replaces_an_uncertain_one_in_its_place() {
     let directory = tempfile::tempdir().unwrap();
     let history = History::open(&kept_in(&directory)).unwrap();
-    history.add(&Report { outcome: migration::Outcome::Uncertain, ..report("a1") }).unwrap();
+    history.add(&Report { outcome: session::Outcome::Uncertain, ..report("a1") }).unwrap();
     history.add(&report("a2")).unwrap();
     history.add(&report("a1")).unwrap();
     let entries = history.list(None, 10).unwrap();
     assert_eq!(entries.iter().map(|entry| entry.id.as_str()).collect::<Vec<_>>(), ["a2", "a1"]);
-    assert_eq!(entries[1].outcome, migration::Outcome::Completed);
+    assert_eq!(entries[1].outcome, session::Outcome::Completed);
 }
 
 #[test]

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use finding::Finding;
 use host::Record;
 use host::left_images::Watched;
 use host::second_copy::{Marks, Second};
-use migration::{Finding, VmName};
+use ownership::VmName;
 
 use super::Vms;
 use crate::api::types::EventKind;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use host::Origin;
 use host::forward::Forward;
-use migration::VmName;
 use migration::release::{self, Released};
+use ownership::VmName;
 
 use super::{Entry, Vms};
 use crate::api::types::{ForwardView, VmState, VmView};

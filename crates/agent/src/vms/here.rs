@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use host::lifecycle::{self, DisownError, Forgotten, RunError, Stopped};
 use host::{Origin, Record, Vm};
-use migration::{Occasion, Ownership, Recovered, VmName};
+use migration::{Occasion, Recovered};
+use ownership::{Ownership, VmName};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 

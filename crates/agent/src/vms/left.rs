@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use finding::Finding;
 use host::Origin;
 use host::fence::{KeptImage, Left, Seen};
-use migration::{Finding, Ownership, VmName};
+use ownership::{Ownership, VmName};
 
 use super::{Entry, Vms};
 use crate::api::types::{EventKind, KeptImageView, KeptView, ReleaseReason, VmState, VmView};

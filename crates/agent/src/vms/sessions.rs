@@ -4,9 +4,10 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 
 use host::Record;
-use migration::report::Verification;
-use migration::source::Readiness;
-use migration::{Command, Goal, Options, Outcome, Ownership, Report, VmName};
+use ownership::{Ownership, VmName};
+use session::Readiness;
+use session::report::Verification;
+use session::{Command, Goal, Options, Outcome, Report};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 

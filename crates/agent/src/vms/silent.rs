@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use host::Record;
-use migration::{Occasion, Recovered, VmName};
+use migration::{Occasion, Recovered};
+use ownership::VmName;
 
 use super::{Entry, Silent, Vms};
 use crate::api::types::RemovalReason;

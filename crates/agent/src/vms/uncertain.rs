@@ -6,7 +6,8 @@ use std::time::Duration;
 use host::Record;
 use host::lifecycle::{self, Forgotten};
 use migration::source::{self, Settled};
-use migration::{JournalError, Occasion, Ownership, Recovered, Resolution, ResolveError, VmName};
+use migration::{Occasion, Recovered, Resolution, ResolveError};
+use ownership::{JournalError, Ownership, VmName};
 
 use super::{Entry, Silent, Vms, not_here};
 use crate::api::types::{Decision, EventKind, Place, RemovalReason};

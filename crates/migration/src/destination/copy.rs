@@ -20,12 +20,12 @@ use super::storage::broke;
 use super::tail::{self, Attendance, Tail};
 use super::{End, Source, failed, qemu_gone, violation};
 use crate::linked::LinkedHost;
-use crate::options::MAX_STREAMS;
 use crate::reservation::Reservation;
 use finding::{Finding, chain, kind};
 use host::vm::PostCopy;
 use protocol::deadlines::LOAD;
 use protocol::wire::{self, NETWORK_STREAM, Reply, Request as Asked};
+use session::options::MAX_STREAMS;
 
 /// A copy while it is being mirrored.
 pub(super) struct Copy {

@@ -45,7 +45,6 @@ use relay::Relay;
 
 use crate::boot_files::Arriving;
 use crate::linked::LinkedHost;
-use crate::points::{self, Point};
 use crate::reservation::{Request, Reservation};
 use finding::{Finding, chain, kind};
 use host::Host;
@@ -57,6 +56,7 @@ use ownership::{Effect, Event, Word};
 use protocol::deadlines::{BOOT_FILES, FIRST_WORD, FOUND, WORKING};
 use protocol::wire::bounds::{self, Unheard};
 use protocol::wire::{self, Reply, Request as Asked, ToSource};
+use session::points::{self, Point};
 
 /// Why a session did not become a machine here.
 #[derive(Debug)]

@@ -13,7 +13,6 @@ use super::network::{self, Interfaces, Known};
 use super::{End, Source, failed, no_copy, qemu_gone, unknown_copy, violation};
 use crate::health;
 use crate::linked::LinkedHost;
-use crate::points::{self, Point};
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::KILL_GRACE;
@@ -29,6 +28,7 @@ use ownership::{self, Effect, Event, Mark, OnRecord as _, SourceSays, Word};
 use ownership::{Ownership, VmName};
 use protocol::deadlines::{FIRST_WORD, REDIRECT};
 use protocol::wire::{self, Reply, Request as Asked};
+use session::points::{self, Point};
 
 /// Between attempts to put on record that a machine runs.
 const AGAIN: Duration = Duration::from_secs(5);

@@ -23,13 +23,13 @@ use super::arrivals::Arrivals;
 use super::post_copy::{DEVICE, Waiting};
 use super::{End, Sender, failed, violation};
 use crate::linked::LinkedHost;
-use crate::options::MAX_STREAMS;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::PostCopyMemory;
 use host::vm::{GivenDescriptor, PostCopy, Record};
 use ownership::{Supplied, VmName};
 use protocol::wire::{self, Missing, Reply};
+use session::options::MAX_STREAMS;
 
 /// The machines of this host whose memory is not complete, by the migration that brought them. Clones are handles to
 /// the same.

@@ -13,13 +13,13 @@ use super::controller::Controller;
 use super::disks::Disks;
 use super::estimate::Advice;
 use super::stop::Stop;
-use crate::options::Options;
-use crate::points::{self, Point};
-use crate::progress::{DiskProgress, Progress};
-use crate::report::{Memory, Network, Outcome, Pause, Phase, PhaseTime, Report, Verification};
 use finding::Stage;
 use host::Host;
 use host::Vm;
+use session::options::Options;
+use session::points::{self, Point};
+use session::progress::{DiskProgress, Progress};
+use session::report::{Memory, Network, Outcome, Pause, Phase, PhaseTime, Report, Verification};
 
 /// How often progress is shown while a round is under way.
 const SHOWN_EVERY: Duration = Duration::from_millis(250);

@@ -32,11 +32,7 @@ use super::throttle::Throttling;
 use crate::disks::Disk;
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
-use crate::options::{Compress, Engine, Goal, Options};
 use crate::plugged::Plugged;
-use crate::progress::Progress;
-use crate::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
-use crate::session::Session;
 use finding::{Finding, chain, kind};
 use host::Vm;
 use host::firewall;
@@ -45,6 +41,10 @@ use host::settings::Settings;
 use movable::confinement;
 use ownership::Event;
 use protocol::wire::{self, Request};
+use session::Session;
+use session::options::{Compress, Engine, Goal, Options};
+use session::progress::Progress;
+use session::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
 
 /// Most data streams that an agent chooses by itself.
 const CHOSEN_STREAMS: usize = 4;

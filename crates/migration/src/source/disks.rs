@@ -21,10 +21,10 @@ pub(crate) use clear::{Uncleared, clear, clear_after, has_jobs};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::disks::Disk;
-use crate::progress::DiskProgress;
 use finding::{Finding, chain};
 use protocol::deadlines::HOLDS;
 use protocol::wire::{self, Reply};
+use session::progress::DiskProgress;
 
 /// What everything that is put into QEMU's block graph is called by.
 const NAME: &str = movable::blockers::OUR_NODES;

@@ -8,8 +8,8 @@ use std::time::Duration;
 use mirror::layout::PAGE_SIZE;
 use mirror::memory::round::Sent;
 
-use crate::options::Options;
-use crate::report::Estimated;
+use session::options::Options;
+use session::report::Estimated;
 
 /// Rounds of fewer pages say more about latency than about throughput.
 const TELLING_PAGES: u64 = 256;

@@ -21,9 +21,6 @@ use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::{Prepared, VM_PAUSED};
 use crate::health;
-use crate::options::{Engine, Verify};
-use crate::points::{self, Point};
-use crate::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
 use finding::{Finding, chain, kind};
 use host::Record;
 use host::hooks::Hook;
@@ -35,6 +32,9 @@ use ownership::Outgoing;
 use ownership::{Effect, Event, Why, Withdrawal};
 use protocol::deadlines::{CANCEL, HEALTH, RUNNING, SETTLE_PAUSE, SETTLE_TRIES};
 use protocol::wire::{Reply, Request};
+use session::options::{Engine, Verify};
+use session::points::{self, Point};
+use session::report::{self, Counted, Health, Outcome, Pause, Phase, Verdict};
 
 /// A destination that says within this time that the machine runs is waited for alone: a process started meanwhile would lengthen the pause.
 const AT_ONCE: Duration = Duration::from_millis(100);

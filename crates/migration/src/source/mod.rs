@@ -30,7 +30,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use qemu::{Qmp, QmpError};
-use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub(crate) use forwarding::unforward;
@@ -39,10 +38,7 @@ pub use settlement::{Settled, release, settle, supplied};
 pub(crate) use settlement::{abandon, abandon_all, whose, withdraw};
 
 use crate::linked::LinkedHost;
-use crate::machine::Machine;
-use crate::options::{Goal, Options};
-use crate::report::DiskMode;
-use crate::session::Session;
+use crate::machine::{self, Machine};
 use controller::Controller;
 use finding::{Failure, Finding, Stage, chain};
 use host::Vm;
@@ -51,37 +47,14 @@ use host::guest_ram;
 use host::supervised;
 use peer::Destination;
 use protocol::wire;
+use session::options::{Goal, Options};
+use session::report::DiskMode;
+use session::{PlannedDisk, Readiness, Session};
 
 /// How long QEMU may take to go back to running.
 const RESUME: Duration = Duration::from_secs(10);
 /// Between looks at a QEMU that is going back.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
-
-/// What a rehearsal of a migration came to.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Readiness {
-    /// Name of the destination agent.
-    pub destination: String,
-    /// Every reason why a migration would fail; none: it would not.
-    pub findings: Vec<Finding>,
-    /// What would become of its disks; empty where something stands in the way.
-    pub disks: Vec<PlannedDisk>,
-    /// What is not as it should be, though it keeps no migration from being begun.
-    pub warnings: Vec<Finding>,
-}
-
-/// A disk of a machine that could migrate.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlannedDisk {
-    /// The image's path as the machine's command line names it.
-    pub name: String,
-    /// Bytes, as the guest sees them.
-    pub size: u64,
-    /// Whether it would be copied.
-    pub mode: DiskMode,
-    /// There is an image at the destination.
-    pub exists: bool,
-}
 
 /// Begins a migration, or a standing mirror. The session goes on whether or not its handle is kept.
 #[must_use]
@@ -157,7 +130,7 @@ pub async fn check(
         disks.clear();
     }
     let mut warnings = guest_ram::exposed(&vm.record, &vm.spec);
-    let supervision = supervised::of(&vm.record, &vm.spec, options.leaves());
+    let supervision = supervised::of(&vm.record, &vm.spec, machine::leaves(options));
     warnings.extend(supervision.filter(|found| !found.refused).map(|found| found.finding));
     Ok(Readiness { destination: destination.name().to_owned(), findings: told, disks, warnings })
 }

@@ -14,13 +14,13 @@ use ::network::tap::{OwnTap, QemuQueue};
 use link::{Bandwidth, Endpoint};
 use uuid::Uuid;
 
-use crate::report;
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces::{Interfaces, TapError};
 use finding::chain;
 use host::Host;
 use ownership::VmName;
 use protocol::wire::{self, NETWORK_STREAM};
+use session::report;
 
 /// For so long nothing must have come for a guest that has gone, before what comes is not diverted any more.
 const QUIET: Duration = Duration::from_millis(300);

@@ -6,9 +6,9 @@ use link::Bandwidth;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use crate::report::Verification;
-use crate::session::Command;
 use finding::Finding;
+use session::Command;
+use session::report::Verification;
 
 /// What the operator has ordered, as the controller looks at it.
 pub(super) struct Orders {

@@ -21,7 +21,6 @@ use super::stop::Stop;
 use crate::boot_files;
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
-use crate::options::{DiskRoom, Engine, OnDiverge, Options};
 use crate::reservation::CPU_FEATURE_MISSING;
 use finding::{Finding, chain, kind};
 use host::Host;
@@ -32,6 +31,7 @@ use ownership::{Answer, Withdrawal};
 use protocol::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
 use protocol::wire::bounds::{self, Unheard};
 use protocol::wire::{self, Reply, Request, ToDestination};
+use session::options::{DiskRoom, Engine, OnDiverge, Options};
 
 /// Words of the destination that may wait for somebody to listen, and the bytes that they may take.
 const UNREAD: usize = 4096;

@@ -21,13 +21,13 @@ use super::controller::{Controller, nothing_held};
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use crate::linked::LinkedHost;
-use crate::report::{self, Counted};
 use finding::{Failure, Finding, Stage, chain, kind};
 use host::Record;
 use ownership::Event;
 use ownership::Ownership;
 use protocol::deadlines::POST_COPY_READY;
 use protocol::wire::{self, Reply, Request};
+use session::report::{self, Counted};
 
 /// First and longest wait between two attempts to make a lost link again.
 const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));

@@ -22,12 +22,12 @@ use super::controller::{Controller, nothing_held};
 use super::peer::violation;
 use super::stop::Stop;
 use super::switch::{self, Prepared, UNTIL_PAUSED};
-use crate::options::OnDiverge;
-use crate::report::{Pause, Phase, Round};
 use finding::Finding;
 use host::paths::Paths;
 use protocol::deadlines::PATIENCE;
 use protocol::wire::{Reply, Request, Sums};
+use session::options::OnDiverge;
+use session::report::{Pause, Phase, Round};
 
 /// The capability by which QEMU slows a guest that it cannot follow.
 pub(super) const THROTTLES: &str = "auto-converge";

@@ -26,11 +26,11 @@ use super::estimate::Estimate;
 use super::heard::Heard;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use crate::report::{Memory, Quiesced, Round, Verification};
 use finding::Finding;
 use movable::confinement;
 use protocol::deadlines::ROUND;
 use protocol::wire::{Reply, Request, Sums};
+use session::report::{Memory, Quiesced, Round, Verification};
 
 /// How often a guest that was stopped for a scan is told again to go on.
 const UNQUIESCE: u32 = 3;

@@ -1,6 +1,6 @@
 //! The switch-over, up to the hand-over: pause, last pages, device state, gate.
 //!
-//! Until [`Ownership::HandedOver`](crate::Ownership) is in the journal every failure leads back: the machine runs on here. After it, none does
+//! Until [`Ownership::HandedOver`](ownership::Ownership) is in the journal every failure leads back: the machine runs on here. After it, none does
 //! by itself.
 
 use std::time::{Duration, Instant, SystemTime};
@@ -17,14 +17,14 @@ use super::peer::{Destination, violation};
 use super::post_copy::{Streams, Supplying};
 use super::rounds::Rounds;
 use super::stop::Stop;
-use crate::options::{Options, Verify};
-use crate::points::{self, Point};
-use crate::report::Pause;
 use finding::{Finding, kind};
 use host::Fence;
 use ownership::VmName;
 use protocol::deadlines::PATIENCE;
 use protocol::wire::{Nothing, Reply, Request};
+use session::options::{Options, Verify};
+use session::points::{self, Point};
+use session::report::Pause;
 
 /// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
 pub(super) const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];

@@ -10,10 +10,10 @@ use super::controller::{Controller, nothing_held};
 use super::disks::Disks;
 use super::estimate::Advice;
 use super::stop::Stop;
-use crate::options::{Goal, OnDiverge};
 use crate::plugged::Plugged;
-use crate::report::{Verdict, Verification};
 use finding::Finding;
+use session::options::{Goal, OnDiverge};
+use session::report::{Verdict, Verification};
 
 /// Between the rounds of a mirror that is in sync and stays so.
 const STANDING: Duration = Duration::from_millis(100);

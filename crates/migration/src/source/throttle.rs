@@ -11,8 +11,8 @@ use dirty_tracker::{Slowed, Throttle};
 use super::controller::Controller;
 use super::estimate::Estimate;
 use super::stop::Stop;
-use crate::report;
 use finding::{Finding, chain};
+use session::report;
 
 /// The first step stops the CPUs for this share of the time at least, and each further one for so much more.
 const FIRST: f64 = 0.2;

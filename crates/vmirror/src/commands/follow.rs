@@ -2,7 +2,8 @@
 
 use agent::api::types::SessionEvent;
 use futures::{Stream, StreamExt as _};
-use migration::{Outcome, Progress, Report, VmName};
+use ownership::VmName;
+use session::{Outcome, Progress, Report};
 use uuid::Uuid;
 
 use crate::client::Client;

@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use agent::api::types::HistoryEntry;
-use migration::{Outcome, Report, VmName};
+use ownership::VmName;
 use readable::{bytes, moment, ms};
 use serde::Serialize;
+use session::{Outcome, Report};
 
 use crate::client::Client;
 use crate::failure::{Exit, Failure};

@@ -4,11 +4,13 @@ use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
 use agent::api::types::{BandwidthRequest, CheckReply, MigrateRequest, SessionRef, VmView};
-use migration::report::DiskMode;
-use migration::report::Verification;
-use migration::source::PlannedDisk;
-use migration::{Finding, Goal, Options, Outcome, VmName};
+use finding::Finding;
+use ownership::VmName;
 use serde::Serialize;
+use session::PlannedDisk;
+use session::report::DiskMode;
+use session::report::Verification;
+use session::{Goal, Options, Outcome};
 use uuid::Uuid;
 
 use super::follow::{Followed, Manner, conclude, follow};
@@ -221,7 +223,7 @@ pub(super) async fn verify(client: &Client, name: &VmName, output: &Output) -> R
 
 #[cfg(test)]
 mod tests {
-    use migration::Finding;
+    use finding::Finding;
 
     use super::*;
 

@@ -7,7 +7,7 @@ use agent::api::types::{
     ReleaseRequest, ResolveReply, ResolveRequest, RunRequest, StopRequest, VmState, VmView,
 };
 use host::Origin;
-use migration::VmName;
+use ownership::VmName;
 use readable::{bytes, rate};
 use serde::Serialize;
 
@@ -358,8 +358,7 @@ mod tests {
         assert!(text.contains("  left → host-b; 2 images kept locked\n"), "{text}");
         assert!(text.ends_with(&format!("\nmail: /srv/b.img is open; {NOT_KEPT}\n")), "{text}");
         assert!(describe(&left).contains("kept locked /srv/a.img\n"));
-        let problem =
-            migration::Finding::new("qemu-silent", "the QEMU of db does not answer: why", "do this");
+        let problem = finding::Finding::new("qemu-silent", "the QEMU of db does not answer: why", "do this");
         let silent = VmView { state: VmState::Unreachable, problem: Some(problem), ..vm("db") };
         assert!(
             table(&[vm("web1"), silent]).ends_with("\ndb: the QEMU of db does not answer: why; do this\n")
@@ -381,7 +380,7 @@ mod tests {
         made here   tap tap0
         command     qemu-system-x86_64 -m 512
         ");
-        let warnings = vec![migration::Finding::new("ram-exposed", "every user can read it", "chmod 600 it")];
+        let warnings = vec![finding::Finding::new("ram-exposed", "every user can read it", "chmod 600 it")];
         let exposed = describe(&VmView { warnings, ..vm("web1") });
         assert!(
             exposed.contains("warning     every user can read it\n            chmod 600 it\n"),

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use agent::api::types::{Event, EventKind, HistoryEntry, Place, ReleaseReason, RemovalReason, VmView};
 use futures::StreamExt as _;
-use migration::{Goal, Outcome, Progress, VmName};
+use ownership::VmName;
 use readable::{bytes, moment, ms, rate};
+use session::{Goal, Outcome, Progress};
 
 use crate::client::Client;
 use crate::failure::{Exit, Failure};

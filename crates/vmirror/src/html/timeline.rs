@@ -1,8 +1,8 @@
 //! Phases and the parts of the pause as drawings of time (SVG).
 
-use migration::{Phase, Report};
 use readable::html::{drawing, escape};
 use readable::ms;
+use session::{Phase, Report};
 
 use super::put;
 use crate::summary;

@@ -1,5 +1,6 @@
-use migration::report::{Estimated, Health, Memory, Pause, PhaseTime, Round, Verification};
-use migration::{Failure, Finding, Goal, Phase, Progress, Stage};
+use finding::{Failure, Finding, Stage};
+use session::report::{Estimated, Health, Memory, Pause, PhaseTime, Round, Verification};
+use session::{Goal, Phase, Progress};
 
 use super::*;
 
@@ -92,7 +93,7 @@ pub(crate) fn report() -> Report {
         ],
         memory: Memory { pages: 131_072, page_size: 4096, raw_bytes: 553_484_288, wire_bytes: 110_234_000 },
         disks: Vec::new(),
-        network: migration::report::Network::default(),
+        network: session::report::Network::default(),
         device_state_bytes: 290_123,
         verification: Verification {
             audited_pages: 140_000,

@@ -3,11 +3,11 @@
 
 use super::liar::{Lies, Say, before, field, is_asked_for, resident};
 use end_to_end::{Guest, Pair, Said, vmirror};
-use migration::Outcome;
 use protocol::wire::{
     Audited, Finding, Findings, Health, Holds, Lacking, Missing, Nothing, Pages, Reply, Reserved, Running,
     Sums, WrongBlocks,
 };
+use session::Outcome;
 use testbed::guest_spec::GuestSpec;
 
 /// The most that the source's agent may ever take: several times what a migration of such a VM takes, and a fraction of what is sent.

@@ -4,8 +4,8 @@
 
 use fuzzing as _;
 
-use migration::Report;
 use serde_json::Value;
+use session::Report;
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
     let Ok(report) = serde_json::from_slice::<Report>(data) else { return };

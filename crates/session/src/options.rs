@@ -6,8 +6,6 @@ use std::time::Duration;
 use humantime_serde::re::humantime::format_duration;
 use serde::{Deserialize, Serialize};
 
-use host::supervised::Leaves;
-
 /// Whether to hand the machine over as soon as the mirror has caught up, or to keep it standing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -140,7 +138,7 @@ pub struct Options {
     pub accept_disconnect: bool,
     /// What would start a machine again that nothing keeps from running twice is no reason against it.
     pub accept_supervisor: bool,
-    /// The machine stays in the source's network, through a tunnel, until [released](crate::release::forwarding).
+    /// The machine stays in the source's network, through a tunnel, until it is released.
     pub forward: bool,
 }
 
@@ -218,11 +216,6 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(365 * 86_400);
 const MAX_DOWNTIME: Duration = Duration::from_secs(3600);
 
 impl Options {
-    /// How the machine is to leave, for what may start it again.
-    pub(crate) fn leaves(&self) -> Leaves {
-        Leaves { mirrored: self.disks == Disks::Mirror, accepted: self.accept_supervisor }
-    }
-
     /// Whether the options make sense together.
     ///
     /// # Errors

@@ -121,7 +121,7 @@ pub struct Round {
 
 impl Round {
     /// Tells another round, which followed, together with this one.
-    pub(crate) fn take_in(&mut self, next: &Round) {
+    pub fn take_in(&mut self, next: &Round) {
         self.dirty_pages += next.dirty_pages;
         self.deferred += next.deferred;
         self.zero += next.zero;

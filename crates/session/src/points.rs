@@ -93,7 +93,7 @@ impl Point {
 }
 
 /// A migration has come to a point.
-pub(crate) async fn reach(point: Point) {
+pub async fn reach(point: Point) {
     static HOLDS: OnceLock<Option<PathBuf>> = OnceLock::new();
     if let Some(directory) = HOLDS.get_or_init(|| std::env::var_os(DIRECTORY).map(PathBuf::from)) {
         hold(directory, point).await;

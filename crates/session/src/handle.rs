@@ -39,15 +39,19 @@ pub struct Session {
 
 /// The controller's end of a [`Session`].
 #[derive(Debug)]
-pub(crate) struct Conductor {
-    pub(crate) commands: mpsc::Receiver<Command>,
-    pub(crate) progress: watch::Sender<Progress>,
-    pub(crate) report: watch::Sender<Option<Arc<Report>>>,
+pub struct Conductor {
+    /// What is asked of it.
+    pub commands: mpsc::Receiver<Command>,
+    /// How it goes.
+    pub progress: watch::Sender<Progress>,
+    /// What came of it, at its end.
+    pub report: watch::Sender<Option<Arc<Report>>>,
 }
 
 impl Session {
     /// A session and the controller's end of it.
-    pub(crate) fn new(id: Uuid, first: Progress) -> (Session, Conductor) {
+    #[must_use]
+    pub fn new(id: Uuid, first: Progress) -> (Session, Conductor) {
         let (commands, receiver) = mpsc::channel(16);
         let (progress, seen) = watch::channel(first);
         let (report, ended) = watch::channel(None);
