@@ -12,12 +12,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use destination::{DataConnections, PostCopies, ReceivingHost};
 use finding::Finding;
 use futures::FutureExt as _;
 use host::{Host, Journal, lifecycle};
 use link::{Deadlines, Endpoint, Identity, Incoming, Listener, ListenerLimits, Peer, Purpose};
 use migration::LinkedHost;
-use migration::destination::{self, DataConnections};
 use ownership::VmName;
 use tokio::net::UnixListener;
 use tokio::task::JoinSet;
@@ -172,7 +172,7 @@ impl Daemon {
         let left = Arc::new(host::LeftImages::open(&config.state_dir));
         let fence = host::Fence::new(Arc::clone(&left), &journal.all(), config.keeper.clone());
         let history = History::open_or_off(&config.state_dir.join("history.db"));
-        let post_copies = migration::PostCopies::default();
+        let post_copies = PostCopies::default();
         let host = Host {
             name: config.name.clone(),
             journal: Arc::new(journal),
@@ -194,12 +194,11 @@ impl Daemon {
             forward_port: config.forward_port,
         };
         let host = LinkedHost {
-            host,
+            host: Arc::new(ReceivingHost { host, post_copies }),
             endpoint: endpoint.clone(),
             link_port: Arc::default(),
             bandwidth: link::Bandwidth::new(config.bandwidth),
             switch_cost: Arc::default(),
-            post_copies,
         };
 
         let closing = CancellationToken::new();
@@ -338,7 +337,7 @@ async fn accept(listener: &Listener, data: &DataConnections, vms: &Vms, incoming
                         });
                         continue;
                     };
-                    let (host, vms, data) = (Arc::clone(vms.host()), vms.clone(), data.clone());
+                    let (host, vms, data) = (Arc::clone(&vms.host().host), vms.clone(), data.clone());
                     let (name, keep) = (peer.name.clone(), vms.clone());
                     incoming.spawn(async move {
                         served(&vms, &name, destination::serve(host, control, peer, data, move |vm| keep.arrived(vm))).await;

@@ -16,9 +16,6 @@ use protocol::wire;
 use session::options::{Disks, Engine, Options};
 use session::report;
 
-/// Formats that can be made at a destination.
-pub(crate) const FORMATS: [&str; 2] = ["raw", "qcow2"];
-
 /// A disk, and the file that the source has put beside its image, to see whether the destination sees it too.
 #[derive(Debug)]
 pub(crate) struct Disk {
@@ -173,7 +170,7 @@ fn not_mirrorable(drive: Option<&Drive>, base: bool, users: usize, options: &Opt
     if options.engine == Engine::Qemu {
         return Some("--engine qemu moves no disks".to_owned());
     }
-    if !FORMATS.contains(&drive.format.as_str()) {
+    if !wire::FORMATS.contains(&drive.format.as_str()) {
         return Some(format!("images of format {} cannot be made at the destination", drive.format));
     }
     None

@@ -1,20 +1,16 @@
 //! A host with its end of the link: what a migration uses beside what the host is by itself.
 
-#[cfg(test)]
-pub(crate) mod testing;
-
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
 
-use crate::destination::PostCopies;
 use crate::switch_cost::SwitchCost;
-use host::Host;
+use destination::ReceivingHost;
 
-/// The host a controller runs on. Whatever takes a [`Host`] is given this one's.
+/// The host a controller runs on. Whatever takes a [`Host`](host::Host), or a [`ReceivingHost`], is given this one's.
 #[derive(Debug, Clone)]
 pub struct LinkedHost {
-    /// What it is by itself. Its [`post_copy_memory`](Host::post_copy_memory) are these [`post_copies`](LinkedHost::post_copies).
-    pub host: Host,
+    /// What it is without that, as a destination uses it.
+    pub host: Arc<ReceivingHost>,
     /// Its end of the link.
     pub endpoint: link::Endpoint,
     /// TCP port of that, by which peers can ask it; none until it listens.
@@ -23,14 +19,26 @@ pub struct LinkedHost {
     pub bandwidth: Arc<link::Bandwidth>,
     /// What a switch-over away from here costs.
     pub switch_cost: Arc<SwitchCost>,
-    /// Machines here whose memory is not complete.
-    pub post_copies: PostCopies,
 }
 
 impl Deref for LinkedHost {
-    type Target = Host;
+    type Target = ReceivingHost;
 
-    fn deref(&self) -> &Host {
+    fn deref(&self) -> &ReceivingHost {
         &self.host
+    }
+}
+
+#[cfg(test)]
+impl LinkedHost {
+    /// Such as a test has it.
+    pub(crate) fn of(testing::Linked { host, endpoint }: testing::Linked) -> LinkedHost {
+        LinkedHost {
+            host: Arc::new(ReceivingHost { host, post_copies: destination::PostCopies::default() }),
+            endpoint,
+            link_port: Arc::default(),
+            bandwidth: link::Bandwidth::new(None),
+            switch_cost: Arc::default(),
+        }
     }
 }

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use qemu::{Look, Presence, Process, Qmp, Spec};
 
-use crate::destination::network;
 use crate::linked::LinkedHost;
 use crate::source::disks::Uncleared;
+use destination::network;
 use finding::{Finding, chain};
 use host::handed_in;
 use host::images;
@@ -58,7 +58,7 @@ pub async fn recover(host: &LinkedHost, record: Record, occasion: Occasion) -> R
     // What cannot be told to have ended counts as running here: nothing of it is thrown away.
     let look = record.process.as_ref().map_or(Look::Gone, Process::look);
     if !look.is_gone()
-        && let Err(why) = crate::destination::post_copy::recover(host, &record).await
+        && let Err(why) = destination::post_copy::recover(host, &record).await
     {
         return Recovered::Silent(record, why);
     }
@@ -156,8 +156,8 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
         handed_in = handed_in::to(process, &spec).await;
     }
     let qmp = Qmp::connect(&record.qmp_socket).await?;
-    if let Some(tail) = record.arrived_by.and_then(|session| host.post_copies.get(session)) {
-        tail.monitor(qmp.clone());
+    if let Some(session) = record.arrived_by {
+        host.post_copies.monitor(session, qmp.clone());
     }
     let status = qmp.status().await?.status;
     let alone = record.saves_devices_alone();

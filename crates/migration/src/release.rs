@@ -1,8 +1,8 @@
 //! A machine that stays in the network of the host that it has left is taken out of that, by either of the two.
 
-use crate::destination::forwarded;
 use crate::linked::LinkedHost;
 use crate::source::unforward;
+use destination::forwarded;
 use finding::{Finding, kind};
 use host::Record;
 use ownership::{Ownership, VmName};

@@ -221,9 +221,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::linked::testing::{Hosts, Says, qemu};
     use host::Origin;
     use ownership::Standing;
+    use testing::{Hosts, Says, qemu};
 
     /// What comes of it when a machine is given up that was not seen to run, and whose QEMU says this.
     async fn given_up(says: Says, force: bool) -> Result<(), ResolveError> {
@@ -236,7 +236,7 @@ mod tests {
             qmp_socket,
             ..Record::new("web1".parse().unwrap(), standing, Origin::Arrived)
         };
-        may_be_given_up(&hosts.b, &mut record, force).await
+        may_be_given_up(&LinkedHost::of(hosts.b.clone()), &mut record, force).await
     }
 
     fn paused() -> Value {

@@ -16,7 +16,7 @@ use prost::{Message, Oneof};
 
 pub use limits::CgroupLimits;
 pub use network::{Forward, Known, Macvtap, Neighbour, Port, Tap, Vlan};
-pub use reserve::{CpuidWord, Disk, RamBlock, Reserve};
+pub use reserve::{CpuidWord, Disk, FORMATS, RamBlock, Reserve};
 
 /// The data stream with frames that were on their way to the guest.
 pub const NETWORK_STREAM: u16 = u16::MAX;

@@ -20,7 +20,7 @@ use super::rounds::Rounds;
 use super::settlement::{Settled, settle};
 use super::stop::Stop;
 use super::switch::{Prepared, VM_PAUSED};
-use crate::health;
+use destination::health;
 use finding::{Finding, chain, kind};
 use host::Record;
 use host::hooks::Hook;

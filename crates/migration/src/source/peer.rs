@@ -18,10 +18,10 @@ use uuid::Uuid;
 
 use super::earlier;
 use super::stop::Stop;
-use crate::boot_files;
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
-use crate::reservation::CPU_FEATURE_MISSING;
+use destination::CPU_FEATURE_MISSING;
+use destination::boot_files;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::Vm;

@@ -123,6 +123,9 @@ pub struct RamBlock {
     pub huge_page: u64,
 }
 
+/// Formats of images that can be made at a destination.
+pub const FORMATS: [&str; 2] = ["raw", "qcow2"];
+
 /// A disk.
 #[derive(Clone, PartialEq, Message)]
 pub struct Disk {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::linked::testing::Hosts;
+use testing::Hosts;
 
 impl Words for mpsc::Receiver<Reply> {
     async fn word(&mut self, limit: Duration, _: &str) -> Result<Reply, Stop> {
@@ -49,8 +49,8 @@ async fn a_destination_whose_qemu_is_never_ready_for_post_copy_is_not_waited_for
 #[tokio::test]
 async fn a_destination_that_takes_nothing_keeps_no_guest_paused() {
     let hosts = Hosts::new().await;
-    let address = hosts.address();
-    let (destination, connection) = tokio::join!(Destination::connect(&hosts.a, &address), hosts.accept());
+    let (source, address) = (LinkedHost::of(hosts.a.clone()), hosts.address());
+    let (destination, connection) = tokio::join!(Destination::connect(&source, &address), hosts.accept());
     let Ok(destination) = destination else { panic!("no connection") };
     // More than all buffers on the way hold, to somebody who reads none of it.
     let neighbour = |_| wire::Neighbour { mac: "0".repeat(8192), ..wire::Neighbour::default() };

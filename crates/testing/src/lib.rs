@@ -1,16 +1,17 @@
-//! Two hosts in this process, the link between them, and a QEMU.
+//! Two hosts in this process, the link between them, and a QEMU: for unit tests of what moves a machine. No program has this in it.
 
+#![expect(clippy::unwrap_used, reason = "used by tests only")]
+
+use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
 
-use link::{Bandwidth, Control, Deadlines, Endpoint, Identity, Incoming, Listener, Peer, certificates};
+use link::{Control, Deadlines, Endpoint, Identity, Incoming, Listener, Peer, certificates};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixListener;
 
-use super::LinkedHost;
-use crate::destination::PostCopies;
 use host::Fence;
 use host::Forwards;
 use host::Hooks;
@@ -18,18 +19,53 @@ use host::Journal;
 use host::LeftImages;
 use host::Lingering;
 use host::Logs;
+use host::PostCopyMemory;
 use host::{Allow, Firewall, Host};
+use ownership::Supplied;
+use uuid::Uuid;
 
 /// `host-a`, and `host-b`, which listens.
-pub(crate) struct Hosts {
-    pub(crate) a: Arc<LinkedHost>,
-    pub(crate) b: Arc<LinkedHost>,
-    pub(crate) directory: TempDir,
+pub struct Hosts {
+    /// One that only connects.
+    pub a: Linked,
+    /// The one that listens.
+    pub b: Linked,
+    /// Where both have what is theirs.
+    pub directory: TempDir,
     listener: Listener,
 }
 
+/// A host, and its end of the link. Nothing is missing of the memory of any machine on it.
+#[derive(Debug, Clone)]
+pub struct Linked {
+    /// What it is by itself.
+    pub host: Host,
+    /// Its end of the link.
+    pub endpoint: Endpoint,
+}
+
+impl Deref for Linked {
+    type Target = Host;
+
+    fn deref(&self) -> &Host {
+        &self.host
+    }
+}
+
+#[derive(Debug)]
+struct NothingMissing;
+
+impl PostCopyMemory for NothingMissing {
+    fn supplied(&self, _: Uuid) -> Option<Supplied> {
+        None
+    }
+
+    fn end(&self, _: Uuid) {}
+}
+
 impl Hosts {
-    pub(crate) async fn new() -> Hosts {
+    /// Both, with nothing on them.
+    pub async fn new() -> Hosts {
         let directory = tempfile::tempdir().unwrap();
         certificates::init(directory.path()).unwrap();
         let [a, b] = ["host-a", "host-b"].map(|name| host(directory.path(), name));
@@ -38,12 +74,12 @@ impl Hosts {
     }
 
     /// Of host B.
-    pub(crate) fn address(&self) -> String {
+    pub fn address(&self) -> String {
         self.listener.local_addr().to_string()
     }
 
     /// What connects to host B.
-    pub(crate) async fn accept(&self) -> (Control, Peer) {
+    pub async fn accept(&self) -> (Control, Peer) {
         match self.listener.accept().await.unwrap() {
             Incoming::Control(control, peer) => (control, peer),
             Incoming::Data(..) => panic!("a data stream"),
@@ -51,13 +87,12 @@ impl Hosts {
     }
 }
 
-fn host(directory: &Path, name: &str) -> Arc<LinkedHost> {
+fn host(directory: &Path, name: &str) -> Linked {
     let files = certificates::issue(directory, name, &["127.0.0.1".to_owned()]).unwrap();
     let identity = Identity::load(&directory.join("ca.pem"), &files.certificate, &files.key).unwrap();
     let own = directory.join(name);
     std::fs::create_dir(&own).unwrap();
     let left = Arc::new(LeftImages::open(&own));
-    let post_copies = PostCopies::default();
     let host = Host {
         name: name.to_owned(),
         journal: Arc::new(Journal::open(&own).unwrap()),
@@ -69,7 +104,7 @@ fn host(directory: &Path, name: &str) -> Arc<LinkedHost> {
         firewall: Firewall::default(),
         trust_seccomp: false,
         neighbourhood: Arc::default(),
-        post_copy_memory: Arc::new(post_copies.clone()),
+        post_copy_memory: Arc::new(NothingMissing),
         lingering: Lingering::default(),
         recovering: host::Recovering::default(),
         ram_files: Arc::default(),
@@ -78,21 +113,14 @@ fn host(directory: &Path, name: &str) -> Arc<LinkedHost> {
         forwards: Arc::new(Forwards::open(&own)),
         forward_port: 4789,
     };
-    Arc::new(LinkedHost {
-        host,
-        endpoint: Endpoint::new(&identity, Deadlines::default()).unwrap(),
-        link_port: Arc::default(),
-        bandwidth: Bandwidth::new(None),
-        switch_cost: Arc::default(),
-        post_copies,
-    })
+    Linked { host, endpoint: Endpoint::new(&identity, Deadlines::default()).unwrap() }
 }
 
 /// What a QEMU says when it is told something, its answer last; with no answer it ends.
-pub(crate) type Says = fn(&str) -> Vec<Value>;
+pub type Says = fn(&str) -> Vec<Value>;
 
 /// A QEMU that says so.
-pub(crate) fn qemu(socket: &Path, says: Says) {
+pub fn qemu(socket: &Path, says: Says) {
     let listener = UnixListener::bind(socket).unwrap();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {

@@ -29,7 +29,7 @@ fn is_boot_file(purpose: FilePurpose) -> bool {
 
 /// The files of a machine that can be shipped, with their size and content at the source. Those that cannot be read are left out: the
 /// destination says that they are missing, if they are.
-pub(crate) fn of(spec: &Spec, secret: &Secret) -> Vec<wire::BootFile> {
+pub fn of(spec: &Spec, secret: &Secret) -> Vec<wire::BootFile> {
     let files = spec.files().into_iter().filter(|file| is_boot_file(file.purpose));
     let described = |path: PathBuf| {
         let content = read(&path).ok()?;
@@ -53,7 +53,10 @@ fn read(path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 /// The content of a file, in the parts in which it is sent.
-pub(crate) fn parts(path: &Path) -> std::io::Result<Vec<Vec<u8>>> {
+///
+/// # Errors
+/// If it cannot be read, or has more than any such file.
+pub fn parts(path: &Path) -> std::io::Result<Vec<Vec<u8>>> {
     Ok(read(path)?.chunks(PART).map(<[u8]>::to_vec).collect())
 }
 

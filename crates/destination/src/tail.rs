@@ -22,7 +22,7 @@ use uuid::Uuid;
 use super::arrivals::Arrivals;
 use super::post_copy::{DEVICE, Waiting};
 use super::{End, Sender, failed, violation};
-use crate::linked::LinkedHost;
+use crate::receiving::ReceivingHost;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::PostCopyMemory;
@@ -40,6 +40,13 @@ pub struct PostCopies {
 }
 
 impl PostCopies {
+    /// There is a connection to the QEMU of the machine that came by this migration, where one waits for the rest of its memory.
+    pub fn monitor(&self, session: Uuid, qmp: Qmp) {
+        if let Some(tail) = self.get(session) {
+            tail.monitor(qmp);
+        }
+    }
+
     pub(crate) fn get(&self, session: Uuid) -> Option<Arc<Tail>> {
         self.lock().get(&session).cloned()
     }
@@ -136,7 +143,7 @@ impl Link {
 impl Tail {
     /// Begins with a copy of which something is missing. What is returned last goes on record before anything can depend on it.
     pub(super) fn begin(
-        host: &LinkedHost,
+        host: &ReceivingHost,
         record: &Record,
         qmp: Qmp,
         copy: Finished,
@@ -165,7 +172,7 @@ impl Tail {
 
     /// Goes on where another agent has ended.
     pub(super) fn resume(
-        host: &LinkedHost,
+        host: &ReceivingHost,
         record: &Record,
         layout: &Layout,
         missing: PageSet,
@@ -206,7 +213,7 @@ impl Tail {
     }
 
     /// The connection to its QEMU, to give back by it what was given to QEMU.
-    pub(crate) fn monitor(&self, qmp: Qmp) {
+    pub(super) fn monitor(&self, qmp: Qmp) {
         *lock(&self.qmp) = Some(qmp);
     }
 

@@ -75,10 +75,10 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::linked::testing::Hosts;
     use crate::reservation::chains::tests::qcow2;
     use host::Origin;
     use ownership::Standing;
+    use testing::Hosts;
 
     #[tokio::test]
     async fn what_another_machine_writes_or_reads_is_known_by_whatever_path() {

@@ -11,20 +11,29 @@
 //! A copy that is not ready is thrown away whatever goes wrong. A copy that is ready is not: the source may have handed
 //! the machine over, and the word of it may be on its way. It stays paused until the source, on a new connection if
 //! need be, or a person says what it is to be.
+
 mod arrivals;
+pub mod boot_files;
 mod copy;
 mod events;
-pub(crate) mod forwarded;
-pub(crate) mod images;
-pub(crate) mod network;
+pub mod forwarded;
+#[cfg(fuzzing)]
+pub mod fuzzing;
+pub mod health;
+mod images;
+pub mod network;
 mod owner;
-pub(crate) mod post_copy;
+pub mod post_copy;
+mod receiving;
 mod relay;
+mod reservation;
 mod storage;
 mod tail;
 
 pub use arrivals::DataConnections;
-pub use post_copy::PostCopies;
+pub use receiving::ReceivingHost;
+pub use reservation::CPU_FEATURE_MISSING;
+pub use tail::PostCopies;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,7 +53,6 @@ use events::Events;
 use relay::Relay;
 
 use crate::boot_files::Arriving;
-use crate::linked::LinkedHost;
 use crate::reservation::{Request, Reservation};
 use finding::{Finding, chain, kind};
 use host::Host;
@@ -60,7 +68,7 @@ use session::points::{self, Point};
 
 /// Why a session did not become a machine here.
 #[derive(Debug)]
-pub(super) enum End {
+pub(crate) enum End {
     /// The source gave it up.
     Cancelled,
     /// The link is gone.
@@ -77,7 +85,7 @@ impl From<link::LinkError> for End {
     }
 }
 
-pub(super) fn failed(kind: &str, error: &dyn std::error::Error) -> End {
+pub(crate) fn failed(kind: &str, error: &dyn std::error::Error) -> End {
     End::Failed(vec![Finding::new(kind, chain(error), "see the log of the destination's agent")])
 }
 
@@ -90,7 +98,7 @@ impl From<Unheard> for End {
     }
 }
 
-pub(super) fn violation(what: &str) -> End {
+pub(crate) fn violation(what: &str) -> End {
     let hint = "see whether both agents are of the same version";
     End::Failed(vec![Finding::new(kind::PROTOCOL, format!("the source {what}"), hint)])
 }
@@ -98,7 +106,7 @@ pub(super) fn violation(what: &str) -> End {
 /// Serves one control connection from its first word to its end. `arrived` is called when a machine has become this
 /// host's and runs. Gives the machine of which it may have left a copy.
 pub async fn serve(
-    host: Arc<LinkedHost>,
+    host: Arc<ReceivingHost>,
     control: Control,
     peer: Peer,
     data: DataConnections,
@@ -178,13 +186,13 @@ async fn can_be_told(host: &Host, vm: &str) -> Result<(), Finding> {
 }
 
 /// The source at the other end of a control connection.
-pub(super) struct Source {
-    pub(super) host: Arc<LinkedHost>,
-    pub(super) peer: Peer,
-    pub(super) sender: Sender,
-    pub(super) receiver: ControlReceiver,
+pub(crate) struct Source {
+    pub(crate) host: Arc<ReceivingHost>,
+    pub(crate) peer: Peer,
+    pub(crate) sender: Sender,
+    pub(crate) receiver: ControlReceiver,
     /// Passes on what a guest asks for whose memory is not complete.
-    pub(super) attending: Option<AbortOnDropHandle<End>>,
+    pub(crate) attending: Option<AbortOnDropHandle<End>>,
     /// Says that a reservation is still worked on, until anything else is said.
     working: Option<AbortOnDropHandle<()>>,
     /// What is on its way to the guest.
@@ -195,7 +203,7 @@ pub(super) struct Source {
 
 /// The way to the source, for several tasks. A message is sent whole, one after the other.
 #[derive(Debug, Clone)]
-pub(super) struct Sender(Arc<Mutex<ControlSender>>);
+pub(crate) struct Sender(Arc<Mutex<ControlSender>>);
 
 impl Source {
     /// Whether a peer is told that there is such a machine, though nothing can be said of it now. Who is not allowed here, and has not
@@ -213,7 +221,7 @@ impl Source {
 }
 
 impl Sender {
-    pub(super) async fn send(&self, reply: Reply) -> Result<(), link::LinkError> {
+    pub(crate) async fn send(&self, reply: Reply) -> Result<(), link::LinkError> {
         self.0.lock().await.send(&ToSource::from(reply)).await
     }
 
@@ -232,11 +240,11 @@ impl Sender {
 
 impl Source {
     /// What the source says next. Nothing is lost when this is cancelled.
-    pub(super) async fn word(&mut self) -> Result<Asked, Unheard> {
+    pub(crate) async fn word(&mut self) -> Result<Asked, Unheard> {
         bounds::request(&mut self.receiver).await
     }
 
-    pub(super) async fn reply(&mut self, mut reply: Reply) -> Result<(), End> {
+    pub(crate) async fn reply(&mut self, mut reply: Reply) -> Result<(), End> {
         // What is said of a copy is worth something from the agent only that has the record of it.
         match &mut reply {
             Reply::Failed(findings) => findings.keeper = self.host.journal.identity().into(),
@@ -467,12 +475,12 @@ fn too_slow(host: &str) -> End {
     End::Failed(vec![Finding::new("file-not-shipped", message, hint)])
 }
 
-pub(super) fn no_copy(name: &str) -> End {
+pub(crate) fn no_copy(name: &str) -> End {
     let message = format!("the destination has no complete copy of VM {name}");
     End::Failed(vec![Finding::new(kind::NO_COPY, message, "see the destination's log")])
 }
 
-pub(super) fn unknown_copy(host: &str, name: &str) -> End {
+pub(crate) fn unknown_copy(host: &str, name: &str) -> End {
     let message = format!(
         "{host} knows nothing of that copy of VM {name}: its state directory is another one, or has been lost or set back; the VM may have run there"
     );
@@ -480,7 +488,7 @@ pub(super) fn unknown_copy(host: &str, name: &str) -> End {
     End::Failed(vec![Finding::new(kind::UNKNOWN_COPY, message, hint)])
 }
 
-pub(super) fn qemu_gone() -> End {
+pub(crate) fn qemu_gone() -> End {
     End::Qemu(Finding::new("qemu-gone", "QEMU at the destination has ended", ""))
 }
 

@@ -6,12 +6,13 @@ use qemu::Process;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::destination::Sender;
-use crate::destination::network::Frames;
-use crate::linked::testing::{Hosts, Says, qemu};
+use crate::Sender;
+use crate::network::Frames;
+use crate::tail::PostCopies;
 use host::Origin;
 use ownership::Standing;
 use protocol::wire::ToSource;
+use testing::{Hosts, Says, qemu};
 
 const SESSION: Uuid = Uuid::from_u128(7);
 
@@ -62,7 +63,7 @@ impl Scene {
         let (connected, (control, peer)) = tokio::join!(hosts.a.endpoint.connect(&address), hosts.accept());
         let (sender, receiver) = control.split();
         let source = Source {
-            host: Arc::clone(&hosts.b),
+            host: Arc::new(ReceivingHost { host: hosts.b.host.clone(), post_copies: PostCopies::default() }),
             peer,
             sender: Sender(Arc::new(tokio::sync::Mutex::new(sender))),
             receiver,

@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use super::macvtaps::Descriptors;
 use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started, limits};
-use crate::destination::images::Images;
-use crate::destination::post_copy;
+use crate::images::Images;
+use crate::post_copy;
 use cgroup::{CgroupError, make};
 use finding::{Finding, chain};
 use host::Host;

@@ -19,11 +19,10 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::arrivals::DataConnections;
-pub use super::tail::PostCopies;
 use super::tail::{self, State, Tail};
 use super::{End, Source, failed, interrupted, no_copy, violation};
 use crate::health;
-use crate::linked::LinkedHost;
+use crate::receiving::ReceivingHost;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::vm::{GivenDescriptor, PostCopy, Record};
@@ -102,7 +101,7 @@ pub(super) async fn attach(
 ///
 /// # Errors
 /// Why it could not, in words: to be tried again.
-pub(crate) async fn recover(host: &LinkedHost, record: &Record) -> Result<(), String> {
+pub async fn recover(host: &ReceivingHost, record: &Record) -> Result<(), String> {
     let (Some(PostCopy { descriptor, missing, .. }), Some(session)) = (&record.post_copy, record.arrived_by)
     else {
         return Ok(());

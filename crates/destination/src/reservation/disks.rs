@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use rustix::fs::Access;
 
 use super::{Request, kernel_use, mib, others, read_probe};
-use crate::disks;
 use finding::{Finding, chain};
 use host::Host;
 use host::drives;
@@ -147,7 +146,7 @@ impl Request {
                 "put the disk on storage that both hosts share: --engine qemu moves no disks",
             ));
         }
-        if !disks::FORMATS.contains(&disk.format.as_str()) || disk.size == 0 {
+        if !wire::FORMATS.contains(&disk.format.as_str()) || disk.size == 0 {
             return Err(Finding::new(
                 "protocol",
                 format!("disk {} of format {:?} and {} bytes", path.display(), disk.format, disk.size),

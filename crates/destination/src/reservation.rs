@@ -26,8 +26,8 @@ use qemu::{Qmp, RamBlock, Spec};
 use uuid::Uuid;
 
 use crate::boot_files;
-use crate::destination::forwarded::Tunnels;
-use crate::destination::images::Images;
+use crate::forwarded::Tunnels;
+use crate::images::Images;
 use cgroup::Limits;
 use finding::{Finding, chain};
 use host::Host;
@@ -92,7 +92,7 @@ pub(crate) struct Request {
 /// Bytes in a probe file.
 const NONCE: usize = 16;
 /// The kind of finding that a source completes with the names of what is missing.
-pub(crate) const CPU_FEATURE_MISSING: &str = "cpu-feature-missing";
+pub const CPU_FEATURE_MISSING: &str = "cpu-feature-missing";
 
 /// Why nothing was set aside.
 #[derive(Debug)]

@@ -261,7 +261,7 @@ pub(super) fn announce(host: &Host, record: &Record) {
 
 /// The same, and whatever else turns the network, of a machine that was resumed when nobody was there to see to that: after a crash, or by
 /// a person's word.
-pub(crate) fn turn(host: &Host, record: &Record, qmp: &Qmp) {
+pub fn turn(host: &Host, record: &Record, qmp: &Qmp) {
     let (host, record, qmp) = (host.clone(), record.clone(), qmp.clone());
     tokio::spawn(async move {
         announce(&host, &record);

@@ -136,12 +136,10 @@ fn follow(host: &Host, name: &VmName, image: &Path, format: Option<String>) -> R
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::linked::testing::Hosts;
     use host::{Origin, Record};
     use ownership::Standing;
+    use testing::Hosts;
 
     /// Makes an image that is based on this.
     pub(in crate::reservation) fn qcow2(path: &Path, backing: Option<&str>) {
@@ -169,7 +167,7 @@ pub(super) mod tests {
     async fn an_image_that_may_yet_come_to_name_other_files_is_not_opened() {
         let mut hosts = Hosts::new().await;
         let place = hosts.directory.path().to_owned();
-        let host = &mut Arc::get_mut(&mut hosts.b).unwrap().host;
+        let host = &mut hosts.b.host;
         host.allow.disk_dirs = vec![place.clone()];
         let [raw, top, base] = ["raw", "top", "base"].map(|name| place.join(name));
         std::fs::write(&raw, [0; 4096]).unwrap();

@@ -19,7 +19,7 @@ use super::post_copy::{self, Waiting};
 use super::storage::broke;
 use super::tail::{self, Attendance, Tail};
 use super::{End, Source, failed, qemu_gone, violation};
-use crate::linked::LinkedHost;
+use crate::receiving::ReceivingHost;
 use crate::reservation::Reservation;
 use finding::{Finding, chain, kind};
 use host::vm::PostCopy;
@@ -214,7 +214,7 @@ impl Copy {
     /// RAM is complete, or will be asked for: nothing but QEMU touches what there is of it any more.
     pub(super) fn memory_is_complete(
         &mut self,
-        host: &LinkedHost,
+        host: &ReceivingHost,
     ) -> Result<Option<(Arc<Tail>, Attendance, PostCopy)>, End> {
         let finished = self.memory.end();
         let (Some(waiting), Some(copy)) = (self.waiting.take(), finished) else { return Ok(None) };
@@ -224,7 +224,7 @@ impl Copy {
     }
 
     /// QEMU loads its devices, while the disks are put on stable storage and given up to it.
-    pub(super) async fn load_all(&mut self, host: &LinkedHost) -> Result<(), End> {
+    pub(super) async fn load_all(&mut self, host: &ReceivingHost) -> Result<(), End> {
         let vm = self.reservation.record.name.clone();
         let storage = self.memory.storage.take();
         let mut images = std::mem::take(&mut self.reservation.images);

@@ -11,7 +11,7 @@ use protocol::wire;
 const WATCH: Duration = Duration::from_millis(200);
 
 /// Watches a machine for a while: whether it runs and keeps running, and how many of its vCPUs use CPU time.
-pub(crate) async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health {
+pub async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health {
     let begin = Instant::now();
     let mut events = qmp.events();
     let before = vcpu_times(qmp, process).await;
@@ -52,7 +52,10 @@ async fn vcpu_times(qmp: &Qmp, process: Option<&Process>) -> Vec<Duration> {
 }
 
 /// Whether a machine that was watched is well; otherwise what is wrong with it, in words.
-pub(crate) fn judge(health: &wire::Health) -> Result<(), String> {
+///
+/// # Errors
+/// What is wrong.
+pub fn judge(health: &wire::Health) -> Result<(), String> {
     if health.status != "running" {
         return Err(format!("is now {}", health.status));
     }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::network::{self, Interfaces, Known};
 use super::{End, Source, failed, no_copy, qemu_gone, unknown_copy, violation};
 use crate::health;
-use crate::linked::LinkedHost;
+use crate::receiving::ReceivingHost;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::KILL_GRACE;
@@ -438,7 +438,7 @@ async fn is_ended(record: &Record) -> bool {
 }
 
 /// Puts on record that a machine runs, until it is.
-async fn insist(host: Arc<LinkedHost>, mut record: Record) {
+async fn insist(host: Arc<ReceivingHost>, mut record: Record) {
     while let Err(e) = host.journal.on(&mut record, Event::Resumed, |_| {}) {
         if !matches!(e, ownership::JournalError::Io { .. }) {
             return;

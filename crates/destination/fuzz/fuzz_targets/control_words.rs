@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
     match input.byte() % 2 {
-        0 => migration::fuzzing::request(input.0),
-        _ => migration::fuzzing::reply(input.0),
+        0 => destination::fuzzing::request(input.0),
+        _ => destination::fuzzing::reply(input.0),
     }
 });

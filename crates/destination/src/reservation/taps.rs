@@ -1,7 +1,7 @@
 //! Taps of a machine that is to come: whether there is a place for them, and made.
 
 use super::{Request, macvtaps};
-use crate::destination::forwarded::Tunnels;
+use crate::forwarded::Tunnels;
 use finding::{Finding, chain};
 use host::Host;
 use host::Record;

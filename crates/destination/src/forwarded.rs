@@ -89,7 +89,10 @@ pub(crate) enum MakeError {
 
 /// Puts a machine into the network here, which is announced there, and removes its tunnels. With `force`, the tunnels are removed even
 /// if it can be in no network here.
-pub(crate) async fn release(host: &Host, mut record: Record, force: bool) -> Result<Record, Finding> {
+///
+/// # Errors
+/// Why it cannot be in the network here.
+pub async fn release(host: &Host, mut record: Record, force: bool) -> Result<Record, Finding> {
     let Some(_held) = host.forwards.hold(&record.name) else {
         let message = format!("VM {} is being migrated, or released already", record.name);
         return Err(Finding::new("busy", message, "try again when that has ended"));
