@@ -1,69 +1,26 @@
-//! Files that a machine boots from directly, kernel and initrd: shipped where the destination does not have them, before its QEMU
-//! starts, which reads them at once.
+//! Files that a machine boots from directly: taken in where this host does not have them, before its QEMU starts, which reads them at once.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use mirror::hash::{ContentHash, Secret};
-use qemu::{FilePurpose, Spec};
+use qemu::Spec;
 use uuid::Uuid;
 
-use crate::reservation::disks::{allowed, creatable};
+use crate::reservation::allowed::{allowed, creatable};
 use finding::Finding;
 use host::Host;
+use host::boot_files::{MOST, named, read};
 use protocol::wire;
 
-/// Most bytes of a file: the largest initrds have half of it.
-const MOST: u64 = 1 << 30;
-/// Bytes in one message.
-const PART: usize = 256 << 10;
 /// What a file is called as long as it is not whole.
 const UNFINISHED: &str = ".vmirror-file-";
 
-/// Whether a file is one that can be shipped.
-fn is_boot_file(purpose: FilePurpose) -> bool {
-    matches!(purpose, FilePurpose::Kernel | FilePurpose::Initrd | FilePurpose::DeviceTree)
-}
-
-/// The files of a machine that can be shipped, with their size and content at the source. Those that cannot be read are left out: the
-/// destination says that they are missing, if they are.
-pub fn of(spec: &Spec, secret: &Secret) -> Vec<wire::BootFile> {
-    let files = spec.files().into_iter().filter(|file| is_boot_file(file.purpose));
-    let described = |path: PathBuf| {
-        let content = read(&path).ok()?;
-        Some(wire::BootFile {
-            path: path.to_str()?.to_owned(),
-            size: content.len() as u64,
-            hash: secret.hash(&content).bits().to_le_bytes().to_vec(),
-        })
-    };
-    files.filter_map(|file| described(file.path)).collect()
-}
-
-fn read(path: &Path) -> std::io::Result<Vec<u8>> {
-    let file = File::open(path)?;
-    if !file.metadata()?.is_file() || file.metadata()?.len() > MOST {
-        return Err(std::io::ErrorKind::InvalidInput.into());
-    }
-    let mut content = Vec::new();
-    file.take(MOST).read_to_end(&mut content)?;
-    Ok(content)
-}
-
-/// The content of a file, in the parts in which it is sent.
-///
-/// # Errors
-/// If it cannot be read, or has more than any such file.
-pub fn parts(path: &Path) -> std::io::Result<Vec<Vec<u8>>> {
-    Ok(read(path)?.chunks(PART).map(<[u8]>::to_vec).collect())
-}
-
 /// Which of the files this host does not have and can take. Of a machine whose command line names no such file none is taken.
 pub(crate) fn lacking(host: &Host, spec: &Spec, files: &[wire::BootFile]) -> Vec<u32> {
-    let named: Vec<PathBuf> =
-        spec.files().into_iter().filter(|file| is_boot_file(file.purpose)).map(|file| file.path).collect();
+    let named = named(spec);
     let lacks = |file: &wire::BootFile| {
         let path = Path::new(&file.path);
         let is_named = named.iter().any(|named| named == path);

@@ -12,15 +12,16 @@ use mirror::storage::destination::{StorageDestination, Wrong};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::timeout;
 
-use super::arrivals::Arrivals;
-use super::events::Events;
-use super::network::Frames;
-use super::post_copy::{self, Waiting};
-use super::storage::broke;
-use super::tail::{self, Attendance, Tail};
-use super::{End, Source, failed, qemu_gone, violation};
+use crate::arrivals::Arrivals;
+use crate::end::{End, failed, qemu_gone, violation};
+use crate::events::Events;
+use crate::network::Frames;
 use crate::receiving::ReceivingHost;
 use crate::reservation::Reservation;
+use crate::source::Source;
+use crate::storage::broke;
+use crate::tail::{self, Attendance, Tail};
+use crate::waiting::{self, Waiting};
 use finding::{Finding, chain, kind};
 use host::vm::PostCopy;
 use protocol::deadlines::LOAD;
@@ -116,7 +117,7 @@ impl Copy {
         amended.map_err(|e| failed("journal", &e))?;
         let pid = record.process.as_ref().map_or(0, |process| process.pid);
         let (addresses, places) = &self.places;
-        let waiting = post_copy::attach(qmp, pid, self.known_filters, addresses, places.clone()).await;
+        let waiting = waiting::attach(qmp, pid, self.known_filters, addresses, places.clone()).await;
         self.waiting = Some(waiting.map_err(|finding| End::Failed(vec![finding]))?);
         if let Some(memory) = &self.memory.memory {
             memory.allow_absent();

@@ -8,7 +8,7 @@ use mirror::layout::Layout;
 use mirror::memory::destination::Event;
 use tokio::sync::mpsc;
 
-use super::{End, violation};
+use crate::end::{End, violation};
 
 /// What may wait beside a word on each page and block: barriers, and the ends of streams.
 const ROOM: u64 = 4096;

@@ -5,8 +5,9 @@ use std::net::IpAddr;
 use link::Peer;
 use uuid::Uuid;
 
-use super::network;
-use super::{End, Source};
+use crate::end::End;
+use crate::network;
+use crate::source::Source;
 use ::network::interfaces::tunnel::{Tunnel, identifier};
 use ::network::interfaces::{self, Interfaces, TapError};
 use finding::{Finding, chain, kind};

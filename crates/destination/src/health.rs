@@ -11,7 +11,7 @@ use protocol::wire;
 const WATCH: Duration = Duration::from_millis(200);
 
 /// Watches a machine for a while: whether it runs and keeps running, and how many of its vCPUs use CPU time.
-pub async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health {
+pub(crate) async fn watch(qmp: &Qmp, process: Option<&Process>) -> wire::Health {
     let begin = Instant::now();
     let mut events = qmp.events();
     let before = vcpu_times(qmp, process).await;
@@ -49,43 +49,4 @@ async fn vcpu_times(qmp: &Qmp, process: Option<&Process>) -> Vec<Duration> {
     let time =
         |vcpu: &qemu::qmp::VcpuThread| qemu::vcpu_cpu_time(process, vcpu.thread_id).unwrap_or_default();
     vcpus.iter().map(time).collect()
-}
-
-/// Whether a machine that was watched is well; otherwise what is wrong with it, in words.
-///
-/// # Errors
-/// What is wrong.
-pub fn judge(health: &wire::Health) -> Result<(), String> {
-    if health.status != "running" {
-        return Err(format!("is now {}", health.status));
-    }
-    if health.vcpus > 0 && health.progressing == 0 {
-        return Err(format!("has not made any progress for {:.0} ms", health.watched_ms));
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn health(status: &str, vcpus: u32, progressing: u32) -> wire::Health {
-        wire::Health {
-            watched_ms: 200.0,
-            vcpus,
-            progressing,
-            status: status.to_owned(),
-            problems: Vec::new(),
-            frames_dropped: 0,
-        }
-    }
-
-    #[test]
-    fn a_machine_that_stands_still_or_has_panicked_is_not_well() {
-        assert_eq!(judge(&health("running", 4, 1)), Ok(()));
-        assert!(judge(&health("running", 4, 0)).is_err_and(|why| why.contains("progress")));
-        for status in ["guest-panicked", "paused", "gone", "shutdown"] {
-            assert!(judge(&health(status, 4, 4)).is_err_and(|why| why.contains(status)));
-        }
-    }
 }

@@ -11,7 +11,6 @@ use qemu::{Create, ImageLock, NewFormat, Serve, ServedBacking, StorageDaemon, Us
 use rustix::fs::{FallocateFlags, fallocate};
 use uuid::Uuid;
 
-use crate::reservation::{Planned, SECTOR};
 use finding::{Finding, chain};
 use host::Fence;
 use host::Host;
@@ -22,6 +21,25 @@ use ownership::VmName;
 
 /// Who may read an image that is made here: its owner, who is whom QEMU runs as.
 const MODE: u32 = 0o600;
+
+/// Bytes of a sector.
+pub(crate) const SECTOR: u64 = 512;
+
+/// A disk that is to be mirrored.
+#[derive(Debug, Clone)]
+pub(crate) struct Planned {
+    /// Its place in the request.
+    pub(crate) number: u32,
+    pub(crate) path: PathBuf,
+    pub(crate) format: String,
+    /// Bytes, as the guest sees them.
+    pub(crate) size: u64,
+    pub(crate) cluster_size: Option<u64>,
+    /// The image that it is based on, and its format: both hosts see the same.
+    pub(crate) backing: Option<(PathBuf, String)>,
+    /// There is an image, whose content is to be found out.
+    pub(crate) exists: bool,
+}
 
 /// The images of one machine.
 #[derive(Debug, Default)]

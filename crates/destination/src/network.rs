@@ -13,7 +13,7 @@ use link::{AbortHandle, DataReceiver};
 use qemu::{Qmp, Spec};
 use tokio::task::JoinHandle;
 
-use super::{End, failed};
+use crate::end::{End, failed};
 use ::network::conntrack::{self, Flow};
 use ::network::interfaces;
 use finding::{Finding, chain};

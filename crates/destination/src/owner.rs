@@ -9,10 +9,11 @@ use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::network::{self, Interfaces, Known};
-use super::{End, Source, failed, no_copy, qemu_gone, unknown_copy, violation};
+use crate::end::{End, failed, no_copy, qemu_gone, unknown_copy, violation};
 use crate::health;
+use crate::network::{self, Interfaces, Known};
 use crate::receiving::ReceivingHost;
+use crate::source::Source;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::KILL_GRACE;

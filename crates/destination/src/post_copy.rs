@@ -4,98 +4,33 @@
 //! next page that it lacks, and goes on when its source has connected again. When this agent ends, QEMU keeps the guest
 //! waiting by its own descriptor until the next agent has taken over ([`recover`]).
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use dirty_tracker::{AttachError, DescriptorSource, InjectError, Injection, KnownFilters, MissingPages};
+use dirty_tracker::{AttachError, MissingPages};
 use link::LinkError;
 use mirror::hash::Secret;
-use mirror::layout::{Layout, PAGE_SIZE};
+use mirror::layout::Layout;
 use mirror::memory::Ram;
-use mirror::memory::post_copy::{Places, still_missing};
-use mirror::memory::source::TrackedRange;
-use qemu::{Qmp, RamBlock, Spec};
+use mirror::memory::post_copy::still_missing;
+use qemu::Spec;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use super::arrivals::DataConnections;
-use super::tail::{self, State, Tail};
-use super::{End, Source, failed, interrupted, no_copy, violation};
+use crate::arrivals::DataConnections;
+use crate::end::{End, failed, interrupted, no_copy, violation};
 use crate::health;
 use crate::receiving::ReceivingHost;
+use crate::source::Source;
+use crate::tail::{self, State, Tail};
+use crate::waiting::places;
 use finding::{Finding, chain, kind};
-use host::Host;
-use host::vm::{GivenDescriptor, PostCopy, Record};
-use movable::confinement;
+use host::vm::{PostCopy, Record};
 use ownership::{Departed, Ownership};
 use protocol::wire::bounds;
 use protocol::wire::{self, Missing, Reply};
 
-/// Where full userfaultfds come from.
-pub(crate) const DEVICE: &str = "/dev/userfaultfd";
-
-/// Whether processes without privileges may have them.
-const UNPRIVILEGED: &str = "/proc/sys/vm/unprivileged_userfaultfd";
-
 /// How often what a machine lacks is looked for before its source is told to try again later.
 const RECOVERIES: u32 = 3;
-
-/// QEMU, attached so that it waits for what is missing.
-pub(super) struct Waiting {
-    pub(super) supplier: MissingPages,
-    pub(super) places: Places,
-    pub(super) given: Option<GivenDescriptor>,
-}
-
-/// Where QEMU has mapped guest RAM: the addresses, and which part of RAM each is.
-pub(super) fn places(ram: &[RamBlock]) -> (Vec<Range<u64>>, Places) {
-    let (mut addresses, mut ranges) = (Vec::new(), Vec::new());
-    for (block, ram) in ram.iter().enumerate() {
-        let base = ram.mappings.first().map_or(0, |mapping| mapping.file_offset);
-        for mapping in &ram.mappings {
-            addresses.push(mapping.address..mapping.address + mapping.len);
-            ranges.push((TrackedRange { block, offset: mapping.file_offset - base }, mapping.len));
-        }
-    }
-    (addresses, Places { ranges })
-}
-
-/// Has QEMU wait, from now on, for pages of its RAM that are not there.
-pub(super) async fn attach(
-    qmp: &Qmp,
-    pid: u32,
-    known: KnownFilters,
-    addresses: &[Range<u64>],
-    places: Places,
-) -> Result<Waiting, Finding> {
-    let refused = |why: String| {
-        Finding::new(
-            kind::POST_COPY,
-            why,
-            format!("let the destination's agent open {DEVICE}, or run as root"),
-        )
-    };
-    // A descriptor of the device makes it independent of QEMU's own privileges.
-    let given = match std::fs::File::open(DEVICE) {
-        Ok(device) => Some(qmp.give_descriptor(device.into()).await.map_err(|e| refused(chain(&e)))?),
-        Err(_) => None,
-    };
-    let source = given
-        .as_ref()
-        .map_or(DescriptorSource::Injected, |given| DescriptorSource::Device { fd_in_process: given.number });
-    let injection = Injection { source, known };
-    let supplier = tokio::task::block_in_place(|| MissingPages::attach(pid, addresses, injection)).map_err(
-        |e| match &e {
-            AttachError::Inject {
-                source: InjectError::Confined { .. } | InjectError::DidNotStop { .. },
-                ..
-            } => Finding { kind: kind::POST_COPY.to_owned(), ..confinement::untracked(&e) },
-            _ => refused(chain(&e)),
-        },
-    )?;
-    let given = given.map(|given| GivenDescriptor { set: given.set, number: given.number });
-    Ok(Waiting { supplier, places, given })
-}
 
 /// Takes over from an agent that has ended: QEMU waits by its own descriptor.
 ///
@@ -250,24 +185,4 @@ impl Source {
             "see the log of the destination's agent",
         )]))
     }
-}
-
-/// Why QEMU here could not be made to wait for missing pages.
-pub(crate) fn impossible(host: &Host, ram: &[RamBlock]) -> Option<Finding> {
-    if let Some(huge) = ram.iter().find(|block| block.page_size != PAGE_SIZE as u64) {
-        return Some(Finding::new(
-            kind::POST_COPY,
-            format!("RAM block {} on {} has huge pages, which cannot come one by one", huge.id, host.name),
-            "use --on-diverge throttle, or put the VM's RAM on a tmpfs",
-        ));
-    }
-    let allowed = std::fs::File::open(DEVICE).is_ok()
-        || std::fs::read_to_string(UNPRIVILEGED).is_ok_and(|allowed| allowed.trim() == "1");
-    (!allowed).then(|| {
-        Finding::new(
-            kind::POST_COPY,
-            format!("the agent on {} may not open {DEVICE}", host.name),
-            format!("let it (root, or a udev rule), or set {UNPRIVILEGED} to 1"),
-        )
-    })
 }

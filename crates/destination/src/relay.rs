@@ -9,10 +9,11 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use super::arrivals::Arrivals;
-use super::copy::not_loaded;
-use super::{End, Source, failed, qemu_gone, violation};
+use crate::arrivals::Arrivals;
+use crate::copy::not_loaded;
+use crate::end::{End, failed, qemu_gone, violation};
 use crate::reservation::Reservation;
+use crate::source::Source;
 use protocol::deadlines::LOAD;
 use protocol::wire::Request as Asked;
 

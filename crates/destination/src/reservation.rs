@@ -1,9 +1,10 @@
 //! Reservation: the destination proves that it can hold and run a machine, and sets the resources aside.
 
+pub(crate) mod allowed;
 mod arguments;
 mod as_user;
 mod chains;
-pub(crate) mod disks;
+mod disks;
 mod examine;
 mod kernel_use;
 mod limits;
@@ -41,7 +42,6 @@ use ownership::{self, Effect, Event, OnRecord as _, Standing};
 use protocol::wire;
 use session::options::MAX_STREAMS;
 
-pub(crate) use disks::{Planned, SECTOR};
 use macvtaps::Descriptors;
 
 /// A source's request, understood and within bounds.
@@ -91,8 +91,6 @@ pub(crate) struct Request {
 
 /// Bytes in a probe file.
 const NONCE: usize = 16;
-/// The kind of finding that a source completes with the names of what is missing.
-pub const CPU_FEATURE_MISSING: &str = "cpu-feature-missing";
 
 /// Why nothing was set aside.
 #[derive(Debug)]

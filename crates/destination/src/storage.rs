@@ -5,11 +5,12 @@ use mirror::storage::destination::{StorageDestination, StorageError};
 use mirror::storage::layout::DiskLayout;
 use tokio::sync::mpsc;
 
-use super::copy::Copy;
-use super::events::Teller;
-use super::images::Images;
-use super::{End, Source, failed};
+use crate::copy::Copy;
+use crate::end::{End, failed};
+use crate::events::Teller;
+use crate::images::Images;
 use crate::reservation::{Request, Reservation};
+use crate::source::Source;
 use finding::{Finding, chain};
 use host::Host;
 use protocol::wire::{self, HOLDS_HASHES, Reply};

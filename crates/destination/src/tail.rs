@@ -19,10 +19,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use super::arrivals::Arrivals;
-use super::post_copy::{DEVICE, Waiting};
-use super::{End, Sender, failed, violation};
+use crate::arrivals::Arrivals;
+use crate::end::{End, failed, violation};
 use crate::receiving::ReceivingHost;
+use crate::sender::Sender;
+use crate::waiting::{DEVICE, Waiting};
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::PostCopyMemory;

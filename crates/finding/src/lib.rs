@@ -34,6 +34,8 @@ pub mod kind {
     pub const RECORD_UNREADABLE: &str = "record-unreadable";
     /// The destination knows nothing of the copy: it may have run, or may not.
     pub const UNKNOWN_COPY: &str = "unknown-copy";
+    /// The CPUs of the destination lack what the guest was given. The source completes it with the names of what is missing.
+    pub const CPU_FEATURE_MISSING: &str = "cpu-feature-missing";
     /// The peer does not keep to the protocol.
     pub const PROTOCOL: &str = "protocol";
     /// Somebody else has let the machine run, or changed it, while it was to be handed over.

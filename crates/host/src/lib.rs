@@ -7,10 +7,11 @@
 //! * [`lifecycle`] starts, adopts, ends and forgets machines; [`vm`] is what is kept of each.
 //! * What is made for a machine: [`guest_ram`], [`places`] of its sockets, [`firewall`], [`logs`], [`forward`]; [`paths`] are where, and [`room`] is what
 //!   can still be promised.
-//! * [`images`] and [`drives`] are what it has of disks; [`left_images`] what it has left of them, and [`fence`] keeps that locked.
+//! * [`images`] and [`drives`] are what it has of disks, [`boot_files`] what it boots from without one; [`left_images`] what it has left of them, and [`fence`] keeps that locked.
 //! * Whether it would run twice: [`second_copy`], [`supervised`].
 //! * [`hooks`] are programs of the operator's, run when a machine's network moves.
 
+pub mod boot_files;
 mod deadlines;
 pub mod drives;
 pub mod fence;

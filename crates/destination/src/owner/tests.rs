@@ -6,8 +6,8 @@ use qemu::Process;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::Sender;
 use crate::network::Frames;
+use crate::sender::Sender;
 use crate::tail::PostCopies;
 use host::Origin;
 use ownership::Standing;

@@ -7,14 +7,12 @@ use std::path::Path;
 use qemu::Image;
 use qemu::spec::{BlockDriver, FilePurpose};
 
-use super::others::{self, base_of};
-use super::{Request, disks};
+use super::Request;
+use super::allowed::allowed;
+use super::others::{self, LONGEST, base_of};
 use finding::{Finding, chain};
 use host::Host;
 use ownership::VmName;
-
-/// How many images may be based on each other.
-pub(super) const LONGEST: usize = 64;
 
 impl Request {
     /// Follows every image that is there to whatever it is based on. What is said of one already is not said twice.
@@ -111,7 +109,7 @@ fn follow(host: &Host, name: &VmName, image: &Path, format: Option<String>) -> R
         let base = base_of(&path, &backing);
         let named = backing.to_string_lossy();
         let is_protocol = named.find([':', '/']).is_some_and(|at| named.as_bytes()[at] == b':');
-        if is_protocol || !disks::allowed(host, &base) {
+        if is_protocol || !allowed(host, &base) {
             let base = if is_protocol { backing } else { base };
             return Err(Finding::new(
                 "path-not-allowed",

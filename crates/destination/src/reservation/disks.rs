@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::Access;
 
+use super::allowed::{allowed, creatable, outside, writable};
 use super::{Request, kernel_use, mib, others, read_probe};
+use crate::images::{Planned, SECTOR};
 use finding::{Finding, chain};
 use host::Host;
 use host::drives;
@@ -15,28 +17,9 @@ use host::lifecycle::for_where;
 use ownership::VmName;
 use protocol::wire;
 
-/// A disk that is to be mirrored.
-#[derive(Debug, Clone)]
-pub(crate) struct Planned {
-    /// Its place in the request.
-    pub(crate) number: u32,
-    pub(crate) path: PathBuf,
-    pub(crate) format: String,
-    /// Bytes, as the guest sees them.
-    pub(crate) size: u64,
-    pub(crate) cluster_size: Option<u64>,
-    /// The image that it is based on, and its format: both hosts see the same.
-    pub(crate) backing: Option<(PathBuf, String)>,
-    /// There is an image, whose content is to be found out.
-    pub(crate) exists: bool,
-}
-
 /// `disk_mode` on the wire.
 const MIRROR: u32 = 1;
 const SHARED: u32 = 2;
-/// Bytes of a sector.
-pub(crate) const SECTOR: u64 = 512;
-
 impl Request {
     /// Says of every disk whether it is mirrored, and finds every reason for which one cannot come.
     pub(super) fn examine_disks(&self, host: &Host, findings: &mut Vec<Finding>) -> Vec<Planned> {
@@ -414,63 +397,10 @@ fn sees(image: &Path, probe: &str, nonce: &[u8]) -> bool {
     !probe.is_empty() && beside && read_probe(Path::new(probe)).is_ok_and(|found| found[..] == *nonce)
 }
 
-/// Whether a path, with every link in it followed, lies where peers may use disks.
-pub(crate) fn allowed(host: &Host, path: &Path) -> bool {
-    let Ok(real) = std::fs::canonicalize(path) else { return false };
-    let inside = |directory: &PathBuf| {
-        std::fs::canonicalize(directory).is_ok_and(|directory| real.starts_with(directory))
-    };
-    host.allow.disk_dirs.iter().any(inside)
-}
-
-pub(super) fn outside(host: &Host, path: &Path) -> Finding {
-    // Of an image that is yet to be made, its directory may lead elsewhere.
-    let real = std::fs::canonicalize(path).or_else(|e| {
-        let (directory, name) = path.parent().zip(path.file_name()).ok_or(e)?;
-        std::fs::canonicalize(directory).map(|directory| directory.join(name))
-    });
-    let leads = match real {
-        Ok(real) if real != path => format!(" leads to {}, which", real.display()),
-        _ => String::new(),
-    };
-    Finding::new(
-        "path-not-allowed",
-        format!("{}{leads} is in none of the directories that {} allows", path.display(), host.name),
-        format!("add its directory to [allow] disk_dirs in the configuration of {}", host.name),
-    )
-}
-
 fn missing(host: &Host, path: &Path) -> Finding {
     Finding::new(
         "disk-missing",
         format!("{} does not exist on {}", path.display(), host.name),
         "make it there, or put the disk on storage that both hosts share, under the same path",
     )
-}
-
-/// Whether an image can be made.
-pub(crate) fn creatable(host: &Host, path: &Path) -> Result<(), Finding> {
-    let directory = path.parent().unwrap_or(Path::new("/"));
-    if !directory.is_dir() {
-        return Err(Finding::new(
-            "directory-missing",
-            format!("{} has no directory {} for the VM's disk", host.name, directory.display()),
-            "make the directory there",
-        ));
-    }
-    if !allowed(host, directory) {
-        return Err(outside(host, path));
-    }
-    writable(host, directory, Access::WRITE_OK | Access::EXEC_OK)
-}
-
-/// Whether the agent may do that with an image, or with a directory that it makes one in.
-fn writable(host: &Host, path: &Path, how: Access) -> Result<(), Finding> {
-    rustix::fs::access(path, how).map_err(|e| {
-        Finding::new(
-            "disk-permission",
-            format!("the agent of {} cannot write {}: {e}", host.name, path.display()),
-            "let it write there",
-        )
-    })
 }

@@ -4,7 +4,9 @@ use std::path::{Component, Path, PathBuf};
 
 use qemu::spec::{FilePurpose, ram_place};
 
-use super::{Planned, Request, disks, file_name, mib};
+use super::allowed::{allowed, creatable, outside};
+use super::{Request, file_name, mib};
+use crate::images::Planned;
 use finding::Finding;
 use host::Host;
 use host::Record;
@@ -195,7 +197,7 @@ impl Request {
             }
             let is_listed = self.boot_files.iter().any(|listed| Path::new(&listed.path) == file.path);
             // It is shipped.
-            if is_listed && !file.path.exists() && disks::creatable(host, &file.path).is_ok() {
+            if is_listed && !file.path.exists() && creatable(host, &file.path).is_ok() {
                 continue;
             }
             if !file.path.exists() {
@@ -204,8 +206,8 @@ impl Request {
                     format!("{} does not exist on {}", file.path.display(), host.name),
                     "copy it there, under the same path",
                 ));
-            } else if !disks::allowed(host, &file.path) {
-                findings.push(disks::outside(host, &file.path));
+            } else if !allowed(host, &file.path) {
+                findings.push(outside(host, &file.path));
             }
         }
     }

@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 
 use qemu::{Image, Spec};
 
-use super::chains::LONGEST;
 use host::Host;
 use host::Record;
 use host::drives::same_file;
 use host::images;
 use ownership::{Ownership, VmName};
+
+/// How many images may be based on each other.
+pub(super) const LONGEST: usize = 64;
 
 /// The other machine on this host that writes an image, or will.
 pub(super) fn writer(host: &Host, name: &VmName, image: &Path) -> Option<VmName> {

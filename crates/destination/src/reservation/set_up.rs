@@ -8,11 +8,11 @@ use qemu::{Launch, LaunchError, Process, Qmp, RamAddresses, RamBlock, Spec, User
 use serde_json::Value;
 
 use super::macvtaps::Descriptors;
-use super::{CPU_FEATURE_MISSING, Planned, Refusal, Request, Reservation, Started, limits};
-use crate::images::Images;
-use crate::post_copy;
+use super::{Refusal, Request, Reservation, Started, limits};
+use crate::images::{Images, Planned};
+use crate::waiting;
 use cgroup::{CgroupError, make};
-use finding::{Finding, chain};
+use finding::{Finding, chain, kind};
 use host::Host;
 use host::Record;
 use host::firewall;
@@ -94,7 +94,7 @@ impl Request {
         let ram = self.ram(host, &process, &spec)?;
         made.check(&ram).map_err(|e| vec![guest_ram::finding(host, &e)])?;
         if self.post_copy
-            && let Some(finding) = post_copy::impossible(host, &ram)
+            && let Some(finding) = waiting::impossible(host, &ram)
         {
             return Err(vec![finding].into());
         }
@@ -168,7 +168,7 @@ impl Request {
         if let Some(lacking) = lacking {
             cpu_features = features_on(qmp).await.map_err(failed)?;
             findings.push(Finding::new(
-                CPU_FEATURE_MISSING,
+                kind::CPU_FEATURE_MISSING,
                 format!("the CPU on {} lacks what the guest was given ({lacking})", host.name),
                 "start the VM with a -cpu model that both hosts have in full",
             ));

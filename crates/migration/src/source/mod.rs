@@ -6,6 +6,7 @@
 //! the `settlement` of a hand-over whose end was not heard of.
 
 mod account;
+mod boot_files;
 mod controller;
 pub(crate) mod devices;
 pub(crate) mod disks;
@@ -13,6 +14,7 @@ mod earlier;
 mod estimate;
 mod forwarding;
 mod hand_over;
+mod health;
 mod heard;
 mod network;
 mod orders;

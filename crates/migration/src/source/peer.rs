@@ -16,12 +16,11 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+use super::boot_files;
 use super::earlier;
 use super::stop::Stop;
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
-use destination::CPU_FEATURE_MISSING;
-use destination::boot_files;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::Vm;
@@ -186,7 +185,8 @@ impl Destination {
             }
             Reply::Refused(wire::Findings { findings, cpu_features, .. }) => {
                 let mut findings: Vec<Finding> = findings.into_iter().map(Into::into).collect();
-                for finding in findings.iter_mut().filter(|finding| finding.kind == CPU_FEATURE_MISSING) {
+                for finding in findings.iter_mut().filter(|finding| finding.kind == kind::CPU_FEATURE_MISSING)
+                {
                     name_missing(finding, &cpu_features, qmp).await;
                 }
                 Err(Stop::Refused(findings))
