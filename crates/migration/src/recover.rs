@@ -6,6 +6,7 @@ use qemu::{Look, Presence, Process, Qmp, Spec};
 
 use crate::linked::LinkedHost;
 use crate::source::disks::Uncleared;
+use crate::source::{capabilities, resume};
 use destination::network;
 use finding::{Finding, chain};
 use host::handed_in;
@@ -177,8 +178,8 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
         raise_taps(&record).await;
         // QEMU locks its images itself when it is told to run, and finds them free.
         match alone {
-            true => host.fence.hand_to(&record.name, || crate::source::run_here(&qmp)).await?,
-            false => host.fence.hand_to(&record.name, || crate::source::resume_here(&qmp)).await?,
+            true => host.fence.hand_to(&record.name, || resume::run_here(&qmp)).await?,
+            false => host.fence.hand_to(&record.name, || resume::resume_here(&qmp)).await?,
         }
         network::turn(host, &record, &qmp);
     } else if switching && !alone {
@@ -204,7 +205,7 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
     match &record.settings {
         Some(before) => before.restore(&qmp).await,
         // Of an agent that did not put on record what QEMU was set to.
-        None if switching && !alone => crate::source::reset_capabilities(&qmp).await,
+        None if switching && !alone => capabilities::reset(&qmp).await,
         None => {}
     }
     let as_it_is = |now: &mut Record| {

@@ -9,9 +9,9 @@ use mirror::memory::round::Flow;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::controller::Controller;
 use super::disks::Disks;
 use super::estimate::Advice;
+use super::held::Controller;
 use super::stop::Stop;
 use finding::Stage;
 use host::Host;

@@ -1,7 +1,6 @@
 //! The source's controller: the phases of a migration, one after the other.
 
 use std::panic::AssertUnwindSafe;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,27 +11,26 @@ use mirror::hash::Secret;
 use mirror::layout::Layout;
 use mirror::memory::round::Guest;
 use serde_json::Value;
-use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::account::blank;
+use super::capabilities;
 use super::devices::{Alone, Saving};
 use super::disks::{self, Disks};
 use super::earlier;
 use super::forwarding;
+use super::held::{Controller, Held};
 use super::network::Network;
 use super::orders::Orders;
 use super::peer::{self, Destination};
-use super::post_copy::Supplying;
-use super::relay::Relay;
+use super::request;
 use super::rounds::{Begin, Rounds};
-use super::stop::Stop;
+use super::stop::{Stop, nothing_held};
 use super::switch::{self, Fencing, Prepared};
 use super::throttle::Throttling;
 use crate::disks::Disk;
 use crate::linked::LinkedHost;
 use crate::machine::Machine;
-use crate::plugged::Plugged;
 use finding::{Finding, chain, kind};
 use host::Vm;
 use host::firewall;
@@ -45,84 +43,6 @@ use session::Session;
 use session::options::{Compress, Engine, Goal, Options};
 use session::progress::Progress;
 use session::report::{DiskMode, Outcome, Phase, Report, Verdict, Verification};
-
-/// Most data streams that an agent chooses by itself.
-const CHOSEN_STREAMS: usize = 4;
-
-/// A migration under way.
-pub(super) struct Controller {
-    pub(super) host: Arc<LinkedHost>,
-    pub(super) vm: Vm,
-    pub(super) to: String,
-    pub(super) goal: Goal,
-    pub(super) options: Options,
-    pub(super) id: Uuid,
-    pub(super) begin: Instant,
-    pub(super) orders: Orders,
-    pub(super) progress: watch::Sender<Progress>,
-    pub(super) report: Report,
-    pub(super) held: Held,
-    /// The machine is handed over before its memory is complete.
-    pub(super) post_copy: bool,
-    /// What was plugged into the machine when it was described.
-    pub(super) plugged: Option<Plugged>,
-    /// Identity of the destination's state directory, where it tells one.
-    pub(super) keeper: Option<Uuid>,
-    /// What has to be known to save its devices alone, where they are.
-    pub(super) alone: Option<Alone>,
-}
-
-/// What must be given back, whatever happens.
-#[derive(Default)]
-pub(super) struct Held {
-    pub(super) destination: Option<Destination>,
-    pub(super) rounds: Option<Rounds>,
-    /// The disks that are mirrored.
-    pub(super) disks: Option<Disks>,
-    /// Something of ours may be in QEMU's block graph.
-    pub(super) clears: bool,
-    /// The thread that opens streams and begins tracking: to be waited for even when nobody wants its result.
-    pub(super) preparing: Option<tokio::task::JoinHandle<Result<Rounds, Stop>>>,
-    /// QEMU's own stream, where that carries the memory.
-    pub(super) relay: Option<Relay>,
-    /// QEMU's migration was set up for this, and is to be put back as it was.
-    pub(super) configured: bool,
-    /// QEMU was told to migrate: who is paused now was paused by that.
-    pub(super) qemu: bool,
-    /// Something of the machine is left here that was handed over: the destination is asked about it again.
-    pub(super) keeps: bool,
-    /// The guest's CPUs, slowed.
-    pub(super) throttling: Option<Throttling>,
-    /// Memory that was left out, on its way.
-    pub(super) supplying: Option<Supplying>,
-    /// The guest's network.
-    pub(super) network: Option<Network>,
-}
-
-impl Held {
-    /// Does something that takes long with the disks, if there are any, and hears meanwhile what the destination says: a link that is
-    /// lost ends it.
-    pub(super) async fn while_connected<'a, T, F>(
-        &'a mut self,
-        work: impl FnOnce(&'a Disks) -> F,
-    ) -> Result<T, Stop>
-    where
-        T: Default,
-        F: Future<Output = Result<T, Stop>> + Send,
-    {
-        let Held { destination: Some(destination), rounds: Some(rounds), disks: Some(disks), .. } = self
-        else {
-            return Ok(T::default());
-        };
-        let mut working = pin!(work(disks));
-        loop {
-            tokio::select! {
-                done = &mut working => return done,
-                reply = destination.receive() => rounds.note(reply?)?,
-            }
-        }
-    }
-}
 
 impl Controller {
     /// Starts a controller on a task of its own.
@@ -299,7 +219,7 @@ impl Controller {
         let secret =
             Secret::random().map_err(|e| Stop::because("random", &e, "see to the host's random numbers"))?;
         let firewall = firewall::describe(&self.host, &self.vm.record.name).await;
-        let mut request = peer::reserve_request(
+        let mut request = request::reserve(
             &self.host,
             self.id,
             &self.vm,
@@ -332,13 +252,6 @@ impl Controller {
             disk.ok_or_else(|| peer::violation("wants a disk that there is not"))?.mode = DiskMode::Mirrored;
         }
         Ok((layout, secret, reserved))
-    }
-
-    pub(super) fn streams(&self) -> u16 {
-        if self.options.engine == Engine::Qemu {
-            return 1;
-        }
-        self.options.streams.map_or_else(chosen_streams, u16::from)
     }
 
     /// Data streams open, tracking begins.
@@ -504,7 +417,7 @@ impl Controller {
             return Ok(Saving::Alone(alone));
         }
         self.held.configured = true;
-        self.set_up_qemu(&switch::CAPABILITIES, Value::Null).await?;
+        self.set_up_qemu(&capabilities::DEVICES_ONLY, Value::Null).await?;
         Ok(Saving::Migration(Paths::of(&self.host, &self.vm.record.name).device))
     }
 
@@ -576,26 +489,6 @@ impl Controller {
             binary: self.vm.spec.binary().to_owned(),
         }
     }
-
-    pub(super) fn destination(&mut self) -> Result<&mut Destination, Stop> {
-        self.held.destination.as_mut().ok_or_else(nothing_held)
-    }
-
-    pub(super) fn rounds(&self) -> Result<&Rounds, Stop> {
-        self.held.rounds.as_ref().ok_or_else(nothing_held)
-    }
-}
-
-impl Held {
-    pub(super) fn both(&mut self) -> Option<(&mut Destination, &mut Rounds)> {
-        Some((self.destination.as_mut()?, self.rounds.as_mut()?))
-    }
-}
-
-/// As many data streams as there are cores, to a limit.
-pub(super) fn chosen_streams() -> u16 {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    u16::try_from(cores.min(CHOSEN_STREAMS)).unwrap_or(1)
 }
 
 fn defect() -> Stop {
@@ -604,15 +497,4 @@ fn defect() -> Stop {
         "the migration controller has panicked",
         "report this with the agent's log",
     ))
-}
-
-pub(super) fn nothing_held() -> Stop {
-    Stop::Failed(Finding::new("agent", "a phase ran without what the one before it provides", "report this"))
-}
-pub(super) fn commit(session: Uuid, vm: &Vm) -> wire::Commit {
-    wire::Commit {
-        session: session.as_bytes().to_vec(),
-        name: vm.record.name.to_string(),
-        generation: vm.record.generation,
-    }
 }

@@ -11,15 +11,16 @@ use tokio::time::timeout;
 use mirror::storage::source::DiskProof;
 use qemu::QmpError;
 
-use super::controller::{Controller, commit, nothing_held};
 use super::disks::{Disks, NOT_RESUMED, Uncleared};
 use super::earlier;
 use super::health;
+use super::held::Controller;
 use super::network::Network;
-use super::peer::violation;
+use super::peer::{about, violation};
+use super::resume::{leave_stopped, resume_here, run_here};
 use super::rounds::Rounds;
-use super::settlement::{Settled, settle};
-use super::stop::Stop;
+use super::settlement::{Settled, abandon, settle};
+use super::stop::{Stop, nothing_held};
 use super::switch::{Prepared, VM_PAUSED};
 use finding::{Finding, chain, kind};
 use host::Record;
@@ -126,7 +127,7 @@ impl Controller {
         }
         points::reach(Point::HandedOver).await;
         self.report.pause.handed_over_ms = since();
-        let commit = commit(self.id, &self.vm);
+        let commit = about(&self.id, &self.vm.record);
         let running = async {
             destination.send(Request::Commit(commit)).await?;
             match destination.receive().await? {
@@ -391,8 +392,8 @@ impl Controller {
     async fn resume(&self) -> Result<(), Stop> {
         let (fence, name, qmp) = (&self.host.fence, &self.vm.record.name, &self.vm.qmp);
         let resumed = match self.vm.record.saves_devices_alone() {
-            true => fence.hand_to(name, || super::run_here(qmp)).await,
-            false => fence.hand_to(name, || super::resume_here(qmp)).await,
+            true => fence.hand_to(name, || run_here(qmp)).await,
+            false => fence.hand_to(name, || resume_here(qmp)).await,
         };
         resumed.map_err(|e| self.not_resumed(&e))
     }
@@ -423,7 +424,7 @@ impl Controller {
                 tracing::error!(vm = %self.vm.record.name, ?stop, "it is left as it is");
             } else if was_stopped(&stop) {
                 // By somebody else while QEMU sent: it stays so.
-                let leave = || super::leave_stopped(&self.vm.qmp);
+                let leave = || leave_stopped(&self.vm.qmp);
                 if let Err(e) = self.host.fence.hand_to(&self.vm.record.name, leave).await {
                     (resumed, stop) = (false, self.not_resumed(&e));
                 }
@@ -481,7 +482,7 @@ impl Controller {
         self.host.forwards.undo(self.id).await;
         let told = match &mut self.held.destination {
             Some(destination) => {
-                destination.cancel(commit(self.id, &self.vm), CANCEL).await == Withdrawal::Done
+                destination.cancel(about(&self.id, &self.vm.record), CANCEL).await == Withdrawal::Done
             }
             // It was not heard, and said on another connection that the machine may run here.
             None => false,
@@ -492,7 +493,7 @@ impl Controller {
                 self.happened(Event::Withdrawn { session: outgoing.session }, |_| {});
             }
             // Stays on record until the destination has heard it, even by an agent that is started anew.
-            Some(outgoing) => super::abandon(&self.host, &self.vm.record, outgoing),
+            Some(outgoing) => abandon(&self.host, &self.vm.record, outgoing),
             None => {}
         }
         let outcome = match stop {

@@ -7,30 +7,23 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use link::{ConnectError, ControlReceiver, ControlSender, LinkError, Peer, TlsError};
-use mirror::hash::Secret;
 use mirror::layout::PageIndex;
 use qemu::Qmp;
-use qemu::qmp::CpuidWord;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::boot_files;
-use super::earlier;
 use super::stop::Stop;
 use crate::linked::LinkedHost;
-use crate::machine::Machine;
 use finding::{Finding, chain, kind};
-use host::Host;
-use host::Vm;
-use host::places;
+use host::Record;
 use movable::compatibility::features_on;
 use ownership::{Answer, Withdrawal};
 use protocol::deadlines::{KNOWN, POST_COPY_READY, RESERVE, RESERVE_WORD};
 use protocol::wire::bounds::{self, Unheard};
 use protocol::wire::{self, Reply, Request, ToDestination};
-use session::options::{DiskRoom, Engine, OnDiverge, Options};
 
 /// Words of the destination that may wait for somebody to listen, and the bytes that they may take.
 const UNREAD: usize = 4096;
@@ -292,6 +285,15 @@ fn knows_nothing(finding: &wire::Finding) -> bool {
     [kind::BUSY, kind::RECORD_UNREADABLE].contains(&finding.kind.as_str())
 }
 
+/// Which hand-over is meant.
+pub(super) fn about(session: &Uuid, record: &Record) -> wire::Commit {
+    wire::Commit {
+        session: session.as_bytes().to_vec(),
+        name: record.name.to_string(),
+        generation: record.generation,
+    }
+}
+
 /// Whoever is listened to.
 trait Words {
     /// The next word, if that is soon enough. `what` is what is expected.
@@ -347,11 +349,6 @@ async fn name_missing(finding: &mut Finding, there: &[String], qmp: &Qmp) {
     }
 }
 
-fn wire_word(word: &CpuidWord) -> wire::CpuidWord {
-    let CpuidWord { leaf, subleaf, register, features } = word.clone();
-    wire::CpuidWord { leaf, subleaf, register, features }
-}
-
 /// Passes on what the destination says. One that says more than is listened to has the link ended: waiting for the listener
 /// would leave the destination's pings unanswered.
 async fn read(
@@ -398,57 +395,6 @@ fn not_connected(error: &ConnectError) -> Finding {
         _ => ("unreachable", "see to the address and the network"),
     };
     Finding::new(kind, chain(error), hint)
-}
-
-/// What the destination is asked to set aside.
-#[expect(clippy::too_many_arguments, reason = "what a destination is told, one thing each")]
-pub(super) fn reserve_request(
-    host: &Host,
-    session: Uuid,
-    vm: &Vm,
-    machine: &Machine,
-    options: &Options,
-    streams: u16,
-    secret: &[u8; mirror::hash::SECRET_LENGTH],
-    rehearsal: bool,
-) -> wire::Reserve {
-    let (macvtaps, taps) = machine.taps.iter().cloned().partition(|tap| tap.macvtap.is_some());
-    wire::Reserve {
-        session: session.as_bytes().to_vec(),
-        name: vm.record.name.to_string(),
-        generation: vm.record.generation,
-        argv: places::by_their_names(host, &vm.record, vm.spec.to_argv()),
-        machine: machine.machine.clone(),
-        qemu_version: machine.qemu_version.clone(),
-        cpuid: machine.cpuid.iter().map(wire_word).collect(),
-        cpu_features: machine.cpu_features.clone(),
-        ram: machine.ram.iter().map(wire_ram).collect(),
-        disks: machine.disks.iter().map(crate::disks::Disk::wire).collect(),
-        boot_files: Secret::try_from(&secret[..])
-            .map_or_else(|_| Vec::new(), |secret| boot_files::of(&vm.spec, &secret)),
-        whole_room: options.disk_room == DiskRoom::Whole,
-        accept_disconnect: options.accept_disconnect,
-        taps,
-        macvtaps,
-        limits: wire::CgroupLimits::of(&machine.limits),
-        streams: u32::from(streams),
-        secret: secret.to_vec(),
-        rehearsal,
-        forward: None,
-        nft: String::new(),
-        post_copy: options.on_diverge == OnDiverge::PostCopy,
-        qemu_stream: options.engine == Engine::Qemu,
-        saved_devices: machine.saves_devices(),
-        patient: true,
-        link_port: 0,
-        abandoned: Some(earlier::named(host, &vm.record.name)),
-    }
-}
-
-fn wire_ram(block: &qemu::RamBlock) -> wire::RamBlock {
-    let is_huge = block.page_size > mirror::layout::PAGE_SIZE as u64;
-    let huge_page = if is_huge { block.page_size } else { 0 };
-    wire::RamBlock { id: block.id.clone(), size: block.size, huge_page }
 }
 
 #[cfg(test)]

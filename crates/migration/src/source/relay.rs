@@ -18,9 +18,10 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::controller::{Controller, nothing_held};
+use super::capabilities::THROTTLES;
+use super::held::Controller;
 use super::peer::violation;
-use super::stop::Stop;
+use super::stop::{Stop, nothing_held};
 use super::switch::{self, Prepared, UNTIL_PAUSED};
 use finding::Finding;
 use host::paths::Paths;
@@ -29,8 +30,6 @@ use protocol::wire::{Reply, Request, Sums};
 use session::options::OnDiverge;
 use session::report::{Pause, Phase, Round};
 
-/// The capability by which QEMU slows a guest that it cannot follow.
-pub(super) const THROTTLES: &str = "auto-converge";
 /// How often QEMU is asked how far it is.
 const LOOK: Duration = Duration::from_millis(250);
 /// For how long passes over memory must not have become shorter before more downtime is allowed, or with `--on-diverge fail` the

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::peer::Destination;
+use super::peer::{Destination, about};
 use crate::linked::LinkedHost;
 use finding::{Failure, Finding, Stage, chain};
 use host::Host;
@@ -77,14 +77,6 @@ fn unwritten(error: JournalError) -> Failure {
 
 fn refused(finding: Finding) -> Failure {
     Failure { stage: Stage::Refused, finding, more: Vec::new() }
-}
-
-fn about(session: &Uuid, record: &Record) -> wire::Commit {
-    wire::Commit {
-        session: session.as_bytes().to_vec(),
-        name: record.name.to_string(),
-        generation: record.generation,
-    }
 }
 
 /// Connects to an agent, and to no other that has its address by now.

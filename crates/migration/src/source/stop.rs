@@ -66,3 +66,8 @@ impl From<ownership::JournalError> for Stop {
         Stop::because("journal", &error, "see to the source agent's state_dir")
     }
 }
+
+/// A phase misses what the one before it provides.
+pub(super) fn nothing_held() -> Stop {
+    Stop::Failed(Finding::new("agent", "a phase ran without what the one before it provides", "report this"))
+}

@@ -14,9 +14,10 @@ use super::devices::{Devices, Saving};
 use super::disks::Disks;
 use super::network::Network;
 use super::peer::{Destination, violation};
-use super::post_copy::{Streams, Supplying};
+use super::resume::is_over;
 use super::rounds::Rounds;
 use super::stop::Stop;
+use super::supplying::{Streams, Supplying};
 use finding::{Finding, kind};
 use host::Fence;
 use ownership::VmName;
@@ -26,8 +27,6 @@ use session::options::{Options, Verify};
 use session::points::{self, Point};
 use session::report::Pause;
 
-/// QEMU's stream carries no RAM, and waits before it pauses the guest for good.
-pub(super) const CAPABILITIES: [&str; 3] = ["x-ignore-shared", "pause-before-switchover", "events"];
 /// Somebody else has stopped the guest.
 pub(super) const VM_PAUSED: &str = "vm-paused";
 /// How long QEMU may take from `migrate` to the pause.
@@ -268,11 +267,6 @@ pub(super) async fn may_migrate(qmp: &Qmp) -> Result<(), Stop> {
             "wait for it, or end it there; then migrate again",
         ))),
     }
-}
-
-/// Whether what QEMU says of a migration is that there is none under way.
-pub(super) fn is_over(status: &str) -> bool {
-    ["completed", "failed", "cancelled", "none"].contains(&status)
 }
 
 /// Has QEMU begin. `told` is whether it may have: only what QEMU has refused has certainly not begun.

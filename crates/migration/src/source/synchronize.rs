@@ -6,10 +6,10 @@ use mirror::layout::PAGE_SIZE;
 use mirror::memory::round::Guest;
 use tokio::sync::{broadcast, oneshot};
 
-use super::controller::{Controller, nothing_held};
 use super::disks::Disks;
 use super::estimate::Advice;
-use super::stop::Stop;
+use super::held::Controller;
+use super::stop::{Stop, nothing_held};
 use crate::plugged::Plugged;
 use finding::Finding;
 use session::options::{Goal, OnDiverge};

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use dirty_tracker::{Slowed, Throttle};
 
-use super::controller::Controller;
 use super::estimate::Estimate;
+use super::held::Controller;
 use super::stop::Stop;
 use finding::{Finding, chain};
 use session::report;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use mirror::storage::layout::MAX_DISKS;
 use qemu::{Qmp, QmpError};
 
+use super::super::resume::resume_here;
 use super::super::stop::Stop;
 use super::{NAME, NOT_RESUMED, Places, place};
 use host::Host;
@@ -62,7 +63,7 @@ async fn clear_now(qmp: &Qmp, read: &Path) -> Result<(), Uncleared> {
         let given_up: Result<(), QmpError> = given_up.await;
         if runs {
             // Also where it was not seen to stop: that may have come later.
-            super::super::resume_here(qmp).await.map_err(Uncleared::Stopped)?;
+            resume_here(qmp).await.map_err(Uncleared::Stopped)?;
         }
         given_up.map_err(Uncleared::There)?;
     }

@@ -1,0 +1,67 @@
+//! QEMU's way back from a switch-over that does not come about.
+
+use std::time::{Duration, Instant};
+
+use qemu::{Qmp, QmpError};
+
+use finding::chain;
+
+/// How long QEMU may take to go back to running.
+const RESUME: Duration = Duration::from_secs(10);
+/// Between looks at a QEMU that is going back.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it.
+pub(crate) async fn resume_here(qmp: &Qmp) -> Result<(), QmpError> {
+    end_migration(qmp, Instant::now() + RESUME).await?;
+    run_here(qmp).await
+}
+
+/// The same of one that was only stopped: a migration that there may be is not ours.
+pub(crate) async fn run_here(qmp: &Qmp) -> Result<(), QmpError> {
+    let deadline = Instant::now() + RESUME;
+    loop {
+        if qmp.status().await?.running {
+            return Ok(());
+        }
+        match qmp.cont().await {
+            // QEMU refuses while the last of its migration is being taken down.
+            Err(e) if Instant::now() < deadline => {
+                tracing::debug!(error = chain(&e), "QEMU is not yet ready to resume");
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            Err(e) => return Err(e),
+            Ok(()) if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
+            // It was told, and stopped again: a full disk, a panic. That is the guest's state, not the migration's.
+            Ok(()) => return Ok(()),
+        }
+    }
+}
+
+/// Ends a migration of ours that may be under way.
+async fn end_migration(qmp: &Qmp, deadline: Instant) -> Result<(), QmpError> {
+    let migration = qmp.query_migrate().await?.status;
+    if migration.is_none_or(|status| is_over(&status)) {
+        return Ok(());
+    }
+    // Whatever it says, `cont` decides.
+    let _ = qmp.migrate_cancel().await;
+    while qmp.query_migrate().await?.status.is_some_and(|status| !is_over(&status)) {
+        if Instant::now() > deadline {
+            tracing::error!("QEMU does not end its migration");
+            break;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+    Ok(())
+}
+
+/// Ends a migration of ours of a guest that somebody else has stopped meanwhile, and leaves it so.
+pub(crate) async fn leave_stopped(qmp: &Qmp) -> Result<(), QmpError> {
+    end_migration(qmp, Instant::now() + RESUME).await
+}
+
+/// Whether what QEMU says of a migration is that there is none under way.
+pub(super) fn is_over(status: &str) -> bool {
+    ["completed", "failed", "cancelled", "none"].contains(&status)
+}
