@@ -1,36 +1,24 @@
 //! The agent's API: HTTP and JSON with server-sent events on a unix socket. `docs/api.md` describes it.
 //!
-//! Handlers translate; what they do is done by [`Vms`]. Work that changes a machine runs in a
+//! Handlers translate; what they do is done by [`Vms`](crate::vms::Vms). Work that changes a machine runs in a
 //! task of its own, so that a client that goes away does not leave it half done.
 
 mod history;
 mod refusal;
 mod sessions;
+mod state;
 mod streams;
 pub mod types;
 mod vms;
 
-use std::sync::Arc;
-
 use axum::Router;
 use axum::routing::{get, post};
-use tokio_util::sync::CancellationToken;
 
 use crate::api::types::AgentInfo;
-use crate::vms::Vms;
+pub(crate) use state::Api;
 
 /// Largest request body, in bytes: a command line of the length that Linux allows, in JSON.
 const LARGEST_REQUEST: usize = 4 << 20;
-
-/// What every handler needs.
-#[derive(Debug, Clone)]
-pub(crate) struct Api {
-    pub(crate) vms: Vms,
-    pub(crate) link: Arc<str>,
-    pub(crate) started_unix_ms: u64,
-    /// Ends every stream.
-    pub(crate) closing: CancellationToken,
-}
 
 /// All routes.
 pub(crate) fn router(api: Api) -> Router {

@@ -8,16 +8,17 @@
 //! A record is changed in its place, under a lock of its own that nobody else's machine waits for: whose the machine is by
 //! `Journal::on` and nothing else, what else is on record by `Journal::amend`.
 
+mod error;
 #[cfg(fuzzing)]
 pub(crate) mod fuzzing;
 mod identity;
 mod marks;
+mod on_record;
 mod slots;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -26,27 +27,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use uuid::Uuid;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-
 use crate::{Departed, Effect, Event, Mark, Ownership, Standing, VmName};
+pub use error::JournalError;
 use marks::Marks;
+pub use on_record::OnRecord;
 use slots::Slots;
-
-/// What is on record of a machine, whatever else that is: whose it is.
-pub trait OnRecord: Clone + PartialEq + fmt::Debug + Serialize + DeserializeOwned {
-    /// The machine.
-    fn name(&self) -> &VmName;
-
-    /// Whose it is.
-    fn standing(&self) -> Standing;
-
-    /// Takes on a standing.
-    fn stand(&mut self, standing: Standing);
-
-    /// What is remembered of it when it was this host's and goes.
-    fn departed(&self) -> Departed;
-}
 
 /// The records of all machines of one agent.
 #[derive(Debug)]
@@ -84,55 +69,6 @@ struct Paper {
     /// The last write has failed: a later start may find either record.
     unsettled: bool,
     removed: bool,
-}
-
-/// Why the journal could not be read or written.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum JournalError {
-    /// Another machine has the name.
-    #[error("a VM named {0} is already here")]
-    NameTaken(VmName),
-    /// No machine has the name.
-    #[error("no VM named {0} is here")]
-    Unknown(VmName),
-    /// The machine is not any more what it is taken for.
-    #[error("VM {0} is not what it was: its hand-over was settled, or it was forgotten, in the meantime")]
-    Changed(VmName),
-    /// There is a record of that name that nothing is known of.
-    #[error("what is on record of VM {0} cannot be read")]
-    Unreadable(VmName),
-    /// A record that does not fit a slot.
-    #[error("the record of VM {name} has {length} bytes, more than the {} that a journal holds", slots::SLOT)]
-    TooLarge {
-        /// The machine.
-        name: VmName,
-        /// Bytes of its record.
-        length: usize,
-    },
-    /// No slot holds a record.
-    #[error("{} holds no readable record", .0.display())]
-    Corrupt(PathBuf),
-    /// The newest record is whole, and of a later version.
-    #[error("{} was written by a later version", path.display())]
-    NotUnderstood {
-        /// The file.
-        path: PathBuf,
-        /// What is not understood; nothing where not even the format is.
-        #[source]
-        source: Option<serde_json::Error>,
-    },
-    /// The system refused.
-    #[error("cannot {action} {}", path.display())]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On which file.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
 }
 
 /// Which machine, on which side of which hand-over: what somebody who acts on a record takes it for.

@@ -5,8 +5,8 @@ use axum::extract::State;
 use serde::Deserialize;
 use session::Report;
 
-use super::Api;
 use super::refusal::{InPath, InQuery, Refusal};
+use super::state::Api;
 use super::types::HistoryEntry;
 use super::vms::to_the_end;
 use crate::error::AgentError;

@@ -7,9 +7,9 @@ use session::report::Verification;
 use session::{Goal, Progress};
 use uuid::Uuid;
 
-use super::Api;
 use super::history::of_history;
 use super::refusal::{Body, InPath, Refusal, vm_name};
+use super::state::Api;
 use super::types::{BandwidthRequest, CheckReply, MigrateRequest, SessionRef, SessionView};
 use super::vms::to_the_end;
 use crate::error::AgentError;

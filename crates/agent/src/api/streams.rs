@@ -11,9 +11,9 @@ use axum::response::sse::{Event as Sse, KeepAlive, Sse as SseStream};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Api;
 use super::refusal::{InPath, InQuery, Refusal};
 use super::sessions::ended;
+use super::state::Api;
 use crate::sessions::Active;
 
 /// `GET /v1/sessions/{id}/events`: `progress` until the `report`, which is the last.

@@ -7,8 +7,8 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use migration::release::Released;
 
-use super::Api;
 use super::refusal::{Body, InPath, Refusal, vm_name};
+use super::state::Api;
 use super::types::{
     AdoptRequest, ForgetImagesReply, ForgetImagesRequest, ReleaseReply, ReleaseRequest, ResolveReply,
     ResolveRequest, RunRequest, StopRequest, VmView,

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::JournalError;
+use super::error::JournalError;
 
 /// The identity of a state directory, made where there is none yet. Where it cannot be read or written, as on a full disk, one that
 /// nobody has heard of and nobody will hear of again: what the agent says of copies then counts for nothing, and the rest goes on.

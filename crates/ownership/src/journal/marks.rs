@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::JournalError;
+use super::error::JournalError;
 use crate::{Departed, Mark};
 
 /// Bytes that a mark is read to.

@@ -7,7 +7,8 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use super::{JournalError, OnRecord};
+use super::error::JournalError;
+use super::on_record::OnRecord;
 
 /// Bytes of a slot: enough for a command line of a hundred devices.
 pub(super) const SLOT: u64 = 256 * 1024;
