@@ -141,7 +141,7 @@ const HEAD: &str = "# Faults as a matrix
 
 Without a disk every fault is done at every point of a migration, in both directions; with a mirrored disk, and by post-copy, one in four of
 these: each phase, and twelve points within the switch-over
-(`crates/migration/src/points.rs`), at which the agent is held until the fault has struck. Then what was killed is started again, as a service manager would, what
+(`crates/session/src/points.rs`), at which the agent is held until the fault has struck. Then what was killed is started again, as a service manager would, what
 was cut is mended, and when all has settled it is judged who has run the guest, from outside by the CPU time of QEMU's threads on both hosts; whether the
 guest has lost anything, by its own check of its memory and disk, asked for over its network; and what either host holds beside
 what it should: processes, sockets, interfaces, descriptors, files in its run and RAM directories.
