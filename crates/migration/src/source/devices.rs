@@ -47,6 +47,7 @@ pub(super) struct Alone {
 }
 
 /// Device state, from when it is made ready until it is saved.
+#[expect(clippy::large_enum_variant, reason = "a migration has one of them, in its pause")]
 pub(super) enum Devices {
     Migration(ByMigration),
     Alone(ByThemselves),
