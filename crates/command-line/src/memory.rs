@@ -51,6 +51,8 @@ pub struct RamBackend {
     pub mem_path: Option<PathBuf>,
     /// Bytes into the file at which the RAM begins (`offset=`, QEMU 8.2).
     pub offset: u64,
+    /// Whether a memfd is to have huge pages (`hugetlb=on`).
+    pub hugetlb: bool,
 }
 
 impl RamBackend {
@@ -101,6 +103,7 @@ impl Spec {
             share: false,
             mem_path: self.last_value("mem-path").map(PathBuf::from),
             offset: 0,
+            hugetlb: false,
         });
         implicit.into_iter().chain(self.explicit_backends()).collect()
     }
@@ -157,6 +160,7 @@ impl Spec {
                 },
                 mem_path: properties.get("mem-path").map(PathBuf::from),
                 offset: properties.get("offset").and_then(|text| self::size(&text).ok()).unwrap_or(0),
+                hugetlb: properties.is_on("hugetlb"),
                 kind,
             })
         })

@@ -2,7 +2,8 @@
 //!
 //! RAM files are sparse, and are filled as the guest uses its memory. Allocating them in full would hold a promise made to
 //! one machine by taking what no machine uses (and costs 0.38 s a GiB, measured); instead every machine's RAM is counted
-//! in full when room is promised: what a machine of this agent has not yet allocated is not free.
+//! in full when room is promised: what a machine of this agent has not yet allocated is not free. That goes for RAM that an adopted
+//! machine's QEMU has to itself as well.
 //!
 //! Huge pages are another matter: QEMU's mapping reserves all of a file at once, or fails. What the kernel says is free
 //! and not reserved is free, but for machines that are only about to start.
@@ -11,7 +12,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use qemu::Spec;
+use qemu::{Process, Spec};
 
 use crate::host::Host;
 use crate::ram_files::{self, place};
@@ -120,8 +121,27 @@ fn promised(host: &Host, pool: Pool) -> u64 {
             Err(_) => size,
         }
     };
-    let files = host.ram_files.of(host.journal.all(), ram_files::read);
-    files.into_iter().map(outstanding).fold(0, u64::saturating_add)
+    let mut sum = 0_u64;
+    for (process, ram) in host.ram_files.of(host.journal.all(), ram_files::read) {
+        if pool == 0 && ram.unnamed > 0 {
+            sum = sum.saturating_add(ram.unnamed.saturating_sub(process.as_ref().map_or(0, allocated)));
+        }
+        sum = ram.files.into_iter().map(outstanding).fold(sum, u64::saturating_add);
+    }
+    sum
+}
+
+/// Bytes of ordinary memory that a process has, there or swapped out. All of it is taken for RAM: a QEMU's own is little beside that.
+fn allocated(process: &Process) -> u64 {
+    let path = format!("/proc/{}/status", process.pid);
+    let status = std::fs::read_to_string(path).unwrap_or_default();
+    ["RssAnon:", "RssShmem:", "VmSwap:"].iter().filter_map(|field| kib(&status, field)).sum::<u64>() << 10
+}
+
+/// A number of KiB from a file of /proc.
+fn kib(text: &str, field: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
 /// Bytes of guest RAM of all machines of this agent.
@@ -132,8 +152,7 @@ pub fn in_use(host: &Host) -> u64 {
 /// `MemAvailable` of /proc/meminfo, in bytes.
 fn available_memory() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+    kib(&info, "MemAvailable:").map(|kib| kib << 10)
 }
 
 fn mib(bytes: u64) -> String {

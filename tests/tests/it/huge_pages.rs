@@ -6,7 +6,7 @@ use std::path::Path;
 use end_to_end::{Guest, Pair, accounted, until, vmirror};
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::memory::{Ram, RamError, RamFile};
-use testbed::guest_spec::{GuestSpec, Pattern};
+use testbed::guest_spec::{GuestSpec, Pattern, Ram as GuestRam};
 use testbed::huge_pages::HUGE_PAGE;
 use testbed::{AgentOptions, Host, HugePages, Testbed, files_below};
 
@@ -79,6 +79,41 @@ fn a_guest_that_asked_for_huge_pages_by_mem_path_gets_them_at_the_same_place_the
     let guest = pair.run(pair.a(), "vm", &on_huge_pages(&pair, &directory));
     there_and_back(&pair, &guest, &pool);
     assert_eq!(files_below(&directory).len(), 1);
+}
+
+/// Hosts whose RAM files are in huge pages, and a guest that was started by hand in pages of its own.
+fn adopted(pool: &mut HugePages, extra: &[&str]) -> (Pair, Guest) {
+    let testbed = Testbed::new().unwrap();
+    for host in testbed.hosts() {
+        let ram_dir = pool.directory(None).unwrap().to_str().unwrap().to_owned();
+        host.configure(|config| drop(config.insert("ram_dir".to_owned(), ram_dir.into()))).unwrap();
+    }
+    let pair = Pair::of(testbed);
+    let qmp = pair.a().directory().join("vm-own.qmp");
+    let extra = ["-daemonize"].iter().chain(extra).map(|word| (*word).to_owned()).collect();
+    let spec =
+        GuestSpec { ram: GuestRam::Private, qmp: Some(qmp.clone()), memory_mib: 130, extra, ..busy(&pair) };
+    let line = spec.command_line();
+    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
+    let guest = Guest::ready("vm", &spec);
+    let _ = vmirror(pair.a(), &["adopt", "vm", "--qmp", qmp.to_str().unwrap()]).done();
+    (pair, guest)
+}
+
+#[test]
+fn a_guest_in_huge_pages_without_a_name_is_adopted_and_arrives_in_huge_pages() {
+    let mut pool = huge_pages(2 * PAGES);
+    let memfd = "memory-backend-memfd,id=m,size=130M,share=on,hugetlb=on";
+    let (pair, guest) = adopted(&mut pool, &["-object", memfd, "-machine", "memory-backend=m"]);
+    there_and_back(&pair, &guest, &pool);
+}
+
+#[test]
+fn a_guest_in_huge_pages_of_its_own_is_adopted_and_arrives_in_huge_pages() {
+    let mut pool = huge_pages(2 * PAGES);
+    let directory = pool.directory(None).unwrap();
+    let (pair, guest) = adopted(&mut pool, &["-mem-path", directory.to_str().unwrap()]);
+    there_and_back(&pair, &guest, &pool);
 }
 
 #[test]

@@ -122,6 +122,8 @@ pub(super) fn render(renderer: &mut Renderer<'_>, argument: &Argument) -> Outcom
         // Ours; nothing else that waits for a migration gets here.
         "incoming" if argument.value() == Some("defer") => Ok(vec![argument.clone()]),
         "pidfile" => renderer.pid_file(argument),
+        // All RAM is put where this host has it.
+        "mem-path" => Ok(Vec::new()),
         "machine" | "accel" => machine(renderer, argument),
         "initrd" => initrd(renderer, argument),
         "boot" => boot(renderer, argument),

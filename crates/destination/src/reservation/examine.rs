@@ -17,6 +17,9 @@ use host::room;
 use movable::compatibility::unmovable;
 use ownership::{self, Effect, OnRecord as _, Why};
 
+/// Where systemd mounts huge pages of the default size.
+const USUAL_HUGE_PAGES: &str = "/dev/hugepages";
+
 impl Request {
     /// Everything that can be told without starting anything.
     pub(super) async fn examine(
@@ -143,11 +146,11 @@ impl Request {
     }
 
     /// Where RAM in huge pages goes here: to `ram_dir` if that has pages of their size, else to the directory where the
-    /// source has it. None where neither has.
+    /// source has it. None where neither has. RAM without a path, a memfd's, could be where systemd mounts them.
     fn huge_directory(&self, host: &Host, id: &str) -> Option<PathBuf> {
         let (_, page_size) = self.huge.iter().find(|(huge, _)| huge == id)?;
         let backend = self.spec.ram_backends().into_iter().find(|backend| backend.id == id)?;
-        let path = backend.mem_path?;
+        let path = backend.mem_path.unwrap_or_else(|| USUAL_HUGE_PAGES.into());
         [Some(host.ram_dir.as_path()), Some(&path), ram_place(&path)]
             .into_iter()
             .flatten()
@@ -168,7 +171,8 @@ impl Request {
                 continue;
             }
             let source = self.spec.ram_backends().into_iter().find(|backend| backend.id == *id);
-            let source = source.and_then(|backend| backend.mem_path).unwrap_or_default();
+            let source =
+                source.and_then(|backend| backend.mem_path).unwrap_or_else(|| USUAL_HUGE_PAGES.into());
             findings.push(Finding::new(
                 "huge-pages",
                 format!(
