@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 
 /// Regions one call can return. 1.5 MiB of buffer; more written regions than that take another call.
 const REGIONS_PER_CALL: usize = 1 << 16;
@@ -74,6 +75,9 @@ enum Sought {
     Empty,
 }
 
+/// Bytes of an entry of the page map.
+const ENTRY: usize = 8;
+
 /// Which memory of a process, that no file backs, has nothing in it: what was never touched, or was given back. It reads as zeros.
 ///
 /// Of a page table that is there, a page that was protected before it was touched counts as one that has something.
@@ -101,7 +105,23 @@ impl Resident {
     pub fn is_empty(&self, range: &Range<u64>) -> io::Result<bool> {
         let mut region = [PageRegion::NONE];
         let (count, _) = scan(self.pagemap.as_fd(), range.clone(), Sought::Empty, &mut region)?;
-        Ok(count == 1 && region[0].start <= range.start && region[0].end >= range.end)
+        let empty = count == 1 && region[0].start <= range.start && region[0].end >= range.end;
+        if empty {
+            self.is_there(range.start)?;
+        }
+        Ok(empty)
+    }
+
+    /// That the process has its memory still: of one that is ending, what is gone already looks empty. `PAGEMAP_SCAN` of Linux 6.18 refuses
+    /// that itself, as was tried; whether all since 6.7 do is not known. To read the page map the memory has to be there
+    /// (`mmget_not_zero` in the kernel's `pagemap_read`).
+    fn is_there(&self, address: u64) -> io::Result<()> {
+        let mut entry = [0; ENTRY];
+        let at = address / rustix::param::page_size() as u64 * ENTRY as u64;
+        match self.pagemap.read_at(&mut entry, at)? {
+            ENTRY => Ok(()),
+            _ => Err(io::Error::other("the process has ended")),
+        }
     }
 
     /// Calls `found` with every empty part of a range of addresses, in order.
@@ -113,6 +133,7 @@ impl Resident {
         let mut at = range.start;
         while at < range.end {
             let (count, end) = scan(self.pagemap.as_fd(), at..range.end, Sought::Empty, &mut regions)?;
+            self.is_there(range.start)?;
             regions.iter().take(count).for_each(|region| found(region.start..region.end));
             if end <= at {
                 return Err(io::Error::other("PAGEMAP_SCAN made no progress"));

@@ -19,6 +19,7 @@ pub mod firewall;
 pub mod forward;
 pub mod guest_ram;
 pub mod handed_in;
+pub mod handed_over;
 pub mod hooks;
 mod host;
 pub mod identity;

@@ -10,6 +10,7 @@ use crate::source::{capabilities, resume};
 use destination::network;
 use finding::{Finding, chain};
 use host::handed_in;
+use host::handed_over;
 use host::images;
 use host::lifecycle::{self, Ran, RunError, forget_decided, raise_taps};
 use host::{Record, Vm};
@@ -165,7 +166,12 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
     let found = match status.as_str() {
         "finish-migrate" | "postmigrate" if alone => return Err(RunError::MigratedByOthers(record.name)),
         "finish-migrate" | "postmigrate" => Found::Switched,
-        "paused" if record.pauses => Found::Held,
+        // As one that has migrated, though QEMU does not say so.
+        "paused" | "prelaunch" if alone && !record.switching && handed_over::is_marked(&qmp).await? => {
+            Found::Switched
+        }
+        // A guest that has reset itself in the moment in which it was stopped is as before its launch.
+        "paused" | "prelaunch" if record.pauses => Found::Held,
         _ => Found::There,
     };
     let switching = record.switching;
@@ -177,10 +183,7 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
         tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
         raise_taps(&record).await;
         // QEMU locks its images itself when it is told to run, and finds them free.
-        match alone {
-            true => host.fence.hand_to(&record.name, || resume::run_here(&qmp)).await?,
-            false => host.fence.hand_to(&record.name, || resume::resume_here(&qmp)).await?,
-        }
+        host.fence.hand_to(&record.name, || resume::resume_here(&qmp, alone)).await?;
         network::turn(host, &record, &qmp);
     } else if switching && !alone {
         // A stream of ours that was under way has lost its reader; QEMU ends it by itself, or is told to.

@@ -11,7 +11,7 @@ use std::{
 
 use crate::{
     FilePurpose, LocateError, NotMirrorable, ParseError, Process, ProcessError, Protocol, RamAddresses,
-    RamError, Spec, Vm, located_blocks,
+    RamError, RamTable, Spec, Vm,
     qmp::{Qmp, QmpError},
     ram::is_named_file,
     ram_blocks,
@@ -201,11 +201,13 @@ async fn ram_addresses(qmp: &Qmp, process: &Process, spec: &Spec) -> Result<RamA
     if wanted.is_empty() {
         return Ok(RamAddresses::new());
     }
-    let blocks = located_blocks(qmp, process).await?.into_iter();
-    // Old machine types name RAM by its whole path in QEMU's tree of objects.
-    let id = |name: &str| name.strip_prefix("/objects/").unwrap_or(name).to_owned();
-    let named = blocks.map(|block| (id(&block.name), block.address));
-    Ok(named.filter(|(name, _)| wanted.contains(&name.as_str())).collect())
+    let blocks = RamTable::of(qmp).await?.locate(process)?;
+    let address = |id: &&str| {
+        let mut of = blocks.iter().filter(|block| block.is_of(id));
+        let block = of.next().filter(|_| of.next().is_none())?;
+        Some(((*id).to_owned(), block.address))
+    };
+    Ok(wanted.iter().filter_map(address).collect())
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {

@@ -128,7 +128,7 @@ pub enum RamError {
 
 /// Finds the guest's RAM in the process: for every backend on the command line that is a named file that file, checked by device and
 /// inode to be the one that QEMU has mapped, and the mappings. A deleted file is found through QEMU's descriptors. Other RAM is at one of
-/// these `addresses`, as [`located_blocks`](crate::located_blocks) finds them.
+/// these `addresses`, as [`RamTable::locate`](crate::RamTable::locate) finds them.
 ///
 /// # Errors
 /// Names the backend or file that stands in the way.
@@ -205,7 +205,9 @@ fn block_at(
     // Anonymous memory can be shared, with children, and has no descriptor then.
     let descriptor = match there.is_anonymous() {
         true => None,
-        false => open_descriptor(process, &id, Path::new(&there.name), there.file).ok(),
+        false => open_descriptor(process, &id, Path::new(&there.name), there.file)
+            .ok()
+            .or_else(|| open_mapping(process, there)),
     };
     if let (true, Some(file)) = (there.shared, descriptor.as_ref()) {
         let file = file.try_clone().map_err(|source| RamError::Open {
@@ -309,6 +311,15 @@ fn open_descriptor(process: &Process, id: &str, path: &Path, identity: FileId) -
         }
     }
     Err(RamError::Deleted { path: path.to_owned() })
+}
+
+/// Opens a file of which the process has no descriptor, such as memory that it shares with its children, by what it has mapped. The kernel
+/// lets only root do that.
+fn open_mapping(process: &Process, line: &MapsLine) -> Option<File> {
+    let (from, to) = (line.mapping.address, line.mapping.address + line.mapping.len);
+    let path = format!("/proc/{}/map_files/{from:x}-{to:x}", process.pid);
+    let file = OpenOptions::new().read(true).write(true).open(path).ok()?;
+    (FileId::of(&file.metadata().ok()?) == line.file).then_some(file)
 }
 
 fn page_size(file: &File) -> u64 {

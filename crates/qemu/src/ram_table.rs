@@ -25,6 +25,15 @@ pub struct LocatedBlock {
     pub used: u64,
 }
 
+impl LocatedBlock {
+    /// Whether it is the RAM of the backend with this id. Old machine types name that by its path in QEMU's tree of objects, and a device
+    /// that has it, such as virtio-mem, by its own before it.
+    #[must_use]
+    pub fn is_of(&self, id: &str) -> bool {
+        self.name == id || self.name.strip_suffix(id).is_some_and(|before| before.ends_with('/'))
+    }
+}
+
 /// Why QEMU's RAM blocks cannot be found.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -67,29 +76,45 @@ struct Line {
     address: Option<u64>,
 }
 
-/// All RAM blocks of a QEMU that its migration would carry, with where they are, each checked against the kernel's map of the process.
-///
-/// # Errors
-/// [`LocateError`]
-pub async fn located_blocks(qmp: &Qmp, process: &Process) -> Result<Vec<LocatedBlock>, LocateError> {
-    let lines = parse(&table(qmp).await?)?;
-    let maps = maps(process).map_err(|(path, source)| LocateError::Read { path, source })?;
-    let addresses: Vec<Option<u64>> =
-        match lines.iter().map(|line| line.address).collect::<Option<Vec<u64>>>() {
-            Some(told) => told.into_iter().map(Some).collect(),
-            None => {
-                let found = search(process, &maps, &lines)?;
-                found.into_iter().map(|found| found.filter(|address| begins_at(&maps, *address))).collect()
+/// QEMU's table of all RAM blocks that its migration would carry. As long as it is the same, no block has come, gone or grown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RamTable {
+    lines: Vec<Line>,
+}
+
+impl RamTable {
+    /// As QEMU tells it.
+    ///
+    /// # Errors
+    /// [`LocateError::Qmp`], [`LocateError::Form`]
+    pub async fn of(qmp: &Qmp) -> Result<RamTable, LocateError> {
+        Ok(RamTable { lines: parse(&table(qmp).await?)? })
+    }
+
+    /// Where the blocks are, each checked against the kernel's map of the process. Where QEMU does not tell, all of its heap is looked
+    /// through, which takes its time.
+    ///
+    /// # Errors
+    /// [`LocateError::Read`], [`LocateError::NotFound`]
+    pub fn locate(&self, process: &Process) -> Result<Vec<LocatedBlock>, LocateError> {
+        let maps = maps(process).map_err(|(path, source)| LocateError::Read { path, source })?;
+        let addresses: Vec<Option<u64>> =
+            match self.lines.iter().map(|line| line.address).collect::<Option<Vec<u64>>>() {
+                Some(told) => told.into_iter().map(Some).collect(),
+                None => {
+                    let found = search(process, &maps, &self.lines)?.into_iter();
+                    found.map(|found| found.filter(|address| begins_at(&maps, *address))).collect()
+                }
+            };
+        let place = |(line, address): (&Line, Option<u64>)| {
+            let is_there = |address: &u64| is_mapped(&maps, *address, line.total);
+            match address.filter(is_there) {
+                Some(address) => Ok(LocatedBlock { name: line.name.clone(), address, used: line.used }),
+                None => Err(LocateError::NotFound { name: line.name.clone(), total: line.total }),
             }
         };
-    let place = |(line, address): (Line, Option<u64>)| {
-        let is_there = |address: &u64| is_mapped(&maps, *address, line.total);
-        match address.filter(is_there) {
-            Some(address) => Ok(LocatedBlock { name: line.name, address, used: line.used }),
-            None => Err(LocateError::NotFound { name: line.name, total: line.total }),
-        }
-    };
-    lines.into_iter().zip(addresses).map(place).collect()
+        self.lines.iter().zip(addresses).map(place).collect()
+    }
 }
 
 async fn table(qmp: &Qmp) -> Result<String, QmpError> {
@@ -167,22 +192,24 @@ fn search(process: &Process, maps: &[MapsLine], lines: &[Line]) -> Result<Vec<Op
     let memory = File::open(&path).map_err(failed)?;
     let mut found = vec![Found::Nowhere; lines.len()];
     let heaps = maps.iter().filter(|line| line.name == "[heap]");
-    for heap in heaps.filter(|heap| heap.readable && heap.mapping.len <= MOST_HEAP) {
+    for heap in heaps.filter(|heap| heap.readable) {
+        // They are made when QEMU starts, so they are where it begins.
+        let length = heap.mapping.len.min(MOST_HEAP);
         let mut at = 0;
         // Pieces overlap by what a description has.
         let overlap = HOST_BEFORE + NAME_AFTER.end + NAME_SIZE;
-        while at < heap.mapping.len {
-            let length = (heap.mapping.len - at).min(PIECE as u64);
-            let mut piece = vec![0; usize::try_from(length).unwrap_or(PIECE)];
+        while at < length {
+            let part = (length - at).min(PIECE as u64);
+            let mut piece = vec![0; usize::try_from(part).unwrap_or(PIECE)];
             // What was unmapped since is no heap any more.
             if memory.read_exact_at(&mut piece, heap.mapping.address + at).is_err() {
                 break;
             }
             look_through(&piece, lines, &mut found);
-            if length < PIECE as u64 {
+            if part < PIECE as u64 {
                 break;
             }
-            at += length - overlap as u64;
+            at += part - overlap as u64;
         }
     }
     Ok(found.into_iter().map(Found::one).collect())
@@ -265,6 +292,17 @@ mod tests {
             "one has no name"
         );
         assert!(matches!(parse("x\nname 4 KiB 0x1 0x2\n"), Err(LocateError::Form { .. })));
+    }
+
+    #[test]
+    fn a_block_is_of_the_backend_that_its_name_ends_with() {
+        let is_of = |name: &str, id| LocatedBlock { name: name.into(), address: 0, used: 0 }.is_of(id);
+        assert!(is_of("pc.ram", "pc.ram") && is_of("/objects/m", "m") && is_of("0000:00:03.0/m", "m"));
+        assert!(
+            !is_of("0000:00:03.0/vm", "m")
+                && !is_of("m2", "m")
+                && !is_of("0000:00:03.0/virtio-net-pci.rom", "m")
+        );
     }
 
     #[test]

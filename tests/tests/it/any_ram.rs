@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Guest, PATIENCE, Pair, Said, accounted, image, local, noise, until, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, Points, Said, accounted, copy, image, local, noise, until, vmirror};
 use serde_json::json;
-use session::report::DiskMode;
+use session::points::Point;
+use session::report::{DiskMode, Verdict};
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, Ram, TestDisk, Work};
-use testbed::{Host, Monitor, root_or_skip};
+use testbed::{Host, Monitor, fault, root_or_skip};
 
 const MIB: u64 = 1 << 20;
 
@@ -35,8 +36,14 @@ fn adopt(host: &Host, qmp: &Path) {
 
 /// Adopts a guest that was started so, and moves it this often. Ends where it was started.
 fn moves_there_and_back(extra: &[&str], times: usize) {
+    moves_with_more_memory(0, extra, times);
+}
+
+/// The same, of one to which the options give so many MiB more.
+fn moves_with_more_memory(mib: u64, extra: &[&str], times: usize) {
     let pair = Pair::start();
-    let (spec, qmp) = by_hand(&pair, extra);
+    let (mut spec, qmp) = by_hand(&pair, extra);
+    spec.memory_mib += mib;
     let mut qemu = pair.a().boot(&spec).unwrap();
     qemu.wait_ready(PATIENCE).unwrap();
     let guest = Guest::ready("vm", &spec);
@@ -81,8 +88,133 @@ fn a_guest_with_two_private_blocks_of_one_size_moves() {
 
 #[test]
 fn a_guest_with_private_memory_and_a_screen_moves_with_what_is_on_it() {
-    // With QEMU's default devices: video memory, option ROMs and a network card's.
-    moves_there_and_back(&["-vga", "std", "-device", "e1000"], 2);
+    // With QEMU's default devices, and much video memory: that, option ROMs and a network card's.
+    moves_there_and_back(&["-device", "VGA,vgamem_mb=128", "-device", "e1000"], 2);
+}
+
+#[test]
+fn a_guest_with_private_memory_and_a_dimm_moves() {
+    // Each DIMM is a block of its own, and the machine has room for more.
+    moves_with_more_memory(
+        128,
+        &[
+            "-m",
+            "256M,slots=2,maxmem=1G",
+            "-object",
+            "memory-backend-ram,id=more,size=128M",
+            "-device",
+            "pc-dimm,id=dimm,memdev=more",
+        ],
+        2,
+    );
+}
+
+#[test]
+fn a_guest_with_private_memory_and_more_by_virtio_mem_moves() {
+    // A block whose name begins with that of its device.
+    moves_with_more_memory(
+        256,
+        &[
+            "-m",
+            "256M,maxmem=1G",
+            "-object",
+            "memory-backend-ram,id=more,size=256M",
+            "-device",
+            "virtio-mem-pci,memdev=more,requested-size=128M",
+        ],
+        2,
+    );
+}
+
+#[test]
+fn a_guest_whose_memory_is_shared_with_children_moves_and_what_it_never_touched_is_not_made() {
+    let pair = Pair::start();
+    let backend = "memory-backend-ram,id=m,size=1G,share=on";
+    let (spec, qmp) = by_hand(&pair, &["-object", backend, "-machine", "memory-backend=m"]);
+    let spec = GuestSpec { memory_mib: 1024, fill_mib: 32, rate: 100, ..spec };
+    let mut qemu = pair.a().boot(&spec).unwrap();
+    qemu.wait_ready(PATIENCE).unwrap();
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    adopt(pair.a(), &qmp);
+    let shared = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", pair.qemu(pair.a()).unwrap())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:")).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().trim().parse::<u64>().unwrap() << 10
+    };
+    let at_first = shared();
+    let _ = pair.mirror("vm", pair.a(), pair.b(), &[]);
+    assert!(shared() < at_first + 64 * MIB, "{at_first} bytes before, {} now", shared());
+    accounted(&vmirror(pair.a(), &["switch", "vm", "--json"]).done().report(), &guest);
+    guest.sound_since(&before);
+}
+
+#[test]
+fn a_guest_with_private_memory_whose_qemu_is_killed_once_its_copy_is_complete_runs_there() {
+    for point in [Point::Sent, Point::LoadSaid, Point::ReadyHeard, Point::HandedOver] {
+        let pair = Pair::start();
+        let points = Points::of(pair.a(), &[]);
+        let (spec, qmp) = by_hand(&pair, &[]);
+        let mut qemu = pair.a().boot(&spec).unwrap();
+        qemu.wait_ready(PATIENCE).unwrap();
+        let guest = Guest::ready("vm", &spec);
+        let before = guest.status();
+        adopt(pair.a(), &qmp);
+        let held = points.hold(point);
+        let migration = pair.begin("vm", pair.a(), pair.b(), &[]);
+        held.reached();
+        fault::kill(pair.qemu(pair.a()).unwrap());
+        drop(held);
+        let said = migration.ended();
+        assert!(pair.runs_on("vm", pair.b()), "{}: {said:?}\n{}", point.name(), pair.logs());
+        guest.sound_since(&before);
+        let report = said.report();
+        // Of memory that is gone nothing can be proved, and nothing is said to differ.
+        assert_eq!(
+            (report.verification.gate, report.verification.mismatches),
+            (Verdict::Match, 0),
+            "{said:?}"
+        );
+        assert_ne!(report.verification.proof, Verdict::Mismatch, "{said:?}");
+    }
+}
+
+#[test]
+fn a_state_dir_of_before_it_was_handed_over_lets_nothing_run_twice() {
+    let pair = Pair::start();
+    let points = Points::of(pair.a(), &[]);
+    let other = pair.a().directory().join("other.qmp");
+    let second = format!("unix:{},server=on,wait=off", other.display());
+    let (spec, qmp) = by_hand(&pair, &["-qmp", &second, "-daemonize"]);
+    let line = spec.command_line();
+    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    let mut monitor = Monitor::connect(&other).unwrap();
+    adopt(pair.a(), &qmp);
+    let kept = pair.a().directory().join("kept");
+    copy(&pair.a().state_dir(), &kept);
+    let held = points.hold(Point::HandedOver);
+    let migration = pair.begin("vm", pair.a(), pair.b(), &[]);
+    held.reached();
+    pair.a().kill_agent().unwrap();
+    drop(held);
+    assert_eq!(migration.ended().code, Some(3));
+    copy(&kept, &pair.a().state_dir());
+    pair.a().start_agent().unwrap();
+    until("it is listed with what is wrong", || {
+        pair.show("vm", pair.a()).is_some_and(|vm| vm["state"] == "unreachable")
+    });
+    assert_eq!(status(&mut monitor), "paused", "{}", pair.logs());
+    // The copy is the machine, when a person has said so.
+    assert_eq!(
+        vmirror(pair.b(), &["resolve", "vm", "--run-here", "--force"]).code,
+        Some(0),
+        "{}",
+        pair.logs()
+    );
+    assert!(pair.runs_on("vm", pair.b()));
+    guest.sound_since(&before);
 }
 
 #[test]
@@ -222,6 +354,8 @@ fn what_a_guest_with_private_memory_gives_back_is_zero_there_too() {
     let second = pair.a().directory().join("balloon.qmp");
     let socket = format!("unix:{},server=on,wait=off", second.display());
     let (spec, qmp) = by_hand(&pair, &["-device", "virtio-balloon-pci", "-qmp", &socket]);
+    // Of 160 MiB, with kernel and all.
+    let spec = GuestSpec { fill_mib: 64, ..spec };
     let mut qemu = pair.a().boot(&spec).unwrap();
     qemu.wait_ready(PATIENCE).unwrap();
     let guest = Guest::ready("vm", &spec);

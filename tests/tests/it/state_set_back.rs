@@ -2,17 +2,10 @@
 //! hand-over is under way nobody is told that anything is certain.
 
 use std::path::Path;
-use std::process::Command;
 
-use end_to_end::{Guest, Pair, Refusal, until, vmirror};
+use end_to_end::{Guest, Pair, Refusal, copy, until, vmirror};
 use serde_json::Value;
 use testbed::{Host, Status};
-
-fn copy(from: &Path, to: &Path) {
-    let _ = std::fs::remove_dir_all(to);
-    let status = Command::new("cp").arg("-a").args([from, to]).status().unwrap();
-    assert!(status.success(), "{} cannot be copied", from.display());
-}
 
 /// A guest that runs on a host whose agent is started with the state directory that it had before.
 struct Scene {

@@ -7,6 +7,7 @@
 
 mod confined;
 mod direct_io;
+mod empty;
 mod gone_and_busy;
 mod hugetlbfs;
 mod kernel_too_old;

@@ -39,6 +39,7 @@ extern "C" fn enter() {
         "asleep" => crate::throttled::asleep(),
         "naps" => crate::gone_and_busy::naps(Path::new(arguments[0])),
         "confined" => crate::confined::confined(arguments[0], Path::new(arguments[1])),
+        "own" => crate::empty::own(),
         "direct" => crate::direct_io::reader(Path::new(arguments[0]), Path::new(arguments[1])),
         _ => panic!("no role {role}"),
     }

@@ -7,6 +7,7 @@ use qemu::{Process, Qmp, QmpError};
 use tokio::time::timeout;
 
 use crate::deadlines::QUIT_GRACE;
+use crate::handed_over;
 use crate::vm::{Origin, Record, Vm};
 use finding::{Finding, chain};
 use ownership::VmName;
@@ -99,19 +100,24 @@ pub async fn may_never_have_run(vm: &Vm) -> Option<Finding> {
     }
     let ran = has_run(&vm.record, Some(&vm.qmp)).await;
     let copy = paused_copy(&vm.record.name, process.pid, &ran, qemu::was_started_incoming(process));
-    copy.or_else(|| may_be_left(&vm.record))
+    if copy.is_none() && handed_over::is_marked(&vm.qmp).await.ok()? {
+        return Some(left(&vm.record.name, process.pid));
+    }
+    copy
 }
 
-/// What is left of a machine with private RAM that was handed over is only paused: nothing of QEMU tells that from a pause.
-fn may_be_left(record: &Record) -> Option<Finding> {
-    let name = &record.name;
-    (!record.ram.is_empty()).then(|| {
-        Finding::new(
-            "paused-copy",
-            format!("the guest of {name} is paused: somebody has paused it, or it is what is left of a VM that was handed over to another host"),
-            format!("before you let it run, find out whether the VM runs elsewhere; `vmirror forget {name}` lets go of this one"),
-        )
-    })
+/// What QEMU itself says only of a machine whose RAM is in files.
+fn left(name: &VmName, pid: u32) -> Finding {
+    Finding::new(
+        "paused-copy",
+        format!(
+            "the guest of {name} is paused: its QEMU (process {pid}) was to be handed over to another host, and was not let run here since"
+        ),
+        format!(
+            "before you let it run, find out whether the VM runs elsewhere: two copies would spoil its disks; `vmirror forget {name}` lets \
+             go of this one"
+        ),
+    )
 }
 
 fn paused_copy(name: &VmName, pid: u32, ran: &Ran, incoming: bool) -> Option<Finding> {

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::account::blank;
 use super::capabilities;
-use super::devices::{Alone, Saving};
+use super::devices::{Alone, Devices};
 use super::disks::{self, Disks};
 use super::earlier;
 use super::forwarding;
@@ -358,7 +358,7 @@ impl Controller {
         };
         self.raise_tunnels().await?;
         switch::may_migrate(&self.vm.qmp).await?;
-        let saving = self.saving().await?;
+        let devices = self.devices().await?;
         self.offer()?;
         if let Some(network) = &mut self.held.network {
             network.look(&self.host, &self.vm.record.name).await;
@@ -378,7 +378,7 @@ impl Controller {
         let name = self.vm.record.name.clone();
         let fencing = Fencing { fence: &self.host.fence, vm: &name };
         let (journal, record) = (&self.host.journal, &mut self.vm.record);
-        let stops = matches!(saving, Saving::Alone(_));
+        let stops = devices.are_alone();
         // It is stopped by us: whoever finds it so is to let it run.
         let about_to_pause = || match stops {
             true => Ok(journal.amend(record, |now| now.pauses = true)?),
@@ -391,7 +391,7 @@ impl Controller {
             &self.vm.qmp,
             (rounds, (disks, fencing), network),
             destination,
-            &saving,
+            devices,
             &self.options,
             streams,
             qemu,
@@ -411,14 +411,27 @@ impl Controller {
         }
     }
 
-    /// How its devices will be saved; QEMU is set up for that.
-    async fn saving(&mut self) -> Result<Saving, Stop> {
-        if let Some(alone) = self.alone.take() {
-            return Ok(Saving::Alone(alone));
+    /// The devices, ready to be saved; QEMU is set up for that.
+    async fn devices(&mut self) -> Result<Devices, Stop> {
+        if self.alone.is_some() {
+            self.devices_are_ready().await?;
+            return self.held.devices.take().ok_or_else(nothing_held);
         }
         self.held.configured = true;
         self.set_up_qemu(&capabilities::DEVICES_ONLY, Value::Null).await?;
-        Ok(Saving::Migration(Paths::of(&self.host, &self.vm.record.name).device))
+        Devices::by_migration(&self.vm.qmp, &Paths::of(&self.host, &self.vm.record.name).device)
+    }
+
+    /// Makes ready what of the devices can be before the pause. True if it was: where RAM of the machine's own had to be sent first, the
+    /// guest has gone on writing meanwhile.
+    pub(super) async fn devices_are_ready(&mut self) -> Result<bool, Stop> {
+        let Some(alone) = self.alone.as_ref().filter(|_| self.held.devices.is_none()) else {
+            return Ok(true);
+        };
+        let sender = self.held.destination.as_ref().ok_or_else(nothing_held)?.sender();
+        let devices = Devices::by_themselves(&self.vm.qmp, alone, self.id, &sender).await?;
+        self.held.devices = Some(devices);
+        Ok(false)
     }
 
     /// Has QEMU's own migration be as ours needs it, whatever another tool has left it at. What it was is on record before that.

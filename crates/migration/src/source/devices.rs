@@ -10,32 +10,29 @@ use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mirror::device::source::DeviceSource;
 use mirror::device::{MAX_HELD, MAX_PART, saved};
 use qemu::qmp::MigrationState;
-use qemu::{Event, LocatedBlock, Process, Qmp};
+use qemu::{Event, LocateError, LocatedBlock, Process, Qmp, RamTable};
 use tokio::sync::broadcast::{self, error::TryRecvError};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
 
-use super::peer::{Destination, Sender};
+use super::peer::Sender;
 use super::stop::Stop;
 use super::switch::{self, UNTIL_PAUSED};
 use finding::{Finding, chain, kind};
+use host::handed_over;
 use movable::blockers;
 use protocol::wire::Request;
 
-/// How a machine's devices are saved.
-pub(super) enum Saving {
-    /// QEMU migrates to this socket.
-    Migration(PathBuf),
-    /// QEMU saves them.
-    Alone(Alone),
-}
+/// Most that devices themselves take of what a destination holds back.
+const DEVICES: usize = 16 << 20;
 
 /// What has to be known of a machine whose RAM is not in shared, named files.
 pub(super) struct Alone {
@@ -69,37 +66,36 @@ pub(super) struct ByThemselves {
     own: Vec<LocatedBlock>,
     /// What the destination has of them.
     sent: Vec<saved::Block>,
-    /// QEMU's list of all RAM blocks, and how it says that migration stands, when that was made ready.
-    blocks: Vec<LocatedBlock>,
-    process: Process,
+    /// QEMU's table of all RAM blocks, and how it says that migration stands, when that was made ready.
+    table: RamTable,
     migration: MigrationState,
+    process: Process,
+    session: Uuid,
     bytes: u64,
 }
 
 impl Devices {
-    /// Makes ready what can be while the guest runs.
-    pub(super) async fn prepare(
+    /// Devices that a migration by QEMU saves, to this socket.
+    pub(super) fn by_migration(qmp: &Qmp, socket: &Path) -> Result<Devices, Stop> {
+        // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
+        let _ = std::fs::remove_file(socket);
+        let socket = DeviceSource::listen(socket)
+            .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
+        Ok(Devices::Migration(ByMigration { events: qmp.events(), socket: Some(socket), pump: None }))
+    }
+
+    /// Devices that are saved by themselves. What the machine has of RAM of its own is sent now, which may take long.
+    pub(super) async fn by_themselves(
         qmp: &Qmp,
-        saving: &Saving,
-        destination: &Destination,
+        alone: &Alone,
+        session: Uuid,
+        destination: &Sender,
     ) -> Result<Devices, Stop> {
-        let events = qmp.events();
-        match saving {
-            Saving::Migration(socket) => {
-                // An agent that was killed here has left its socket; this one has the name to itself, so nobody listens there.
-                let _ = std::fs::remove_file(socket);
-                let socket = DeviceSource::listen(socket)
-                    .map_err(|e| Stop::because("device-state", &e, "see to the source agent's run_dir"))?;
-                Ok(Devices::Migration(ByMigration { events, socket: Some(socket), pump: None }))
-            }
-            Saving::Alone(alone) => {
-                let mut devices = ByThemselves::find(qmp, alone, events).await?;
-                devices.sent = devices.read().await?;
-                let beginning = saved::beginning(&alone.machine, &devices.sent);
-                devices.send(&destination.sender(), &beginning).await?;
-                Ok(Devices::Alone(devices))
-            }
-        }
+        let mut devices = ByThemselves::find(qmp, alone, session).await?;
+        devices.sent = devices.read().await?;
+        let beginning = saved::beginning(&alone.machine, &devices.sent);
+        devices.send(destination, &beginning).await?;
+        Ok(Devices::Alone(devices))
     }
 
     /// Pauses the guest. `told` is whether QEMU may have been told to. Returns when it was paused.
@@ -126,12 +122,27 @@ impl Devices {
         }
     }
 
-    /// That nobody else has touched the guest since it was paused. QEMU sees to that itself where it migrates.
+    /// That nobody else has touched the guest since it was paused, and that its QEMU was there when its memory was read for the last time:
+    /// memory of a process that has been killed may be gone already, and looks as if it had never been touched. Where QEMU migrates it sees
+    /// to the one itself, and its memory is in files.
     pub(super) async fn is_untouched(&mut self, qmp: &Qmp) -> Result<(), Stop> {
         match self {
             Devices::Migration(_) => Ok(()),
             Devices::Alone(devices) => devices.is_untouched(qmp).await,
         }
+    }
+
+    /// That nobody else has touched the guest, whose copy is complete. A QEMU that has ended since can let it run no more.
+    pub(super) async fn may_leave(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+        match self {
+            Devices::Migration(_) => Ok(()),
+            Devices::Alone(devices) => devices.may_leave(qmp).await,
+        }
+    }
+
+    /// Whether devices are saved by themselves.
+    pub(super) fn are_alone(&self) -> bool {
+        matches!(self, Devices::Alone(_))
     }
 }
 
@@ -155,15 +166,15 @@ impl ByMigration {
 }
 
 impl ByThemselves {
-    async fn find(
-        qmp: &Qmp,
-        alone: &Alone,
-        events: broadcast::Receiver<Event>,
-    ) -> Result<ByThemselves, Stop> {
+    async fn find(qmp: &Qmp, alone: &Alone, session: Uuid) -> Result<ByThemselves, Stop> {
+        let events = qmp.events();
         let failed = |e: &dyn std::error::Error| {
             Stop::because("own-ram", e, "see the VM's log, and report its command line")
         };
-        let blocks = located(qmp, &alone.process).await?;
+        let unknown =
+            |e: &LocateError| Stop::because("own-ram", e, "see the VM's log, and report its command line");
+        let table = RamTable::of(qmp).await.map_err(|e| unknown(&e))?;
+        let blocks = table.locate(&alone.process).map_err(|e| unknown(&e))?;
         let own = own(&blocks, &alone.mirrored);
         let memory = File::open(format!("/proc/{}/mem", alone.process.pid)).map_err(|e| failed(&e))?;
         let migration = qmp.query_migrate().await.map_err(Stop::qemu)?;
@@ -172,9 +183,10 @@ impl ByThemselves {
             memory: Arc::new(memory),
             own,
             sent: Vec::new(),
-            blocks,
-            process: alone.process.clone(),
+            table,
             migration,
+            process: alone.process.clone(),
+            session,
             bytes: 0,
         })
     }
@@ -186,6 +198,11 @@ impl ByThemselves {
             return Err(Stop::Failed(blockers::not_migratable(reason)));
         }
         self.is_not_migrated(now)?;
+        handed_over::mark(qmp, self.session).await.map_err(Stop::qemu)?;
+        // What was let run before was so by a scan of ours.
+        while let Ok(event) = self.events.try_recv() {
+            gone(&event)?;
+        }
         let asked = Instant::now();
         *told = true;
         if !qmp.quiesce().await.map_err(Stop::qemu)? {
@@ -200,25 +217,46 @@ impl ByThemselves {
                 Ok(event) if event.name == "STOP" && event.ours => {
                     return Ok(switch::instant_of(&event, asked));
                 }
-                Ok(_) | Err(TryRecvError::Lagged(_)) => {}
+                Ok(event) => gone(&event)?,
+                Err(TryRecvError::Lagged(_)) => {}
                 Err(TryRecvError::Empty | TryRecvError::Closed) => return Ok(asked),
             }
         }
     }
 
     async fn is_untouched(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+        let status = qmp.status().await.map_err(Stop::qemu);
+        let migration = qmp.query_migrate().await.map_err(Stop::qemu);
+        // What QEMU has said before it answered, or ended.
+        self.was_left_alone()?;
+        if status?.running {
+            return Err(touched("has been let run"));
+        }
+        self.is_not_migrated(migration?)
+    }
+
+    async fn may_leave(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+        let untouched = self.is_untouched(qmp).await;
+        // QEMU itself has not been let run while it was heard, and nobody can any more.
+        match untouched {
+            Err(Stop::Failed(finding)) if !is_told(&finding) && self.process.look().is_gone() => {
+                tracing::warn!(why = finding.message, "QEMU has ended after its guest's copy was complete");
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// That no event says otherwise.
+    fn was_left_alone(&mut self) -> Result<(), Stop> {
         loop {
             match self.events.try_recv() {
                 Ok(event) if event.name == "RESUME" => return Err(touched("has been let run")),
-                Ok(_) => {}
+                Ok(event) => gone(&event)?,
                 Err(TryRecvError::Lagged(_)) => return Err(touched("has said too much to be listened to")),
-                Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+                Err(TryRecvError::Empty | TryRecvError::Closed) => return Ok(()),
             }
         }
-        if qmp.status().await.map_err(Stop::qemu)?.running {
-            return Err(touched("has been let run"));
-        }
-        self.is_not_migrated(qmp.query_migrate().await.map_err(Stop::qemu)?)
     }
 
     /// That no other program migrates the machine, or has since it was looked at first.
@@ -237,7 +275,8 @@ impl ByThemselves {
             |e: &dyn std::error::Error| Stop::because("device-state", e, "see the VM's log on the source");
         self.is_untouched(qmp).await?;
         // What was plugged in since, or has grown, is in no copy.
-        if located(qmp, &self.process).await? != self.blocks {
+        let table = RamTable::of(qmp).await.map_err(|e| failed(&e))?;
+        if table != self.table {
             return Err(touched("has other RAM than when its switch-over began"));
         }
         let (mut file, to_write) = file_in_memory().map_err(|e| failed(&e))?;
@@ -304,20 +343,30 @@ pub(crate) async fn may_save_alone(
             "start it with RAM in a memory-backend-file with share=on",
         ));
     }
-    let located = qemu::located_blocks(qmp, process).await.map_err(|e| {
+    let unknown = |e: LocateError| {
         Finding::new("ram-not-mirrorable", chain(&e), "see the VM's log, and report its command line")
-    })?;
+    };
+    let table = RamTable::of(qmp).await.map_err(unknown)?;
+    let located = table.locate(process).map_err(unknown)?;
     let bytes: u64 = own(&located, mirrored).iter().map(|block| block.used).sum();
-    // What the destination holds back in the pause is what has changed of it, and the devices.
-    if bytes > MAX_HELD as u64 / 2 {
+    // What the destination holds back in the pause is what has changed of it, at most all, and the devices.
+    let most = (MAX_HELD - DEVICES) as u64;
+    if bytes > most {
         return Err(Finding::new(
             "own-ram",
-            format!(
-                "the VM has {} MiB of video memory and firmware, more than {}",
-                bytes >> 20,
-                MAX_HELD >> 21
-            ),
+            format!("the VM has {} MiB of video memory and firmware, more than {}", bytes >> 20, most >> 20),
             "start it with less video memory",
+        ));
+    }
+    if !qmp
+        .has_command(qemu::SAVE_DEVICES)
+        .await
+        .map_err(|e| Finding::new("qemu", chain(&e), "see the VM's log"))?
+    {
+        return Err(Finding::new(
+            "private-ram",
+            format!("this QEMU does not have {}, by which its devices are saved alone", qemu::SAVE_DEVICES),
+            "start it with RAM in a memory-backend-file with share=on",
         ));
     }
     Ok(())
@@ -338,18 +387,26 @@ fn is_known(machine: &str) -> bool {
     }
 }
 
-async fn located(qmp: &Qmp, process: &Process) -> Result<Vec<LocatedBlock>, Stop> {
-    let found = qemu::located_blocks(qmp, process).await;
-    found.map_err(|e| Stop::because("own-ram", &e, "see the VM's log, and report its command line"))
-}
-
 /// Those that no mirror carries.
 fn own(blocks: &[LocatedBlock], mirrored: &[String]) -> Vec<LocatedBlock> {
-    let is_mirrored = |block: &&LocatedBlock| {
-        // Old machine types name RAM by its whole path in QEMU's tree of objects.
-        mirrored.iter().any(|id| block.name.strip_prefix("/objects/").unwrap_or(&block.name) == id)
-    };
+    let is_mirrored = |block: &&LocatedBlock| mirrored.iter().any(|id| block.is_of(id));
     blocks.iter().filter(|block| !is_mirrored(block)).cloned().collect()
+}
+
+/// What ends a hand-over: the guest has switched itself off in the moment in which it was stopped, or a device is gone. What is plugged in
+/// instead of that may have memory at another place.
+fn gone(event: &Event) -> Result<(), Stop> {
+    match event.name.as_str() {
+        // Of a guest that only stands QEMU says no more of it: with `-no-shutdown` its status stays `paused`.
+        "SHUTDOWN" => Err(switch::has_shut_down()),
+        "DEVICE_DELETED" => Err(touched("has lost a device")),
+        _ => Ok(()),
+    }
+}
+
+/// Whether QEMU itself has told of it.
+fn is_told(finding: &Finding) -> bool {
+    [kind::TOUCHED, kind::MIGRATES_ALREADY, switch::VM_ENDED].contains(&&*finding.kind)
 }
 
 /// Somebody else has done something to a machine that was paused to be handed over.

@@ -17,11 +17,11 @@ use super::health;
 use super::held::Controller;
 use super::network::Network;
 use super::peer::{about, violation};
-use super::resume::{leave_stopped, resume_here, run_here};
+use super::resume::{leave_stopped, resume_here};
 use super::rounds::Rounds;
 use super::settlement::{Settled, abandon, settle};
 use super::stop::{Stop, nothing_held};
-use super::switch::{Prepared, VM_PAUSED};
+use super::switch::{Prepared, VM_ENDED, VM_PAUSED};
 use finding::{Finding, chain, kind};
 use host::Record;
 use host::hooks::Hook;
@@ -43,6 +43,11 @@ const AT_ONCE: Duration = Duration::from_millis(100);
 /// Whether it has ended because somebody else has stopped the guest.
 fn was_stopped(stop: &Stop) -> bool {
     matches!(stop, Stop::Failed(finding) if finding.kind == VM_PAUSED)
+}
+
+/// Whether it has ended because the guest has switched itself off.
+fn has_shut_down(stop: &Stop) -> bool {
+    matches!(stop, Stop::Failed(finding) if finding.kind == VM_ENDED)
 }
 
 /// Whether it has ended because another program migrates the machine: neither that nor the guest's pause is ours to end.
@@ -107,7 +112,7 @@ impl Controller {
         };
         self.held.supplying = supplying;
         if let Some(devices) = &mut devices {
-            devices.is_untouched(&self.vm.qmp).await?;
+            devices.may_leave(&self.vm.qmp).await?;
         }
         let mirrored: Vec<PathBuf> =
             self.held.disks.iter().flat_map(Disks::paths).map(Path::to_owned).collect();
@@ -391,10 +396,8 @@ impl Controller {
     /// Has the machine run here again. QEMU is to have its images, and nobody else before it.
     async fn resume(&self) -> Result<(), Stop> {
         let (fence, name, qmp) = (&self.host.fence, &self.vm.record.name, &self.vm.qmp);
-        let resumed = match self.vm.record.saves_devices_alone() {
-            true => fence.hand_to(name, || run_here(qmp)).await,
-            false => fence.hand_to(name, || resume_here(qmp)).await,
-        };
+        let alone = self.vm.record.saves_devices_alone();
+        let resumed = fence.hand_to(name, || resume_here(qmp, alone)).await;
         resumed.map_err(|e| self.not_resumed(&e))
     }
 
@@ -420,10 +423,11 @@ impl Controller {
             if let Some(relay) = &self.held.relay {
                 relay.abort();
             }
-            if self.vm.record.saves_devices_alone() && migrated_by_others(&stop) {
+            let alone = self.vm.record.saves_devices_alone();
+            if alone && migrated_by_others(&stop) {
                 tracing::error!(vm = %self.vm.record.name, ?stop, "it is left as it is");
-            } else if was_stopped(&stop) {
-                // By somebody else while QEMU sent: it stays so.
+            } else if was_stopped(&stop) || alone && has_shut_down(&stop) {
+                // By somebody else while QEMU sent, or by itself: it stays so.
                 let leave = || leave_stopped(&self.vm.qmp);
                 if let Err(e) = self.host.fence.hand_to(&self.vm.record.name, leave).await {
                     (resumed, stop) = (false, self.not_resumed(&e));

@@ -7,7 +7,7 @@ use std::time::Instant;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::devices::Alone;
+use super::devices::{Alone, Devices};
 use super::disks::Disks;
 use super::network::Network;
 use super::orders::Orders;
@@ -75,6 +75,8 @@ pub(super) struct Held {
     pub(super) supplying: Option<Supplying>,
     /// The guest's network.
     pub(super) network: Option<Network>,
+    /// Devices that are saved by themselves, as soon as they are ready.
+    pub(super) devices: Option<Devices>,
 }
 
 impl Held {

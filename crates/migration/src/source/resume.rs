@@ -5,20 +5,28 @@ use std::time::{Duration, Instant};
 use qemu::{Qmp, QmpError};
 
 use finding::chain;
+use host::handed_over;
 
 /// How long QEMU may take to go back to running.
 const RESUME: Duration = Duration::from_secs(10);
 /// Between looks at a QEMU that is going back.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
-/// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it.
-pub(crate) async fn resume_here(qmp: &Qmp) -> Result<(), QmpError> {
-    end_migration(qmp, Instant::now() + RESUME).await?;
-    run_here(qmp).await
+/// Brings a machine that a switch-over has paused back to running. Nothing else may have been told to run it. A migration that there may be
+/// of one whose devices are saved `alone` is not ours.
+pub(crate) async fn resume_here(qmp: &Qmp, alone: bool) -> Result<(), QmpError> {
+    if !alone {
+        end_migration(qmp, Instant::now() + RESUME).await?;
+        return run_here(qmp).await;
+    }
+    run_here(qmp).await?;
+    if let Err(e) = handed_over::unmark(qmp).await {
+        tracing::warn!(error = chain(&e), "QEMU keeps the mark of a hand-over that did not come about");
+    }
+    Ok(())
 }
 
-/// The same of one that was only stopped: a migration that there may be is not ours.
-pub(crate) async fn run_here(qmp: &Qmp) -> Result<(), QmpError> {
+async fn run_here(qmp: &Qmp) -> Result<(), QmpError> {
     let deadline = Instant::now() + RESUME;
     loop {
         if qmp.status().await?.running {

@@ -10,7 +10,7 @@ use qemu::{Event, Qmp, QmpError};
 use tokio::sync::broadcast;
 use tokio::time::timeout;
 
-use super::devices::{Devices, Saving};
+use super::devices::Devices;
 use super::disks::Disks;
 use super::network::Network;
 use super::peer::{Destination, violation};
@@ -29,6 +29,8 @@ use session::report::Pause;
 
 /// Somebody else has stopped the guest.
 pub(super) const VM_PAUSED: &str = "vm-paused";
+/// The guest has switched itself off.
+pub(super) const VM_ENDED: &str = "vm-ended";
 /// How long QEMU may take from `migrate` to the pause.
 pub(super) const UNTIL_PAUSED: Duration = Duration::from_secs(10);
 
@@ -69,13 +71,12 @@ pub(super) async fn prepare(
         &mut Option<Network>,
     ),
     destination: &mut Destination,
-    saving: &Saving,
+    mut devices: Devices,
     options: &Options,
     streams: Option<Streams>,
     told: &mut bool,
     (about_to_pause, paused_for_good): (impl FnOnce() -> Result<(), Stop>, impl FnOnce()),
 ) -> Result<Prepared, Stop> {
-    let mut devices = Devices::prepare(qmp, saving, destination).await?;
     may_migrate(qmp).await?;
     if streams.is_some() {
         // Most of what will be missing is given up while the guest still runs. Once that is done scans follow soon upon each
@@ -135,6 +136,7 @@ impl Pausing<'_> {
             None => self.complete(rounds, destination, devices, &mut pause).await?,
             Some(_) => (self.leave_out(rounds, destination, devices, &mut pause).await?, true),
         };
+        devices.is_untouched(self.qmp).await?;
         points::reach(Point::Sent).await;
         pause.gate_ms = self.since();
         // A copy that changes by itself while nothing writes to it is not trusted, even if it could be mended.
@@ -284,6 +286,10 @@ pub(super) fn was_paused(status: &str) -> Stop {
     Stop::Failed(Finding::new(VM_PAUSED, message, "migrate the VM when it runs again"))
 }
 
+pub(super) fn has_shut_down() -> Stop {
+    Stop::Failed(Finding::new(VM_ENDED, "the guest has shut down", "start the VM again"))
+}
+
 /// Waits until QEMU has paused the guest for the switch-over. Returns when that was.
 pub(super) async fn paused(events: &mut broadcast::Receiver<Event>, asked: Instant) -> Result<Instant, Stop> {
     let mut stopped = asked;
@@ -321,11 +327,7 @@ async fn next(events: &mut broadcast::Receiver<Event>) -> Result<Event, Stop> {
     loop {
         match events.recv().await {
             Ok(event) if event.name == "SHUTDOWN" => {
-                return Err(Stop::Failed(Finding::new(
-                    "vm-ended",
-                    "the guest has shut down",
-                    "start the VM again",
-                )));
+                return Err(has_shut_down());
             }
             Ok(event) => return Ok(event),
             Err(broadcast::error::RecvError::Lagged(_)) => {}

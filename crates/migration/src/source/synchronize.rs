@@ -74,6 +74,9 @@ impl Controller {
             }
             let ready = copied && matches!(advice, Advice::Switch | Advice::SwitchWithinLimit);
             if switching && ready && self.disks_are_drained()? {
+                if !self.devices_are_ready().await? {
+                    continue;
+                }
                 return Ok(());
             }
             let post_copy = copied && switching && self.options.on_diverge == OnDiverge::PostCopy;

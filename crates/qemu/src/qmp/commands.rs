@@ -14,6 +14,9 @@ use serde_json::Value;
 use super::connection::Qmp;
 use super::error::QmpError;
 
+/// The command by which devices are saved without RAM.
+pub const SAVE_DEVICES: &str = "xen-save-devices-state";
+
 /// QEMU's version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Version {
@@ -404,10 +407,19 @@ impl Qmp {
     pub async fn save_devices(&self, to: OwnedFd) -> Result<(), QmpError> {
         let given = self.give_descriptor(to).await?;
         let arguments = serde_json::json!({ "filename": format!("/dev/fdset/{}", given.set), "live": true });
-        let saved = self.execute_raw("xen-save-devices-state", arguments).await.map(drop);
+        let saved = self.execute_raw(SAVE_DEVICES, arguments).await.map(drop);
         // QEMU writes to a duplicate. Its own closes with the set; while the guest is stopped it does so at the end of the connection.
         let taken = self.take_descriptor_back(&given).await;
         saved.and(taken)
+    }
+
+    /// Whether QEMU has a command of that name.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub async fn has_command(&self, name: &str) -> Result<bool, QmpError> {
+        let commands = self.execute(qapi::qmp::query_commands {}).await?;
+        Ok(commands.iter().any(|command| command.name == name))
     }
 
     /// The vCPUs and their threads.

@@ -29,8 +29,8 @@ mod quiesce;
 
 pub use block::{BlockNode, Drive, NbdNode};
 pub use commands::{
-    Blocks, CpuidWord, GivenDescriptor, MemoryDevice, MigrationState, QomProperty, RunState, VcpuThread,
-    Version,
+    Blocks, CpuidWord, GivenDescriptor, MemoryDevice, MigrationState, QomProperty, RunState, SAVE_DEVICES,
+    VcpuThread, Version,
 };
 pub use connection::{COMMAND_DEADLINE, Event, Qmp};
 pub use error::QmpError;

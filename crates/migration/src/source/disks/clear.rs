@@ -63,7 +63,7 @@ async fn clear_now(qmp: &Qmp, read: &Path) -> Result<(), Uncleared> {
         let given_up: Result<(), QmpError> = given_up.await;
         if runs {
             // Also where it was not seen to stop: that may have come later.
-            resume_here(qmp).await.map_err(Uncleared::Stopped)?;
+            resume_here(qmp, false).await.map_err(Uncleared::Stopped)?;
         }
         given_up.map_err(Uncleared::There)?;
     }
