@@ -27,7 +27,7 @@ pub const PHASES: [Phase; 9] = [
 /// # Panics
 /// If any of that is not so.
 #[track_caller]
-pub fn accounted(report: &Report, guest: &Guest) {
+pub fn report_adds_up(report: &Report, guest: &Guest) {
     assert_eq!((report.outcome, &report.error), (Outcome::Completed, &None), "{report:#?}");
     assert_eq!(report.vm, guest.name);
 

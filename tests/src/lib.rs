@@ -24,7 +24,7 @@ mod traffic;
 mod under_way;
 mod writes;
 
-pub use accounting::{PAGE, PHASES, accounted};
+pub use accounting::{PAGE, PHASES, report_adds_up};
 pub use disks::{BlockDevice, image, local, noise, write_noise};
 pub use guest::Guest;
 pub use level::{Level, Trend};

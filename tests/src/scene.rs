@@ -3,7 +3,7 @@
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Host, Inventory, Status};
 
-use crate::{Guest, Pair, UnderWay, accounted, until};
+use crate::{Guest, Pair, UnderWay, report_adds_up, until};
 
 /// A guest that writes, on host A, and what both hosts held before its migration.
 #[derive(Debug)]
@@ -99,7 +99,7 @@ impl Scene {
     /// If not.
     pub fn moves_after_all(&self) {
         let report = self.pair.migrate("vm", self.a(), self.b(), &[]);
-        accounted(&report, &self.guest);
+        report_adds_up(&report, &self.guest);
         self.has_moved();
     }
 }

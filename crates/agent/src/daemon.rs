@@ -183,7 +183,7 @@ impl Daemon {
             hooks: config.hooks.clone(),
             firewall: config.firewall.clone(),
             trust_seccomp: config.trust_seccomp,
-            neighbourhood: Arc::default(),
+            guest_addresses: Arc::default(),
             post_copy_memory: Arc::new(post_copies.clone()),
             lingering: host::Lingering::default(),
             recovering: host::Recovering::default(),

@@ -28,8 +28,8 @@ use host::lifecycle::{self, Forgotten};
 use host::vm::{PostCopy, Record, Vm};
 use movable::confinement;
 use ownership::VmName;
-use ownership::{Effect, Event, Word};
-use protocol::deadlines::{BOOT_FILES, FIRST_WORD, FOUND};
+use ownership::{Effect, Event, Response};
+use protocol::deadlines::{BOOT_FILES, FIRST_REQUEST, FOUND};
 use protocol::wire::bounds::{self, Unheard};
 use protocol::wire::{self, Reply, Request as Asked};
 use session::points::{self, Point};
@@ -55,7 +55,7 @@ pub async fn serve(
         frames: network::Frames::default(),
         interfaces: None,
     };
-    let first = match timeout(FIRST_WORD, source.word()).await {
+    let first = match timeout(FIRST_REQUEST, source.next_request()).await {
         Ok(Ok(first)) => first,
         Ok(Err(Unheard::Violation(what))) => {
             source.tell(violation(&what), None).await;
@@ -74,7 +74,7 @@ pub async fn serve(
             if matches!(first, Asked::Reserve(_)) { Reply::Refused(refused) } else { Reply::Failed(refused) };
         // The source asks again.
         let _ = source.reply(word).await;
-        let _ = timeout(FIRST_WORD, source.word()).await;
+        let _ = timeout(FIRST_REQUEST, source.next_request()).await;
         return None;
     }
     let vm = first.vm().parse::<VmName>().ok();
@@ -135,7 +135,7 @@ impl Source {
             );
             return self.reply(Reply::Refused(vec![finding].into())).await;
         }
-        if let Ok(Err(gone)) = timeout(Duration::ZERO, self.word()).await {
+        if let Ok(Err(gone)) = timeout(Duration::ZERO, self.next_request()).await {
             // A source that has left means nothing by what it said before.
             return Err(gone.into());
         }
@@ -203,7 +203,7 @@ impl Source {
             let failed = |e: std::io::Error| failed("file-not-shipped", &e);
             let mut arriving = Arriving::new(described).map_err(failed)?;
             while !arriving.is_whole() {
-                let part = match self.word().await {
+                let part = match self.next_request().await {
                     Ok(Asked::FilePart(part)) => part,
                     word => return Err(interrupted(word)),
                 };
@@ -294,7 +294,7 @@ impl Source {
         };
         let effects = self.host.journal.on(&mut record, Event::Copied { session }, loaded);
         match effects.map_err(|e| failed("journal", &e))?[..] {
-            [Effect::Say(Word::Ready)] => Ok((record, spec, qmp)),
+            [Effect::Respond(Response::Ready)] => Ok((record, spec, qmp)),
             _ => Err(no_copy(record.name.as_ref())),
         }
     }

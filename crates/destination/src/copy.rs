@@ -69,7 +69,7 @@ impl Copy {
                     NETWORK_STREAM if source.frames.is_expected() => source.frames = Frames::receive(receiver)?,
                     _ => self.attach(stream, receiver)?,
                 },
-                word = source.word() => {
+                word = source.next_request() => {
                     match word? {
                         Asked::HoldDevices(_) => self.reservation.device.hold(),
                         Asked::DeviceState(part) => {

@@ -19,9 +19,8 @@ use ::network::interfaces;
 use finding::{Finding, chain};
 use host::Host;
 use host::Record;
-use host::hooks::Hook;
-use host::neighbourhood::Neighbour;
-use host::occasion;
+use host::guest_addresses::Neighbour;
+use host::hooks::{self, Hook};
 use ownership::VmName;
 use protocol::wire;
 
@@ -88,7 +87,7 @@ impl Known {
         let room = INTERFACES.saturating_sub(self.neighbours.len());
         self.neighbours.extend(part.neighbours.into_iter().take(room).map(neighbour));
         // Should the link break, it is announced by them all the same.
-        host.neighbourhood.tell(vm, self.neighbours.clone());
+        host.guest_addresses.tell(vm, self.neighbours.clone());
         let Some(flows) = part.flows else { return };
         if !flows.add_to(&mut self.flows) {
             tracing::warn!("connections that make no sense, or too many, are left out");
@@ -255,7 +254,7 @@ impl Interfaces {
 /// Tells the network of a machine that is in it here.
 pub(super) fn announce(host: &Host, record: &Record) {
     let Ok(spec) = Spec::parse(&record.argv) else { return };
-    let neighbours = host.neighbourhood.known(record, &spec);
+    let neighbours = host.guest_addresses.known(record, &spec);
     Interfaces::to_announce(record, &spec).are_up(&Frames::default(), &neighbours);
 }
 
@@ -277,7 +276,7 @@ pub fn turn(host: &Host, record: &Record, qmp: &Qmp) {
 pub(super) fn redirect(host: &Host, record: Record) -> JoinHandle<Result<(), Finding>> {
     let host = host.clone();
     tokio::spawn(async move {
-        let run = occasion::run(&host, Hook::Redirect, &record, false).await;
+        let run = hooks::run(&host, Hook::Redirect, &record, false).await;
         run.inspect_err(|finding| {
             tracing::error!(vm = %record.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
         })

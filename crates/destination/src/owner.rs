@@ -17,17 +17,16 @@ use crate::source::Source;
 use finding::{Finding, chain, kind};
 use host::Host;
 use host::KILL_GRACE;
-use host::hooks::Hook;
+use host::guest_addresses::Neighbour;
+use host::hooks::{self, Hook};
 use host::lifecycle;
-use host::neighbourhood::Neighbour;
-use host::occasion;
 use host::places;
 use host::settings;
 use host::vm::{MadeImage, Record, Vm};
 use ownership::concerned;
-use ownership::{self, Effect, Event, Mark, OnRecord as _, SourceSays, Word};
+use ownership::{self, Effect, Event, Mark, OnRecord as _, Response, SourceSays};
 use ownership::{Ownership, VmName};
-use protocol::deadlines::{FIRST_WORD, REDIRECT};
+use protocol::deadlines::{FIRST_REQUEST, REDIRECT};
 use protocol::wire::{self, Reply, Request as Asked};
 use session::points::{self, Point};
 
@@ -47,7 +46,7 @@ impl Source {
         arrived: &(impl Fn(Vm) + Send),
     ) -> Result<(), End> {
         let mut events = qmp.events();
-        if let Err(finding) = occasion::run(&self.host, Hook::Up, &record, false).await {
+        if let Err(finding) = hooks::run(&self.host, Hook::Up, &record, false).await {
             lifecycle::forget(&self.host, &record, Some(&qmp)).await.kept_on_record();
             return Err(End::Failed(vec![finding]));
         }
@@ -78,7 +77,7 @@ impl Source {
                     posted = true;
                     continue;
                 }
-                asked = self.word() => asked?,
+                asked = self.next_request() => asked?,
             };
             match asked {
                 Asked::Commit(commit) if self.is_of(&commit, &record) => {
@@ -139,7 +138,8 @@ impl Source {
             // It has not been told to run, and so has never run.
             drop(deciding);
             lifecycle::ended(&host, &record).await;
-            let word = if self.mark(session)? == Some(Mark::NeverRan) { Word::NoCopy } else { Word::NotNow };
+            let word =
+                if self.mark(session)? == Some(Mark::NeverRan) { Response::NoCopy } else { Response::NotNow };
             return self.say(word, &name).await;
         }
         if becomes.contains(&Effect::Resume) {
@@ -194,7 +194,7 @@ impl Source {
         let has_network = !spec.nics().is_empty();
         settings::give_back(&host.journal, &mut record, &qmp).await;
         let owned = record.clone();
-        host.neighbourhood.listen(&record, &spec);
+        host.guest_addresses.listen(&record, &spec);
         arrived(Vm { record, spec, qmp: qmp.clone() });
         if has_network && let Err(e) = qmp.announce_self().await {
             tracing::warn!(error = chain(&e), "QEMU did not announce the VM's new place");
@@ -224,7 +224,7 @@ impl Source {
         network::is_home(&host, &owned).await;
         told?;
         // The source says so, or closes, when it has given everything back.
-        if let Ok(Ok(Asked::Release(_))) = timeout(FIRST_WORD, self.word()).await {
+        if let Ok(Ok(Asked::Release(_))) = timeout(FIRST_REQUEST, self.next_request()).await {
             host.journal.released(session);
         }
         Ok(())
@@ -255,7 +255,7 @@ impl Source {
                     let gone = lifecycle::forget_decided(&self.host, &record, None, mark).await;
                     gone.map_err(|why| End::Failed(vec![why]))?;
                 }
-                Effect::Say(Word::NoCopy) => {
+                Effect::Respond(Response::NoCopy) => {
                     tracing::error!(vm = %record.name, error = chain(error), "a VM could not be resumed here and goes back");
                     return Err(no_copy(record.name.as_ref()));
                 }
@@ -286,14 +286,14 @@ impl Source {
         match Qmp::connect(&record.qmp_socket).await {
             Ok(qmp) => {
                 tracing::info!(vm = %record.name, %session, "the source settles a hand-over: the VM is ours");
-                let neighbours = self.host.neighbourhood.known(&record, &spec);
+                let neighbours = self.host.guest_addresses.known(&record, &spec);
                 let network = Some((Interfaces::to_announce(&record, &spec), neighbours));
                 self.become_owner(commit, spec, qmp, network, arrived).await
             }
             // A ready copy whose QEMU is gone has never run.
             Err(_) if lifecycle::ended(&self.host, &record).await => {
                 let mark = self.mark(session)?;
-                let word = if mark == Some(Mark::NeverRan) { Word::NoCopy } else { Word::NotNow };
+                let word = if mark == Some(Mark::NeverRan) { Response::NoCopy } else { Response::NotNow };
                 self.say(word, &name).await
             }
             Err(e) => Err(failed("qemu", &e)),
@@ -368,14 +368,14 @@ impl Source {
         self.host.journal.mark(session).map_err(|e| failed("journal", &e))
     }
 
-    async fn say(&mut self, word: Word, name: &VmName) -> Result<(), End> {
+    async fn say(&mut self, word: Response, name: &VmName) -> Result<(), End> {
         match word {
-            Word::Running => self.reply(Reply::Running(wire::Running::default())).await,
-            Word::Ready => self.reply(Reply::Ready(wire::Nothing {})).await,
-            Word::NoCopy => Err(no_copy(name.as_ref())),
-            Word::Cancelled => Err(End::Cancelled),
-            Word::Unknown => Err(unknown_copy(&self.host.name, name.as_ref())),
-            Word::NotNow => Err(qemu_gone()),
+            Response::Running => self.reply(Reply::Running(wire::Running::default())).await,
+            Response::Ready => self.reply(Reply::Ready(wire::Nothing {})).await,
+            Response::NoCopy => Err(no_copy(name.as_ref())),
+            Response::Cancelled => Err(End::Cancelled),
+            Response::Unknown => Err(unknown_copy(&self.host.name, name.as_ref())),
+            Response::NotNow => Err(qemu_gone()),
         }
     }
 
@@ -392,12 +392,12 @@ fn becomes(record: &Record, event: &Event) -> Vec<Effect> {
 }
 
 /// What the source is told.
-fn said(effects: &[Effect]) -> Word {
+fn said(effects: &[Effect]) -> Response {
     let word = |effect: &Effect| match effect {
-        Effect::Say(word) => Some(*word),
+        Effect::Respond(word) => Some(*word),
         _ => None,
     };
-    effects.iter().find_map(word).unwrap_or(Word::NotNow)
+    effects.iter().find_map(word).unwrap_or(Response::NotNow)
 }
 
 fn session_of(commit: &wire::Commit) -> Result<Uuid, End> {

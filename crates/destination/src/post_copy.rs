@@ -141,7 +141,7 @@ impl Source {
             let health = health::watch(&qmp, process.as_ref()).await;
             self.reply(Reply::Health(health)).await?;
             // The source closes when it has given everything back.
-            let _ = tokio::time::timeout(protocol::deadlines::FIRST_WORD, self.word()).await;
+            let _ = tokio::time::timeout(protocol::deadlines::FIRST_REQUEST, self.next_request()).await;
         }
         Ok(())
     }

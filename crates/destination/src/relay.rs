@@ -67,7 +67,7 @@ impl Relay {
                     ended?;
                     self.carried = true;
                 }
-                word = source.word() => {
+                word = source.next_request() => {
                     match word? {
                         Asked::Load(_) => complete_by = Some(Instant::now() + LOAD),
                         Asked::Cancel(_) => return Err(End::Cancelled),

@@ -12,7 +12,7 @@ use crate::receiving::ReceivingHost;
 use crate::sender::Sender;
 use finding::chain;
 use ownership::VmName;
-use protocol::deadlines::FIRST_WORD;
+use protocol::deadlines::FIRST_REQUEST;
 use protocol::wire::bounds::{self, Unheard};
 use protocol::wire::{self, Reply, Request as Asked};
 
@@ -47,7 +47,7 @@ impl Source {
     }
 
     /// What the source says next. Nothing is lost when this is cancelled.
-    pub(crate) async fn word(&mut self) -> Result<Asked, Unheard> {
+    pub(crate) async fn next_request(&mut self) -> Result<Asked, Unheard> {
         bounds::request(&mut self.receiver).await
     }
 
@@ -80,7 +80,7 @@ impl Source {
         let told = self.reply(reply).await;
         if told.is_ok() {
             // The source closes when it has read it.
-            let _ = timeout(FIRST_WORD, self.word()).await;
+            let _ = timeout(FIRST_REQUEST, self.next_request()).await;
         }
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! A hook is run with the agent's rights. Like sudo and cron, the agent runs nothing that others could have put there.
 
+mod run;
+
 use std::fmt::Write as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
@@ -20,6 +22,8 @@ use uuid::Uuid;
 
 use finding::{Finding, chain};
 use ownership::VmName;
+
+pub use run::run;
 
 /// Shortest deadline that can be configured: less is not enough to start a shell on a busy host.
 pub const MIN_DEADLINE: Duration = Duration::from_millis(100);
@@ -95,7 +99,7 @@ pub enum Side {
 
 /// What a hook is told.
 #[derive(Debug, Clone, Serialize)]
-pub struct Occasion<'a> {
+pub struct HookContext<'a> {
     /// The machine.
     pub vm: &'a VmName,
     /// Name of this host's agent.
@@ -133,7 +137,7 @@ struct Document<'a> {
     version: u32,
     hook: &'static str,
     #[serde(flatten)]
-    occasion: &'a Occasion<'a>,
+    context: &'a HookContext<'a>,
 }
 
 /// Why a hook was not run, or not successfully.
@@ -254,10 +258,10 @@ impl Hooks {
     /// # Errors
     /// [`HookError`], with everything that the hook had started in its process group killed where it took too long; the
     /// same is done when this is dropped. What a hook that ends leaves running is left running.
-    pub async fn run(&self, hook: Hook, occasion: &Occasion<'_>) -> Result<(), HookError> {
+    pub async fn run(&self, hook: Hook, context: &HookContext<'_>) -> Result<(), HookError> {
         let Some(program) = self.find(hook)? else { return Ok(()) };
         let refused = |source| HookError::Start { hook: program.clone(), source };
-        let document = Document { version: VERSION, hook: hook.name(), occasion };
+        let document = Document { version: VERSION, hook: hook.name(), context };
         let document = serde_json::to_vec(&document).map_err(|e| refused(e.into()))?;
 
         let (mut running, stdin, mut output) = start(&program, hook).map_err(refused)?;
@@ -279,7 +283,7 @@ impl Hooks {
         }
         output.take_rest();
 
-        let vm = occasion.vm;
+        let vm = context.vm;
         let last_line = output.last_line();
         let result = match ended {
             Ok(Ok(status)) if status.success() => Ok(()),

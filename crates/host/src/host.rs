@@ -10,11 +10,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::fence::Fence;
 use crate::forward::Forwards;
+use crate::guest_addresses::GuestAddresses;
 use crate::hooks::Hooks;
 use crate::left_images::LeftImages;
 use crate::lingering::Lingering;
 use crate::logs::Logs;
-use crate::neighbourhood::Neighbourhood;
 use crate::post_copy_memory::PostCopyMemory;
 use crate::ram_files::RamFiles;
 use crate::recovering::Recovering;
@@ -117,7 +117,7 @@ pub struct Host {
     /// Seccomp filters of QEMUs let pass what is done to track them: the operator's word, where the agent may not put them aside.
     pub trust_seccomp: bool,
     /// By what addresses the machines here are known.
-    pub neighbourhood: Arc<Neighbourhood>,
+    pub guest_addresses: Arc<GuestAddresses>,
     /// What brings the rest of the memory of machines that run here before it is complete.
     pub post_copy_memory: Arc<dyn PostCopyMemory>,
     /// Machines that were to be forgotten, and of which a process may run on.

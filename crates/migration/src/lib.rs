@@ -10,9 +10,9 @@
 //! crate [`qemu`]. What a machine is on one host is the crate [`host`]'s. Which host owns a machine, through any crash, is the crate [`ownership`]'s.
 
 mod disks;
+mod hardware;
 mod linked;
 mod machine;
-mod plugged;
 mod recover;
 pub mod release;
 mod resolve;
@@ -20,7 +20,7 @@ pub mod source;
 mod switch_cost;
 
 pub use linked::LinkedHost;
-pub use recover::{Occasion, Recovered, recover};
+pub use recover::{Recovered, When, recover};
 pub use resolve::{Resolution, ResolveError, resolve};
 pub use source::Settled;
 pub use switch_cost::SwitchCost;

@@ -4,7 +4,7 @@ use qemu::qmp::{CpuidWord, RunState, Version};
 use qemu::{NicKind, RamBlock};
 
 use crate::disks::{self, Disk};
-use crate::plugged::Plugged;
+use crate::hardware::Hardware;
 use crate::source::devices;
 use finding::Finding;
 use host::Host;
@@ -31,7 +31,7 @@ pub(crate) struct Machine {
     pub(crate) direct_disks: bool,
     pub(crate) disks: Vec<Disk>,
     pub(crate) taps: Vec<wire::Tap>,
-    pub(crate) plugged: Plugged,
+    pub(crate) hardware: Hardware,
     /// Of its process.
     pub(crate) limits: cgroup::Limits,
 }
@@ -79,7 +79,7 @@ impl Machine {
             }
         }
         let facts = facts(vm).await;
-        let Facts { machine, qemu_version, cpuid, cpu_features, kvm, running, plugged, blockers } =
+        let Facts { machine, qemu_version, cpuid, cpu_features, kvm, running, hardware, blockers } =
             match facts {
                 Ok(facts) => facts,
                 Err(e) => {
@@ -99,7 +99,7 @@ impl Machine {
             ));
         }
         findings.extend(blockers);
-        findings.extend(plugged.differs_from(&vm.spec));
+        findings.extend(hardware.differs_from(&vm.spec));
         findings.extend(too_old("the source", &qemu_version));
         let qemu_version = qemu_version.to_string();
         let (taps, more) = taps(vm, options.forward).await;
@@ -118,7 +118,7 @@ impl Machine {
             findings.push(Finding::new("cgroup", message, e.hint()));
             cgroup::Limits::default()
         });
-        let direct_disks = plugged.has_direct();
+        let direct_disks = hardware.has_direct();
         let mirrored: Vec<String> = ram.iter().map(|block| block.id.clone()).collect();
         if ram.iter().any(|block| block.in_stream)
             && options.engine == Engine::Mirror
@@ -137,7 +137,7 @@ impl Machine {
             direct_disks,
             disks,
             taps,
-            plugged,
+            hardware,
             limits,
         };
         (Some(machine), findings)
@@ -159,7 +159,7 @@ struct Facts {
     cpu_features: Vec<String>,
     kvm: bool,
     running: RunState,
-    plugged: Plugged,
+    hardware: Hardware,
     blockers: Vec<Finding>,
 }
 
@@ -173,7 +173,7 @@ async fn facts(vm: &Vm) -> Result<Facts, qemu::QmpError> {
         cpu_features,
         kvm: vm.qmp.kvm_enabled().await?,
         running: vm.qmp.status().await?,
-        plugged: Plugged::into(&vm.qmp).await?,
+        hardware: Hardware::of(&vm.qmp).await?,
         blockers: blockers::told_by(&vm.qmp, &vm.spec).await?,
     })
 }

@@ -34,7 +34,7 @@ pub enum Recovered {
 
 /// When somebody looks what became of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Occasion {
+pub enum When {
     /// The agent starts: nobody else knows anything of the machine yet.
     Start,
     /// It was lost sight of.
@@ -45,7 +45,7 @@ pub enum Occasion {
 ///
 /// A machine that is this host's and that its own switch-over had paused runs again: the destination was never told to
 /// run it, because that is only done after the journal says so.
-pub async fn recover(host: &LinkedHost, record: Record, occasion: Occasion) -> Recovered {
+pub async fn recover(host: &LinkedHost, record: Record, when: When) -> Recovered {
     // The caller's may be older than what was put on record since: that its memory has become complete, among others.
     let was_incomplete = is_incomplete(&record);
     let record = match host.journal.get(&record.name) {
@@ -54,7 +54,7 @@ pub async fn recover(host: &LinkedHost, record: Record, occasion: Occasion) -> R
         Some(_) => return Recovered::Replaced(record.name),
         None => return Recovered::Gone(record.name),
     };
-    if occasion == Occasion::Later && is_incomplete(&record) && !was_incomplete {
+    if when == When::Later && is_incomplete(&record) && !was_incomplete {
         return Recovered::Replaced(record.name);
     }
     // What cannot be told to have ended counts as running here: nothing of it is thrown away.
@@ -69,7 +69,7 @@ pub async fn recover(host: &LinkedHost, record: Record, occasion: Occasion) -> R
         (Ownership::HandedOver { .. }, _) => {
             let found = if look.is_gone() { Found::Gone } else { Found::Switched };
             let effects = ownership::on(Some(&record.standing()), Event::Found(found)).effects;
-            if occasion == Occasion::Start && effects.contains(&Effect::Abandon) {
+            if when == When::Start && effects.contains(&Effect::Abandon) {
                 crate::source::abandon_all(host, &record);
             }
             return Recovered::Uncertain(record);
@@ -110,7 +110,7 @@ pub async fn recover(host: &LinkedHost, record: Record, occasion: Occasion) -> R
                 };
                 return match reconnect(host, record.clone()).await {
                     Ok(vm) => {
-                        host.neighbourhood.listen(&vm.record, &vm.spec);
+                        host.guest_addresses.listen(&vm.record, &vm.spec);
                         Recovered::Running(Box::new(vm))
                     }
                     Err(e) => Recovered::Silent(record, chain(&e)),

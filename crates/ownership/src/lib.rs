@@ -40,7 +40,7 @@ pub use transitions::on;
 
 /// What a destination says of a machine that it is asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Word {
+pub enum Response {
     /// The copy is complete and paused.
     Ready,
     /// It is this host's, runs here or has run here.
@@ -262,11 +262,11 @@ pub enum Why {
 pub enum Effect {
     /// Say Commit to the destination.
     Commit,
-    /// Have QEMU run the guest. If it does, who asked for it is told [`Word::Running`], and then it is [`Event::Resumed`]; if it does
+    /// Have QEMU run the guest. If it does, who asked for it is told [`Response::Running`], and then it is [`Event::Resumed`]; if it does
     /// not, [`Event::NotResumed`].
     Resume,
     /// Answer the other agent.
-    Say(Word),
+    Respond(Response),
     /// End QEMU, remove what was made for the machine, make the mark, and then remove the record, in this order.
     Discard(Option<Mark>),
     /// Supply what the destination lacks, if anything, then discard what is here and tell it so.

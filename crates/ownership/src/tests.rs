@@ -164,7 +164,7 @@ fn what_has_run_here_is_not_given_up_as_if_it_never_had() {
         assert_eq!(after(back.clone(), Event::GiveUp).effects, [Effect::Discard(Some(Mark::Ran))]);
         assert_eq!(back.mark(), Some(Mark::Ran));
         let asks = Event::Committed { session: session(), from: "a".to_owned(), generation: 1, mark: None };
-        assert_eq!(after(back.clone(), asks).effects, [Effect::Say(Word::Running)]);
+        assert_eq!(after(back.clone(), asks).effects, [Effect::Respond(Response::Running)]);
         let not_resumed = after(back.clone(), Event::NotResumed { never_ran: true });
         assert_eq!(not_resumed.standing, Some(back));
     }
@@ -206,9 +206,9 @@ fn what_another_state_directory_than_the_one_that_took_the_copy_says_of_it_is_no
 #[test]
 fn who_remembers_nothing_of_a_copy_does_not_say_that_it_never_ran() {
     let asks = |mark| Event::Committed { session: number(2), from: "a".to_owned(), generation: 1, mark };
-    assert_eq!(on(None, asks(None)).effects, [Effect::Say(Word::Unknown)]);
-    assert_eq!(on(None, asks(Some(Mark::NeverRan))).effects, [Effect::Say(Word::NoCopy)]);
-    assert_eq!(on(None, asks(Some(Mark::Ran))).effects, [Effect::Say(Word::Running)]);
+    assert_eq!(on(None, asks(None)).effects, [Effect::Respond(Response::Unknown)]);
+    assert_eq!(on(None, asks(Some(Mark::NeverRan))).effects, [Effect::Respond(Response::NoCopy)]);
+    assert_eq!(on(None, asks(Some(Mark::Ran))).effects, [Effect::Respond(Response::Running)]);
     // Nor of one that came by another migration.
-    assert_eq!(after(ready_copy(), asks(None)).effects, [Effect::Say(Word::Unknown)]);
+    assert_eq!(after(ready_copy(), asks(None)).effects, [Effect::Respond(Response::Unknown)]);
 }

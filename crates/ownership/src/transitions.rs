@@ -3,8 +3,8 @@
 use uuid::Uuid;
 
 use super::{
-    Answer, Asked, Effect, Event, MOST_OUTGOING, Mark, Outgoing, Ownership, Qemu, SourceSays, Standing, Step,
-    Why, Withdrawal, Word,
+    Answer, Asked, Effect, Event, MOST_OUTGOING, Mark, Outgoing, Ownership, Qemu, Response, SourceSays,
+    Standing, Step, Why, Withdrawal,
 };
 
 /// What follows when something happens to a machine. Total: every event is answered in every standing.
@@ -52,9 +52,9 @@ pub fn on(now: Option<&Standing>, event: Event) -> Step {
         Event::Copied { session } => match &standing.ownership {
             Ownership::Incoming { session: of, from, ready: false } if *of == session => {
                 let ownership = Ownership::Incoming { session, from: from.clone(), ready: true };
-                becomes(Standing { ownership, ..standing.clone() }, [Effect::Say(Word::Ready)])
+                becomes(Standing { ownership, ..standing.clone() }, [Effect::Respond(Response::Ready)])
             }
-            _ => stays(standing, [Effect::Say(Word::NotNow)]),
+            _ => stays(standing, [Effect::Respond(Response::NotNow)]),
         },
         Event::Committed { session, from, generation, mark } => {
             committed(standing, session, &from, generation, mark)
@@ -108,11 +108,11 @@ fn refused(standing: &Standing, why: Why) -> Step {
 
 /// What is remembered answers where no record does; where nothing is, nobody may draw a conclusion from that: the state directory
 /// may have been lost, or be an older one.
-fn by_mark(mark: Option<Mark>, never_ran: Word) -> Effect {
-    Effect::Say(match mark {
-        Some(Mark::Ran) => Word::Running,
+fn by_mark(mark: Option<Mark>, never_ran: Response) -> Effect {
+    Effect::Respond(match mark {
+        Some(Mark::Ran) => Response::Running,
         Some(Mark::NeverRan) => never_ran,
-        None => Word::Unknown,
+        None => Response::Unknown,
     })
 }
 
@@ -129,8 +129,8 @@ fn without_record(event: Event) -> Step {
             };
             return becomes(standing, []);
         }
-        Event::Committed { mark, .. } => vec![by_mark(mark, Word::NoCopy)],
-        Event::Cancelled { mark, .. } => vec![by_mark(mark, Word::Cancelled)],
+        Event::Committed { mark, .. } => vec![by_mark(mark, Response::NoCopy)],
+        Event::Cancelled { mark, .. } => vec![by_mark(mark, Response::Cancelled)],
         Event::Withdrawn { .. } | Event::Released { .. } | Event::SessionOver { .. } | Event::Ended => {
             Vec::new()
         }
@@ -205,7 +205,7 @@ fn answered(standing: &Standing, session: Uuid, answer: Answer) -> Step {
 
 fn committed(standing: &Standing, session: Uuid, from: &str, generation: u64, mark: Option<Mark>) -> Step {
     if mark.is_some() || !standing.came_by(session, from) {
-        return stays(standing, [by_mark(mark, Word::NoCopy)]);
+        return stays(standing, [by_mark(mark, Response::NoCopy)]);
     }
     match standing.ownership {
         Ownership::Incoming { ready: true, .. } if Some(generation) == standing.generation.checked_add(1) => {
@@ -215,21 +215,25 @@ fn committed(standing: &Standing, session: Uuid, from: &str, generation: u64, ma
             )
         }
         // It was never complete, or not of this generation: nothing that was handed over.
-        Ownership::Incoming { .. } => stays(standing, [Effect::Say(Word::Unknown)]),
+        Ownership::Incoming { .. } => stays(standing, [Effect::Respond(Response::Unknown)]),
         Ownership::Owner if standing.is_unseen() => stays(standing, [Effect::Resume]),
-        Ownership::Owner | Ownership::HandedOver { .. } => stays(standing, [Effect::Say(Word::Running)]),
+        Ownership::Owner | Ownership::HandedOver { .. } => {
+            stays(standing, [Effect::Respond(Response::Running)])
+        }
     }
 }
 
 fn cancelled(standing: &Standing, session: Uuid, from: &str, mark: Option<Mark>) -> Step {
     if mark == Some(Mark::Ran) || !standing.came_by(session, from) {
-        return stays(standing, [by_mark(mark, Word::Cancelled)]);
+        return stays(standing, [by_mark(mark, Response::Cancelled)]);
     }
     match standing.ownership {
         Ownership::Incoming { .. } => {
-            stays(standing, [Effect::Discard(standing.mark()), Effect::Say(Word::Cancelled)])
+            stays(standing, [Effect::Discard(standing.mark()), Effect::Respond(Response::Cancelled)])
         }
-        Ownership::Owner | Ownership::HandedOver { .. } => stays(standing, [Effect::Say(Word::Running)]),
+        Ownership::Owner | Ownership::HandedOver { .. } => {
+            stays(standing, [Effect::Respond(Response::Running)])
+        }
     }
 }
 
@@ -243,9 +247,9 @@ fn not_resumed(standing: &Standing, never_ran: bool) -> Step {
                 resuming: false,
                 ..standing.clone()
             };
-            becomes(back, [Effect::Discard(Some(Mark::NeverRan)), Effect::Say(Word::NoCopy)])
+            becomes(back, [Effect::Discard(Some(Mark::NeverRan)), Effect::Respond(Response::NoCopy)])
         }
-        _ => stays(standing, [Effect::Say(Word::NotNow)]),
+        _ => stays(standing, [Effect::Respond(Response::NotNow)]),
     }
 }
 

@@ -10,7 +10,7 @@ const fn seconds(seconds: u64) -> Duration {
 }
 
 /// Destination: a source's first word, and its last, before it closes.
-pub const FIRST_WORD: Duration = seconds(10);
+pub const FIRST_REQUEST: Duration = seconds(10);
 /// Destination, right after the start of its agent: until the machine that is asked about is found.
 pub const FOUND: Duration = seconds(8);
 /// Destination: between two words that it is still at a reservation.
@@ -68,7 +68,7 @@ mod tests {
             ("ping", link.ping),
             ("silence", link.silence),
             ("stall", link.stall),
-            ("first word", FIRST_WORD),
+            ("first word", FIRST_REQUEST),
             ("found", FOUND),
             ("still working", WORKING),
             ("word while reserving", RESERVE_WORD),

@@ -103,7 +103,7 @@ fn host(directory: &Path, name: &str) -> Linked {
         hooks: Hooks::default(),
         firewall: Firewall::default(),
         trust_seccomp: false,
-        neighbourhood: Arc::default(),
+        guest_addresses: Arc::default(),
         post_copy_memory: Arc::new(NothingMissing),
         lingering: Lingering::default(),
         recovering: host::Recovering::default(),

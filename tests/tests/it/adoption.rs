@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use end_to_end::{Guest, PATIENCE, Pair, accounted, until, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, report_adds_up, until, vmirror};
 use serde_json::json;
 use testbed::guest_spec::{GuestSpec, Pattern, Ram};
 use testbed::{Host, Monitor, RunningGuest};
@@ -37,7 +37,7 @@ fn a_running_guest_is_adopted_and_moved_without_a_restart() {
 
     adopt(pair.a(), "vm", &qmp);
     assert_eq!(pair.show("vm", pair.a()).unwrap()["pid"], pid);
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     until("the source's QEMU has ended", || started.exit_status().is_some());
     assert!(pair.runs_on("vm", pair.b()) && pair.show("vm", pair.a()).is_none());
     guest.sound_since(&before);
@@ -46,7 +46,7 @@ fn a_running_guest_is_adopted_and_moved_without_a_restart() {
     pair.holds_nothing(pair.a());
 
     // From now on it is a machine like any other.
-    accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
     pair.holds_nothing(pair.b());
     guest.sound_since(&before);
 }
@@ -72,7 +72,7 @@ fn a_daemonized_guest_is_not_lost_when_its_agent_is_killed_after_adoption() {
         "{found}"
     );
 
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     let process = PathBuf::from(format!("/proc/{pid}"));
     until("the source's QEMU has ended", || !process.exists());
     guest.sound_since(&before);
@@ -96,7 +96,7 @@ fn a_guest_is_found_again_by_an_agent_that_ended_or_was_killed() {
             "{found}"
         );
     }
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     pair.holds_nothing(pair.a());
 
     // One that has arrived is found again as well, and moves on.
@@ -106,7 +106,7 @@ fn a_guest_is_found_again_by_an_agent_that_ended_or_was_killed() {
         let found = pair.show("vm", pair.b()).unwrap();
         assert_eq!((&found["state"], &found["origin"]), (&"running".into(), &"arrived".into()), "{found}");
     }
-    accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
     pair.holds_nothing(pair.b());
     guest.sound_since(&before);
 }
@@ -170,7 +170,7 @@ fn a_migration_of_its_users_is_not_cancelled_by_an_agent_that_is_started_again()
     }
     monitor.execute("migrate_cancel", json!({})).unwrap();
     until("it is cancelled by its user", || status(&mut monitor) == "cancelled");
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     guest.sound_since(&before);
 }
 

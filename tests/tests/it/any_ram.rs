@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Guest, PATIENCE, Pair, Points, Said, accounted, copy, image, local, noise, until, vmirror};
+use end_to_end::{
+    Guest, PATIENCE, Pair, Points, Said, copy, image, local, noise, report_adds_up, until, vmirror,
+};
 use serde_json::json;
 use session::points::Point;
 use session::report::{DiskMode, Verdict};
@@ -51,7 +53,7 @@ fn moves_with_more_memory(mib: u64, extra: &[&str], times: usize) {
     adopt(pair.a(), &qmp);
     for time in 0..times {
         let (from, to) = if time % 2 == 0 { (pair.a(), pair.b()) } else { (pair.b(), pair.a()) };
-        accounted(&pair.migrate("vm", from, to, &[]), &guest);
+        report_adds_up(&pair.migrate("vm", from, to, &[]), &guest);
         pair.holds_nothing(from);
     }
     until("the QEMU that was started by hand has ended", || qemu.exit_status().is_some());
@@ -145,7 +147,7 @@ fn a_guest_whose_memory_is_shared_with_children_moves_and_what_it_never_touched_
     let at_first = shared();
     let _ = pair.mirror("vm", pair.a(), pair.b(), &[]);
     assert!(shared() < at_first + 64 * MIB, "{at_first} bytes before, {} now", shared());
-    accounted(&vmirror(pair.a(), &["switch", "vm", "--json"]).done().report(), &guest);
+    report_adds_up(&vmirror(pair.a(), &["switch", "vm", "--json"]).done().report(), &guest);
     guest.sound_since(&before);
 }
 
@@ -236,7 +238,7 @@ fn a_switch_over_that_fails_leaves_a_guest_with_private_memory_running_where_it_
     until("it runs again", || pair.runs_on("vm", pair.a()));
     pair.give_up_if_in_doubt("vm", &held[1]);
     guest.sound_since(&before);
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     guest.sound_since(&before);
 }
 
@@ -273,8 +275,8 @@ fn a_guest_with_private_memory_has_its_disk_where_it_stays_and_where_it_goes() {
     guest.sound_since(&before);
     let moved = pair.migrate("vm", pair.a(), pair.b(), &[]);
     assert_eq!(moved.disks[0].mode, DiskMode::Mirrored);
-    accounted(&moved, &guest);
-    accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
+    report_adds_up(&moved, &guest);
+    report_adds_up(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
     guest.sound_since(&now);
 }
 
@@ -343,7 +345,7 @@ fn a_file_that_a_guest_has_a_private_copy_of_is_not_the_guests_memory() {
     let guest = Guest::ready("vm", &spec);
     let before = guest.status();
     adopt(pair.a(), &qmp);
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &["--verify", "strict"]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &["--verify", "strict"]), &guest);
     guest.sound_since(&before);
     assert!(fs::read(&template).unwrap() == content, "it is others' too");
 }
@@ -372,6 +374,6 @@ fn what_a_guest_with_private_memory_gives_back_is_zero_there_too() {
     }
     let audit = vmirror(pair.a(), &["verify", "vm", "--json"]).done().json();
     assert_eq!((&audit["gate"], &audit["mismatches"]), (&"match".into(), &0.into()), "{audit}");
-    accounted(&vmirror(pair.a(), &["switch", "vm", "--json"]).done().report(), &guest);
+    report_adds_up(&vmirror(pair.a(), &["switch", "vm", "--json"]).done().report(), &guest);
     guest.sound_since(&before);
 }

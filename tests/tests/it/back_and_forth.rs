@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use end_to_end::{Pair, accounted};
+use end_to_end::{Pair, report_adds_up};
 use testbed::guest_spec::{GuestSpec, Pattern};
 
 /// Migrations in a row.
@@ -20,7 +20,7 @@ fn no_page_is_lost_in_twenty_migrations_in_a_row() {
         let before = guest.status();
         let start = Instant::now();
         let report = pair.migrate("vm", from, to, &[]);
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         assert_eq!((report.source.as_str(), report.destination.as_str()), (from.name(), to.name()));
         pair.holds_nothing(from);
         assert!(pair.runs_on("vm", to) && pair.show("vm", from).is_none());

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use end_to_end::{Pair, accounted, until};
+use end_to_end::{Pair, report_adds_up, until};
 use link::certificates::{IssueOptions, Validity, init, issue, issue_with};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -174,7 +174,7 @@ fn a_hundred_bad_clients_have_no_effect_on_a_migration() {
         over.store(true, Ordering::Relaxed);
         migrated.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     });
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     guest.sound_since(&before);
     eprintln!("{} came, downtime {:.1} ms", come.load(Ordering::Relaxed), report.downtime_ms);
     // The VM is there, so the agent has what one VM takes; back again, it has what it had.

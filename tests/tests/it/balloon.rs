@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use end_to_end::{Guest, Pair, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, report_adds_up, until, vmirror};
 use serde_json::{Value, json};
 use session::report::Verdict;
 use testbed::guest_spec::{GuestSpec, Pattern};
@@ -61,7 +61,7 @@ fn a_balloon_that_moves_while_the_guest_is_mirrored_spoils_no_page() {
         guest.sane_since(&before);
     }
     let report = vmirror(pair.a(), &["switch", "vm", "--json"]).done().report();
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     let after = guest.sound_since(&before);
     assert!(after.writes > before.writes);
     pair.holds_nothing(pair.a());
@@ -77,7 +77,7 @@ fn a_balloon_that_inflates_during_a_migration_spoils_no_page() {
     migration.reaches("synchronize");
     qmp.execute("balloon", json!({ "value": 140u64 << 20 })).unwrap();
     qmp.execute("balloon", json!({ "value": 220u64 << 20 })).unwrap();
-    accounted(&migration.ended().done().report(), &guest);
+    report_adds_up(&migration.ended().done().report(), &guest);
     guest.sound_since(&before);
 }
 
@@ -98,7 +98,7 @@ fn a_balloon_that_never_rests_spoils_no_page() {
             moved
         });
         let report = pair.migrate("vm", pair.a(), pair.b(), &["--bandwidth", "64MiB/s"]);
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         let moved = moving.join().unwrap();
         assert!(moved > 2, "{moved}");
     });
@@ -123,10 +123,10 @@ fn a_guest_that_reports_free_pages_moves_and_no_page_is_another() {
             }
             std::thread::sleep(Duration::from_millis(400));
         }
-        accounted(&migration.ended().done().report(), &guest);
+        report_adds_up(&migration.ended().done().report(), &guest);
         guest.sound_since(&before);
         // And back, when most of its memory has not been mapped by its new QEMU yet.
-        accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
+        report_adds_up(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
         guest.sound_since(&before);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use end_to_end::{PATIENCE, Pair, accounted, vmirror};
+use end_to_end::{PATIENCE, Pair, report_adds_up, vmirror};
 use testbed::Testbed;
 use testbed::guest_spec::{Content, GuestSpec, Pattern};
 
@@ -45,7 +45,7 @@ fn a_migration_that_a_limit_holds_up_is_let_go_by_asking_again() {
     assert_eq!((&changed["vm"], &changed["bandwidth"]), (&"vm".into(), &serde_json::Value::Null));
     let report = migration.ended().done().report();
     assert_eq!(changed["id"], report.id.as_str());
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     // At the limit it began with it would have taken a quarter of an hour: longer than anything is waited for.
     assert!(report.memory.wire_bytes > 64 << 20, "{:?}", report.memory);
     guest.sound_since(&before);
@@ -92,7 +92,7 @@ fn mirrors_that_share_a_limit_get_equal_parts_of_it_however_many_streams_they_ha
     let reports = [one, four].map(|migration| migration.ended().done().report());
     let took = start.elapsed().as_secs_f64();
     for (guest, (report, before)) in guests.iter().zip(reports.iter().zip(&before)) {
-        accounted(report, guest);
+        report_adds_up(report, guest);
         guest.sound_since(before);
     }
     let sent: u64 = reports.iter().map(|report| report.memory.wire_bytes).sum();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use end_to_end::{Pair, UnderWay, accounted, until, vmirror};
+use end_to_end::{Pair, UnderWay, report_adds_up, until, vmirror};
 use session::Outcome;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Host, Testbed, fault, root_or_skip};
@@ -186,7 +186,7 @@ fn limits_go_with_a_guest_there_and_back() {
     assert_eq!(pair.check("vm"), [""; 0]);
     assert!(!cgroups.exist("b/vmirror-vm"), "a rehearsal gives back what it has made");
     let report = pair.migrate("vm", a, b, &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     cgroups.holds("b/vmirror-vm", pair.qemu(b).unwrap());
     assert!(cgroups.exist("own"), "what its user made is its user's");
 

@@ -1,6 +1,6 @@
 //! No command may tell a script something else than a person, or print anything but its document to a script.
 
-use end_to_end::{Guest, Pair, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, report_adds_up, until, vmirror};
 use serde_json::Value;
 use testbed::Host;
 
@@ -108,7 +108,7 @@ fn no_command_tells_a_script_other_things_than_a_person() {
     has(&told.stdout, &["vm", "host-b", "downtime"]);
     until("it is off the list", || pair.show("vm", pair.a()).is_none());
     let id = document(pair.a(), &["history"])[0]["id"].as_str().unwrap().to_owned();
-    accounted(&vmirror(pair.a(), &["report", &id, "--json"]).done().report(), &guest);
+    report_adds_up(&vmirror(pair.a(), &["report", &id, "--json"]).done().report(), &guest);
     what_has_ended_is_remembered(pair.a(), &id);
 
     let back = pair.a().listen().to_string();

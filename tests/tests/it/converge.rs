@@ -1,6 +1,6 @@
 //! A guest that outruns its mirror is slowed until it does not, or stays where it is, as was asked.
 
-use end_to_end::{PAGE, Pair, UnderWay, accounted, until, vmirror};
+use end_to_end::{PAGE, Pair, UnderWay, report_adds_up, until, vmirror};
 use session::Outcome;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Wire, root_or_skip};
@@ -38,7 +38,7 @@ fn a_guest_that_outruns_the_link_is_slowed_until_it_does_not() {
         let before = guest.status();
         let report =
             pair.migrate("vm", pair.a(), pair.b(), &["--downtime", "100ms", "--max-downtime", "300ms"]);
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         let slowed =
             report.throttle.unwrap_or_else(|| panic!("{percent} %: not slowed: {:#?}", report.rounds));
         assert!(slowed.highest_share >= 0.2 && slowed.stops > 0, "{slowed:?}");

@@ -1,6 +1,6 @@
 //! Whatever crashes, and whenever: never two run, never none that could, and nothing is left behind.
 
-use end_to_end::{Pair, Said, Scene, UnderWay, accounted, until, vmirror};
+use end_to_end::{Pair, Said, Scene, UnderWay, report_adds_up, until, vmirror};
 use session::{Outcome, Phase};
 use testbed::fault;
 use testbed::guest_spec::{GuestSpec, Nic};
@@ -178,7 +178,7 @@ fn boots_anew_on_the_way(scene: &Scene, nic: &Nic, order: &str) {
     migration.reaches("synchronize");
     scene.pair.client().unwrap().tell(nic.address, order).unwrap();
     let said = migration.ended().done();
-    accounted(&said.report(), &scene.guest);
+    report_adds_up(&said.report(), &scene.guest);
     assert!(scene.pair.runs_on("vm", scene.b()));
     let status = scene
         .guest
@@ -358,7 +358,7 @@ fn a_cancel_after_the_hand_over_is_told_that_it_is_too_late() {
     });
     assert_eq!(cancel.code, Some(2), "{cancel:?}");
     assert!(cancel.stderr.contains("too late to cancel: vm runs on host-b"), "{cancel:?}");
-    accounted(&migration.ended().done().report(), &scene.guest);
+    report_adds_up(&migration.ended().done().report(), &scene.guest);
     scene.has_moved();
 }
 

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use end_to_end::{Guest, Pair, accounted, until};
+use end_to_end::{Guest, Pair, report_adds_up, until};
 use guest::reader;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Status, root_or_skip};
@@ -42,7 +42,7 @@ fn what_a_device_reads_into_memory_around_the_page_cache_is_not_left_behind() {
     let mut hosts = [pair.a(), pair.b()];
     for _ in 0..4 {
         let report = pair.migrate("vm", hosts[0], hosts[1], &[]);
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         let quiesced = report.quiesced.unwrap();
         assert!(quiesced.stops >= 2 && quiesced.longest_ms > 0.0, "{quiesced:?}");
         eprintln!("downtime {:.1} ms, {quiesced:?}", report.downtime_ms);

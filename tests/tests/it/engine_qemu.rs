@@ -1,6 +1,6 @@
 //! A guest that QEMU's own stream carries must arrive as whole as with the mirror, and stay where it was when that fails.
 
-use end_to_end::{Guest, Pair, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, report_adds_up, until, vmirror};
 use session::report::Verdict;
 use session::{Outcome, Report};
 use testbed::guest_spec::{GuestSpec, Pattern};
@@ -51,7 +51,7 @@ fn a_guest_arrives_by_qemus_stream_and_is_mirrored_on_from_there() {
     pair.holds_nothing(pair.a());
     assert!(pair.runs_on("vm", pair.b()));
     guest.sound_since(&before);
-    accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
     relayed(&pair.migrate("vm", pair.a(), pair.b(), &BY_QEMU), &guest);
     pair.holds_nothing(pair.a());
     guest.sound_since(&before);
@@ -105,7 +105,7 @@ fn a_guest_that_outruns_qemus_stream_stays_and_it_is_said_why() {
     guest.runs_on();
     pair.holds_nothing(pair.b());
     // Nothing of it is left in QEMU: the mirror, slowing the guest, follows.
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &["--max-downtime", "500ms"]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &["--max-downtime", "500ms"]), &guest);
     guest.sound_since(&before);
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use end_to_end::{Guest, Pair, Refusal, Supervisor, accounted, image, local, noise, until, vmirror};
+use end_to_end::{Guest, Pair, Refusal, Supervisor, image, local, noise, report_adds_up, until, vmirror};
 use session::points;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, Ram, TestDisk, Work};
@@ -92,7 +92,7 @@ fn holders(host: &Host) -> usize {
 fn whoever_starts_it_again_makes_no_second_copy() {
     let Some(scene) = Scene::new() else { return };
     let report = scene.pair.migrate("vm", scene.a(), scene.b(), &[]);
-    accounted(&report, &scene.guest);
+    report_adds_up(&report, &scene.guest);
     scene.none_is_started_again();
 
     // What is kept is told.
@@ -132,7 +132,7 @@ fn images_stay_locked_when_the_state_directory_is_lost() {
     let Some(scene) = Scene::new() else { return };
     let Scene { supervisor, guest, before, pair } = scene;
     let (a, b) = (pair.a(), pair.b());
-    accounted(&pair.migrate("vm", a, b, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", a, b, &[]), &guest);
     a.kill_agent().unwrap();
     std::fs::remove_dir_all(a.state_dir()).unwrap();
     a.start_agent_with(&local()).unwrap();
@@ -162,7 +162,7 @@ fn images_stay_locked_when_the_state_directory_is_lost() {
     let to = a.listen().to_string();
     pair.refused(b, &["migrate", "vm", "--to", &to])
         .begins("disk-exists", &["work", "is kept locked for VM vm", "--disks mirror"]);
-    accounted(&pair.migrate("vm", b, a, &["--disks", "mirror"]), &guest);
+    report_adds_up(&pair.migrate("vm", b, a, &["--disks", "mirror"]), &guest);
     assert!(pair.runs_on("vm", a) && pair.left("vm", a).is_none() && holders(a) == 0, "{}", pair.logs());
     let _ = guest.sound_since(&before);
 }
@@ -266,7 +266,7 @@ fn a_machine_that_stays_has_its_images() {
         !there.contains("\"complete\": \"")
     });
     // And leaves them when it goes after all.
-    accounted(&scene.pair.migrate("vm", scene.a(), scene.b(), &[]), &scene.guest);
+    report_adds_up(&scene.pair.migrate("vm", scene.a(), scene.b(), &[]), &scene.guest);
     scene.none_is_started_again();
     let _ = scene.guest.sound_since(&scene.before);
 }
@@ -304,7 +304,7 @@ fn a_machine_that_comes_back_has_its_images_and_what_is_forgotten_is_free() {
     let (a, b) = (pair.a(), pair.b());
     // Its supervisor tries on and on meanwhile. What it has begun and was locked out of, but for the guest itself and the latest.
     let is_out = || supervisor.begun() <= supervisor.locked_out() + 2;
-    accounted(&pair.migrate("vm", a, b, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", a, b, &[]), &guest);
 
     // An attempt that comes to nothing leaves them locked.
     let migration = pair.begin("vm", b, a, &["--bandwidth", "8MiB/s"]);
@@ -329,7 +329,7 @@ fn a_machine_that_comes_back_has_its_images_and_what_is_forgotten_is_free() {
     });
     assert!(DISKS.iter().all(|(name, _)| is_locked(a, name)), "{}", pair.logs());
 
-    accounted(&pair.migrate("vm", b, a, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", b, a, &[]), &guest);
     assert!(pair.runs_on("vm", a) && pair.left("vm", a).is_none(), "{}", pair.logs());
     // At its return the images are free for milliseconds, in which one may have had them and ended at the guest's own.
     assert!(supervisor.begun() <= supervisor.locked_out() + 3, "{}\n{}", supervisor.said(), pair.logs());
@@ -346,7 +346,7 @@ fn a_machine_that_comes_back_has_its_images_and_what_is_forgotten_is_free() {
     assert!(DISKS.iter().all(|(name, _)| !is_locked(b, name)), "{}", pair.logs());
     assert!(pair.left("vm", b).is_none());
     // One that is removed takes no room, and nothing is told of it any more.
-    accounted(&pair.migrate("vm", a, b, &["--disks", "mirror"]), &guest);
+    report_adds_up(&pair.migrate("vm", a, b, &["--disks", "mirror"]), &guest);
     for (name, _) in DISKS {
         std::fs::remove_file(image(a, name)).unwrap();
     }
@@ -362,7 +362,7 @@ fn an_image_that_is_kept_is_neither_run_nor_overwritten_for_another() {
     let Some(scene) = Scene::new() else { return };
     let Scene { supervisor, guest, before, pair } = scene;
     let (a, b) = (pair.a(), pair.b());
-    accounted(&pair.migrate("vm", a, b, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", a, b, &[]), &guest);
     drop(supervisor);
     until("what was begun has ended", || pair.qemu(a).is_none());
     let path = a.local_dir().join("work");

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 
-use end_to_end::{Guest, Pair, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, report_adds_up, until, vmirror};
 use mirror::layout::{Layout, PAGE_SIZE, PageIndex};
 use mirror::memory::{Ram, RamError, RamFile};
 use testbed::guest_spec::{GuestSpec, Pattern, Ram as GuestRam};
@@ -41,7 +41,7 @@ fn there_and_back(pair: &Pair, guest: &Guest, pool: &HugePages) {
     for (from, to) in [(pair.a(), pair.b()), (pair.b(), pair.a())] {
         assert!(in_huge_pages(pair, from) > 48 << 20, "{}", in_huge_pages(pair, from));
         let report = pair.migrate("vm", from, to, &["--verify", "strict"]);
-        accounted(&report, guest);
+        report_adds_up(&report, guest);
         // Dirtied by huge pages, sent by small ones: only what has another content.
         let later = &report.rounds[1..];
         let (due, plain) = later

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use end_to_end::{Guest, Pair, Points, Refusal, UnderWay, accounted, until, vmirror};
+use end_to_end::{Guest, Pair, Points, Refusal, UnderWay, report_adds_up, until, vmirror};
 use session::Outcome;
 use session::points::Point;
 use testbed::{BadDisk, Host, Inventory, Shim, Status, fault};
@@ -58,7 +58,7 @@ impl Scene {
         until("it runs at the source", || self.pair.runs_on("vm", self.a()));
         self.pair.holds(self.b(), &self.held);
         assert_eq!(self.pair.show("vm", self.b()), None);
-        accounted(&self.pair.migrate("vm", self.a(), self.b(), &[]), &self.guest);
+        report_adds_up(&self.pair.migrate("vm", self.a(), self.b(), &[]), &self.guest);
         self.has_moved();
     }
 

@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use end_to_end::{Pair, accounted};
+use end_to_end::{Pair, report_adds_up};
 use testbed::Host;
 use testbed::guest_spec::{GuestSpec, Pattern};
 
@@ -34,7 +34,7 @@ fn moves_cheaply(gib: u64) {
     let touched = ram(pair.a());
     let idle = [pair.a(), pair.b()].map(most_memory);
     let report = pair.migrate("vm", pair.a(), pair.b(), &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     let took = [pair.a(), pair.b()].map(most_memory);
     let mib = |bytes: u64| bytes / MIB;
     eprintln!(

@@ -1,6 +1,6 @@
 //! Whoever talks to a guest must not be cut off when it moves.
 
-use end_to_end::{Pair, accounted, unbroken, until, vmirror};
+use end_to_end::{Pair, report_adds_up, unbroken, until, vmirror};
 use testbed::guest_spec::{GuestSpec, Nic};
 use testbed::{Host, fault, root_or_skip};
 
@@ -44,7 +44,7 @@ fn no_connection_breaks_and_no_byte_changes_when_the_guest_moves() {
     for hop in 1..=HOPS {
         let [from, to] = hosts;
         let report = pair.migrate("vm", from, to, &[]);
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         assert_eq!(tap(to).as_deref(), Some("tun in br0, up"), "at {}", to.name());
         if hop == 1 {
             // This one was made by hand, and is left to whoever made it.
@@ -97,7 +97,7 @@ fn a_silent_guest_does_not_vanish_from_the_network_when_it_moves() {
     // The switch knows where the guest is, and forgets it only after five minutes.
     assert_eq!(client.status(address).unwrap().boot_id, guest.status().boot_id);
     for (from, to) in [(pair.a(), pair.b()), (pair.b(), pair.a())] {
-        accounted(&pair.migrate("vm", from, to, &[]), &guest);
+        report_adds_up(&pair.migrate("vm", from, to, &[]), &guest);
         // It says nothing by itself: only its announcement can have told the switch. An answer takes ten seconds at most.
         assert_eq!(client.status(address).unwrap().boot_id, guest.status().boot_id);
     }
@@ -129,6 +129,6 @@ fn a_tap_is_free_as_soon_as_the_copy_that_had_it_is_gone() {
     drop(source);
     assert_eq!(migration.ended().code, Some(1));
     let _ = vmirror(b, &["stop", "other", "--force"]).done();
-    accounted(&pair.migrate("vm", a, b, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", a, b, &[]), &guest);
     guest.sound_since(&before);
 }

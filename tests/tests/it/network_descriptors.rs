@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd as _;
 
-use end_to_end::{Pair, accounted, all_came_once, unbroken, until};
+use end_to_end::{Pair, all_came_once, report_adds_up, unbroken, until};
 use network::tap::OwnTap;
 use testbed::guest_spec::Nic;
 use testbed::root_or_skip;
@@ -36,7 +36,7 @@ fn a_tap_that_was_handed_in_is_found_and_follows_the_guest() {
     let echo = client.echo(nic.address, 4).unwrap();
     until("frames come back", || heartbeats.report().received > 500);
     let moved = pair.migrate("vm", a, b, &[]);
-    accounted(&moved, &guest);
+    report_adds_up(&moved, &guest);
     assert!(moved.network.frames_forwarded > 0, "{:?}", moved.network);
     until("the source's QEMU has ended", || started.exit_status().is_some());
     // It was QEMU's alone.
@@ -46,7 +46,7 @@ fn a_tap_that_was_handed_in_is_found_and_follows_the_guest() {
     until("frames come back", || heartbeats.report().received > received + 500);
 
     // From now on it is a tap like any other.
-    accounted(&pair.migrate("vm", b, a, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", b, a, &[]), &guest);
     pair.holds_nothing(b);
     let (received, echoed) = (heartbeats.report().received, echo.report().bytes);
     until("frames come back", || heartbeats.report().received > received + 500);

@@ -3,7 +3,7 @@
 use std::net::{SocketAddrV4, TcpStream};
 use std::time::Duration;
 
-use end_to_end::{Guest, Pair, accounted, all_came_once, unbroken, until, vmirror};
+use end_to_end::{Guest, Pair, all_came_once, report_adds_up, unbroken, until, vmirror};
 use testbed::guest_spec::{GuestSpec, Nic};
 use testbed::{Host, Testbed, root_or_skip};
 
@@ -68,7 +68,7 @@ fn connections_survive_a_move_to_another_subnet_and_back() {
     };
     goes_on();
     let report = pair.migrate("vm", a, b, &["--forward"]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     let forwarding = report.network.forwarding.clone().unwrap();
     assert_eq!(forwarding.to, Some(b.listen().ip()));
     assert_eq!(forwarding.interfaces, tunnels(a), "{forwarding:?}");
@@ -97,7 +97,7 @@ fn connections_survive_a_move_to_another_subnet_and_back() {
     pair.refused(a, &again).is("name-forwarded", &["host-b"]);
 
     let report = pair.migrate("vm", b, a, &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     goes_on();
     assert_eq!((tunnels(a), tunnels(b)), (vec![], vec![]), "at home nothing is forwarded");
     assert_eq!(a.inventory().unwrap().links[TAP], "tun in br0, up");
@@ -157,7 +157,7 @@ fn a_guest_that_is_released_is_in_the_network_of_its_new_host() {
     allow(b);
     pair.refused(a, &["release", "vm"]).is("not-forwarded", &["vm"]);
     let report = pair.migrate("vm", a, b, &["--forward"]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     a.remove_tap(TAP).unwrap();
 
     // Who cannot tell the other host changes nothing, unless that is meant.

@@ -4,7 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use end_to_end::{Guest, Pair, accounted, all_came_once, unbroken, until};
+use end_to_end::{Guest, Pair, all_came_once, report_adds_up, unbroken, until};
 use session::Phase;
 use testbed::guest_spec::{GuestSpec, Nic};
 use testbed::{AgentOptions, Host, root_or_skip};
@@ -95,7 +95,7 @@ fn no_frame_is_lost_or_repeated_when_the_guest_moves() {
         eprintln!("frames {first} to {} were sent meanwhile", heartbeats.report().sent);
         let learned = pair.testbed().learned(&places, &nic.mac, hosts[1]).unwrap();
         late.push(later(learned, resumed(&report)));
-        accounted(&report, guest);
+        report_adds_up(&report, guest);
         eprintln!("hop {hop}: downtime {:.2} ms; {:?}", report.downtime_ms, report.network);
         assert!(report.network.frames_forwarded > 0, "{:?}", report.network);
         assert_eq!(report.network.frames_dropped, 0, "{:?}", report.network);
@@ -131,7 +131,7 @@ fn no_frame_is_lost_or_repeated_when_the_guest_moves() {
     let report = lossy(hosts, "with nothing that diverts", &[]);
     assert_eq!(report.network.frames_forwarded, 0);
     assert!(pair.logs().contains("frames that come for the guest while it moves will be lost"));
-    accounted(&report, guest);
+    report_adds_up(&report, guest);
 }
 
 /// When the guest was known to run at its new place.
@@ -187,7 +187,7 @@ fn connections_that_are_idle_and_that_are_busy_survive() {
     for _ in 0..5 {
         let _ = echo.take_longest_stall();
         let report = scene.moves(hosts, &[]);
-        accounted(&report, guest);
+        report_adds_up(&report, guest);
         goes_on();
         let stall = echo.take_longest_stall().as_secs_f64() * 1e3;
         eprintln!("downtime {:.2} ms; {:?}; longest stall {stall:.1} ms", report.downtime_ms, report.network);

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Pair, accounted, until, vmirror};
+use end_to_end::{Pair, report_adds_up, until, vmirror};
 use serde_json::Value;
 use testbed::guest_spec::{GuestSpec, Nic};
 use testbed::{Host, root_or_skip};
@@ -105,7 +105,7 @@ fn hooks_run_in_their_order_and_stop_what_they_are_to_stop() {
     // One that fails once the guest has moved is told of.
     hook(b, "network-redirect", 5);
     let report = pair.migrate("vm", a, b, &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert_eq!(report.network.problems.len(), 1, "{:?}", report.network);
     assert_eq!(report.network.problems[0].kind, "hook-failed");
     let there = told(b);
@@ -195,7 +195,7 @@ fn connections_survive_a_stateful_firewall_that_is_told_of_them_and_no_other() {
         assert_eq!(migration["in_sync"], true);
         assert!(answers(&connection), "while it is mirrored");
         let report = vmirror(hosts[0], &["switch", "vm", "--json"]).done().report();
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         eprintln!("{:?}", report.network);
         assert_eq!(report.network.flows_carried > 0, told, "{:?}", report.network);
         until("the guest is listed there", || pair.runs_on("vm", hosts[1]));
@@ -245,12 +245,12 @@ fn a_guest_that_comes_home_while_the_host_that_it_left_still_hears_of_it_arrives
     let home = pair.begin("vm", b, a, &["--bandwidth", "2MiB/s"]);
     home.reaches("synchronize");
     assert!(!there.has_ended(), "the way there has ended before the way home began");
-    accounted(&there.ended().done().report(), &guest);
+    report_adds_up(&there.ended().done().report(), &guest);
     // What arrives is not what has left.
     assert!(!home.has_ended() && record.exists(), "{}", pair.logs());
     let to = a.listen().to_string();
     let _ = vmirror(b, &["migrate", "vm", "--to", &to, "--bandwidth", "unlimited"]).done();
-    accounted(&home.ended().done().report(), &guest);
+    report_adds_up(&home.ended().done().report(), &guest);
     assert!(pair.runs_on("vm", a) && pair.show("vm", b).is_none());
     guest.sound_since(&before);
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
-use end_to_end::{Guest, Pair, accounted, unbroken, until, vmirror};
+use end_to_end::{Guest, Pair, report_adds_up, unbroken, until, vmirror};
 use serde_json::Value;
 use testbed::guest_spec::Nic;
 use testbed::{Host, Inventory, RunningGuest, root_or_skip};
@@ -141,7 +141,7 @@ fn a_macvtap_is_made_alike_at_the_new_place_and_left_down_at_the_old() {
     scene.is_on(a, "bridge");
 
     let echo = pair.client().unwrap().echo(scene.nic.address, 4).unwrap();
-    accounted(&pair.migrate("vm", a, b, &[]), &scene.guest);
+    report_adds_up(&pair.migrate("vm", a, b, &[]), &scene.guest);
     until("the source's QEMU has ended", || scene.started.exit_status().is_some());
     scene.is_on(b, "bridge");
     assert_eq!(a.inventory().unwrap().links[MACVTAP], DOWN, "made by hand, and nobody's");
@@ -152,7 +152,7 @@ fn a_macvtap_is_made_alike_at_the_new_place_and_left_down_at_the_old() {
     b.kill_agent().unwrap();
     b.start_agent().unwrap();
     allow(a);
-    accounted(&pair.migrate("vm", b, a, &[]), &scene.guest);
+    report_adds_up(&pair.migrate("vm", b, a, &[]), &scene.guest);
     scene.is_on(a, "bridge");
     pair.holds(b, &empty);
     let bytes = echo.report().bytes;

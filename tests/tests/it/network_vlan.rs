@@ -1,6 +1,6 @@
 //! A guest with two cards on two bridges, one of them in a VLAN, has them so at its new place.
 
-use end_to_end::{Pair, accounted};
+use end_to_end::{Pair, report_adds_up};
 use testbed::guest_spec::{GuestSpec, Nic};
 use testbed::{Host, root_or_skip};
 
@@ -81,7 +81,7 @@ fn cards_on_two_bridges_and_in_a_vlan_are_so_at_the_new_place() {
     run(b, "ip", &["link", "delete", TAPS[1]]);
 
     let report = pair.migrate("vm", a, b, &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     let links = b.inventory().unwrap().links;
     assert_eq!(links[TAPS[0]], "tun in br0, up");
     assert_eq!(links[TAPS[1]], "tun in br1, up");

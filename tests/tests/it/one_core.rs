@@ -1,6 +1,6 @@
 //! A host with one core must not be a host without migration.
 
-use end_to_end::{PAGE, Pair, accounted};
+use end_to_end::{PAGE, Pair, report_adds_up};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Wire, root_or_skip};
@@ -32,7 +32,7 @@ fn both_agents_and_the_guest_on_one_core_are_enough() {
     }
     let before = guest.status();
     for (from, to) in [(pair.a(), pair.b()), (pair.b(), pair.a())] {
-        accounted(&pair.migrate("vm", from, to, &[]), &guest);
+        report_adds_up(&pair.migrate("vm", from, to, &[]), &guest);
         pair.holds_nothing(from);
     }
     guest.sound_since(&before);

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use end_to_end::{Guest, PATIENCE, Pair, accounted, image, until, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, image, report_adds_up, until, vmirror};
 use session::report::DiskMode;
 use testbed::client::Pgbench;
 use testbed::disk::{self, Format};
@@ -92,7 +92,7 @@ fn moves(pair: &Pair, guest: &Guest, [from, to]: [&Host; 2]) -> Range<SystemTime
     let (began, start) = (SystemTime::now(), Instant::now());
     let report = pair.migrate("vm", from, to, &["--timeout", "30m"]);
     let (ended, took) = (SystemTime::now(), start.elapsed());
-    accounted(&report, guest);
+    report_adds_up(&report, guest);
     let [disk] = &report.disks[..] else { panic!("one disk: {:?}", report.disks) };
     assert_eq!(disk.mode, DiskMode::Mirrored);
     let size = std::fs::metadata(image(from, IMAGE)).unwrap().len();

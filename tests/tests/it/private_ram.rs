@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use end_to_end::{Guest, PATIENCE, Pair, accounted, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, report_adds_up, vmirror};
 use host::{Journal, Record};
 use serde_json::{Value, json};
 use testbed::guest_spec::{GuestSpec, Ram};
@@ -68,7 +68,7 @@ fn no_other_user_reads_a_guests_memory_at_the_source_or_at_the_destination() {
     let guest = pair.run(pair.a(), "vm", &small(&pair));
     let before = guest.status();
     is_private(pair.a());
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     is_private(pair.b());
     pair.holds_nothing(pair.a());
     guest.sound_since(&before);
@@ -121,7 +121,7 @@ fn a_file_that_lies_ready_under_the_name_of_a_guests_memory_is_not_used() {
         .is("ram-file", &["host-b", there.to_str().unwrap(), "cannot be removed"]);
     fs::remove_dir(&there).unwrap();
     fs::write(&there, "what an earlier guest has left").unwrap();
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     is_private(pair.b());
     guest.sound_since(&before);
 }
@@ -190,7 +190,7 @@ fn an_adopted_guest_whose_memory_others_can_read_is_warned_of_and_has_its_own_wh
     fs::set_permissions(&ram, Permissions::from_mode(0o600)).unwrap();
     assert_eq!(told(&vmirror(pair.a(), &check).done().json()), Vec::<String>::new());
     fs::set_permissions(&ram, Permissions::from_mode(0o666)).unwrap();
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     is_private(pair.b());
     pair.holds_nothing(pair.a());
 }
@@ -228,9 +228,9 @@ fn a_guest_whose_memory_an_earlier_version_has_put_elsewhere_is_found_again_and_
     a.start_agent().unwrap();
 
     assert!(pair.runs_on(name, a), "{}", pair.logs());
-    accounted(&pair.migrate(name, a, pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate(name, a, pair.b(), &[]), &guest);
     pair.holds_nothing(a);
-    accounted(&pair.migrate(name, pair.b(), a, &[]), &guest);
+    report_adds_up(&pair.migrate(name, pair.b(), a, &[]), &guest);
     is_private(a);
     guest.sound_since(&before);
     let _ = vmirror(a, &["stop", name, "--force"]).done();

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use end_to_end::{Pair, accounted};
+use end_to_end::{Pair, report_adds_up};
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{HugePages, files_below};
 
@@ -32,7 +32,7 @@ fn moves_there_and_back(pair: &Pair, spec: &GuestSpec) {
     let guest = pair.run(pair.a(), "vm", spec);
     let before = guest.status();
     for (from, to) in [(pair.a(), pair.b()), (pair.b(), pair.a())] {
-        accounted(&pair.migrate("vm", from, to, &[]), &guest);
+        report_adds_up(&pair.migrate("vm", from, to, &[]), &guest);
         pair.holds_nothing(from);
         guest.sound_since(&before);
     }

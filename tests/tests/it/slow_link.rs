@@ -1,6 +1,6 @@
 //! A link that is slower than the guest writes must not keep it from moving where less needs to be sent.
 
-use end_to_end::{PAGE, Pair, accounted};
+use end_to_end::{PAGE, Pair, report_adds_up};
 use session::Report;
 use testbed::guest_spec::{GuestSpec, Pattern};
 use testbed::{Wire, root_or_skip};
@@ -41,7 +41,7 @@ fn a_guest_that_outruns_the_link_with_small_changes_still_arrives() {
     let guest = pair.run(pair.a(), "vm", &spec);
     let before = guest.status();
     let report = pair.migrate("vm", pair.a(), pair.b(), &["--downtime", "200ms", "--max-downtime", "300ms"]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     let (mut deltas, mut plain) = (0, 0);
     for round in &report.rounds[2..] {
         deltas += round.delta;
@@ -64,7 +64,7 @@ fn a_slow_link_is_not_made_to_carry_what_compression_can_spare_it() {
     let mut hosts = [pair.a(), pair.b()];
     let sent = ["off", "lz4", "zstd", "auto"].map(|compress| {
         let report = pair.migrate("vm", hosts[0], hosts[1], &["--compress", compress]);
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         hosts.reverse();
         bytes_per_page(&report)
     });

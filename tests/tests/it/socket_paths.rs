@@ -1,6 +1,6 @@
 //! A name or a directory with which a socket cannot be made is refused before anything begins, never at the hand-over or after it.
 
-use end_to_end::{Pair, accounted, image, local};
+use end_to_end::{Pair, image, local, report_adds_up};
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Ram, TestDisk, Work};
 use testbed::{Host, Testbed, root_or_skip};
@@ -51,7 +51,7 @@ fn a_name_that_is_too_long_for_a_socket_is_refused_at_once_and_the_longest_that_
     let guest = pair.run(a, longest_there, &spec);
     let before = guest.status();
     let report = pair.migrate(longest_there, a, b, &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert!(report.verification.proof_blocks > 0, "{:?}", report.verification);
     guest.sound_since(&before);
     pair.holds_nothing(a);

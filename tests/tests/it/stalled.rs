@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::sync::mpsc;
 use std::thread;
 
-use end_to_end::{Guest, Pair, Said, accounted};
+use end_to_end::{Guest, Pair, Said, report_adds_up};
 use link::{DataReceiver, Deadlines, Endpoint, Identity, Incoming, Listener};
 use protocol::wire::{Nothing, Pages, Reply, Request, Reserved, ToDestination, ToSource};
 use session::Outcome;
@@ -126,7 +126,7 @@ fn a_destination_that_does_not_do_its_part_is_not_waited_for_for_ever() {
         pair.holds_but_for_growth(pair.a(), &held);
     }
     pair.b().start_agent().unwrap();
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     guest.sound_since(&before);
 }
 
@@ -143,6 +143,6 @@ fn a_destination_agent_that_hangs_is_given_up_and_takes_the_guest_when_it_is_bac
     guest.runs_on();
     drop(hangs);
     pair.holds_nothing(pair.b());
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     guest.sound_since(&before);
 }

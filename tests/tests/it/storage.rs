@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use end_to_end::{BlockDevice, Pair, accounted, noise, until, vmirror};
+use end_to_end::{BlockDevice, Pair, noise, report_adds_up, until, vmirror};
 use session::report::DiskMode;
 use testbed::Host;
 use testbed::guest_spec::GuestSpec;
@@ -22,7 +22,7 @@ fn a_disk_of_a_local_file_moves_with_its_machine() {
     let guest = pair.run(pair.a(), "disk", &spec);
     let before = guest.status();
     let report = pair.migrate("disk", pair.a(), pair.b(), &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert_eq!(report.disks[0].mode, DiskMode::Mirrored);
     guest.sound_since(&before);
     assert!(std::fs::read(pair.b().disk_dir().join("disk.raw")).unwrap() == content);
@@ -61,7 +61,7 @@ fn what_a_machine_needs_to_start_is_there_before_it_is_and_gone_if_it_does_not_c
     until("what was shipped is gone", || there().is_empty());
 
     let report = pair.migrate("vm", pair.a(), pair.b(), &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     for name in ["vmlinuz", "initrd"] {
         let read = |host: &Host| fs::read(host.disk_dir().join(name)).unwrap();
         assert!(read(pair.a()) == read(pair.b()), "{name}");
@@ -98,7 +98,7 @@ fn a_block_device_is_not_overwritten_unless_told_to_and_then_is_equal() {
     pair.migration_refused("vm", &[]).is("disk-exists", &["device", "host-b", "--disks mirror"]);
     assert!(there.content() == vec![7; SIZE]);
     let report = pair.migrate("vm", pair.a(), pair.b(), &["--disks", "mirror"]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert_eq!((report.disks[0].mode, report.disks[0].size), (DiskMode::Mirrored, SIZE as u64));
     assert!(there.content() == here.content());
     guest.sound_since(&before);

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use end_to_end::{Guest, Pair, accounted, image, until, vmirror, write_noise};
+use end_to_end::{Guest, Pair, image, report_adds_up, until, vmirror, write_noise};
 use session::Report;
 use session::report::DiskMode;
 use testbed::disk::{self, Format};
@@ -56,7 +56,7 @@ fn disks(pair: &Pair) -> Vec<TestDisk> {
 /// One move, with all that must hold for it. Gives back what the disks took on the link.
 fn moves(pair: &Pair, guest: &Guest, [from, to]: [&Host; 2]) -> (Report, u64) {
     let report = pair.migrate("vm", from, to, &[]);
-    accounted(&report, guest);
+    report_adds_up(&report, guest);
     let modes: Vec<DiskMode> = report.disks.iter().map(|disk| disk.mode).collect();
     assert_eq!(modes, [DiskMode::Mirrored; DISKS.len()]);
     let verification = &report.verification;

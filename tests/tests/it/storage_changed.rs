@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use end_to_end::{Guest, Pair, accounted, image, until, vmirror, write_noise};
+use end_to_end::{Guest, Pair, image, report_adds_up, until, vmirror, write_noise};
 use serde_json::{Value, json};
 use session::Outcome;
 use session::report::DiskMode;
@@ -85,7 +85,7 @@ impl Scene {
 
     fn moves(&self) {
         let report = self.pair.migrate("vm", self.pair.a(), self.pair.b(), &[]);
-        accounted(&report, &self.guest);
+        report_adds_up(&report, &self.guest);
         assert!(report.disks.iter().all(|disk| disk.mode == DiskMode::Mirrored), "{:?}", report.disks);
         self.guest.sound_since(&self.before);
     }
@@ -102,7 +102,7 @@ fn a_disk_is_not_resized_under_its_copy() {
     }
     scene.writes_on();
     let report = vmirror(scene.pair.a(), &["switch", "vm", "--json"]).done().report();
-    accounted(&report, &scene.guest);
+    report_adds_up(&report, &scene.guest);
     scene.guest.sound_since(&scene.before);
 }
 

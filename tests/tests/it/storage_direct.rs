@@ -1,6 +1,6 @@
 //! Disks around the page cache, read and written all the time while they are mirrored: nothing is lost, whoever does the I/O.
 
-use end_to_end::{Pair, accounted, image, until};
+use end_to_end::{Pair, image, report_adds_up, until};
 use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Aio, GuestSpec, Io, Nic, Pattern, TestDisk, Work};
@@ -40,7 +40,7 @@ fn moves(aio: Aio) {
     let mut hosts = [pair.a(), pair.b()];
     for _ in 0..HOPS {
         let report = pair.migrate("vm", hosts[0], hosts[1], &[]);
-        accounted(&report, &guest);
+        report_adds_up(&report, &guest);
         assert!(report.disks.iter().all(|disk| disk.mode == DiskMode::Mirrored), "{:?}", report.disks);
         assert_eq!(report.verification.proof_blocks, 2 * SIZE / 65536);
         let quiesced = report.quiesced.unwrap();

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use end_to_end::{
-    BlockDevice, Guest, Pair, Said, UnderWay, Writes, accounted, image, local, noise, until, vmirror,
+    BlockDevice, Guest, Pair, Said, UnderWay, Writes, image, local, noise, report_adds_up, until, vmirror,
     write_noise,
 };
 use serde_json::json;
@@ -214,7 +214,7 @@ impl Scene {
     /// A second attempt succeeds.
     fn moves(&self) -> session::report::Disk {
         let report = self.pair.migrate("vm", self.pair.a(), self.pair.b(), self.options());
-        accounted(&report, &self.guest);
+        report_adds_up(&report, &self.guest);
         let disk = report.disks[0].clone();
         assert_eq!((disk.mode, report.verification.proof_blocks), (DiskMode::Mirrored, SIZE >> 16));
         self.has_moved();

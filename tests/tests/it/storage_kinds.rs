@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use end_to_end::{PAGE, Pair, accounted, image, noise, until, write_noise};
+use end_to_end::{PAGE, Pair, image, noise, report_adds_up, until, write_noise};
 use session::Report;
 use session::report::DiskMode;
 use testbed::disk::{self, Format};
@@ -41,7 +41,7 @@ fn moves(pair: &Pair, name: &str, format: Format, spec: GuestSpec, options: &[&s
         until("records are written", || journal.acknowledged() > acknowledged + 10);
         let report = pair.migrate("vm", hosts[0], hosts[1], options);
         if report.post_copy.is_none() {
-            accounted(&report, &guest);
+            report_adds_up(&report, &guest);
         }
         until("the guest is listed where it runs", || pair.runs_on("vm", hosts[1]));
         let disk = report.disks.iter().find(|disk| disk.name.ends_with(name)).unwrap();

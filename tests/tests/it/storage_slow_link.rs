@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use end_to_end::{Pair, Writes, accounted, image, until, vmirror};
+use end_to_end::{Pair, Writes, image, report_adds_up, until, vmirror};
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Nic, Pattern, TestDisk, Work};
 use testbed::root_or_skip;
@@ -57,7 +57,7 @@ fn a_guest_that_writes_more_than_the_link_takes_goes_on_writing() {
     assert_eq!(migration.ended().code, Some(1));
 
     let report = pair.migrate("vm", pair.a(), pair.b(), &[]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert_eq!(client.check_disks(address).unwrap().faults.total(), 0, "{}", guest.console().text());
     assert_eq!(writes.journal().report().went_back, []);
     guest.sound_since(&before);

@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use end_to_end::{Pair, accounted, image, until, write_noise};
+use end_to_end::{Pair, image, report_adds_up, until, write_noise};
 use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Nic, Pattern, TestDisk, Work};
@@ -52,7 +52,7 @@ fn disks_that_move_in_opposite_directions_both_arrive_whole() {
                 scope.spawn(move || {
                     let (from, to) = if back { (other(from), *from) } else { (*from, other(from)) };
                     let report = pair.migrate(&guest.name, from, to, &[]);
-                    accounted(&report, guest);
+                    report_adds_up(&report, guest);
                     assert_eq!(report.disks[0].mode, DiskMode::Mirrored);
                     assert_eq!(report.verification.proof_blocks, SIZE / 65536);
                     eprintln!("{}: downtime {:.1} ms, {:?}", guest.name, report.downtime_ms, report.pause);

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use end_to_end::{Guest, Pair, accounted, image, until, vmirror, write_noise};
+use end_to_end::{Guest, Pair, image, report_adds_up, until, vmirror, write_noise};
 use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{Cache, GuestSpec, Io, Pattern, TestDisk, Work};
@@ -47,7 +47,7 @@ fn is_whole(pair: &Pair, byte: u64) -> bool {
 
 fn switches(pair: &Pair, guest: &Guest, spoiled: u64) {
     let report = vmirror(pair.a(), &["switch", "vm", "--json"]).done().report();
-    accounted(&report, guest);
+    report_adds_up(&report, guest);
     let verification = &report.verification;
     assert_eq!(report.disks[0].mode, DiskMode::Mirrored);
     assert_eq!(

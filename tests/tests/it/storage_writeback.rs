@@ -3,7 +3,9 @@
 
 use std::fs;
 
-use end_to_end::{BlockDevice, Guest, Pair, accounted, image, local, noise, until, vmirror, write_noise};
+use end_to_end::{
+    BlockDevice, Guest, Pair, image, local, noise, report_adds_up, until, vmirror, write_noise,
+};
 use finding::Finding;
 use session::{Outcome, Phase, Report};
 use testbed::disk::{self, Format};
@@ -99,7 +101,7 @@ impl Scene {
         until("it writes on", || guest.status().disks.unwrap().writes > writes + 50);
 
         let report = pair.migrate("vm", pair.a(), pair.b(), self.options());
-        accounted(&report, guest);
+        report_adds_up(&report, guest);
         assert_eq!(report.verification.proof_blocks, SIZE >> 16);
         until("the guest runs at the destination", || pair.runs_on("vm", pair.b()));
         let verdict = pair.client().unwrap().check_disks(self.nic.address).unwrap();

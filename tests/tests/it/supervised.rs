@@ -1,6 +1,6 @@
 //! What would start a machine again that has left is found before it leaves, and what was adopted is let go of untouched.
 
-use end_to_end::{Guest, PATIENCE, Pair, Refusal, Said, Supervisor, accounted, until, vmirror};
+use end_to_end::{Guest, PATIENCE, Pair, Refusal, Said, Supervisor, report_adds_up, until, vmirror};
 use testbed::guest_spec::{GuestSpec, Ram};
 use testbed::root_or_skip;
 
@@ -45,7 +45,7 @@ fn a_machine_that_nothing_keeps_from_running_twice_does_not_leave_its_supervisor
     assert!(said.stderr.contains("[supervised]"), "{said:?}");
     drop(supervisor);
     until("it has no supervisor any more", || pair.check("vm").is_empty());
-    accounted(&pair.migrate("vm", a, b, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", a, b, &[]), &guest);
     guest.sound_since(&before);
 }
 
@@ -141,7 +141,7 @@ fn a_machine_that_is_let_go_of_runs_on_and_can_be_adopted_again() {
     let _ = guest.sane_since(&before);
 
     let _ = vmirror(a, &adopt).done();
-    accounted(&pair.migrate("vm", a, b, &[]), &guest);
+    report_adds_up(&pair.migrate("vm", a, b, &[]), &guest);
     // Where it arrived, its files are the agent's.
     Refusal::of(b, &["forget", "vm"]).is("not-adopted", &["vm", "stop"]);
     assert!(pair.runs_on("vm", b));

@@ -1,6 +1,6 @@
 //! Guests that move at the same time must not get in each other's way.
 
-use end_to_end::{Pair, accounted};
+use end_to_end::{Pair, report_adds_up};
 use testbed::guest_spec::{GuestSpec, Pattern};
 
 #[test]
@@ -19,7 +19,7 @@ fn two_guests_that_move_at_once_both_arrive_whole() {
     std::thread::scope(|scope| {
         for ((guest, _), from) in &guests {
             let (pair, other) = (&pair, &other);
-            scope.spawn(move || accounted(&pair.migrate(&guest.name, from, other(from), &[]), guest));
+            scope.spawn(move || report_adds_up(&pair.migrate(&guest.name, from, other(from), &[]), guest));
         }
     });
     for ((guest, before), from) in &guests {

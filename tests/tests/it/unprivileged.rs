@@ -2,7 +2,7 @@
 
 use std::process::{Child, Command, Stdio};
 
-use end_to_end::{Guest, Pair, accounted, vmirror};
+use end_to_end::{Guest, Pair, report_adds_up, vmirror};
 use testbed::guest_spec::{GuestSpec, Pattern, Ram};
 use testbed::old_kernel;
 
@@ -60,7 +60,7 @@ fn an_ordinary_user_moves_a_guest_there_and_back() {
     let guest = pair.run(pair.a(), "vm", &spec);
     let before = guest.status();
     for [from, to] in [[pair.a(), pair.b()], [pair.b(), pair.a()]] {
-        accounted(&pair.migrate("vm", from, to, &[]), &guest);
+        report_adds_up(&pair.migrate("vm", from, to, &[]), &guest);
         pair.holds_nothing(from);
         guest.sound_since(&before);
     }
@@ -95,7 +95,7 @@ fn a_guest_under_an_unknown_filter_is_not_made_to_call_what_might_kill_it() {
     pair.a().stop_agent().unwrap();
     pair.a().configure(trust).unwrap();
     pair.a().start_agent().unwrap();
-    accounted(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
     guest.sound_since(&before);
     qemu.0.wait().unwrap();
     eprintln!("moved by user {}", rustix::process::geteuid().as_raw());

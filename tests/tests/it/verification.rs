@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use end_to_end::{Guest, PAGE, Pair, accounted, until, vmirror};
+use end_to_end::{Guest, PAGE, Pair, report_adds_up, until, vmirror};
 use finding::Stage;
 use session::Outcome;
 use session::report::Verdict;
@@ -71,7 +71,7 @@ fn a_flipped_bit_does_not_survive_an_audit() {
 
     let said = vmirror(pair.a(), &["switch", "vm", "--json"]).done();
     let report = said.report();
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert_eq!(report.verification.repaired_pages, 1, "{:?}", report.verification);
     assert!(pair.runs_on("vm", pair.b()));
     pair.holds_nothing(pair.a());
@@ -91,7 +91,7 @@ fn a_flipped_bit_does_not_stay_even_if_nobody_asks() {
     });
 
     let report = vmirror(pair.a(), &["switch", "vm", "--json"]).done().report();
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert_eq!(report.verification.repaired_pages, pages.len() as u64, "{:?}", report.verification);
     pair.holds_nothing(pair.a());
     guest.sound_since(&before);
@@ -132,7 +132,7 @@ fn a_copy_spoiled_just_before_the_switch_over_is_not_handed_over() {
     // The original is as good as ever; and strict means that all of the copy was read back, which the rolling audit
     // of so short a migration cannot have done.
     let report = pair.migrate("vm", pair.a(), pair.b(), &["--verify", "strict"]);
-    accounted(&report, &guest);
+    report_adds_up(&report, &guest);
     assert!(report.verification.audited_pages >= guest.pages(), "{:?}", report.verification);
     pair.holds_nothing(pair.a());
     guest.sound_since(&before);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use end_to_end::{Guest, Pair, accounted};
+use end_to_end::{Guest, Pair, report_adds_up};
 use finding::Stage;
 use session::Outcome;
 use testbed::guest_spec::{GuestSpec, Pattern};
@@ -20,7 +20,7 @@ fn back_and_forth(pair: &Pair, guest: &Guest, hops: usize) {
         let [from, to] = hosts;
         let before = guest.status();
         let report = pair.migrate(&guest.name, from, to, &[]);
-        accounted(&report, guest);
+        report_adds_up(&report, guest);
         pair.holds_nothing(from);
         let after = guest.sound_since(&before);
         assert!(after.writes > before.writes, "{after:?}, was {before:?}");
@@ -118,7 +118,7 @@ fn no_page_is_lost_on_the_way_to_another_version_and_back() {
     assert_eq!(machine(&pair, pair.b(), "vm"), format!("pc-q35-{}", minor.join(".")));
 
     let before = guest.status();
-    accounted(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
+    report_adds_up(&pair.migrate("vm", pair.b(), pair.a(), &[]), &guest);
     pair.holds_nothing(pair.b());
     guest.sound_since(&before);
     assert_eq!(runs_with(&pair, pair.a(), "vm"), old_version);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use host::lifecycle::{self, DisownError, Forgotten, RunError, Stopped};
 use host::{Origin, Record, Vm};
-use migration::{Occasion, Recovered};
+use migration::{Recovered, When};
 use ownership::{Ownership, VmName};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -90,7 +90,7 @@ impl Vms {
         let was = record.ownership.clone();
         // Never closed.
         let place = places.acquire_owned().await.ok();
-        let mut recovering = pin!(migration::recover(self.host(), record, Occasion::Start));
+        let mut recovering = pin!(migration::recover(self.host(), record, When::Start));
         let recovered = match tokio::time::timeout(PATIENCE, &mut recovering).await {
             Ok(recovered) => recovered,
             Err(_) => {
@@ -280,7 +280,7 @@ impl Vms {
         let (pause, times) = LOOK_AGAIN;
         let mut last = (record.clone(), "its monitor has closed".to_owned());
         for _ in 0..times {
-            match migration::recover(self.host(), record.clone(), Occasion::Later).await {
+            match migration::recover(self.host(), record.clone(), When::Later).await {
                 Recovered::Gone(_) => {
                     tracing::info!(vm = %name, "ended by itself");
                     return self.drop_entry(name, RemovalReason::Ended);

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use host::Record;
-use migration::{Occasion, Recovered};
+use migration::{Recovered, When};
 use ownership::VmName;
 
 use super::{Entry, Silent, Vms};
@@ -40,7 +40,7 @@ impl Vms {
         loop {
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(longest);
-            match migration::recover(self.host(), record.clone(), Occasion::Later).await {
+            match migration::recover(self.host(), record.clone(), When::Later).await {
                 Recovered::Silent(..) => {}
                 Recovered::Running(vm) => {
                     tracing::info!(vm = %name, "its QEMU answers again");

@@ -6,7 +6,7 @@ use std::time::Duration;
 use host::Record;
 use host::lifecycle::{self, Forgotten};
 use migration::source::{self, Settled};
-use migration::{Occasion, Recovered, Resolution, ResolveError};
+use migration::{Recovered, Resolution, ResolveError, When};
 use ownership::{JournalError, Ownership, VmName};
 
 use super::{Entry, Silent, Vms, not_here};
@@ -144,7 +144,7 @@ impl Vms {
 
     /// What became of a machine that is this host's again, or is on record as that at last.
     async fn found_again(&self, name: &VmName, record: Record, runs: Place) {
-        match migration::recover(self.host(), record, Occasion::Later).await {
+        match migration::recover(self.host(), record, When::Later).await {
             Recovered::Running(vm) => {
                 self.keep(*vm);
                 self.tell(name, EventKind::Settled { runs });

@@ -17,8 +17,7 @@ use host::Host;
 use host::Record;
 use host::firewall;
 use host::guest_ram;
-use host::hooks::Hook;
-use host::occasion;
+use host::hooks::{self, Hook};
 use host::paths::Paths;
 use host::settings::Settings;
 use movable::compatibility::{features_on, too_old};
@@ -53,7 +52,7 @@ impl Request {
                 .map_err(|e| failed("journal", &e, "see to the destination's state_dir"))?;
             firewall::make(host, &self.name, &self.nft).await.map_err(|finding| vec![finding])?;
         }
-        occasion::run(host, Hook::Prepare, &record, self.rehearsal).await.map_err(|finding| vec![finding])?;
+        hooks::run(host, Hook::Prepare, &record, self.rehearsal).await.map_err(|finding| vec![finding])?;
         // The name is ours now, so what is there under the names of its RAM files is a remnant.
         let made =
             guest_ram::make(host, &self.name, &spec, user).map_err(|e| vec![guest_ram::finding(host, &e)])?;

@@ -80,7 +80,7 @@ async fn run(
     rehearsal: bool,
 ) -> Result<(), HookError> {
     let vm = "web1".parse().unwrap();
-    let occasion = Occasion {
+    let context = HookContext {
         vm: &vm,
         host: "host-b",
         peer: "host-a",
@@ -89,7 +89,7 @@ async fn run(
         rehearsal,
         interfaces,
     };
-    hooks.run(hook, &occasion).await
+    hooks.run(hook, &context).await
 }
 
 /// Whether a process is there, and not only its exit status.

@@ -51,6 +51,6 @@ pub async fn disown(host: &Host, record: &Record) -> Result<(), DisownError> {
         )));
     }
     host.journal.remove(name, None)?;
-    host.neighbourhood.forget(name);
+    host.guest_addresses.forget(name);
     Ok(())
 }

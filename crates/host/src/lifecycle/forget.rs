@@ -14,10 +14,9 @@ use super::taps::remove_taps;
 use crate::deadlines::{KILL_GRACE, QUIT_GRACE};
 use crate::firewall;
 use crate::guest_ram;
-use crate::hooks::Hook;
+use crate::hooks::{self, Hook};
 use crate::host::Host;
 use crate::left_images::{Left, LeftImages};
-use crate::occasion;
 use crate::paths::Paths;
 use crate::places;
 use crate::vm::{MadeImage, Origin, Record};
@@ -123,7 +122,7 @@ pub async fn forget_decided(
         tracing::error!(vm = %record.name, kind = lingers.kind, "{}", lingers.message);
         return Err(lingers);
     }
-    host.neighbourhood.forget(&record.name);
+    host.guest_addresses.forget(&record.name);
     for directory in &record.made.cgroups {
         if let Err(error) = cgroup::make::remove(directory).await {
             tracing::error!(vm = %record.name, cgroup = %directory.display(), %error, "cannot be removed");
@@ -150,7 +149,7 @@ pub async fn forget_decided(
     let goes = matches!(record.ownership, Ownership::Incoming { .. } | Ownership::HandedOver { .. });
     if goes
         && !record.made.hooked_down
-        && let Err(finding) = occasion::run(host, Hook::Down, record, record.made.rehearsal).await
+        && let Err(finding) = hooks::run(host, Hook::Down, record, record.made.rehearsal).await
     {
         tracing::error!(vm = %record.name, kind = finding.kind, hint = finding.hint, "{}", finding.message);
     }

@@ -87,7 +87,7 @@ pub async fn run(
     let launched = match launched.await {
         Ok(qmp) => {
             has_its_disks(host, &spec);
-            host.neighbourhood.listen(&record, &spec);
+            host.guest_addresses.listen(&record, &spec);
             Ok(Vm { record, spec, qmp })
         }
         Err(e) => {
@@ -141,7 +141,7 @@ pub async fn adopt(host: &Host, name: VmName, qmp_socket: &Path) -> Result<Vm, R
     };
     host.journal.claim(record.clone())?;
     has_its_disks(host, &adopted.vm.spec);
-    host.neighbourhood.listen(&record, &adopted.vm.spec);
+    host.guest_addresses.listen(&record, &adopted.vm.spec);
     Ok(Vm { record, spec: adopted.vm.spec, qmp: adopted.qmp })
 }
 

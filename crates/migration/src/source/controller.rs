@@ -13,16 +13,16 @@ use mirror::memory::round::Guest;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::account::blank;
 use super::capabilities;
+use super::commands::Commands;
 use super::devices::{Alone, Devices};
 use super::disks::{self, Disks};
 use super::earlier;
 use super::forwarding;
 use super::held::{Controller, Held};
 use super::network::Network;
-use super::orders::Orders;
 use super::peer::{self, Destination};
+use super::reporting::blank;
 use super::request;
 use super::rounds::{Begin, Rounds};
 use super::stop::{Stop, nothing_held};
@@ -85,7 +85,7 @@ impl Controller {
         let report = blank(id, &host, &vm, &to, &options);
         let (session, conductor) = Session::new(id, first);
         let bandwidth = Bandwidth::within(&host.bandwidth, options.bandwidth);
-        let (orders, commands) = Orders::follow(conductor.commands, bandwidth);
+        let (commands, following) = Commands::follow(conductor.commands, bandwidth);
         let progress = conductor.progress;
         let done = conductor.report;
         let controller = Controller {
@@ -96,18 +96,18 @@ impl Controller {
             options,
             id,
             begin,
-            orders,
+            commands,
             progress,
             report,
             held: Held::default(),
             post_copy: false,
-            plugged: None,
+            hardware: None,
             keeper: None,
             alone: None,
         };
         tokio::spawn(async move {
             let report = controller.run().await;
-            commands.abort();
+            following.abort();
             let _ = done.send(Some(Arc::new(report)));
         });
         session
@@ -121,7 +121,7 @@ impl Controller {
         if let Some(record) = self.host.journal.get(&self.vm.record.name) {
             self.vm.record = record;
         }
-        let cancel = self.orders.cancel.clone();
+        let cancel = self.commands.cancel.clone();
         let until_handed_over = tokio::select! {
             biased;
             () = cancel.cancelled() => Err(Stop::Cancelled),
@@ -204,7 +204,7 @@ impl Controller {
         }
         match machine.filter(|_| findings.is_empty()) {
             Some(machine) => {
-                self.plugged = Some(machine.plugged.clone());
+                self.hardware = Some(machine.hardware.clone());
                 Ok(machine)
             }
             None => Err(Stop::Refused(findings)),
@@ -264,7 +264,7 @@ impl Controller {
     ) -> Result<(), Stop> {
         let address = self.destination()?.address().to_owned();
         let (endpoint, session) = (self.host.endpoint.clone(), self.id);
-        let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let bandwidth = Arc::clone(&self.commands.bandwidth);
         let switch_cost = self.host.switch_cost.expected();
         let compression = match self.options.compress {
             Compress::Auto => Compression::Auto,
@@ -489,7 +489,7 @@ impl Controller {
         let (flow, first) = (Arc::clone(&rounds.flow), rounds.report.is_empty());
         tokio::select! {
             done = rounds.round(destination, guest) => done,
-            never = super::account::follow(&progress, begin, &flow, first) => match never {},
+            never = super::reporting::follow(&progress, begin, &flow, first) => match never {},
         }
     }
 

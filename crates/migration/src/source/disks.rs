@@ -351,7 +351,7 @@ impl Disks {
     }
 
     /// Takes everything out of QEMU's graph. Whatever was not certain has been settled.
-    pub(super) async fn give_up(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+    pub(super) async fn detach(&mut self, qmp: &Qmp) -> Result<(), Stop> {
         clear(qmp, &self.places.read()).await.map_err(Uncleared::stop)
     }
 

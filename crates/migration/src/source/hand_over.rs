@@ -24,10 +24,9 @@ use super::stop::{Stop, nothing_held};
 use super::switch::{Prepared, VM_ENDED, VM_PAUSED};
 use finding::{Finding, chain, kind};
 use host::Record;
-use host::hooks::Hook;
+use host::hooks::{self, Hook};
 use host::images;
 use host::lifecycle;
-use host::occasion;
 use host::settings;
 use ownership::Outgoing;
 use ownership::{Effect, Event, Why, Withdrawal};
@@ -226,7 +225,7 @@ impl Controller {
         self.enter(Phase::Resume).await;
         let supplied = self.supply_rest().await;
         // What was not supplied is in no ledger: where nobody said that all was, there is nothing to prove.
-        self.account_for_disks();
+        self.report_disks();
         let whole = self.report.post_copy.as_ref().is_none_or(|late| late.counted != Counted::Nothing);
         let proved = if whole { self.prove().await.and(supplied) } else { supplied };
         self.enter(Phase::CleanUp).await;
@@ -299,14 +298,14 @@ impl Controller {
     }
 
     /// What was read of the disks, and what that took.
-    fn account_for_disks(&mut self) {
+    fn report_disks(&mut self) {
         if let Some(disks) = self.held.disks.take() {
-            self.account_for(&disks);
+            self.report_flows(&disks);
             self.held.disks = Some(disks);
         }
     }
 
-    fn account_for(&mut self, disks: &Disks) {
+    fn report_flows(&mut self, disks: &Disks) {
         for (path, flow) in disks.flows() {
             let name = path.display().to_string();
             for disk in self.report.disks.iter_mut().filter(|disk| disk.name == name) {
@@ -331,7 +330,7 @@ impl Controller {
             disks.end().await;
         }
         if self.host.hooks.directory.is_some() {
-            let down = occasion::run(&self.host, Hook::Down, &self.vm.record, false).await;
+            let down = hooks::run(&self.host, Hook::Down, &self.vm.record, false).await;
             self.report.network.problems.extend(down.err());
             self.amend(|now| now.made.hooked_down = true);
         }
@@ -466,7 +465,7 @@ impl Controller {
             (resumed, stop) = (false, why);
         }
         if let Some(disks) = self.held.disks.take() {
-            self.account_for(&disks);
+            self.report_flows(&disks);
             disks.end().await;
         }
         self.end_relay().await;

@@ -7,18 +7,18 @@ use std::time::Instant;
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::commands::Commands;
 use super::devices::{Alone, Devices};
 use super::disks::Disks;
 use super::network::Network;
-use super::orders::Orders;
 use super::peer::Destination;
 use super::relay::Relay;
 use super::rounds::Rounds;
 use super::stop::{Stop, nothing_held};
 use super::supplying::Supplying;
 use super::throttle::Throttling;
+use crate::hardware::Hardware;
 use crate::linked::LinkedHost;
-use crate::plugged::Plugged;
 use host::Vm;
 use session::options::{Engine, Goal, Options};
 use session::progress::Progress;
@@ -36,14 +36,14 @@ pub(super) struct Controller {
     pub(super) options: Options,
     pub(super) id: Uuid,
     pub(super) begin: Instant,
-    pub(super) orders: Orders,
+    pub(super) commands: Commands,
     pub(super) progress: watch::Sender<Progress>,
     pub(super) report: Report,
     pub(super) held: Held,
     /// The machine is handed over before its memory is complete.
     pub(super) post_copy: bool,
     /// What was plugged into the machine when it was described.
-    pub(super) plugged: Option<Plugged>,
+    pub(super) hardware: Option<Hardware>,
     /// Identity of the destination's state directory, where it tells one.
     pub(super) keeper: Option<Uuid>,
     /// What has to be known to save its devices alone, where they are.

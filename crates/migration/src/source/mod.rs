@@ -2,13 +2,13 @@
 //!
 //! `controller` is the flat list of phases; what a migration under way has `held` stands apart from it. The longer phases stand beside it:
 //! `synchronize`, the `switch`-over, the `hand_over`. So does what they need: the `peer` at the other end of the link and the `request` to it,
-//! the memory's `rounds`, the `disks`, the `estimate` that says when to switch over, QEMU's `capabilities`, the operator's `orders`, the
-//! `account` that is given of it all, the copies of `earlier` migrations, and the `settlement` of a hand-over whose end was not heard of.
+//! the memory's `rounds`, the `disks`, the `estimate` that says when to switch over, QEMU's `capabilities`, the operator's `commands`, the
+//! `reporting` that is given of it all, the copies of `earlier` migrations, and the `settlement` of a hand-over whose end was not heard of.
 //! `resume` is QEMU's way back, and a `rehearsal` is a migration that moves nothing.
 
-mod account;
 mod boot_files;
 pub(crate) mod capabilities;
+mod commands;
 mod controller;
 pub(crate) mod devices;
 pub(crate) mod disks;
@@ -17,14 +17,14 @@ mod estimate;
 mod forwarding;
 mod hand_over;
 mod health;
-mod heard;
 mod held;
+mod inbox;
 mod network;
-mod orders;
 mod peer;
 mod post_copy;
 mod rehearsal;
 mod relay;
+mod reporting;
 mod request;
 pub(crate) mod resume;
 mod rounds;

@@ -253,7 +253,7 @@ impl Network {
     /// firewall keeps account of them. The guest still runs.
     pub(super) async fn look(&mut self, host: &Host, vm: &VmName) {
         for (tap, known) in self.taps.iter().zip(&mut self.known) {
-            known.extend(host.neighbourhood.addresses(vm, &tap.ifname));
+            known.extend(host.guest_addresses.addresses(vm, &tap.ifname));
         }
         if let Ok(interfaces) = Interfaces::open() {
             for (tap, known) in self.taps.iter().zip(&mut self.known) {

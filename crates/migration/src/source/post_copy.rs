@@ -115,7 +115,7 @@ impl Controller {
     pub(super) async fn prepare_post_copy(&mut self) -> Result<Streams, Stop> {
         let streams = self.streams();
         let (endpoint, session) = (self.host.endpoint.clone(), self.id);
-        let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let bandwidth = Arc::clone(&self.commands.bandwidth);
         let throughput = self.rounds()?.estimate.wire_rate;
         let destination = self.destination()?;
         destination.prepare_post_copy().await?;
@@ -232,7 +232,7 @@ impl Controller {
             Again::Lacks(destination, missing) => (destination, missing),
             Again::Ended(running) => return Ok(Relinked::Ended(running)),
         };
-        let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let bandwidth = Arc::clone(&self.commands.bandwidth);
         let streams = Streams::open(
             &self.host.endpoint,
             destination.address(),

@@ -162,7 +162,7 @@ impl Controller {
         let socket = Paths::of(&self.host, &self.vm.record.name).device;
         let address = self.destination()?.address().to_owned();
         let (endpoint, session) = (self.host.endpoint.clone(), self.id);
-        let bandwidth = Arc::clone(&self.orders.bandwidth);
+        let bandwidth = Arc::clone(&self.commands.bandwidth);
         let opened = tokio::task::spawn_blocking(move || endpoint.open_data(&address, session, 0, bandwidth));
         let opened = opened.await.map_err(|e| failed(&e))?;
         let sender =
@@ -212,7 +212,7 @@ impl Controller {
                 }
                 _ = look.tick() => {}
             }
-            while let Ok(answer) = self.orders.verify.try_recv() {
+            while let Ok(answer) = self.commands.verify.try_recv() {
                 let message = "QEMU's own stream cannot be verified";
                 let _ = answer.send(Err(Finding::new("engine", message, "migrate with --engine mirror")));
             }

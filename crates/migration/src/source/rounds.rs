@@ -23,7 +23,7 @@ use tokio::task::JoinHandle;
 
 use super::disks::blocks;
 use super::estimate::Estimate;
-use super::heard::Heard;
+use super::inbox::Inbox;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
 use finding::Finding;
@@ -47,7 +47,7 @@ pub(super) struct Rounds {
     busy: Option<JoinHandle<MemorySource>>,
     aborts: Vec<AbortHandle>,
     streams: usize,
-    heard: Heard,
+    inbox: Inbox,
     last_scan: Option<Instant>,
     /// Pages that the destination's audit has compared, as it last told.
     audited_there: u64,
@@ -128,7 +128,7 @@ impl Rounds {
             busy: None,
             aborts,
             streams,
-            heard: Heard::new(totals.pages, blocks),
+            inbox: Inbox::new(totals.pages, blocks),
             storage,
             audited_blocks: 0,
             repaired_blocks: 0,
@@ -180,7 +180,7 @@ impl Rounds {
             tokio::select! {
                 ended = &mut *busy => break ended,
                 heard = destination.receive(), if stop.is_none() => {
-                    if let Err(why) = heard.and_then(|reply| self.heard.note(reply)) {
+                    if let Err(why) = heard.and_then(|reply| self.inbox.note(reply)) {
                         // The streams are of no use any more, and the work may be blocked on them.
                         stop = Some(why);
                         self.aborts.iter().for_each(AbortHandle::abort);
@@ -245,7 +245,7 @@ impl Rounds {
         guest: Guest,
         send: impl FnOnce(&mut MemorySource, Guest, Scanned) -> Result<Sent, SourceError> + Send + 'static,
     ) -> Result<(), Stop> {
-        let repairs = self.heard.take_repairs();
+        let repairs = self.inbox.take_repairs();
         self.repaired += repairs.len() as u64;
         self.repair_blocks()?;
         let scanned = self.scan(destination, guest).await?;
@@ -303,7 +303,7 @@ impl Rounds {
 
     /// Has blocks sent again that the destination has found wrong.
     fn repair_blocks(&mut self) -> Result<(), Stop> {
-        for wrong in self.heard.take_blocks() {
+        for wrong in self.inbox.take_blocks() {
             // A check fails where the guest has written the block since: that is no discrepancy.
             if !wrong.checked {
                 self.repaired_blocks += wrong.blocks.len() as u64;
@@ -321,8 +321,8 @@ impl Rounds {
     pub(super) async fn settle_checks(&mut self) -> Result<(), Stop> {
         let Some(storage) = self.storage.clone() else { return Ok(()) };
         let (checked, wrong): (Vec<_>, Vec<_>) =
-            self.heard.take_blocks().into_iter().partition(|wrong| wrong.checked);
-        wrong.into_iter().try_for_each(|wrong| self.heard.note(Reply::WrongBlocks(wrong)))?;
+            self.inbox.take_blocks().into_iter().partition(|wrong| wrong.checked);
+        wrong.into_iter().try_for_each(|wrong| self.inbox.note(Reply::WrongBlocks(wrong)))?;
         if !checked.iter().all(|wrong| storage.repair(&blocks(wrong))) {
             return Err(violation("finds blocks wrong that there are not"));
         }
@@ -337,13 +337,13 @@ impl Rounds {
 
     async fn acknowledged(&mut self, destination: &mut Destination, sent: &Sent) -> Result<Sums, Stop> {
         loop {
-            let reply = match self.heard.other() {
+            let reply = match self.inbox.other() {
                 Some(reply) => reply,
                 None => destination.receive_within(ROUND, "acknowledge what was sent").await?,
             };
             match reply {
                 Reply::Barrier(sums) if sums.barrier == sent.number => return Ok(sums),
-                Reply::Mismatch(_) | Reply::WrongBlocks(_) => self.heard.note(reply)?,
+                Reply::Mismatch(_) | Reply::WrongBlocks(_) => self.inbox.note(reply)?,
                 other => {
                     return Err(violation(&format!(
                         "said {other} instead of reaching barrier {}",
@@ -423,7 +423,7 @@ impl Rounds {
                     let differing = audited.differing.saturating_add(audited.differing_blocks);
                     return Ok((audited.pages, differing));
                 }
-                reply @ (Reply::Mismatch(_) | Reply::WrongBlocks(_)) => self.heard.note(reply)?,
+                reply @ (Reply::Mismatch(_) | Reply::WrongBlocks(_)) => self.inbox.note(reply)?,
                 other => return Err(violation(&format!("said {other} instead of what its audit found"))),
             }
         }
@@ -448,7 +448,7 @@ impl Rounds {
 
     /// Whether the destination has asked for pages that it has not yet been sent again.
     pub(super) fn repairs_due(&self) -> bool {
-        self.heard.repairs() > 0 || self.heard.has_blocks()
+        self.inbox.repairs() > 0 || self.inbox.has_blocks()
     }
 
     /// Whether an audit has raised a doubt that further rounds must settle.
@@ -464,7 +464,7 @@ impl Rounds {
 
     /// Takes in what the destination says while no round is under way.
     pub(super) fn note(&mut self, reply: Reply) -> Result<(), Stop> {
-        self.heard.note(reply)
+        self.inbox.note(reply)
     }
 
     /// What the audits have done so far.
@@ -473,7 +473,7 @@ impl Rounds {
             self.memory.as_ref().map_or((0, 0), |memory| (memory.audited(), memory.missed()));
         Verification {
             audited_pages: audited.saturating_add(self.audited_there),
-            repaired_pages: self.repaired + self.heard.repairs() as u64 + missed,
+            repaired_pages: self.repaired + self.inbox.repairs() as u64 + missed,
             audited_blocks: self.audited_blocks,
             repaired_blocks: self.repaired_blocks,
             ..Verification::default()

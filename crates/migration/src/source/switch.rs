@@ -188,7 +188,7 @@ impl Pausing<'_> {
             let ((), sent) = tokio::try_join!(disks.end_jobs(self.qmp), send)?;
             pause.last_round_ms = sent;
             rounds.settle_checks().await?;
-            self.give_up_disks(pause).await?;
+            self.detach_disks(pause).await?;
             (devices.save(self.qmp, &sender).await?, since())
         } else {
             let save = async { Ok::<_, Stop>((devices.save(self.qmp, &sender).await?, since())) };
@@ -221,7 +221,7 @@ impl Pausing<'_> {
             disks.end_jobs(self.qmp).await?;
             rounds.withhold_cold(destination, time).await?;
             rounds.settle_checks().await?;
-            self.give_up_disks(pause).await?;
+            self.detach_disks(pause).await?;
         }
         let device_state_bytes = devices.save(self.qmp, &destination.sender()).await?;
         pause.device_state_ms = self.since();
@@ -232,9 +232,9 @@ impl Pausing<'_> {
 
     /// Nothing is read of the disks any more, and QEMU's block graph is what it was. From here on nobody else opens them: QEMU, which
     /// asks for no more than it has, notices nothing of that until it gives them up.
-    async fn give_up_disks(&mut self, pause: &mut Pause) -> Result<(), Stop> {
+    async fn detach_disks(&mut self, pause: &mut Pause) -> Result<(), Stop> {
         if let Some(disks) = &mut self.disks {
-            disks.give_up(self.qmp).await?;
+            disks.detach(self.qmp).await?;
             self.fencing.fence.hold(self.fencing.vm, disks.paths());
             pause.disks_ms = self.since();
         }

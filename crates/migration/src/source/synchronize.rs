@@ -10,7 +10,7 @@ use super::disks::Disks;
 use super::estimate::Advice;
 use super::held::Controller;
 use super::stop::{Stop, nothing_held};
-use crate::plugged::Plugged;
+use crate::hardware::Hardware;
 use finding::Finding;
 use session::options::{Goal, OnDiverge};
 use session::report::{Verdict, Verification};
@@ -65,10 +65,10 @@ impl Controller {
             let advice = self.rounds()?.estimate.advice(&self.options);
             let copied = self.disks_are_ready().await?;
             self.publish(Some(advice));
-            while let Ok(answer) = self.orders.verify.try_recv() {
+            while let Ok(answer) = self.commands.verify.try_recv() {
                 self.full_audit(answer).await?;
             }
-            let switching = self.goal == Goal::Migrate || self.orders.switch.is_cancelled();
+            let switching = self.goal == Goal::Migrate || self.commands.switch.is_cancelled();
             if self.goal == Goal::Mirror && switching {
                 ordered_at.get_or_insert_with(Instant::now);
             }
@@ -131,7 +131,7 @@ impl Controller {
         if !disks.is_copied(&self.vm.qmp).await? {
             return Ok(false);
         }
-        let switching = self.goal == Goal::Migrate || self.orders.switch.is_cancelled();
+        let switching = self.goal == Goal::Migrate || self.commands.switch.is_cancelled();
         if !switching {
             // A mirror that stands settles little by little: to read what the guest writes again and again would only slow it.
             self.held.while_connected(Disks::mend).await?;
@@ -229,13 +229,13 @@ impl Controller {
         time: Duration,
     ) -> Result<(), Stop> {
         let wake = Instant::now() + time;
-        let switch = self.orders.switch.clone();
+        let switch = self.commands.switch.clone();
         loop {
             let Some((destination, rounds)) = self.held.both() else { return Err(nothing_held()) };
             tokio::select! {
                 () = tokio::time::sleep_until(wake.into()) => return Ok(()),
                 () = switch.cancelled() => return Ok(()),
-                Some(answer) = self.orders.verify.recv() => return self.full_audit(answer).await,
+                Some(answer) = self.commands.verify.recv() => return self.full_audit(answer).await,
                 reply = destination.receive() => rounds.note(reply?)?,
                 event = events.recv() => {
                     let balloon = event.as_ref().is_ok_and(|event| event.name == "BALLOON_CHANGE");
@@ -319,8 +319,8 @@ impl Controller {
     /// What the audit has put in doubt is settled before the guest is paused. The destination has a machine with the devices and
     /// disks of the beginning, and no others.
     pub(super) async fn verify(&mut self) -> Result<(), Stop> {
-        let now = Plugged::into(&self.vm.qmp).await.map_err(Stop::qemu)?;
-        if let Some(change) = self.plugged.as_ref().and_then(|before| before.changed_to(&now)) {
+        let now = Hardware::of(&self.vm.qmp).await.map_err(Stop::qemu)?;
+        if let Some(change) = self.hardware.as_ref().and_then(|before| before.changed_to(&now)) {
             return Err(Stop::Failed(change));
         }
         if self.rounds()?.in_doubt() {

@@ -513,12 +513,12 @@ impl Model for HandOver {
                 };
                 let keeper = state.hosts[host].keeper;
                 match self.happen(&mut state, host, Event::Copied { session: uuid(session) }).as_deref() {
-                    Some([Effect::Say(ownership::Word::Ready)]) => {
-                        state.links[at].answer(Reply::Said(ownership::Word::Ready, keeper));
+                    Some([Effect::Respond(ownership::Response::Ready)]) => {
+                        state.links[at].answer(Reply::Said(ownership::Response::Ready, keeper));
                         state.links[at].task = Task::AwaitingCommit(session);
                     }
                     _ => {
-                        state.links[at].answer(Reply::Said(ownership::Word::NotNow, keeper));
+                        state.links[at].answer(Reply::Said(ownership::Response::NotNow, keeper));
                         state.links[at].task = Task::Done;
                         if state.hosts[host].work.is_empty() {
                             self.session_over(&mut state, host, session);
@@ -532,7 +532,7 @@ impl Model for HandOver {
                 if matches!(action, Action::LoadFails(_)) {
                     let keeper = state.hosts[host].keeper;
                     state.faults += 1;
-                    state.links[at].answer(Reply::Said(ownership::Word::NotNow, keeper));
+                    state.links[at].answer(Reply::Said(ownership::Response::NotNow, keeper));
                 }
                 let task = state.links[at].task;
                 state.links[at].task = Task::Done;

@@ -1,6 +1,6 @@
 //! The source's controller, its settlement, and what people have it ask: the order of steps, mirrored.
 
-use ownership::{Asked, Effect, Event, SourceSays, Withdrawal, Word};
+use ownership::{Asked, Effect, Event, Response, SourceSays, Withdrawal};
 
 use super::state::*;
 use super::world::write;
@@ -282,7 +282,7 @@ impl HandOver {
                 state.hosts[host].step = Step::Mirroring(session);
                 self.replaced(state, host);
             }
-            (Step::AwaitingReady(session), Reply::Said(Word::Ready, _)) => {
+            (Step::AwaitingReady(session), Reply::Said(Response::Ready, _)) => {
                 state.hosts[host].step = Step::Ready(session);
             }
             (
@@ -293,9 +293,9 @@ impl HandOver {
                 | Step::Ready(session),
                 _,
             ) => self.undo(state, host, session)?,
-            (Step::AwaitingRunning(session), Reply::Said(Word::Running, _)) => {
+            (Step::AwaitingRunning(session), Reply::Said(Response::Running, _)) => {
                 state.hang_up(host, &[Purpose::Migrate]);
-                self.answered(state, host, session, Word::Running, 0);
+                self.answered(state, host, session, Response::Running, 0);
             }
             // Only an answer to a question asked anew counts as "no copy".
             (Step::AwaitingRunning(session), _) => {
@@ -321,7 +321,7 @@ impl HandOver {
             Step::AwaitingRunning(session) if self.defect == Some(Defect::ResumesAfterDeadline) => {
                 state.hang_up(host, &[Purpose::Migrate]);
                 let keeper = state.past.keepers[usize::from(session)];
-                self.answered(state, host, session, Word::NoCopy, keeper);
+                self.answered(state, host, session, Response::NoCopy, keeper);
             }
             Step::AwaitingRunning(session) | Step::Asked(session) => {
                 state.hang_up(host, &[Purpose::Migrate, Purpose::Settle]);

@@ -1,6 +1,6 @@
 //! What the model is about: hosts, their journals, their QEMUs, what is between them, and what has happened so far.
 
-use ownership::{Event, Mark, Ownership, Standing, Withdrawal, Word};
+use ownership::{Event, Mark, Ownership, Response, Standing, Withdrawal};
 use uuid::Uuid;
 
 /// Number of a migration, from 1.
@@ -128,7 +128,7 @@ pub(crate) enum Do {
     Resume,
     SayRunning,
     NoteResumed,
-    Say(Word),
+    Respond(Response),
     End,
     Mark(Option<Mark>),
     Remove,
@@ -195,7 +195,7 @@ pub(crate) enum Request {
 pub(crate) enum Reply {
     /// With the identity of the state directory.
     Reserved(u8),
-    Said(Word, u8),
+    Said(Response, u8),
     Belongs(ownership::SourceSays),
 }
 
@@ -250,12 +250,12 @@ pub(crate) fn host_of(name: &str) -> usize {
     name.parse().expect("the model's own names")
 }
 
-pub(crate) fn withdrawal(word: Word) -> Withdrawal {
+pub(crate) fn withdrawal(word: Response) -> Withdrawal {
     match word {
-        Word::Cancelled | Word::NoCopy => Withdrawal::Done,
-        Word::Running => Withdrawal::RunsThere,
-        Word::Unknown => Withdrawal::Unknown,
-        Word::Ready | Word::NotNow => Withdrawal::Unheard,
+        Response::Cancelled | Response::NoCopy => Withdrawal::Done,
+        Response::Running => Withdrawal::RunsThere,
+        Response::Unknown => Withdrawal::Unknown,
+        Response::Ready | Response::NotNow => Withdrawal::Unheard,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ownership::Ownership;
 use ownership::concerned::whose;
-use ownership::{self, Answer, Asked, Effect, Event, Mark, Standing, Word};
+use ownership::{self, Answer, Asked, Effect, Event, Mark, Response, Standing};
 
 use super::state::*;
 use super::{Defect, HandOver, LINKS};
@@ -25,12 +25,13 @@ impl HandOver {
             (Some(Defect::GivesUpWhatHasRun), Effect::Discard(Some(Mark::Ran))) if given_up => {
                 Effect::Discard(Some(Mark::NeverRan))
             }
-            (Some(Defect::NoCopyWithoutEvidence | Defect::ForgetsHandOvers), Effect::Say(Word::Unknown)) => {
-                Effect::Say(Word::NoCopy)
-            }
+            (
+                Some(Defect::NoCopyWithoutEvidence | Defect::ForgetsHandOvers),
+                Effect::Respond(Response::Unknown),
+            ) => Effect::Respond(Response::NoCopy),
             (Some(Defect::ForgetsHandOvers), Effect::Discard(Some(Mark::Ran))) => Effect::Discard(None),
             (Some(Defect::DepartsUnrun), Effect::Doubt) => Effect::Discard(Some(Mark::Ran)),
-            (Some(Defect::RunningFromRecord), Effect::Resume) => Effect::Say(Word::Running),
+            (Some(Defect::RunningFromRecord), Effect::Resume) => Effect::Respond(Response::Running),
             (Some(Defect::ResumesForeign), Effect::Doubt) => Effect::Resume,
             (_, effect) => effect,
         };
@@ -44,18 +45,18 @@ impl HandOver {
         for effect in effects {
             match effect {
                 Effect::Resume => work.extend([Do::Resume, Do::SayRunning, Do::NoteResumed]),
-                Effect::Say(word) => work.push(Do::Say(*word)),
+                Effect::Respond(word) => work.push(Do::Respond(*word)),
                 Effect::Discard(mark) => {
                     work.extend(leaves.then_some(Do::Keep));
                     work.extend([Do::End, Do::Mark(*mark), Do::Remove]);
                 }
                 Effect::Abandon => work.push(Do::Abandon),
                 Effect::Commit | Effect::Release | Effect::Ask | Effect::Wait | Effect::Doubt => {}
-                Effect::Refuse(_) => work.push(Do::Say(Word::NotNow)),
+                Effect::Refuse(_) => work.push(Do::Respond(Response::NotNow)),
             }
         }
         if tells.is_none() {
-            work.retain(|step| !matches!(step, Do::Say(_) | Do::SayRunning));
+            work.retain(|step| !matches!(step, Do::Respond(_) | Do::SayRunning));
         }
         if let Some(link) = tells.and_then(|number| state.link(number)) {
             link.task = if work.is_empty() { Task::Done } else { Task::Deciding };
@@ -80,11 +81,11 @@ impl HandOver {
                 // It has died, before or after: nobody knows.
                 _ => self.not_resumed(state, host, self.defect == Some(Defect::NoCopyAfterALostResume))?,
             },
-            Do::SayRunning => self.tell(state, host, Word::Running),
+            Do::SayRunning => self.tell(state, host, Response::Running),
             Do::NoteResumed => {
                 self.happen(state, host, Event::Resumed);
             }
-            Do::Say(word) => self.tell(state, host, word),
+            Do::Respond(word) => self.tell(state, host, word),
             Do::Keep => state.hosts[host].kept = self.defect != Some(Defect::LeavesImagesUnlocked),
             Do::End => {
                 let leaves = state.hosts[host].handed_over().is_some();
@@ -129,7 +130,7 @@ impl HandOver {
     /// The journal has failed: the record stays, and nothing more is done or said.
     fn stop_work(&self, state: &mut State, host: usize) -> Option<()> {
         state.hosts[host].work.clear();
-        self.tell(state, host, Word::NotNow);
+        self.tell(state, host, Response::NotNow);
         self.is_through(state, host);
         Some(())
     }
@@ -143,7 +144,7 @@ impl HandOver {
         }
     }
 
-    fn tell(&self, state: &mut State, host: usize, word: Word) {
+    fn tell(&self, state: &mut State, host: usize, word: Response) {
         let keeper = state.hosts[host].keeper;
         if let Some(link) = state.hosts[host].tells.and_then(|number| state.link(number)) {
             link.answer(Reply::Said(word, keeper));
@@ -186,7 +187,7 @@ impl HandOver {
             }
             (Task::Fresh, Request::Cancel(_)) if !state.hosts[host].work.is_empty() => {
                 let keeper = state.hosts[host].keeper;
-                state.links[at].answer(Reply::Said(Word::Cancelled, keeper));
+                state.links[at].answer(Reply::Said(Response::Cancelled, keeper));
                 state.links[at].task = Task::Done;
             }
             (Task::Fresh | Task::AwaitingCommit(_), Request::Cancel(session)) => {
@@ -197,7 +198,7 @@ impl HandOver {
             }
             (Task::Mirroring(session), Request::Cancel(_)) => {
                 self.session_over(state, host, session);
-                state.links[at].answer(Reply::Said(Word::Cancelled, state.hosts[host].keeper));
+                state.links[at].answer(Reply::Said(Response::Cancelled, state.hosts[host].keeper));
                 state.links[at].task = Task::Done;
             }
             (Task::Mirroring(session), Request::Load) => {
@@ -226,7 +227,7 @@ impl HandOver {
 
     fn fails(&self, state: &mut State, at: usize) {
         let keeper = state.hosts[state.links[at].to].keeper;
-        state.links[at].answer(Reply::Said(Word::NotNow, keeper));
+        state.links[at].answer(Reply::Said(Response::NotNow, keeper));
         state.links[at].task = Task::Done;
     }
 
@@ -285,10 +286,10 @@ impl HandOver {
         if would == [Effect::Resume] && dead {
             let effects = self.happen(state, host, Event::Ended)?;
             let told = match effects[..] {
-                [Effect::Discard(Some(Mark::NeverRan))] => Word::NoCopy,
-                _ => Word::NotNow,
+                [Effect::Discard(Some(Mark::NeverRan))] => Response::NoCopy,
+                _ => Response::NotNow,
             };
-            let effects = [effects, vec![Effect::Say(told)]].concat();
+            let effects = [effects, vec![Effect::Respond(told)]].concat();
             HandOver::carry_out(state, host, &effects, Some(number));
             return Some(());
         }
@@ -302,7 +303,7 @@ impl HandOver {
             None => {
                 let keeper = state.hosts[host].keeper;
                 let link = state.link(number)?;
-                link.answer(Reply::Said(Word::NotNow, keeper));
+                link.answer(Reply::Said(Response::NotNow, keeper));
                 link.task = Task::Done;
             }
         }
@@ -328,13 +329,13 @@ impl HandOver {
         state: &mut State,
         host: usize,
         session: SessionId,
-        word: Word,
+        word: Response,
         keeper: u8,
     ) {
         let answer = match word {
-            Word::Running => Answer::Running,
-            Word::NoCopy => Answer::NoCopy { keeper: Some(uuid(keeper)) },
-            Word::Unknown => Answer::Unknown,
+            Response::Running => Answer::Running,
+            Response::NoCopy => Answer::NoCopy { keeper: Some(uuid(keeper)) },
+            Response::Unknown => Answer::Unknown,
             _ => Answer::Other,
         };
         let Some(effects) = self.happen(state, host, Event::Answered { session: uuid(session), answer })

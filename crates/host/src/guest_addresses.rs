@@ -25,7 +25,7 @@ pub struct Neighbour {
 
 /// The addresses of machines, by name.
 #[derive(Default)]
-pub struct Neighbourhood(Mutex<HashMap<VmName, Machine>>);
+pub struct GuestAddresses(Mutex<HashMap<VmName, Machine>>);
 
 /// What is known of one.
 #[derive(Default)]
@@ -36,13 +36,13 @@ struct Machine {
     told: Vec<Neighbour>,
 }
 
-impl std::fmt::Debug for Neighbourhood {
+impl std::fmt::Debug for GuestAddresses {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_set().entries(self.lock().keys()).finish()
     }
 }
 
-impl Neighbourhood {
+impl GuestAddresses {
     /// Listens from now on, if it does not already. Without `CAP_NET_RAW` nothing is heard.
     pub fn listen(&self, record: &Record, spec: &Spec) {
         let name = &record.name;

@@ -1,4 +1,4 @@
-//! What the operator orders while a migration is under way.
+//! What the operator commands while a migration is under way.
 
 use std::sync::Arc;
 
@@ -10,22 +10,22 @@ use finding::Finding;
 use session::Command;
 use session::report::Verification;
 
-/// What the operator has ordered, as the controller looks at it.
-pub(super) struct Orders {
+/// What the operator has commanded, as the controller looks at it.
+pub(super) struct Commands {
     pub(super) cancel: CancellationToken,
     pub(super) switch: CancellationToken,
     pub(super) verify: tokio::sync::mpsc::UnboundedReceiver<oneshot::Sender<Result<Verification, Finding>>>,
     pub(super) bandwidth: Arc<Bandwidth>,
 }
-impl Orders {
+impl Commands {
     /// Follows a session's commands; the task ends with the controller.
     pub(super) fn follow(
         mut commands: tokio::sync::mpsc::Receiver<Command>,
         bandwidth: Arc<Bandwidth>,
-    ) -> (Orders, tokio::task::JoinHandle<()>) {
+    ) -> (Commands, tokio::task::JoinHandle<()>) {
         let (cancel, switch) = (CancellationToken::new(), CancellationToken::new());
         let (tell, verify) = tokio::sync::mpsc::unbounded_channel();
-        let orders = Orders {
+        let followed = Commands {
             cancel: cancel.clone(),
             switch: switch.clone(),
             verify,
@@ -41,6 +41,6 @@ impl Orders {
                 }
             }
         });
-        (orders, task)
+        (followed, task)
     }
 }

@@ -3,7 +3,7 @@
 use qemu::Spec;
 use uuid::Uuid;
 
-use crate::hooks::{Hook, HookInterface, Occasion, Side};
+use crate::hooks::{Hook, HookContext, HookInterface, Side};
 use crate::host::Host;
 use crate::vm::Record;
 use finding::{Finding, chain};
@@ -21,9 +21,9 @@ pub async fn run(host: &Host, hook: Hook, record: &Record, rehearsal: bool) -> R
     let Some((session, peer, side)) = about(record) else { return Ok(()) };
     let interfaces = interfaces(record).await;
     let name = &host.name;
-    let occasion =
-        Occasion { vm: &record.name, host: name, peer, session, side, rehearsal, interfaces: &interfaces };
-    host.hooks.run(hook, &occasion).await.map_err(|e| e.finding(name))
+    let context =
+        HookContext { vm: &record.name, host: name, peer, session, side, rehearsal, interfaces: &interfaces };
+    host.hooks.run(hook, &context).await.map_err(|e| e.finding(name))
 }
 
 /// The migration that a machine is in, with whom, and on which side of it this host is.

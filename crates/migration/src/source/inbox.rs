@@ -14,7 +14,7 @@ const MOST_REPLIES: usize = 64;
 /// What was heard and not yet looked at. A destination that says more than makes sense ends the migration, so it cannot
 /// fill this host's memory.
 #[derive(Debug)]
-pub(super) struct Heard {
+pub(super) struct Inbox {
     /// The destination asked for these again; they are due in the next round.
     repairs: Vec<PageIndex>,
     /// Replies that were not for the rounds.
@@ -26,10 +26,10 @@ pub(super) struct Heard {
     most_blocks: u64,
 }
 
-impl Heard {
-    pub(super) fn new(pages: u64, blocks: u64) -> Heard {
+impl Inbox {
+    pub(super) fn new(pages: u64, blocks: u64) -> Inbox {
         let (repairs, others) = (Vec::new(), VecDeque::new());
-        Heard { repairs, others, blocks: Vec::new(), pages, most_blocks: blocks }
+        Inbox { repairs, others, blocks: Vec::new(), pages, most_blocks: blocks }
     }
 
     /// Takes in a reply.
@@ -84,7 +84,7 @@ mod tests {
     #[test]
     fn a_destination_cannot_fill_the_memory_of_this_host_with_words() {
         let mismatch = || Reply::Mismatch(Pages { pages: vec![7; 100] });
-        let mut heard = Heard::new(100, 0);
+        let mut heard = Inbox::new(100, 0);
         assert!(heard.note(mismatch()).is_ok() && heard.note(mismatch()).is_ok());
         assert!(heard.note(mismatch()).is_err(), "{} pages of 100", heard.repairs());
         assert_eq!(heard.take_repairs().len(), 300);

@@ -12,7 +12,7 @@ const LISTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 
 /// What is plugged into a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Plugged {
+pub(crate) struct Hardware {
     /// Ids of devices.
     named: BTreeSet<String>,
     /// Places of devices without one, with their drivers.
@@ -23,9 +23,9 @@ pub(crate) struct Plugged {
     direct: BTreeSet<String>,
 }
 
-impl Plugged {
+impl Hardware {
     /// Looks at a machine.
-    pub(crate) async fn into(qmp: &Qmp) -> Result<Plugged, QmpError> {
+    pub(crate) async fn of(qmp: &Qmp) -> Result<Hardware, QmpError> {
         let mut lists = [BTreeSet::new(), BTreeSet::new()];
         for (list, devices) in LISTS.iter().zip(&mut lists) {
             let children =
@@ -40,7 +40,7 @@ impl Plugged {
         let drives = drives.collect();
         let nodes = qmp.block_nodes().await?;
         let direct = nodes.into_iter().filter(|node| node.direct).map(|node| node.name).collect();
-        Ok(Plugged { named, anonymous, drives, direct })
+        Ok(Hardware { named, anonymous, drives, direct })
     }
 
     /// Whether reads of some disk reach guest memory by DMA.
@@ -64,9 +64,9 @@ impl Plugged {
     }
 
     /// What has changed since, if anything.
-    pub(crate) fn changed_to(&self, now: &Plugged) -> Option<Finding> {
+    pub(crate) fn changed_to(&self, now: &Hardware) -> Option<Finding> {
         let devices =
-            |plugged: &Plugged| plugged.named.union(&plugged.anonymous).cloned().collect::<BTreeSet<_>>();
+            |hardware: &Hardware| hardware.named.union(&hardware.anonymous).cloned().collect::<BTreeSet<_>>();
         let (before, after) = (devices(self), devices(now));
         let drive = |(device, path, size): &(String, String, u64)| {
             format!("the disk of {device}, {path} of {size} bytes,")
@@ -93,8 +93,8 @@ impl Plugged {
 mod tests {
     use super::*;
 
-    fn plugged(named: &[&str], drives: &[(&str, &str, u64)]) -> Plugged {
-        Plugged {
+    fn hardware(named: &[&str], drives: &[(&str, &str, u64)]) -> Hardware {
+        Hardware {
             named: named.iter().map(|&id| id.to_owned()).collect(),
             anonymous: BTreeSet::new(),
             drives: drives
@@ -107,13 +107,13 @@ mod tests {
 
     #[test]
     fn a_disk_that_was_reopened_without_a_cache_is_not_mirrored_on_as_if_nothing_were() {
-        let cached = plugged(&["vd0"], &[("vd0", "/a", 512)]);
-        let direct = Plugged { direct: BTreeSet::from(["e0".to_owned()]), ..cached.clone() };
+        let cached = hardware(&["vd0"], &[("vd0", "/a", 512)]);
+        let direct = Hardware { direct: BTreeSet::from(["e0".to_owned()]), ..cached.clone() };
         let finding = cached.changed_to(&direct).unwrap();
         assert_eq!(finding.kind, "disk-changed");
         assert!(finding.message.ends_with("block node e0 bypasses the page cache now"), "{finding:?}");
         // The guest was stopped for each scan anyway, and may be so for nothing.
-        let more = Plugged { direct: BTreeSet::from(["e0".to_owned(), "e1".to_owned()]), ..cached.clone() };
+        let more = Hardware { direct: BTreeSet::from(["e0".to_owned(), "e1".to_owned()]), ..cached.clone() };
         assert_eq!(direct.changed_to(&more), None);
         assert_eq!(direct.changed_to(&cached), None);
         assert!(direct.has_direct() && !cached.has_direct());
@@ -121,22 +121,26 @@ mod tests {
 
     #[test]
     fn what_changed_is_named() {
-        let before = plugged(&["nic", "vd0"], &[("vd0", "/a", 512)]);
+        let before = hardware(&["nic", "vd0"], &[("vd0", "/a", 512)]);
         assert_eq!(before.changed_to(&before), None);
         for (after, kind, words) in [
-            (plugged(&["nic", "vd0", "rng"], &[("vd0", "/a", 512)]), "devices-changed", "rng was plugged in"),
-            (plugged(&["nic"], &[]), "disk-changed", "vd0 was unplugged"),
             (
-                plugged(&["nic", "vd0"], &[("vd0", "/a", 1024)]),
+                hardware(&["nic", "vd0", "rng"], &[("vd0", "/a", 512)]),
+                "devices-changed",
+                "rng was plugged in",
+            ),
+            (hardware(&["nic"], &[]), "disk-changed", "vd0 was unplugged"),
+            (
+                hardware(&["nic", "vd0"], &[("vd0", "/a", 1024)]),
                 "disk-changed",
                 "of vd0, /a of 1024 bytes, is new",
             ),
             (
-                plugged(&["nic", "vd0"], &[("vd0", "/b", 512)]),
+                hardware(&["nic", "vd0"], &[("vd0", "/b", 512)]),
                 "disk-changed",
                 "of vd0, /b of 512 bytes, is new",
             ),
-            (plugged(&["nic", "vd0"], &[]), "disk-changed", "of vd0, /a of 512 bytes, is gone"),
+            (hardware(&["nic", "vd0"], &[]), "disk-changed", "of vd0, /a of 512 bytes, is gone"),
         ] {
             let finding = before.changed_to(&after).unwrap();
             assert_eq!(finding.kind, kind);
@@ -150,7 +154,7 @@ mod tests {
             Spec::parse(&["qemu-system-x86_64", "-device", "virtio-rng-pci,id=rng", "-device", "e1000"])
                 .unwrap();
         let kinds = |named: &[&str]| -> Vec<String> {
-            plugged(named, &[]).differs_from(&spec).into_iter().map(|finding| finding.kind).collect()
+            hardware(named, &[]).differs_from(&spec).into_iter().map(|finding| finding.kind).collect()
         };
         assert!(kinds(&["rng"]).is_empty());
         assert_eq!(kinds(&["other"]), ["hot-plugged", "unplugged"]);
