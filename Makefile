@@ -23,6 +23,9 @@ endif
 # How long each test had its testbed.
 TIMES := $(CURDIR)/target/test-times
 
+# End-to-end tests wait most of the time: for guests that boot, deadlines, and each other's agents. So many run at once.
+export RUST_TEST_THREADS ?= $(shell expr 2 \* $$(nproc))
+
 # Tests, demo and bench need root for network namespaces. Cargo starts what it has built through this.
 ifneq ($(shell id -u),0)
 ifneq ($(shell command -v sudo),)
