@@ -1,6 +1,6 @@
 //! Post-copy at the destination: the machine runs, and what it lacks is asked for.
 //!
-//! What is missing is kept apart from the session that brings it ([`Tail`]): when the link is lost the guest waits at the
+//! What is missing is kept apart from the session that brings it (a `tail`): when the link is lost the guest waits at the
 //! next page that it lacks, and goes on when its source has connected again. When this agent ends, QEMU keeps the guest
 //! waiting by its own descriptor until the next agent has taken over ([`recover`]).
 
