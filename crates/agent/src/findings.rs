@@ -35,6 +35,11 @@ pub(crate) fn of_run(error: &RunError) -> Finding {
             "migrated-by-others",
             "see where it runs; what is here of it is ended with `vmirror stop --force`",
         ),
+        RunError::Leaving(_) => (
+            "in-use",
+            "find out where it runs. If that is nowhere else, take the object vmirror-left-by-… out of its QEMU (QMP `object-del`), and start \
+             the agent again; if it runs elsewhere, what is here of it is ended with `vmirror stop --force`",
+        ),
         RunError::Kept { .. } => (
             "disk-kept",
             "run the VM where it moved to. Only if it runs nowhere and never will, or this is to be another VM, say --stale-disks, or free \

@@ -215,7 +215,7 @@ impl Spec {
         Ok(())
     }
 
-    /// Gives the RAM that QEMU would allocate for `-m` a backend of its own, in that file, as so manieth argument.
+    /// Gives the RAM that QEMU would allocate for `-m` a backend of its own, in that file, as the argument at that place.
     pub(crate) fn name_implicit_ram(&mut self, at: usize, path: &Path) {
         let ram = self.ram_backends().into_iter().find(|backend| backend.kind == RamKind::Implicit);
         let Some(RamBackend { id, size, .. }) = ram else { return };

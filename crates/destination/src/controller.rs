@@ -34,7 +34,7 @@ use protocol::wire::bounds::{self, Unheard};
 use protocol::wire::{self, Reply, Request as Asked};
 use session::points::{self, Point};
 
-/// Serves one control connection from its first word to its end. `arrived` is called when a machine has become this
+/// Serves one control connection from its first request to its end. `arrived` is called when a machine has become this
 /// host's and runs. Gives the machine of which it may have left a copy.
 pub async fn serve(
     host: Arc<ReceivingHost>,

@@ -138,9 +138,9 @@ impl Source {
             // It has not been told to run, and so has never run.
             drop(deciding);
             lifecycle::ended(&host, &record).await;
-            let word =
+            let response =
                 if self.mark(session)? == Some(Mark::NeverRan) { Response::NoCopy } else { Response::NotNow };
-            return self.say(word, &name).await;
+            return self.say(response, &name).await;
         }
         if becomes.contains(&Effect::Resume) {
             // Before the record says so: what nobody remembers to be a remnant is never removed as one.
@@ -293,8 +293,8 @@ impl Source {
             // A ready copy whose QEMU is gone has never run.
             Err(_) if lifecycle::ended(&self.host, &record).await => {
                 let mark = self.mark(session)?;
-                let word = if mark == Some(Mark::NeverRan) { Response::NoCopy } else { Response::NotNow };
-                self.say(word, &name).await
+                let response = if mark == Some(Mark::NeverRan) { Response::NoCopy } else { Response::NotNow };
+                self.say(response, &name).await
             }
             Err(e) => Err(failed("qemu", &e)),
         }
@@ -368,8 +368,8 @@ impl Source {
         self.host.journal.mark(session).map_err(|e| failed("journal", &e))
     }
 
-    async fn say(&mut self, word: Response, name: &VmName) -> Result<(), End> {
-        match word {
+    async fn say(&mut self, response: Response, name: &VmName) -> Result<(), End> {
+        match response {
             Response::Running => self.reply(Reply::Running(wire::Running::default())).await,
             Response::Ready => self.reply(Reply::Ready(wire::Nothing {})).await,
             Response::NoCopy => Err(no_copy(name.as_ref())),
@@ -393,11 +393,11 @@ fn becomes(record: &Record, event: &Event) -> Vec<Effect> {
 
 /// What the source is told.
 fn said(effects: &[Effect]) -> Response {
-    let word = |effect: &Effect| match effect {
-        Effect::Respond(word) => Some(*word),
+    let response = |effect: &Effect| match effect {
+        Effect::Respond(response) => Some(*response),
         _ => None,
     };
-    effects.iter().find_map(word).unwrap_or(Response::NotNow)
+    effects.iter().find_map(response).unwrap_or(Response::NotNow)
 }
 
 fn session_of(commit: &wire::Commit) -> Result<Uuid, End> {

@@ -7,8 +7,9 @@
 //! * [`lifecycle`] starts, adopts, ends and forgets machines; [`vm`] is what is kept of each.
 //! * What is made for a machine: [`guest_ram`], [`places`] of its sockets, [`firewall`], [`logs`], [`forward`]; [`paths`] are where, and [`room`] is what
 //!   can still be promised.
-//! * [`images`] and [`drives`] are what it has of disks, [`boot_files`] what it boots from without one; [`left_images`] what it has left of them, and [`fence`] keeps that locked.
-//! * Whether it would run twice: [`second_copy`], [`supervised`].
+//! * [`images`] and [`drives`] are what it has of disks, [`boot_files`] what it boots from without one; [`left_images`] what it has left of
+//!   them, and [`fence`] keeps that locked. [`guest_addresses`] are by what its guest is known.
+//! * Whether it would run twice: [`second_copy`], [`supervised`], [`handed_over`].
 //! * [`hooks`] are programs of the operator's, run when a machine's network moves.
 
 pub mod boot_files;

@@ -124,18 +124,23 @@ fn promised(host: &Host, pool: Pool) -> u64 {
     let mut sum = 0_u64;
     for (process, ram) in host.ram_files.of(host.journal.all(), ram_files::read) {
         if pool == 0 && ram.unnamed > 0 {
-            sum = sum.saturating_add(ram.unnamed.saturating_sub(process.as_ref().map_or(0, allocated)));
+            // What is in files of its own is shared memory of the process as well.
+            let shared = ram.files.is_empty();
+            let there = process.as_ref().map_or(0, |process| allocated(process, shared));
+            sum = sum.saturating_add(ram.unnamed.saturating_sub(there));
         }
         sum = ram.files.into_iter().map(outstanding).fold(sum, u64::saturating_add);
     }
     sum
 }
 
-/// Bytes of ordinary memory that a process has, there or swapped out. All of it is taken for RAM: a QEMU's own is little beside that.
-fn allocated(process: &Process) -> u64 {
+/// Bytes of ordinary memory that a process has: its own, there or swapped out, and what it has of shared memory, if that counts. All of it
+/// is taken for RAM: a QEMU's own is little beside that.
+fn allocated(process: &Process, shared: bool) -> u64 {
     let path = format!("/proc/{}/status", process.pid);
     let status = std::fs::read_to_string(path).unwrap_or_default();
-    ["RssAnon:", "RssShmem:", "VmSwap:"].iter().filter_map(|field| kib(&status, field)).sum::<u64>() << 10
+    let fields = ["RssAnon:", "VmSwap:"].into_iter().chain(shared.then_some("RssShmem:"));
+    fields.filter_map(|field| kib(&status, field)).sum::<u64>() << 10
 }
 
 /// A number of KiB from a file of /proc.

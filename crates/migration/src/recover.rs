@@ -177,7 +177,11 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
     let switching = record.switching;
     let effects = ownership::on(Some(&record.standing()), Event::Found(found)).effects;
     if effects.contains(&Effect::Doubt) {
-        return Err(RunError::MigratedByOthers(record.name));
+        return Err(if alone {
+            RunError::Leaving(record.name)
+        } else {
+            RunError::MigratedByOthers(record.name)
+        });
     }
     if effects.contains(&Effect::Resume) {
         tracing::warn!(vm = %record.name, status, "resuming a VM that was paused when the agent ended");
@@ -210,6 +214,9 @@ pub(crate) async fn reconnect(host: &LinkedHost, mut record: Record) -> Result<V
         // Of an agent that did not put on record what QEMU was set to.
         None if switching && !alone => capabilities::reset(&qmp).await,
         None => {}
+    }
+    if alone {
+        resume::unmark(&qmp).await;
     }
     let as_it_is = |now: &mut Record| {
         now.pauses = false;

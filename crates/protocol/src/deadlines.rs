@@ -68,7 +68,7 @@ mod tests {
             ("ping", link.ping),
             ("silence", link.silence),
             ("stall", link.stall),
-            ("first word", FIRST_REQUEST),
+            ("first request", FIRST_REQUEST),
             ("found", FOUND),
             ("still working", WORKING),
             ("word while reserving", RESERVE_WORD),

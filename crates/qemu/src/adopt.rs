@@ -201,7 +201,7 @@ async fn ram_addresses(qmp: &Qmp, process: &Process, spec: &Spec) -> Result<RamA
     if wanted.is_empty() {
         return Ok(RamAddresses::new());
     }
-    let blocks = RamTable::of(qmp).await?.locate(process)?;
+    let blocks = RamTable::of(qmp).await?.located(process).await?;
     let address = |id: &&str| {
         let mut of = blocks.iter().filter(|block| block.is_of(id));
         let block = of.next().filter(|_| of.next().is_none())?;

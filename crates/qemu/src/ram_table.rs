@@ -91,6 +91,16 @@ impl RamTable {
         Ok(RamTable { lines: parse(&table(qmp).await?)? })
     }
 
+    /// The same as [`locate`](Self::locate), on a thread that may wait.
+    ///
+    /// # Errors
+    /// Its.
+    pub async fn located(self, process: &Process) -> Result<Vec<LocatedBlock>, LocateError> {
+        let process = process.clone();
+        let located = tokio::task::spawn_blocking(move || self.locate(&process));
+        located.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()))
+    }
+
     /// Where the blocks are, each checked against the kernel's map of the process. Where QEMU does not tell, all of its heap is looked
     /// through, which takes its time.
     ///

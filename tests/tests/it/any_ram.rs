@@ -4,16 +4,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use end_to_end::{
-    Guest, PATIENCE, Pair, Points, Said, copy, image, local, noise, report_adds_up, until, vmirror,
+    Guest, PAGE, PATIENCE, Pair, Points, Said, copy, image, local, noise, report_adds_up, until, vmirror,
 };
 use serde_json::json;
 use session::points::Point;
-use session::report::{DiskMode, Verdict};
+use session::report::{DiskMode, Outcome, Verdict};
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Pattern, Ram, TestDisk, Work};
-use testbed::{Host, Monitor, fault, root_or_skip};
+use testbed::{Host, Monitor, Wire, fault, root_or_skip};
 
 const MIB: u64 = 1 << 20;
+/// A link that a guest outruns, in bits per second.
+const OUTRUN: u64 = 200_000_000;
 
 /// A guest as its user would start it, at work, with these options more.
 fn by_hand(pair: &Pair, extra: &[&str]) -> (GuestSpec, PathBuf) {
@@ -185,15 +187,8 @@ fn a_guest_with_private_memory_whose_qemu_is_killed_once_its_copy_is_complete_ru
 fn a_state_dir_of_before_it_was_handed_over_lets_nothing_run_twice() {
     let pair = Pair::start();
     let points = Points::of(pair.a(), &[]);
-    let other = pair.a().directory().join("other.qmp");
-    let second = format!("unix:{},server=on,wait=off", other.display());
-    let (spec, qmp) = by_hand(&pair, &["-qmp", &second, "-daemonize"]);
-    let line = spec.command_line();
-    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
-    let guest = Guest::ready("vm", &spec);
+    let (guest, mut monitor) = with_another_monitor(&pair);
     let before = guest.status();
-    let mut monitor = Monitor::connect(&other).unwrap();
-    adopt(pair.a(), &qmp);
     let kept = pair.a().directory().join("kept");
     copy(&pair.a().state_dir(), &kept);
     let held = points.hold(Point::HandedOver);
@@ -280,17 +275,92 @@ fn a_guest_with_private_memory_has_its_disk_where_it_stays_and_where_it_goes() {
     guest.sound_since(&now);
 }
 
-/// A guest that is about to be handed over, and the monitor of another program beside the agent's.
-fn about_to_leave(during: impl FnOnce(&Pair, &mut Monitor)) -> (Pair, Said) {
+#[test]
+fn a_switch_over_that_is_cancelled_leaves_a_guest_with_private_memory_as_it_was() {
     let pair = Pair::start();
-    let other = pair.a().directory().join("other.qmp");
-    let second = format!("unix:{},server=on,wait=off", other.display());
-    let (spec, qmp) = by_hand(&pair, &["-qmp", &second, "-daemonize"]);
+    let (guest, mut monitor) = with_another_monitor(&pair);
+    let before = guest.status();
+    let (migration, stopped) = pair.switching_over("vm");
+    assert!(is_marked(&mut monitor));
+    let _ = vmirror(pair.a(), &["cancel", "vm"]);
+    drop(stopped);
+    assert_eq!(migration.ended().report().outcome, Outcome::Cancelled);
+    until("it runs again", || pair.runs_on("vm", pair.a()));
+    assert!(!is_marked(&mut monitor));
+    guest.sound_since(&before);
+    // One that its user pauses after that is a paused VM to the next agent, too.
+    monitor.execute("stop", json!({})).unwrap();
+    pair.a().stop_agent().unwrap();
+    pair.a().start_agent().unwrap();
+    until("it is found again", || pair.show("vm", pair.a()).is_some_and(|vm| vm["state"] != "recovering"));
+    assert_eq!(pair.show("vm", pair.a()).unwrap()["state"], "paused", "{}", pair.logs());
+    monitor.execute("cont", json!({})).unwrap();
+    report_adds_up(&pair.migrate("vm", pair.a(), pair.b(), &[]), &guest);
+}
+
+#[test]
+fn a_guest_with_private_memory_moves_by_qemus_own_stream() {
+    let pair = Pair::start();
+    let (spec, qmp) = by_hand(&pair, &["-daemonize"]);
+    // QEMU 7.2's own migration loses pages of an emulated guest that writes.
+    let spec = GuestSpec { rate: 0, ..spec };
     let line = spec.command_line();
     assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
     let guest = Guest::ready("vm", &spec);
-    let mut monitor = Monitor::connect(&other).unwrap();
     adopt(pair.a(), &qmp);
+    let before = guest.status();
+    let report = pair.migrate("vm", pair.a(), pair.b(), &["--engine", "qemu"]);
+    assert_eq!(report.outcome, Outcome::Completed, "{report:#?}");
+    guest.sound_since(&before);
+}
+
+#[test]
+fn a_guest_with_private_memory_that_outruns_the_link_arrives_and_lacks_nothing() {
+    if !root_or_skip("a link that is limited") {
+        return;
+    }
+    let pair = Pair::start();
+    for host in [pair.a(), pair.b()] {
+        pair.testbed().set_rate(host, Wire::Link, OUTRUN).unwrap();
+    }
+    let (spec, qmp) = by_hand(&pair, &["-daemonize"]);
+    let rate = OUTRUN / 8 * 4 / PAGE;
+    let spec = GuestSpec { fill_mib: 64, working_set_mib: Some(32), rate, ..spec };
+    let line = spec.command_line();
+    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
+    let guest = Guest::ready("vm", &spec);
+    let before = guest.status();
+    adopt(pair.a(), &qmp);
+    let report = pair.migrate("vm", pair.a(), pair.b(), &["--on-diverge", "post-copy"]);
+    assert_eq!(report.verification.proof, Verdict::Match, "{report:#?}");
+    assert!(report.post_copy.is_some_and(|late| late.pages > 0));
+    guest.sound_since(&before);
+}
+
+/// An adopted guest, and the monitor of another program beside the agent's.
+fn with_another_monitor(pair: &Pair) -> (Guest, Monitor) {
+    let other = pair.a().directory().join("other.qmp");
+    let second = format!("unix:{},server=on,wait=off", other.display());
+    let (spec, qmp) = by_hand(pair, &["-qmp", &second, "-daemonize"]);
+    let line = spec.command_line();
+    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
+    let guest = Guest::ready("vm", &spec);
+    let monitor = Monitor::connect(&other).unwrap();
+    adopt(pair.a(), &qmp);
+    (guest, monitor)
+}
+
+/// Whether QEMU has what says that it is about to be handed over.
+fn is_marked(monitor: &mut Monitor) -> bool {
+    let objects = monitor.execute("qom-list", json!({ "path": "/objects" })).unwrap();
+    let name = |object: &serde_json::Value| object["name"].as_str().unwrap().to_owned();
+    objects.as_array().unwrap().iter().map(name).any(|name| name.starts_with("vmirror-"))
+}
+
+/// A guest that is about to be handed over, while something is done to it by another monitor.
+fn about_to_leave(during: impl FnOnce(&Pair, &mut Monitor)) -> (Pair, Said) {
+    let pair = Pair::start();
+    let (guest, mut monitor) = with_another_monitor(&pair);
     let before = guest.status();
     let (migration, source) = pair.ready("vm");
     during(&pair, &mut monitor);
@@ -299,6 +369,7 @@ fn about_to_leave(during: impl FnOnce(&Pair, &mut Monitor)) -> (Pair, Said) {
     assert!(!pair.runs_on("vm", pair.b()), "{said:?}");
     if status(&mut monitor) == "running" {
         guest.sound_since(&before);
+        assert!(!is_marked(&mut monitor));
     }
     (pair, said)
 }

@@ -50,6 +50,11 @@ pub enum RunError {
     /// Somebody else has migrated it away.
     #[error("VM {0} was migrated by another program (QEMU says postmigrate): it may run elsewhere")]
     MigratedByOthers(VmName),
+    /// It was to be handed over, and nothing is on record of that: the record is older than what became of the machine.
+    #[error(
+        "the guest of VM {0} is paused, and was to be handed over to another host, which its record does not say: it may run there"
+    )]
+    Leaving(VmName),
     /// QEMU does not answer.
     #[error("QEMU does not answer")]
     Qmp(#[from] QmpError),

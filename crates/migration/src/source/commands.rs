@@ -17,6 +17,7 @@ pub(super) struct Commands {
     pub(super) verify: tokio::sync::mpsc::UnboundedReceiver<oneshot::Sender<Result<Verification, Finding>>>,
     pub(super) bandwidth: Arc<Bandwidth>,
 }
+
 impl Commands {
     /// Follows a session's commands; the task ends with the controller.
     pub(super) fn follow(

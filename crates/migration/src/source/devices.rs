@@ -3,8 +3,8 @@
 //! Where all RAM is in shared, named files QEMU migrates, and leaves that out of its stream (`x-ignore-shared`). Other RAM it would send
 //! whole. There the guest is stopped, and QEMU saves its devices alone; what it keeps in RAM blocks of its own, such as video memory, is read
 //! from its memory and put beside them ([`mirror::device::saved`]). While QEMU migrates it keeps others from its guest; while it only stands,
-//! anybody with a monitor may let it run, plug something in or migrate it. So that nothing of that has happened is looked at before the
-//! devices are saved, and once more before the machine is handed over.
+//! anybody with a monitor may let it run, plug something in or migrate it. Before the devices are saved, and once more before the machine is
+//! handed over, it is made sure that nobody has let it run, migrated it or changed its RAM.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -132,11 +132,12 @@ impl Devices {
         }
     }
 
-    /// That nobody else has touched the guest, whose copy is complete. A QEMU that has ended since can let it run no more.
-    pub(super) async fn may_leave(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+    /// That nobody else has touched the guest. A QEMU that has ended since can let it run no more, and is needed no more if the copy is
+    /// `complete`.
+    pub(super) async fn may_leave(&mut self, qmp: &Qmp, complete: bool) -> Result<(), Stop> {
         match self {
             Devices::Migration(_) => Ok(()),
-            Devices::Alone(devices) => devices.may_leave(qmp).await,
+            Devices::Alone(devices) => devices.may_leave(qmp, complete).await,
         }
     }
 
@@ -174,7 +175,7 @@ impl ByThemselves {
         let unknown =
             |e: &LocateError| Stop::because("own-ram", e, "see the VM's log, and report its command line");
         let table = RamTable::of(qmp).await.map_err(|e| unknown(&e))?;
-        let blocks = table.locate(&alone.process).map_err(|e| unknown(&e))?;
+        let blocks = table.clone().located(&alone.process).await.map_err(|e| unknown(&e))?;
         let own = own(&blocks, &alone.mirrored);
         let memory = File::open(format!("/proc/{}/mem", alone.process.pid)).map_err(|e| failed(&e))?;
         let migration = qmp.query_migrate().await.map_err(Stop::qemu)?;
@@ -200,8 +201,12 @@ impl ByThemselves {
         self.is_not_migrated(now)?;
         handed_over::mark(qmp, self.session).await.map_err(Stop::qemu)?;
         // What was let run before was so by a scan of ours.
-        while let Ok(event) = self.events.try_recv() {
-            gone(&event)?;
+        loop {
+            match self.events.try_recv() {
+                Ok(event) => gone(&event)?,
+                Err(TryRecvError::Lagged(_)) => {}
+                Err(TryRecvError::Empty | TryRecvError::Closed) => break,
+            }
         }
         let asked = Instant::now();
         *told = true;
@@ -235,11 +240,11 @@ impl ByThemselves {
         self.is_not_migrated(migration?)
     }
 
-    async fn may_leave(&mut self, qmp: &Qmp) -> Result<(), Stop> {
+    async fn may_leave(&mut self, qmp: &Qmp, complete: bool) -> Result<(), Stop> {
         let untouched = self.is_untouched(qmp).await;
         // QEMU itself has not been let run while it was heard, and nobody can any more.
         match untouched {
-            Err(Stop::Failed(finding)) if !is_told(&finding) && self.process.look().is_gone() => {
+            Err(Stop::Failed(finding)) if complete && !is_told(&finding) && self.process.look().is_gone() => {
                 tracing::warn!(why = finding.message, "QEMU has ended after its guest's copy was complete");
                 Ok(())
             }
@@ -347,7 +352,7 @@ pub(crate) async fn may_save_alone(
         Finding::new("ram-not-mirrorable", chain(&e), "see the VM's log, and report its command line")
     };
     let table = RamTable::of(qmp).await.map_err(unknown)?;
-    let located = table.locate(process).map_err(unknown)?;
+    let located = table.located(process).await.map_err(unknown)?;
     let bytes: u64 = own(&located, mirrored).iter().map(|block| block.used).sum();
     // What the destination holds back in the pause is what has changed of it, at most all, and the devices.
     let most = (MAX_HELD - DEVICES) as u64;

@@ -17,7 +17,7 @@ use super::health;
 use super::held::Controller;
 use super::network::Network;
 use super::peer::{about, violation};
-use super::resume::{leave_stopped, resume_here};
+use super::resume::{leave_stopped, resume_here, unmark};
 use super::rounds::Rounds;
 use super::settlement::{Settled, abandon, settle};
 use super::stop::{Stop, nothing_held};
@@ -57,6 +57,15 @@ fn migrated_by_others(stop: &Stop) -> bool {
 /// The journal has failed twice: a later start may find that the machine was given away, or not.
 const UNSETTLED: &str = "journal";
 
+/// A machine that stands, while another program migrates it.
+fn left_paused() -> Finding {
+    Finding::new(
+        kind::MIGRATES_ALREADY,
+        "another program has migrated the VM, or does, while it was paused to be handed over: it is left paused",
+        "see where it runs; only if that is nowhere, let it run here again (QMP `cont`)",
+    )
+}
+
 fn other_keeper(destination: &str) -> Finding {
     Finding::new(
         "other-state",
@@ -75,7 +84,7 @@ fn cost(pause: &Pause) -> Duration {
 
 impl Controller {
     /// From here on a complete copy may wait at the destination, and a pause is ours. On record before such a copy can exist: after a crash
-    /// here, somebody must tell that it is worthless. And not before QEMU is set up: what is on record as ours is resumed after a crash, and
+    /// here, somebody must tell that it is worthless. And, where QEMU migrates, not before it is set up: what is on record as ours is resumed after a crash, and
     /// until then somebody else's migration may be what has paused the guest, and have it run elsewhere.
     pub(super) fn offer(&mut self) -> Result<(), Stop> {
         let destination = self.destination()?;
@@ -111,7 +120,9 @@ impl Controller {
         };
         self.held.supplying = supplying;
         if let Some(devices) = &mut devices {
-            devices.may_leave(&self.vm.qmp).await?;
+            // What was left out of the copy is only there.
+            let complete = self.held.supplying.is_none();
+            devices.may_leave(&self.vm.qmp, complete).await?;
         }
         let mirrored: Vec<PathBuf> =
             self.held.disks.iter().flat_map(Disks::paths).map(Path::to_owned).collect();
@@ -424,10 +435,11 @@ impl Controller {
             }
             let alone = self.vm.record.saves_devices_alone();
             if alone && migrated_by_others(&stop) {
-                tracing::error!(vm = %self.vm.record.name, ?stop, "it is left as it is");
+                // Neither that migration nor the pause is ours to end any more.
+                stop = Stop::Uncertain(left_paused());
             } else if was_stopped(&stop) || alone && has_shut_down(&stop) {
                 // By somebody else while QEMU sent, or by itself: it stays so.
-                let leave = || leave_stopped(&self.vm.qmp);
+                let leave = || leave_stopped(&self.vm.qmp, alone);
                 if let Err(e) = self.host.fence.hand_to(&self.vm.record.name, leave).await {
                     (resumed, stop) = (false, self.not_resumed(&e));
                 }
@@ -435,8 +447,14 @@ impl Controller {
                 (resumed, stop) = (false, why);
             }
         }
+        if self.vm.record.saves_devices_alone() && resumed {
+            unmark(&self.vm.qmp).await;
+        }
         if self.held.configured {
             self.reconnect().await;
+        }
+        // What it is set to tells the next agent whose migration it is that it finds, if it has not been let run.
+        if self.held.configured && resumed {
             settings::give_back(&self.host.journal, &mut self.vm.record, &self.vm.qmp).await;
         }
         self.reconnect().await;

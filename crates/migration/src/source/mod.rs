@@ -4,6 +4,7 @@
 //! `synchronize`, the `switch`-over, the `hand_over`. So does what they need: the `peer` at the other end of the link and the `request` to it,
 //! the memory's `rounds`, the `disks`, the `estimate` that says when to switch over, QEMU's `capabilities`, the operator's `commands`, the
 //! `reporting` that is given of it all, the copies of `earlier` migrations, and the `settlement` of a hand-over whose end was not heard of.
+//! The `devices` and how they are saved, the `inbox` of what the destination says unasked, memory that is `supplying` after the hand-over.
 //! `resume` is QEMU's way back, and a `rehearsal` is a migration that moves nothing.
 
 mod boot_files;

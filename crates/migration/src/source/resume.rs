@@ -19,11 +19,14 @@ pub(crate) async fn resume_here(qmp: &Qmp, alone: bool) -> Result<(), QmpError> 
         end_migration(qmp, Instant::now() + RESUME).await?;
         return run_here(qmp).await;
     }
-    run_here(qmp).await?;
+    run_here(qmp).await
+}
+
+/// Takes out of a machine's QEMU what says that it is about to leave: it stays.
+pub(crate) async fn unmark(qmp: &Qmp) {
     if let Err(e) = handed_over::unmark(qmp).await {
         tracing::warn!(error = chain(&e), "QEMU keeps the mark of a hand-over that did not come about");
     }
-    Ok(())
 }
 
 async fn run_here(qmp: &Qmp) -> Result<(), QmpError> {
@@ -64,8 +67,12 @@ async fn end_migration(qmp: &Qmp, deadline: Instant) -> Result<(), QmpError> {
     Ok(())
 }
 
-/// Ends a migration of ours of a guest that somebody else has stopped meanwhile, and leaves it so.
-pub(crate) async fn leave_stopped(qmp: &Qmp) -> Result<(), QmpError> {
+/// Ends a migration of ours of a guest that somebody else has stopped meanwhile, and leaves it so. There is none of ours where devices are
+/// saved `alone`.
+pub(crate) async fn leave_stopped(qmp: &Qmp, alone: bool) -> Result<(), QmpError> {
+    if alone {
+        return Ok(());
+    }
     end_migration(qmp, Instant::now() + RESUME).await
 }
 
