@@ -9,6 +9,10 @@ use crate::api::types::{EventKind, VmState};
 /// How long QEMU may take to say how it is. Its main thread may be busy, but not for this long.
 const ANSWER: Duration = Duration::from_secs(1);
 
+/// For how long QEMU is not asked again whether its guest runs, in a list of all, if it has told nothing since. One that hangs is listed as
+/// if it did not for no longer than that.
+pub(crate) const HEARD: Duration = Duration::from_secs(1);
+
 /// Process id of a QEMU.
 pub(crate) fn pid(process: &qemu::Process) -> u32 {
     process.pid
@@ -22,10 +26,18 @@ pub(crate) async fn state(qmp: &Qmp) -> (VmState, Option<String>) {
     }
 }
 
+/// The same, if it need not be asked for it: just now the machine ran, and nothing has happened to it since.
+pub(crate) fn heard(qmp: &Qmp) -> Option<(VmState, Option<String>)> {
+    qmp.is_known_to_run(HEARD).then(|| (state_of(RUNNING), Some(RUNNING.to_owned())))
+}
+
+/// The run state of a machine that runs.
+const RUNNING: &str = "running";
+
 /// QEMU's run states, from `qapi/run-state.json` of QEMU 10.
 fn state_of(status: &str) -> VmState {
     match status {
-        "running" => VmState::Running,
+        RUNNING => VmState::Running,
         "guest-panicked" => VmState::Panicked,
         "io-error" | "internal-error" | "watchdog" => VmState::Broken,
         // debug, inmigrate, postmigrate, prelaunch, finish-migrate, paused, restore-vm, save-vm, shutdown,

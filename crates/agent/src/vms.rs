@@ -148,7 +148,16 @@ impl Vms {
             let standing = entries.iter().filter(|(_, entry)| self.stands(entry));
             standing.map(|(name, entry)| Shot::of(name, entry)).collect()
         };
-        let views = join_all(shots.into_iter().map(Shot::view)).await;
+        // Most need not be asked: a list is had without a task, a timer and a wait for each machine.
+        let (mut views, mut asked) = (Vec::with_capacity(shots.len()), Vec::new());
+        for mut shot in shots {
+            if shot.is_heard() {
+                views.push(shot.view);
+            } else {
+                asked.push(shot.view());
+            }
+        }
+        views.extend(join_all(asked).await);
         let mut views: Vec<VmView> = views.into_iter().map(|view| self.placed(view)).collect();
         views.extend(self.forwarded());
         let mut views = self.with_kept(views);
@@ -217,13 +226,9 @@ impl Vms {
     /// With where its log is, and the network that it is in, which the journal knows: it may have been released by its former host.
     fn placed(&self, view: VmView) -> VmView {
         let name = view.name.parse::<VmName>().ok();
-        let record = name.as_ref().and_then(|name| self.host().journal.get(name));
+        let network_of = name.as_ref().and_then(|name| self.host().journal.of(name, network_of).flatten());
         let log = name.filter(|_| view.origin != Origin::Adopted).map(|name| self.host().logs.of(&name));
-        VmView {
-            network_of: record.as_ref().and_then(network_of),
-            log: log.filter(|log| log.exists()),
-            ..view
-        }
+        VmView { network_of, log: log.filter(|log| log.exists()), ..view }
     }
 
     /// Whether what is in doubt still is: the journal knows sooner than who looks after the entry.
@@ -360,71 +365,76 @@ impl Entry {
 
 /// What is known of an entry without asking its QEMU.
 struct Shot {
-    name: VmName,
-    record: Option<Record>,
-    origin: Origin,
-    state: VmState,
-    problem: Option<Finding>,
+    view: VmView,
+    /// Its QEMU says what state it is in.
     live: Option<qemu::Qmp>,
-    session: Option<Arc<Active>>,
+    /// Nothing is being done to it from here.
+    idle: bool,
 }
 
 impl Shot {
     fn of(name: &VmName, entry: &Entry) -> Shot {
         let shot = |record: Option<&Record>, origin, state| Shot {
-            name: name.clone(),
-            record: record.cloned(),
-            origin,
-            state,
-            problem: None,
+            view: VmView {
+                name: name.to_string(),
+                state,
+                qemu_status: None,
+                origin,
+                generation: record.map_or(0, |record| record.generation),
+                pid: record.and_then(|record| record.process.as_ref()).map(monitor::pid),
+                memory: record.map_or(0, |record| record.memory),
+                qmp_socket: record.map_or_else(PathBuf::new, |record| record.qmp_socket.clone()),
+                argv: record.map_or_else(Vec::new, |record| record.argv.clone()),
+                files: record.map_or_else(Vec::new, |record| record.made.files.clone()),
+                log: None,
+                taps: record.map_or_else(Vec::new, |record| record.made.taps.clone()),
+                session: None,
+                doubt: record.filter(|_| state == VmState::Uncertain).map(doubt),
+                problem: None,
+                warnings: Vec::new(),
+                forward: None,
+                network_of: None,
+                kept: None,
+            },
             live: None,
-            session: None,
+            idle: false,
+        };
+        let with_problem = |shot: Shot, why: &Finding| Shot {
+            view: VmView { problem: Some(why.clone()), ..shot.view },
+            ..shot
         };
         match entry {
             Entry::Starting(origin) => shot(None, *origin, VmState::Starting),
             Entry::Recovering(record) => shot(Some(record), record.origin, VmState::Recovering),
-            Entry::Unreadable(why) => {
-                Shot { problem: Some(why.clone()), ..shot(None, Origin::Run, VmState::Unreadable) }
-            }
+            Entry::Unreadable(why) => with_problem(shot(None, Origin::Run, VmState::Unreadable), why),
             Entry::Uncertain(record, _) => shot(Some(record), record.origin, VmState::Uncertain),
-            Entry::Silent(silent, _) => Shot {
-                problem: Some(silent.problem.clone()),
-                ..shot(Some(&silent.record), silent.record.origin, VmState::Unreachable)
-            },
-            Entry::Here(here) => Shot {
-                live: Some(here.vm.qmp.clone()),
-                session: here.session.clone(),
-                ..shot(Some(&here.vm.record), here.vm.record.origin, VmState::Unreachable)
-            },
+            Entry::Silent(silent, _) => {
+                let record = &silent.record;
+                with_problem(shot(Some(record), record.origin, VmState::Unreachable), &silent.problem)
+            }
+            Entry::Here(here) => {
+                let record = &here.vm.record;
+                let mut shot = shot(Some(record), record.origin, VmState::Unreachable);
+                shot.view.session =
+                    here.session.as_ref().map(|active| active.session.progress().borrow().clone());
+                shot.live = Some(here.vm.qmp.clone());
+                shot.idle = here.session.is_none() && here.held.is_none();
+                shot
+            }
         }
     }
 
+    /// Whether its QEMU need not be asked: what it said last holds.
+    fn is_heard(&mut self) -> bool {
+        let Some(qmp) = &self.live else { return true };
+        let Some((state, status)) = monitor::heard(qmp).filter(|_| self.idle) else { return false };
+        (self.view.state, self.view.qemu_status) = (state, status);
+        true
+    }
+
     async fn view(self) -> VmView {
-        let (state, qemu_status) = match &self.live {
-            Some(qmp) => monitor::state(qmp).await,
-            None => (self.state, None),
-        };
-        let record = self.record.as_ref();
-        VmView {
-            name: self.name.to_string(),
-            state,
-            qemu_status,
-            origin: self.origin,
-            generation: record.map_or(0, |record| record.generation),
-            pid: record.and_then(|record| record.process.as_ref()).map(monitor::pid),
-            memory: record.map_or(0, |record| record.memory),
-            qmp_socket: record.map_or_else(PathBuf::new, |record| record.qmp_socket.clone()),
-            argv: record.map_or_else(Vec::new, |record| record.argv.clone()),
-            files: record.map_or_else(Vec::new, |record| record.made.files.clone()),
-            log: None,
-            taps: record.map_or_else(Vec::new, |record| record.made.taps.clone()),
-            session: self.session.map(|active| active.session.progress().borrow().clone()),
-            doubt: self.record.as_ref().filter(|_| self.state == VmState::Uncertain).map(doubt),
-            problem: self.problem,
-            warnings: Vec::new(),
-            forward: None,
-            network_of: None,
-            kept: None,
-        }
+        let Some(qmp) = &self.live else { return self.view };
+        let (state, qemu_status) = monitor::state(qmp).await;
+        VmView { state, qemu_status, ..self.view }
     }
 }

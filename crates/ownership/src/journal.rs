@@ -385,6 +385,13 @@ impl<R: OnRecord> Journal<R> {
         Some(self.kept(name)?.record())
     }
 
+    /// What is wanted of a machine's record, and nothing else of it.
+    pub fn of<T>(&self, name: &VmName, wanted: impl FnOnce(&R) -> T) -> Option<T> {
+        let kept = self.kept(name)?;
+        let record = kept.record.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(wanted(&record))
+    }
+
     /// All records, by name.
     #[must_use]
     pub fn all(&self) -> Vec<R> {

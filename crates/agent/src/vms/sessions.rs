@@ -278,7 +278,8 @@ fn address(to: &str) -> Result<(), AgentError> {
 #[cfg(test)]
 mod tests {
     use std::path::{Path, PathBuf};
-    use std::time::Duration;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::{Duration, Instant};
 
     use host::Vm;
     use qemu::{Process, Qmp, Spec};
@@ -291,9 +292,10 @@ mod tests {
     use crate::Daemon;
     use crate::api::tests::config;
     use crate::api::types::VmState;
+    use crate::monitor;
 
-    /// A QEMU whose guest is paused and stays so.
-    async fn stays_paused(listener: UnixListener) {
+    /// A QEMU whose guest is in that state and stays so. It counts how often it is asked for that.
+    async fn stays(status: &'static str, listener: UnixListener, asked: Arc<AtomicUsize>) {
         while let Ok((stream, _)) = listener.accept().await {
             let (read, mut write) = stream.into_split();
             let greeting = json!({"QMP": {"version": {"qemu": {}}, "capabilities": []}});
@@ -303,13 +305,20 @@ mod tests {
                 let request: Value = serde_json::from_str(&line).unwrap();
                 let mut answer = match request["execute"].as_str() {
                     Some("qmp_capabilities") => json!({"return": {}}),
-                    Some("query-status") => json!({"return": {"status": "paused", "running": false}}),
+                    Some("query-status") => {
+                        asked.fetch_add(1, Ordering::Relaxed);
+                        json!({"return": {"status": status, "running": status == "running"}})
+                    }
                     _ => json!({"error": {"class": "GenericError", "desc": "no"}}),
                 };
                 answer["id"] = request["id"].clone();
                 write.write_all(format!("{answer}\n").as_bytes()).await.unwrap();
             }
         }
+    }
+
+    async fn stays_paused(listener: UnixListener) {
+        stays("paused", listener, Arc::default()).await;
     }
 
     /// A machine of this host that is this process, with this on record.
@@ -373,6 +382,40 @@ mod tests {
         while vms.count() > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_was_just_heard_to_run_is_listed_without_asking_unless_something_is_done_to_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let daemon = Daemon::start(config(directory.path())).await.unwrap();
+        let vms = daemon.vms().clone();
+        let qmp_socket = directory.path().join("qmp");
+        let asked = Arc::new(AtomicUsize::new(0));
+        tokio::spawn(stays("running", UnixListener::bind(&qmp_socket).unwrap(), Arc::clone(&asked)));
+        let vm = machine(&vms, "web1", &qmp_socket, json!({})).await;
+        let name = vm.record.name.clone();
+        vms.keep(vm);
+        let listed = async || {
+            assert_eq!(vms.views().await[0].state, VmState::Running);
+            asked.load(Ordering::Relaxed)
+        };
+        // Two lists within the time for which it counts, however long they take here.
+        loop {
+            let begun = Instant::now();
+            let (first, second) = (listed().await, listed().await);
+            if begun.elapsed() < monitor::HEARD {
+                assert!(first > 0);
+                assert_eq!(second, first);
+                break;
+            }
+            tokio::time::sleep(monitor::HEARD).await;
+        }
+        let before = asked.load(Ordering::Relaxed);
+        assert_eq!(vms.view(&name).await.unwrap().state, VmState::Running);
+        let shown = asked.load(Ordering::Relaxed);
+        assert!(shown > before, "who wants to know of one machine has it asked");
+        vms.with_idle(&name, |here| here.held = Some("checked")).unwrap();
+        assert_eq!((listed().await, listed().await), (shown + 1, shown + 2));
     }
 
     #[tokio::test]

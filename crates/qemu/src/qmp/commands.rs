@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use command_line::BlockDriver;
 use qapi::Command;
@@ -242,7 +243,13 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]
     pub async fn status(&self) -> Result<RunState, QmpError> {
-        self.execute(QueryStatus {}).await
+        let (asked, events) = (Instant::now(), self.events_heard());
+        let state = self.execute(QueryStatus {}).await?;
+        // Of a guest that does not run not everything is told that becomes of it.
+        if state.status == "running" {
+            self.was_heard_to_run(asked, events);
+        }
+        Ok(state)
     }
 
     /// The guest's name from `-name`.

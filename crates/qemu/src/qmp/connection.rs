@@ -3,6 +3,7 @@
 //! QEMU answers commands in order but sends events in between; each command carries a number that its answer
 //! repeats. A command whose future is dropped is still sent whole, and its answer is thrown away.
 
+mod heard;
 mod reading;
 
 use std::{
@@ -17,6 +18,7 @@ use std::{
 
 use super::error::QmpError;
 use super::expecting::Expecting;
+use heard::Heard;
 use qapi::Command;
 use reading::{Lines, read_task};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -71,6 +73,7 @@ struct Shared {
     peer: Option<u32>,
     /// What we are about to bring about for a moment.
     expecting: Arc<Expecting>,
+    heard: Arc<Heard>,
 }
 
 struct Request {
@@ -117,7 +120,8 @@ impl Qmp {
         let peer =
             stream.peer_cred().ok().and_then(|peer| peer.pid()).and_then(|pid| u32::try_from(pid).ok());
         let (read, write) = stream.into_split();
-        let mut lines = Lines { read, buffer: Vec::new(), searched: 0 };
+        let heard = Arc::new(Heard::new(read));
+        let mut lines = Lines { heard: Arc::clone(&heard), buffer: Vec::new(), searched: 0 };
         let line = timeout(GREETING_DEADLINE, lines.next()).await.map_err(|_| taken())?.map_err(failed)?;
         // A socket that closes at once has a QEMU behind it that is just exiting.
         let line = line.ok_or_else(|| failed(io::ErrorKind::ConnectionReset.into()))?;
@@ -138,6 +142,7 @@ impl Qmp {
             events: events.downgrade(),
             peer,
             expecting: Arc::clone(&expecting),
+            heard,
         };
         let pending = Pending::new(Mutex::new(Some(HashMap::new())));
         let (closed, until_closed) = oneshot::channel();
@@ -252,6 +257,23 @@ impl Qmp {
             // The connection has ended; so has this receiver.
             None => broadcast::channel(1).1,
         }
+    }
+
+    /// How many events have come, however many of them were looked at.
+    pub(super) fn events_heard(&self) -> u64 {
+        self.shared.heard.events()
+    }
+
+    /// QEMU has answered, to a question of this moment, that its guest runs; so many events had come when it was asked.
+    pub(super) fn was_heard_to_run(&self, asked: Instant, events: u64) {
+        self.shared.heard.runs(asked, events);
+    }
+
+    /// Whether the guest runs, as QEMU has said within that time, and has told nothing of any kind since. No question is asked: a guest
+    /// that stops running is told of, to everybody and before whoever stops it has an answer. That QEMU hangs since is not noticed.
+    #[must_use]
+    pub fn is_known_to_run(&self, within: Duration) -> bool {
+        self.shared.heard.is_known_to_run(within)
     }
 
     /// The socket of the connection.

@@ -147,42 +147,92 @@ fn in_state(list: &Value, state: &str) -> usize {
     list.as_array().unwrap().iter().filter(|vm| vm["state"] == json!(state)).count()
 }
 
-/// Starts an agent for so many machines, of which some hang. Returns how long it took until it answered and had all others, and how
-/// long a list took then.
-fn found_again(machines: usize, hanging: usize) -> (Duration, Duration) {
+/// Lists that are timed, and how long apart: nothing that was heard for one is of use for the next.
+const LISTS: usize = 9;
+const APART: Duration = Duration::from_millis(1500);
+
+/// How long a list takes, and the CPU time of the agent's in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Listed {
+    takes: Duration,
+    cpu: Duration,
+}
+
+/// How long it took until an agent had found its machines again, and how long a list takes then, of which nothing is known from before, and
+/// one right after it: medians.
+#[derive(Debug)]
+struct Times {
+    found: Duration,
+    first: Listed,
+    next: Listed,
+}
+
+/// Starts an agent for so many machines, of which some hang, and has so many lists timed when it has found all others.
+fn found_again(machines: usize, hanging: usize, timed: usize) -> Times {
     let (site, stand_ins) = site_with(machines);
     // They are found in the order of their names, so those that hang are in the middle of it.
     stand_ins[stand_ins.len() / 2..][..hanging / EACH].iter().for_each(StandIn::hang);
     let begin = Instant::now();
     let agent = Agent::start_serving(site);
-    let (found, list, asked) = loop {
-        let asked = Instant::now();
-        let list = agent.json(&["list"]);
+    let is_whole = |list: &Value| {
         assert_eq!(list.as_array().unwrap().len(), machines, "each is known from the first moment on");
-        if in_state(&list, "running") == machines - hanging {
-            break (begin.elapsed(), list, asked.elapsed());
+        in_state(list, "running") == machines - hanging
+    };
+    let found = loop {
+        let list = agent.json(&["list"]);
+        if is_whole(&list) {
+            assert_eq!(in_state(&list, "recovering") + in_state(&list, "unreachable"), hanging);
+            break begin.elapsed();
         }
         assert!(begin.elapsed() < Duration::from_secs(30), "{} run", in_state(&list, "running"));
     };
-    assert_eq!(in_state(&list, "recovering") + in_state(&list, "unreachable"), hanging);
-    (found, asked)
+    let pid = agent.process.id();
+    let listed = || {
+        let (before, begin) = (cpu(pid), Instant::now());
+        let output = agent.ask(&["list", "--json"]);
+        let (takes, after) = (begin.elapsed(), cpu(pid));
+        assert!(is_whole(&serde_json::from_slice(&output.stdout).unwrap()));
+        Listed { takes, cpu: after.saturating_sub(before) }
+    };
+    let lists = (0..timed).map(|_| {
+        std::thread::sleep(APART);
+        (listed(), listed())
+    });
+    let (first, next): (Vec<Listed>, Vec<Listed>) = lists.unzip();
+    let median = |mut lists: Vec<Listed>| {
+        lists.sort();
+        lists.get(lists.len() / 2).copied().unwrap_or_default()
+    };
+    Times { found, first: median(first), next: median(next) }
+}
+
+/// CPU time of a process: all of its threads', by the scheduler.
+fn cpu(pid: u32) -> Duration {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let of = |thread: std::fs::DirEntry| {
+        let stat = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        stat.split(' ').next()?.parse().ok().map(Duration::from_nanos)
+    };
+    threads.filter_map(of).sum()
 }
 
 #[test]
 fn machines_that_hang_keep_no_other_from_being_found() {
     // One after the other they would take 3 s each.
-    found_again(60, 20);
+    found_again(60, 20, 0);
 }
 
 #[test]
 #[ignore = "1,000 machines, which have records of 512 MiB"]
 fn a_thousand_machines_are_found_and_listed() {
-    let (found, listed) = found_again(1000, 0);
-    println!("1,000 machines: found and listed {found:?} after the agent's start; a list takes {listed:?}");
-    let (found, listed) = found_again(1000, 100);
-    println!(
-        "1,000 machines, of which 100 hang: the others {found:?} after the agent's start; a list takes {listed:?}"
-    );
+    for hanging in [0, 100] {
+        let Times { found, first, next } = found_again(1000, hanging, LISTS);
+        println!(
+            "1,000 machines, of which {hanging} hang: the others {found:.2?} after the agent's start; a list takes {:.1?}, of which the agent \
+             works {:.1?}; one right after it {:.1?}, and {:.1?}",
+            first.takes, first.cpu, next.takes, next.cpu
+        );
+    }
 }
 
 #[test]

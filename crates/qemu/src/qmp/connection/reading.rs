@@ -6,11 +6,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokio::io::AsyncReadExt;
-use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{broadcast, oneshot};
 
 use super::super::expecting::Expecting;
+use super::heard::Heard;
 use super::{Answer, ErrorBody, Event, Pending};
 
 /// Longest line that is accepted. The largest answers (schemas, full block graphs) are below 1 MiB.
@@ -29,7 +28,7 @@ pub(super) async fn read_task(
             _ = &mut closed => break,
         };
         match line {
-            Ok(Some(line)) => dispatch(&line, &events, &pending, &expecting),
+            Ok(Some(line)) => dispatch(&line, &lines.heard, &events, &pending, &expecting),
             Ok(None) => break,
             Err(error) => {
                 tracing::debug!(%error, "QMP connection broke while reading");
@@ -37,6 +36,7 @@ pub(super) async fn read_task(
             }
         }
     }
+    lines.heard.ends();
     // Everyone still waiting learns that there will be no answer.
     *pending.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
@@ -60,7 +60,13 @@ struct Timestamp {
     microseconds: i64,
 }
 
-fn dispatch(line: &[u8], events: &broadcast::Sender<Event>, pending: &Pending, expecting: &Expecting) {
+fn dispatch(
+    line: &[u8],
+    heard: &Heard,
+    events: &broadcast::Sender<Event>,
+    pending: &Pending,
+    expecting: &Expecting,
+) {
     let received = Instant::now();
     let line: Line = match serde_json::from_slice(line) {
         Ok(line) => line,
@@ -70,6 +76,7 @@ fn dispatch(line: &[u8], events: &broadcast::Sender<Event>, pending: &Pending, e
         }
     };
     if let Some(name) = line.event {
+        heard.event();
         let timestamp = line.timestamp.and_then(|stamp| {
             let since = Duration::from_secs(u64::try_from(stamp.seconds).ok()?)
                 + Duration::from_micros(u64::try_from(stamp.microseconds).ok()?);
@@ -103,7 +110,7 @@ fn dispatch(line: &[u8], events: &broadcast::Sender<Event>, pending: &Pending, e
 
 /// Lines of a socket, of bounded length. `next` loses nothing when its future is dropped.
 pub(super) struct Lines {
-    pub(super) read: OwnedReadHalf,
+    pub(super) heard: Arc<Heard>,
     pub(super) buffer: Vec<u8>,
     /// Bytes of the buffer that are known to hold no end of line.
     pub(super) searched: usize,
@@ -121,7 +128,7 @@ impl Lines {
             if self.buffer.len() > LONGEST_LINE {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a line of more than 64 MiB"));
             }
-            if self.read.read_buf(&mut self.buffer).await? == 0 {
+            if self.heard.read(&mut self.buffer).await? == 0 {
                 return Ok(None);
             }
         }

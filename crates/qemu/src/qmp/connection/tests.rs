@@ -1,4 +1,6 @@
 use super::*;
+use std::io::{BufRead as _, Write as _};
+use std::sync::mpsc;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     net::UnixListener,
@@ -131,4 +133,57 @@ async fn what_is_not_qmp_is_said_to_be_so() {
     );
     let missing = directory.path().join("none");
     assert!(matches!(Qmp::connect(&missing).await, Err(QmpError::Connect { .. })));
+}
+
+/// A QEMU whose guest runs: it greets, answers two commands, says each line that it is given, and is gone when there are no more. It tells
+/// when it has.
+fn says(lines: mpsc::Receiver<&'static str>, said: mpsc::Sender<()>) -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("qmp");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        (&stream).write_all(GREETING).unwrap();
+        let mut requests = std::io::BufReader::new(&stream).lines();
+        for answer in ["{}", "{\"status\":\"running\",\"running\":true}"] {
+            let request: Value = serde_json::from_str(&requests.next().unwrap().unwrap()).unwrap();
+            writeln!(&stream, "{{\"return\":{answer},\"id\":{}}}", request["id"]).unwrap();
+        }
+        for line in lines {
+            (&stream).write_all(line.as_bytes()).unwrap();
+            said.send(()).unwrap();
+        }
+        drop(stream);
+        said.send(()).unwrap();
+    });
+    (directory, socket)
+}
+
+#[tokio::test]
+async fn that_a_guest_runs_is_known_until_qemu_says_anything() {
+    const LONG: Duration = Duration::from_secs(3600);
+    for line in ["{\"event\":\"STOP\"}\n", "{\"event\":\"ST", ""] {
+        let ((say, lines), (told, said)) = (mpsc::channel(), mpsc::channel());
+        let (_directory, socket) = says(lines, told);
+        let qmp = Qmp::connect(&socket).await.unwrap();
+        assert!(!qmp.is_known_to_run(LONG), "nobody has asked");
+        assert!(qmp.status().await.unwrap().running);
+        assert!(qmp.is_known_to_run(LONG) && !qmp.is_known_to_run(Duration::ZERO));
+        // In one thread nobody reads it before somebody else is awaited; of an empty line only the end of the connection is said.
+        let mut events = qmp.events();
+        if line.is_empty() {
+            drop(say);
+        } else {
+            say.send(line).unwrap();
+        }
+        said.recv().unwrap();
+        assert!(!qmp.is_known_to_run(LONG), "{line:?} waits in the socket");
+        // However little of it is there, it is being read, or was.
+        if line.ends_with('\n') || line.is_empty() {
+            let _ = events.recv().await;
+        } else {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(!qmp.is_known_to_run(LONG), "{line:?} was read");
+    }
 }
