@@ -7,56 +7,44 @@
 //! (`holders`) has the files open too, so that the locks outlive the agent; where there is none, the next agent takes them before it does
 //! anything else, by what is on record. Such a process ends only when its images were forgotten, removed, or are a machine's of this host
 //! again: one of which no record says why it is there is gone on with.
+//!
+//! A path may lead to storage that does not answer, for ever. So nothing asks the file system under a lock that others need: the table of
+//! what is locked has one that is held for moments, and what is done about one machine's images has its turn, beside other machines'.
 
 pub(crate) mod holder;
 mod holders;
 mod lost;
+mod table;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use qemu::{ImageLock, ImageLockError, KeepOut, QmpError, Spec};
+use qemu::{ImageLock, ImageLockError, QmpError};
+use tokio::sync::oneshot;
 
-use crate::images;
-use crate::left_images::{LeftImages, ToBeLocked, among, same_file};
+use crate::left_images::{LeftImages, ToBeLocked};
+use crate::same_file::among;
 use crate::vm::Record;
-use crate::which_file::WhichFile;
 use finding::chain;
 pub use holders::Keeper;
-use ownership::{Ownership, VmName};
+use ownership::VmName;
+use ownership::journal::blocking;
+use table::{FileId, Locked, Table};
 
 /// For how long, and how long apart, a QEMU that finds an image locked is told to run its machine once more. The guest is paused meanwhile.
 const LOCKED_OUT: Duration = Duration::from_secs(2);
 /// See [`LOCKED_OUT`].
 const ONCE_MORE: Duration = Duration::from_millis(20);
+/// For how long a start of the agent waits until everything is locked, and a look until everything has been looked at.
+const UNANSWERED: Duration = Duration::from_secs(5);
 
 /// Whether QEMU has found an image locked by another process.
 fn is_locked_out(error: &QmpError) -> bool {
     matches!(error, QmpError::Refused { desc, .. } if desc.starts_with("Failed to get") && desc.contains("lock"))
-}
-
-#[derive(Debug)]
-struct Locked {
-    vm: VmName,
-    path: PathBuf,
-    lock: KeepOut,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    locks: Vec<Locked>,
-    /// Why images are not locked as they should be; found out anew by each agent.
-    problems: HashMap<PathBuf, String>,
-    /// Machines whose locks are to outlive the agent.
-    guarded: HashSet<VmName>,
-    /// Machines whose images are written here, for their return or by whom a person has started.
-    lent: HashSet<VmName>,
-    /// What machines of this host write, by the records that there were.
-    used: HashSet<PathBuf>,
 }
 
 /// A machine that has left, and what of it is kept locked here.
@@ -96,59 +84,36 @@ pub struct Fence {
     /// Which images are to be locked.
     left: Arc<LeftImages>,
     keeper: Option<Keeper>,
-    state: Mutex<State>,
-    /// Held by who starts or ends a process that holds locks.
-    posting: tokio::sync::Mutex<()>,
+    table: Arc<Table>,
 }
 
 impl Fence {
     /// Locks what is to be locked, with the images of machines that `records` say were handed over or may not run yet. What cannot be
-    /// locked is told in the log and in lists. Without a keeper no lock outlives this.
+    /// locked is told in the log and in lists; what stands on storage that does not answer is locked when that does. Without a keeper no
+    /// lock outlives this.
     #[must_use]
     pub fn new(left: Arc<LeftImages>, records: &[Record], keeper: Option<Keeper>) -> Fence {
-        let state = Mutex::default();
-        let fence = Fence { left, keeper, state, posting: tokio::sync::Mutex::default() };
-        fence.take_up(records);
-        fence
-    }
-
-    fn take_up(&self, records: &[Record]) {
-        let own = |record: &&Record| record.ownership == Ownership::Owner;
-        let specs = records.iter().filter(own).filter_map(|record| Spec::parse(&record.argv).ok());
-        let used: HashSet<PathBuf> = specs.flat_map(|spec| images::written(&spec)).collect();
-        let mut state = self.state();
-        // It has come back, or was started here, and the last agent had no time to say so.
-        self.left.taken(used.iter().map(PathBuf::as_path));
-        state.used = used;
-        for record in records {
-            let images: Vec<PathBuf> = match &record.ownership {
-                Ownership::HandedOver { .. } => record.left_behind.clone(),
-                Ownership::Incoming { ready: true, .. } => {
-                    record.made.images.iter().map(|image| image.path.clone()).collect()
-                }
-                Ownership::Incoming { ready: false, .. } | Ownership::Owner => Vec::new(),
-            };
-            // Its record was not readable for a while.
-            self.left.explained(&record.name, &images);
-            for path in images {
-                state.lock(&record.name, &path);
-                state.guarded.insert(record.name.clone());
-            }
+        let table = Arc::new(Table::new(Arc::clone(&left)));
+        let (done, is_done) = mpsc::channel();
+        let (taking, records, holds) = (Arc::clone(&table), records.to_vec(), keeper.clone());
+        let begun = aside(move || {
+            taking.take_up(&records, holds.as_ref());
+            let _ = done.send(());
+        });
+        if !begun || blocking(|| is_done.recv_timeout(UNANSWERED)).is_err() {
+            tracing::error!("not all images that are to be kept locked are so yet: storage does not answer");
         }
-        for kept in self.left.to_be_locked() {
-            if let Some(problem) = state.lock_kept(&kept) {
-                tracing::error!(vm = %kept.vm, image = %kept.path.display(), "an image that was to be kept locked {problem}");
-            }
-        }
-        self.go_on_with_holders(&mut state);
+        Fence { left, keeper, table }
     }
 
     /// Keeps everybody from opening these images of a machine, whoever has them open now.
     pub fn hold<'a>(&self, vm: &VmName, images: impl IntoIterator<Item = &'a Path>) {
-        let mut state = self.state();
-        for image in images {
-            state.lock(vm, image);
-        }
+        let images: Vec<&Path> = images.into_iter().collect();
+        blocking(|| {
+            let turn = self.table.turn(vm);
+            let _turn = turn.images();
+            images.iter().for_each(|image| self.table.lock(vm, image));
+        });
     }
 
     /// A QEMU of this host is to open the images of a machine now. Returns which were locked.
@@ -169,12 +134,13 @@ impl Fence {
         vm: &VmName,
         resume: impl Fn() -> F,
     ) -> Result<(), QmpError> {
-        let has_own_locks = {
-            let state = self.state();
-            let mut theirs = state.locks.iter().filter(|locked| locked.vm == *vm);
-            theirs.any(|locked| locked.lock.is_kept_by_others().unwrap_or(true))
+        let has_own_locks = || {
+            let turn = self.table.turn(vm);
+            let _turn = turn.images();
+            let theirs = self.table.state().locks_of(vm);
+            theirs.iter().any(|lock| lock.is_kept_by_others().unwrap_or(true))
         };
-        if has_own_locks {
+        if blocking(has_own_locks) {
             // An earlier agent's process, whose locks are not let go of with these.
             self.relieve(vm).await;
         }
@@ -202,12 +168,16 @@ impl Fence {
     }
 
     fn give_way(&self, vm: &VmName) -> Vec<PathBuf> {
-        let mut state = self.state();
-        state.guarded.remove(vm);
-        let (theirs, others): (Vec<Locked>, Vec<Locked>) =
-            std::mem::take(&mut state.locks).into_iter().partition(|lock| lock.vm == *vm);
-        state.locks = others;
-        theirs.into_iter().map(|lock| lock.path).collect()
+        blocking(|| {
+            let turn = self.table.turn(vm);
+            let _turn = turn.images();
+            let theirs = {
+                let mut state = self.table.state();
+                state.guarded.remove(vm);
+                state.take_out(|locked| locked.vm == *vm)
+            };
+            theirs.into_iter().map(|locked| locked.path).collect()
+        })
     }
 
     /// The machine comes back: who brings an image up to date locks it beside what keeps others out, which stays. None for an image that is
@@ -229,37 +199,51 @@ impl Fence {
     }
 
     fn write_beside(&self, vm: &VmName, image: &Path) -> Result<Option<ImageLock>, ImageLockError> {
-        let mut state = self.state();
-        let kept = state.locks.iter().find(|locked| locked.vm == *vm && lost::is_open(&locked.lock, image));
-        let Some(kept) = kept else { return Ok(None) };
-        let lock = ImageLock::beside(image, &kept.lock)?;
-        state.lent.insert(vm.clone());
-        Ok(Some(lock))
+        blocking(|| {
+            let turn = self.table.turn(vm);
+            let _turn = turn.images();
+            let Some(file) = FileId::of(image) else { return Ok(None) };
+            let kept = self.table.state().find(|locked| locked.vm == *vm && locked.file == file);
+            let Some(kept) = kept else { return Ok(None) };
+            let lock = ImageLock::beside(image, &kept)?;
+            self.table.state().lent.insert(vm.clone());
+            Ok(Some(lock))
+        })
     }
 
     /// A QEMU that a person starts is to have the images of a machine that has left.
     pub(crate) async fn lend(&self, vm: &VmName) {
-        self.state().lent.insert(vm.clone());
+        blocking(|| {
+            let turn = self.table.turn(vm);
+            let _turn = turn.images();
+            self.table.state().lent.insert(vm.clone());
+        });
         let _ = self.let_go(vm).await;
     }
 
     /// Nobody writes the images of a machine here any more, and it does not run here: those that were kept are, and no other.
     pub async fn take_again(&self, vm: &VmName) {
-        let is_kept = {
-            let mut state = self.state();
-            state.lent.remove(vm);
+        let take = || {
+            let turn = self.table.turn(vm);
+            let _turn = turn.images();
             let mut kept = self.left.to_be_locked();
             kept.retain(|kept| kept.vm == *vm);
-            state.locks.retain(|lock| lock.vm != *vm || kept.iter().any(|kept| kept.path == lock.path));
+            let others = {
+                let mut state = self.table.state();
+                state.lent.remove(vm);
+                let is_kept = |locked: &Locked| kept.iter().any(|kept| kept.path == locked.path);
+                state.take_out(|locked| locked.vm == *vm && !is_kept(locked))
+            };
+            drop(others);
             for kept in &kept {
-                let _ = state.lock_kept(kept);
+                let _ = self.table.lock_kept(kept);
             }
             if kept.is_empty() {
-                state.guarded.remove(vm);
+                self.table.state().guarded.remove(vm);
             }
             !kept.is_empty()
         };
-        if is_kept {
+        if blocking(take) {
             // One that is there may hold nothing any more: its locks were let go of for a QEMU, and those of now are others.
             self.post_another(vm).await;
         } else {
@@ -275,14 +259,16 @@ impl Fence {
         if images.is_empty() {
             return Ok(());
         }
-        let on_record = {
-            let mut state = self.state();
+        let keep = || {
+            let turn = self.table.turn(vm);
+            let _turn = turn.images();
             let on_record = self.left.keep(vm, to, images);
             for kept in self.left.to_be_locked().iter().filter(|kept| images.contains(&kept.path)) {
-                let _ = state.lock_kept(kept);
+                let _ = self.table.lock_kept(kept);
             }
             on_record
         };
+        let on_record = blocking(keep);
         self.post(vm).await;
         on_record
     }
@@ -290,23 +276,36 @@ impl Fence {
     /// Images are a machine's of this host again: nothing keeps it from them, and nothing is said of them any more.
     pub fn taken<'a>(&self, images: impl IntoIterator<Item = &'a Path>) {
         let images: Vec<&Path> = images.into_iter().collect();
-        let mut state = self.state();
-        self.left.taken(images.iter().copied());
-        state.locks.retain(|lock| !among(&images, &lock.path));
-        state.problems.retain(|path, _| !among(&images, path));
-        let vms: HashSet<VmName> = self.left.to_be_locked().into_iter().map(|kept| kept.vm).collect();
-        state.lent.retain(|vm| vms.contains(vm));
+        blocking(|| {
+            // First: what is not on record is not locked by who is just about to.
+            self.left.taken(images.iter().copied());
+            let paths = self.table.state().paths();
+            let theirs = among(&images, paths);
+            let vms: HashSet<VmName> = self.left.to_be_locked().into_iter().map(|kept| kept.vm).collect();
+            let locks = {
+                let mut state = self.table.state();
+                state.problems.retain(|path, _| !theirs.contains(path));
+                state.lent.retain(|vm| vms.contains(vm));
+                state.take_out(|locked| theirs.contains(&locked.path))
+            };
+            drop(locks);
+        });
     }
 
     /// A person says that the images of a machine are not to be kept any more. Returns which they were.
     pub async fn forget(&self, vm: &VmName) -> Vec<PathBuf> {
-        let paths = {
-            let mut state = self.state();
+        let forget = || {
+            // Not in its turn: of what does not answer a person can say so, too.
             let paths = self.left.keep_no_more(vm);
-            state.locks.retain(|lock| !(lock.vm == *vm && paths.contains(&lock.path)));
-            state.problems.retain(|path, _| !paths.contains(path));
+            let locks = {
+                let mut state = self.table.state();
+                state.problems.retain(|path, _| !paths.contains(path));
+                state.take_out(|locked| locked.vm == *vm && paths.contains(&locked.path))
+            };
+            drop(locks);
             paths
         };
+        let paths = blocking(forget);
         self.relieve_idle().await;
         paths
     }
@@ -317,17 +316,21 @@ impl Fence {
     /// # Errors
     /// What the system said.
     pub fn others_use(&self, image: &Path) -> std::io::Result<bool> {
-        let state = self.state();
-        match state.locks.iter().find(|locked| lost::is_open(&locked.lock, image)) {
-            Some(locked) => locked.lock.is_written(),
-            None => qemu::in_use(image),
-        }
+        blocking(|| {
+            let file = FileId::of(image);
+            let is_it = |locked: &Locked| file == Some(locked.file);
+            let Some(vm) = self.table.state().vm_of(is_it) else { return qemu::in_use(image) };
+            let turn = self.table.turn(&vm);
+            let _turn = turn.images();
+            let lock = self.table.state().find(is_it);
+            lock.map_or_else(|| qemu::in_use(image), |lock| lock.is_written())
+        })
     }
 
     /// Machines that have left, with what is kept of them, by name.
     #[must_use]
     pub fn left(&self) -> Vec<Left> {
-        let state = self.state();
+        let state = self.table.state();
         let mut left: BTreeMap<VmName, Left> = BTreeMap::new();
         for ToBeLocked { vm, path, to, at, .. } in self.left.to_be_locked() {
             let problem = state.problems.get(&path).cloned();
@@ -338,108 +341,50 @@ impl Fence {
     }
 
     /// Looks whether the images are as they should be: locks what could not be locked before, and lets go of what was removed, which
-    /// takes room for as long as it is open. Returns what is news.
+    /// takes room for as long as it is open. Returns what is news; what is found out later than the next is waited for, with that.
     pub async fn look(&self) -> Vec<Seen> {
-        let seen = self.look_at_images();
+        let vms: HashSet<VmName> = self.left.to_be_locked().into_iter().map(|kept| kept.vm).collect();
+        let looks: Vec<_> = vms.iter().filter_map(|vm| self.begin_to_look(vm)).collect();
+        let until = tokio::time::Instant::now() + UNANSWERED;
+        for looked in looks {
+            let _ = tokio::time::timeout_at(until, looked).await;
+        }
+        let seen = self.table.seen();
         self.post_all().await;
         seen
     }
 
-    fn look_at_images(&self) -> Vec<Seen> {
-        let mut state = self.state();
-        let mut seen = Vec::new();
-        for kept in self.left.to_be_locked() {
-            if !state.lent.contains(&kept.vm) {
-                let before = state.problems.get(&kept.path).cloned();
-                let now = state.lock_kept(&kept);
-                if let Some(problem) = now.filter(|now| before.as_ref() != Some(now)) {
-                    seen.push(Seen::Problem(kept.vm.clone(), kept.path.clone(), problem));
-                }
-            }
-            if state.is_removed(&kept) {
-                state.locks.retain(|lock| lock.path != kept.path);
-                state.problems.remove(&kept.path);
-                self.left.removed(&kept);
-                seen.push(Seen::Removed(kept.vm, kept.path));
-            }
+    /// Has somebody look at the images of a machine, unless somebody still does.
+    fn begin_to_look(&self, vm: &VmName) -> Option<oneshot::Receiver<()>> {
+        if !self.table.state().looked_at.insert(vm.clone()) {
+            return None;
         }
-        seen
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        // What is half done after a panic is put right by the next look.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let (done, is_done) = oneshot::channel();
+        let (table, of) = (Arc::clone(&self.table), vm.clone());
+        let begun = aside(move || {
+            table.look_at(&of);
+            let _ = done.send(());
+        });
+        if !begun {
+            self.table.state().looked_at.remove(vm);
+        }
+        begun.then_some(is_done)
     }
 }
 
 impl Drop for Fence {
     fn drop(&mut self) {
         // What others hold is theirs, as if this process had ended.
-        self.state().locks.drain(..).for_each(|lock| lock.lock.pass_on());
+        self.table.state().take_out(|_| true).iter().for_each(|locked| locked.lock.pass_on());
     }
 }
 
-impl State {
-    /// Whether an image of a machine is locked, or to be.
-    fn is_wanted(&self, left: &LeftImages, vm: &VmName, image: &Path) -> bool {
-        let locked = self.locks.iter().any(|locked| locked.vm == *vm && same_file(&locked.path, image));
-        let to_be = |kept: &ToBeLocked| kept.vm == *vm && same_file(&kept.path, image);
-        locked || !self.lent.contains(vm) && left.to_be_locked().iter().any(to_be)
-    }
-
-    fn lock(&mut self, vm: &VmName, path: &Path) {
-        if self.locks.iter().any(|lock| lock.path == path) {
-            return;
-        }
-        match KeepOut::take(path) {
-            Ok(lock) => self.locks.push(Locked { vm: vm.clone(), path: path.to_owned(), lock }),
-            Err(error) => {
-                tracing::error!(vm = %vm, error = chain(&error), "an image cannot be kept from being opened");
-            }
-        }
-    }
-
-    /// Locks an image that is kept, if it is not, and says what is not as it should be.
-    fn lock_kept(&mut self, kept: &ToBeLocked) -> Option<String> {
-        let problem = match self.locks.iter().find(|lock| lock.path == kept.path) {
-            Some(locked) => opened(&locked.lock),
-            None if kept.file.is_some() && WhichFile::of(&kept.path) != kept.file => {
-                Some("is not there, or another file is in its place".to_owned())
-            }
-            None => match KeepOut::take(&kept.path) {
-                Ok(lock) => {
-                    let problem = opened(&lock);
-                    self.locks.push(Locked { vm: kept.vm.clone(), path: kept.path.clone(), lock });
-                    problem
-                }
-                Err(error) => Some(format!("cannot be locked: {}", chain(&error))),
-            },
-        };
-        match &problem {
-            Some(why) => drop(self.problems.insert(kept.path.clone(), why.clone())),
-            None => drop(self.problems.remove(&kept.path)),
-        }
-        problem
-    }
-
-    /// Whether a file has no name any more; of a file that is not locked that cannot be told, and it is kept.
-    fn is_removed(&self, kept: &ToBeLocked) -> bool {
-        let locked = self.locks.iter().find(|lock| lock.path == kept.path);
-        locked.is_some_and(|locked| {
-            locked.lock.file().metadata().is_ok_and(|file| file.is_file() && file.nlink() == 0)
-        })
-    }
-}
-
-/// What stands against a lock that should be the only one.
-fn opened(lock: &KeepOut) -> Option<String> {
-    match lock.is_written() {
-        Ok(false) => None,
-        Ok(true) => {
-            Some("is open for writing in another process: a second copy of the VM may run here".to_owned())
-        }
-        Err(e) => Some(format!("cannot be looked at: {e}")),
-    }
+/// Begins what may never come to its end. False where there is no thread for it.
+fn aside(work: impl FnOnce() + Send + 'static) -> bool {
+    let begun = thread::Builder::new().name("fence".to_owned()).spawn(work);
+    begun
+        .inspect_err(|error| tracing::error!(%error, "images that are to be kept locked cannot be looked at"))
+        .is_ok()
 }
 
 #[cfg(test)]

@@ -8,12 +8,15 @@
 //! A *kept* image is one of a machine that has left, locked for as long as nobody says otherwise: [`Fence`](crate::Fence) has the locks.
 //!
 //! Both are told of an image in one step, so that no crash leaves one without the other.
+//!
+//! Images may stand on storage that does not answer, for ever: they are looked at before what is known is locked, for all to whom others'
+//! images are of interest too.
 
 mod earlier;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -25,6 +28,7 @@ use uuid::Uuid;
 
 use crate::fence::holder::Holder;
 use crate::images;
+use crate::same_file::{among, same_file};
 use crate::state_file::StateFile;
 use crate::vm::Journal;
 use crate::which_file::WhichFile;
@@ -130,10 +134,17 @@ fn written(path: &Path) -> Option<(u64, SystemTime)> {
     Some((file.len(), file.modified().ok()?))
 }
 
-/// Whether two paths lead to the same file.
-pub(crate) fn same_file(one: &Path, other: &Path) -> bool {
-    one == other
-        || std::fs::canonicalize(one).ok().is_some_and(|one| std::fs::canonicalize(other).ok() == Some(one))
+/// An image as it is at a path now.
+struct Found<'a> {
+    path: &'a Path,
+    file: Option<WhichFile>,
+    written: Option<(u64, SystemTime)>,
+}
+
+impl Found<'_> {
+    fn at(path: &Path) -> Found<'_> {
+        Found { path, file: WhichFile::of(path), written: written(path) }
+    }
 }
 
 impl Image {
@@ -157,8 +168,8 @@ impl Image {
 
 impl OnRecord {
     /// What is said of the file that has this path now. Of others that had it nothing is a remnant any more.
-    fn of(&mut self, vm: &VmName, path: &Path) -> &mut Image {
-        let file = WhichFile::of(path);
+    fn of(&mut self, vm: &VmName, found: &Found<'_>) -> &mut Image {
+        let (path, file) = (found.path, found.file.clone());
         for other in self.images.iter_mut().filter(|image| image.path == path && image.file != file) {
             other.remnant = None;
         }
@@ -200,8 +211,7 @@ impl LeftImages {
     /// Whether an image is a remnant that this machine has left, as it was left.
     #[must_use]
     pub fn is_left_by(&self, vm: &VmName, path: &Path) -> bool {
-        let known = self.known();
-        known.now.images.iter().any(|image| image.vm == *vm && image.path == path && image.is_remnant())
+        self.images(|image| image.vm == *vm && image.path == path).iter().any(Image::is_remnant)
     }
 
     /// The machine that has left a remnant, if one has, whatever the name of the file was: what is in it is older than what that machine
@@ -221,11 +231,9 @@ impl LeftImages {
     #[must_use]
     pub fn kept_of(&self, path: &Path) -> Option<(VmName, Option<String>)> {
         let file = WhichFile::of(path);
-        let known = self.known();
-        let is_it = |image: &&Image| {
-            image.kept.is_some() && (file.is_some() && image.file == file || same_file(&image.path, path))
-        };
-        let image = known.now.images.iter().find(is_it)?;
+        let kept = self.images(|image| image.kept.is_some());
+        let is_it = |image: &&Image| file.is_some() && image.file == file || same_file(&image.path, path);
+        let image = kept.iter().find(is_it)?;
         Some((image.vm.clone(), image.kept.as_ref()?.to.clone()))
     }
 
@@ -252,8 +260,9 @@ impl LeftImages {
     }
 
     fn leave_as(&self, vm: &VmName, path: &Path, left: Left, complete: Option<Uuid>) -> io::Result<()> {
+        let found = Found::at(path);
         self.change(|now| {
-            let image = now.of(vm, path);
+            let image = now.of(vm, &found);
             if image.kept.is_some() && image.vm != *vm {
                 // Locked for another machine, it was not written.
                 return;
@@ -261,7 +270,7 @@ impl LeftImages {
             // What it was before, it still is: somebody's of before, or made here.
             let left = image.remnant.as_ref().map_or(left, |before| before.left);
             image.vm = vm.clone();
-            image.remnant = Some(Remnant { left, at: SystemTime::now(), written: written(path), complete });
+            image.remnant = Some(Remnant { left, at: SystemTime::now(), written: found.written, complete });
         })
     }
 
@@ -281,9 +290,9 @@ impl LeftImages {
     pub fn complete_of(&self, vm: &VmName) -> Vec<PathBuf> {
         let is_complete =
             |image: &&Image| image.remnant.as_ref().is_some_and(|remnant| remnant.complete.is_some());
-        let known = self.known();
-        let theirs = known.now.images.iter().filter(|image| image.vm == *vm && image.is_remnant());
-        theirs.filter(is_complete).map(|image| image.path.clone()).collect()
+        let theirs = self.images(|image| image.vm == *vm);
+        let theirs = theirs.iter().filter(is_complete).filter(|image| image.is_remnant());
+        theirs.map(|image| image.path.clone()).collect()
     }
 
     /// Remembers the images of a machine that has left for good: what they are, and that they stay locked. Said again it is as it was.
@@ -291,16 +300,18 @@ impl LeftImages {
     /// # Errors
     /// As [`LeftImages::leave`].
     pub(crate) fn keep(&self, vm: &VmName, to: &str, images: &[PathBuf]) -> io::Result<()> {
+        let found: Vec<Found<'_>> = images.iter().map(|path| Found::at(path)).collect();
         self.change(|now| {
             let at = SystemTime::now();
-            for path in images {
-                for other in now.images.iter_mut().filter(|image| image.path == *path && image.vm != *vm) {
+            for found in &found {
+                let others = |image: &&mut Image| image.path == found.path && image.vm != *vm;
+                for other in now.images.iter_mut().filter(others) {
                     other.kept = None;
                 }
-                let image = now.of(vm, path);
+                let image = now.of(vm, found);
                 image.vm = vm.clone();
                 let left = image.remnant.as_ref().map_or(Left::Behind, |before| before.left);
-                let (written, before) = (written(path), image.remnant.take());
+                let (written, before) = (found.written, image.remnant.take());
                 let same = before.filter(|before| before.written == written);
                 image.remnant = Some(same.unwrap_or(Remnant { left, at, written, complete: None }));
                 let same = image.kept.take().filter(|kept| kept.to.as_deref() == Some(to));
@@ -331,11 +342,12 @@ impl LeftImages {
     /// A machine's record says what of these images was not known.
     pub(crate) fn explained(&self, vm: &VmName, images: &[PathBuf]) {
         let images: Vec<&Path> = images.iter().map(PathBuf::as_path).collect();
+        let unknown =
+            |image: &Image| image.vm == *vm && image.kept.as_ref().is_some_and(|kept| kept.to.is_none());
+        let theirs = self.known_as(&images, unknown);
         let _ = self.change(|now| {
-            let unknown = |image: &&mut Image| {
-                image.vm == *vm && image.kept.as_ref().is_some_and(|kept| kept.to.is_none())
-            };
-            for image in now.images.iter_mut().filter(unknown).filter(|image| among(&images, &image.path)) {
+            for image in now.images.iter_mut().filter(|image| unknown(image) && theirs.contains(&image.path))
+            {
                 image.kept = None;
             }
         });
@@ -382,9 +394,10 @@ impl LeftImages {
     /// Images are to be a machine's of this host: they are nobody's remnants, whatever becomes of that.
     pub(crate) fn no_remnants<'a>(&self, images: impl IntoIterator<Item = &'a Path>) {
         let images: Vec<&Path> = images.into_iter().collect();
+        let theirs = self.known_as(&images, |_| true);
         // What cannot be put on record is, before the machine's record goes.
         let _ = self.change(|now| {
-            for image in now.images.iter_mut().filter(|image| among(&images, &image.path)) {
+            for image in now.images.iter_mut().filter(|image| theirs.contains(&image.path)) {
                 image.remnant = None;
             }
         });
@@ -393,8 +406,9 @@ impl LeftImages {
     /// Images are a machine's of this host: nothing is said of them any more.
     pub(crate) fn taken<'a>(&self, images: impl IntoIterator<Item = &'a Path>) {
         let images: Vec<&Path> = images.into_iter().collect();
+        let theirs = self.known_as(&images, |_| true);
         // As above.
-        let _ = self.change(|now| now.images.retain(|image| !among(&images, &image.path)));
+        let _ = self.change(|now| now.images.retain(|image| !theirs.contains(&image.path)));
     }
 
     /// Images of a machine are not to be kept any more. Returns which they were.
@@ -457,9 +471,16 @@ impl LeftImages {
     }
 
     fn expire_older_than(&self, age: Duration, used: &[PathBuf]) {
+        // Before anything is locked for it: what does not answer holds up who removes, and nobody else.
+        let is_due = |image: &Image| {
+            let remnant = image.remnant.as_ref();
+            !image.is_there() || remnant.is_some_and(|remnant| remnant.at.elapsed().is_ok_and(|at| at > age))
+        };
+        let remnants = self.images(|image| image.remnant.is_some()).into_iter();
+        let due: BTreeSet<PathBuf> = remnants.filter(is_due).map(|image| image.path).collect();
         // What is gone is found to be gone again.
         let _ = self.change(|now| {
-            for image in &mut now.images {
+            for image in now.images.iter_mut().filter(|image| due.contains(&image.path)) {
                 let Some(remnant) = &image.remnant else { continue };
                 let old = remnant.at.elapsed().is_ok_and(|elapsed| elapsed > age);
                 let (path, vm) = (&image.path, &image.vm);
@@ -478,6 +499,16 @@ impl LeftImages {
                 image.remnant = None;
             }
         });
+    }
+
+    /// Those of which this holds.
+    fn images(&self, wanted: impl Fn(&Image) -> bool) -> Vec<Image> {
+        self.known().now.images.iter().filter(|image| wanted(image)).cloned().collect()
+    }
+
+    /// By which paths some of these are known, of those of which that holds.
+    fn known_as(&self, images: &[&Path], of: impl Fn(&Image) -> bool) -> BTreeSet<PathBuf> {
+        among(images, self.images(of).into_iter().map(|image| image.path))
     }
 
     /// Changes what is known, and puts it on record if that was a change.
@@ -505,9 +536,4 @@ impl LeftImages {
         known.unwritten = false;
         Ok(())
     }
-}
-
-/// Whether a path leads to one of these.
-pub(crate) fn among(images: &[&Path], path: &Path) -> bool {
-    images.iter().any(|image| same_file(image, path))
 }

@@ -36,6 +36,7 @@ mod post_copy_memory;
 mod ram_files;
 mod recovering;
 pub mod room;
+mod same_file;
 pub mod second_copy;
 pub mod settings;
 mod state_file;

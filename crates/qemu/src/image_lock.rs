@@ -10,6 +10,7 @@ use std::{
     io,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 /// `RAW_LOCK_PERM_BASE`, `RAW_LOCK_SHARED_BASE`.
@@ -120,7 +121,7 @@ impl Drop for ImageLock {
 pub struct KeepOut {
     file: File,
     /// Others that have the file open keep the locks.
-    passed_on: bool,
+    passed_on: AtomicBool,
 }
 
 impl KeepOut {
@@ -130,7 +131,7 @@ impl KeepOut {
     /// [`ImageLockError::System`] if the file cannot be opened for reading, or its file system has no such locks.
     pub fn take(path: &Path) -> Result<KeepOut, ImageLockError> {
         let failed = |source| ImageLockError::System { path: path.to_owned(), source };
-        let lock = KeepOut { file: File::open(path).map_err(failed)?, passed_on: false };
+        let lock = KeepOut { file: File::open(path).map_err(failed)?, passed_on: AtomicBool::default() };
         for byte in KEEPS_OUT {
             set(&lock.file, byte, 1, libc::F_RDLCK).map_err(failed)?;
         }
@@ -153,9 +154,10 @@ impl KeepOut {
         is_locked(&self.file, FORBIDS + WRITE)
     }
 
-    /// Leaves the locks to whoever else has this very file open. As when the process ends, they go with the last of them.
-    pub fn pass_on(mut self) {
-        self.passed_on = true;
+    /// When this is dropped, leaves the locks to whoever else has this very file open. As when the process ends, they go with the last of
+    /// them.
+    pub fn pass_on(&self) {
+        self.passed_on.store(true, Ordering::Relaxed);
     }
 
     /// The file that is locked, whatever its name is by now.
@@ -167,7 +169,7 @@ impl KeepOut {
 
 impl Drop for KeepOut {
     fn drop(&mut self) {
-        if self.passed_on {
+        if self.passed_on.load(Ordering::Relaxed) {
             return;
         }
         // As of an `ImageLock`.

@@ -65,7 +65,9 @@ impl Vms {
         self.until_closing(async move {
             // What depends on which machines are here comes after them; but not after one whose QEMU hangs.
             let _ = tokio::time::timeout(FOUND, vms.found()).await;
-            vms.host().left.expire(&vms.host().journal);
+            // Storage that does not answer holds up nobody else.
+            let host = Arc::clone(vms.host());
+            std::thread::spawn(move || host.left.expire(&host.journal));
             vms.keep_forwarding().await;
         });
     }

@@ -6,11 +6,13 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use super::Fence;
 use super::holder::Holder;
-use super::{Fence, State};
+use super::table::State;
 use crate::deadlines::KILL_GRACE;
 use finding::chain;
 use ownership::VmName;
+use ownership::journal::blocking;
 
 /// The program that holds locks, and its arguments before the machine's name and the state directory: it waits for ever.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,16 +36,18 @@ impl Keeper {
 impl Fence {
     /// Has the locks of a machine outlive the agent.
     pub async fn post(&self, vm: &VmName) {
-        let _posting = self.posting.lock().await;
-        if let Some((files, images)) = self.unheld(vm) {
+        let turn = self.table.turn(vm);
+        let _posting = turn.posting.lock().await;
+        if let Some((files, images)) = blocking(|| self.unheld(vm)) {
             self.start(vm, files, images).await;
         }
     }
 
     /// Has another process than there is hold the locks of a machine: it shares those of this agent.
     pub(super) async fn post_another(&self, vm: &VmName) {
-        let _posting = self.posting.lock().await;
-        let (files, images) = self.state().held(vm);
+        let turn = self.table.turn(vm);
+        let _posting = turn.posting.lock().await;
+        let (files, images) = self.table.state().held(vm);
         if !images.is_empty() {
             self.start(vm, files, images).await;
         }
@@ -63,9 +67,7 @@ impl Fence {
             Ok(process) => {
                 // What could not be locked here may be by an earlier one.
                 let has_more = |holder: &Holder| {
-                    let state = self.state();
-                    let more =
-                        |image: &PathBuf| !images.contains(image) && state.is_wanted(&self.left, vm, image);
+                    let more = |image: &PathBuf| !images.contains(image) && self.table.is_wanted(vm, image);
                     holder.images.iter().any(more)
                 };
                 self.end(vm, |holder| holder.process != process && !has_more(holder)).await;
@@ -80,15 +82,16 @@ impl Fence {
 
     /// The files that a process should hold for a machine, and their names; none where one does.
     fn unheld(&self, vm: &VmName) -> Option<(Vec<OwnedFd>, Vec<PathBuf>)> {
-        let mut guard = self.state();
-        guard.guarded.insert(vm.clone());
-        let state = &*guard;
-        let (files, images) = state.held(vm);
+        let (files, images) = {
+            let mut state = self.table.state();
+            state.guarded.insert(vm.clone());
+            state.held(vm)
+        };
         // It may have what could not be locked here, and nothing that is not to be locked any more.
         let holds = |holder: &&Holder| {
             holder.vm == *vm
                 && images.iter().all(|image| holder.images.contains(image))
-                && holder.images.iter().all(|image| state.is_wanted(&self.left, vm, image))
+                && holder.images.iter().all(|image| self.table.is_wanted(vm, image))
                 && holder.process.look().runs()
         };
         let is_held = self.left.holders().iter().any(|holder| holds(&holder));
@@ -98,7 +101,7 @@ impl Fence {
     /// Has every lock that is to outlive the agent held, and no other.
     pub(super) async fn post_all(&self) {
         let vms: HashSet<VmName> = {
-            let state = self.state();
+            let state = self.table.state();
             let kept = self.left.to_be_locked().into_iter().map(|kept| kept.vm);
             kept.filter(|vm| !state.lent.contains(vm)).chain(state.guarded.iter().cloned()).collect()
         };
@@ -110,22 +113,19 @@ impl Fence {
 
     /// Ends processes that hold nothing any more that is to be locked: an image that cannot be locked here may be by them alone.
     pub(super) async fn relieve_idle(&self) {
-        let is_idle = |holder: &Holder| {
-            let state = self.state();
-            !holder.images.iter().any(|image| state.is_wanted(&self.left, &holder.vm, image))
-        };
+        let is_idle =
+            |holder: &Holder| !holder.images.iter().any(|image| self.table.is_wanted(&holder.vm, image));
         {
-            let mut state = self.state();
-            let vms: HashSet<VmName> = state.locks.iter().map(|lock| lock.vm.clone()).collect();
+            let mut state = self.table.state();
+            let vms = state.vms();
             state.guarded.retain(|vm| vms.contains(vm));
         }
         let mut idle = self.left.holders();
-        idle.retain(is_idle);
-        if !idle.is_empty() {
-            let _posting = self.posting.lock().await;
-            for vm in idle.into_iter().map(|holder| holder.vm).collect::<HashSet<_>>() {
-                self.end(&vm, is_idle).await;
-            }
+        blocking(|| idle.retain(is_idle));
+        for vm in idle.into_iter().map(|holder| holder.vm).collect::<HashSet<_>>() {
+            let turn = self.table.turn(&vm);
+            let _posting = turn.posting.lock().await;
+            self.end(&vm, is_idle).await;
         }
     }
 
@@ -134,13 +134,14 @@ impl Fence {
         if !self.left.holders().iter().any(|holder| holder.vm == *vm) {
             return;
         }
-        let _posting = self.posting.lock().await;
+        let turn = self.table.turn(vm);
+        let _posting = turn.posting.lock().await;
         self.end(vm, |_| true).await;
     }
 
     async fn end(&self, vm: &VmName, meant: impl Fn(&Holder) -> bool) {
         let mut theirs = self.left.holders();
-        theirs.retain(|holder| holder.vm == *vm && meant(holder));
+        blocking(|| theirs.retain(|holder| holder.vm == *vm && meant(holder)));
         for holder in &theirs {
             let _ = holder.process.kill();
             if !holder.process.wait_for_end(KILL_GRACE).await {
@@ -158,12 +159,12 @@ impl State {
     /// The files that are locked of a machine, for another process, and their names.
     fn held(&self, vm: &VmName) -> (Vec<OwnedFd>, Vec<PathBuf>) {
         let (mut files, mut images) = (Vec::new(), Vec::new());
-        for locked in self.locks.iter().filter(|locked| locked.vm == *vm) {
-            match locked.lock.file().try_clone() {
+        for (file, path) in self.files_of(vm) {
+            match file {
                 Ok(file) => files.push(file.into()),
                 Err(error) => tracing::error!(vm = %vm, %error, "a lock cannot be passed on"),
             }
-            images.push(locked.path.clone());
+            images.push(path);
         }
         (files, images)
     }

@@ -4,11 +4,11 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use qemu::{KeepOut, Process};
+use qemu::Process;
 
+use super::Keeper;
 use super::holder::Holder;
-use super::{Fence, Keeper, Locked, State, opened};
-use crate::left_images::LeftImages;
+use super::table::{FileId, Locked, Table, opened};
 use crate::which_file::WhichFile;
 use finding::chain;
 use ownership::VmName;
@@ -57,13 +57,14 @@ pub(super) fn is_passed_on(process: &Process, descriptor: &Path) -> io::Result<b
     Ok(flags.is_some_and(|flags| flags & libc::O_CLOEXEC == 0))
 }
 
-impl Fence {
+impl Table {
     /// Goes on with what earlier agents have left: nothing that is locked is let go of because a record of it cannot be read, is lost, or
     /// says another place.
-    pub(super) fn go_on_with_holders(&self, state: &mut State) {
-        let mut holders = self.left.holders();
+    pub(super) fn go_on_with_holders(&self, keeper: Option<&Keeper>) {
+        let before = self.left.holders();
+        let mut holders = before.clone();
         holders.retain(|holder| !holder.process.look().is_gone());
-        if let Some(keeper) = &self.keeper {
+        if let Some(keeper) = keeper {
             for lost in lost(keeper, self.left.state_dir(), &holders) {
                 tracing::warn!(vm = %lost.vm, pid = lost.process.pid, "a process that keeps images locked is not on record: it is gone on with");
                 holders.push(lost);
@@ -74,73 +75,69 @@ impl Fence {
             match opened_by(&holder.process) {
                 Ok(open) => {
                     let names = &holder.images;
-                    let go_on = |open: &Open| state.go_on_with(&self.left, vm, open, names);
+                    let turn = self.turn(vm);
+                    let _turn = turn.images();
+                    let go_on = |open: &Open| self.go_on_with(vm, open, names);
                     holder.images = open.iter().map(go_on).collect();
                 }
                 Err(error) => {
                     let pid = holder.process.pid;
                     tracing::error!(vm = %vm, pid, %error, "what a process keeps locked cannot be seen: it is left to that");
                     for image in &holder.images {
-                        if !state.is_wanted(&self.left, vm, image) {
+                        if !self.is_wanted(vm, image) {
                             self.left.keep_found(vm, image, WhichFile::of(image));
                         }
                     }
                 }
             }
         }
-        self.left.change_holders(|on_record| *on_record = holders);
+        self.left.change_holders(|now| {
+            // Storage may not have answered for a while: some may have ended since, and others begun.
+            let is_in = |list: &[Holder], one: &Holder| list.iter().any(|other| other.process == one.process);
+            holders.retain(|holder| !is_in(&before, holder) || is_in(now, holder));
+            now.retain(|holder| !is_in(&before, holder) && !is_in(&holders, holder));
+            now.extend(holders);
+        });
     }
-}
 
-impl State {
     /// Has a file locked that a process has, which knows it by one of these names. Returns by what name it is known here.
-    fn go_on_with(&mut self, left: &LeftImages, vm: &VmName, open: &Open, names: &[PathBuf]) -> PathBuf {
+    fn go_on_with(&self, vm: &VmName, open: &Open, names: &[PathBuf]) -> PathBuf {
         if open.removed {
             return open.path.clone();
         }
-        if let Some(locked) = self.locks.iter().find(|locked| is_open(&locked.lock, &open.through)) {
-            return locked.path.clone();
+        if let Some(path) = FileId::of(&open.through).and_then(|file| self.state().path_of(file)) {
+            return path;
         }
-        let lock = KeepOut::take(&open.through);
+        let lock = Locked::take(vm, &open.path, &open.through);
         let is_it = |path: &PathBuf| WhichFile::of(path).as_ref() == Some(&open.file);
-        let is_used = self.used.iter().any(is_it);
-        if lock.as_ref().is_ok_and(|lock| lock.is_written().unwrap_or(false)) && is_used {
+        let used = self.state().used.clone();
+        let is_used = used.iter().any(is_it);
+        if lock.as_ref().is_ok_and(|locked| locked.lock.is_written().unwrap_or(false)) && is_used {
             // A machine of this host has it again.
             return open.path.clone();
         }
-        let to_be_locked = left.to_be_locked();
+        let to_be_locked = self.left.to_be_locked();
         let kept = to_be_locked.iter().find(|kept| kept.vm == *vm && kept.file.as_ref() == Some(&open.file));
         let named = || names.iter().find(|name| is_it(name)).unwrap_or(&open.path);
         let path = kept.map_or_else(named, |kept| &kept.path).clone();
         if kept.is_none() && is_used {
             // It was locked while its QEMU did not take it: for as long as the machine is here and has not got it.
-            self.guarded.insert(vm.clone());
+            self.state().guarded.insert(vm.clone());
         } else if kept.is_none() {
             tracing::warn!(vm = %vm, image = %path.display(), "is kept locked, and nothing on record says why: it stays locked");
-            left.keep_found(vm, &path, Some(open.file.clone()));
+            self.left.keep_found(vm, &path, Some(open.file.clone()));
         }
         let problem = match lock {
-            Ok(lock) => {
-                let problem = opened(&lock);
-                self.locks.push(Locked { vm: vm.clone(), path: path.clone(), lock });
+            Ok(locked) => {
+                let problem = opened(&locked.lock);
+                let spare = self.state().add(Locked { path: path.clone(), ..locked });
+                drop(spare);
                 problem
             }
             Err(error) => Some(format!("cannot be locked: {}", chain(&error))),
         };
-        match problem {
-            Some(why) => drop(self.problems.insert(path.clone(), why)),
-            None => drop(self.problems.remove(&path)),
-        }
+        self.state().is_wrong(&path, problem.as_deref());
         path
-    }
-}
-
-/// Whether a lock is on the file that a path leads to.
-pub(super) fn is_open(lock: &KeepOut, path: &Path) -> bool {
-    match (lock.file().metadata(), std::fs::metadata(path)) {
-        (Ok(one), Ok(other)) if one.file_type().is_block_device() => one.rdev() == other.rdev(),
-        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
-        _ => false,
     }
 }
 

@@ -1,4 +1,5 @@
 use std::os::fd::AsRawFd as _;
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use qemu::Process;
@@ -256,15 +257,9 @@ async fn a_process_that_has_what_cannot_be_locked_anew_is_not_ended() {
     let holders = fence.left.holders();
     // As of an agent that has no descriptors left when it starts.
     for unlocked in [vec![&other], vec![&disk, &other]] {
-        let lost = {
-            let mut state = fence.state();
-            let (lost, rest) = std::mem::take(&mut state.locks)
-                .into_iter()
-                .partition::<Vec<_>, _>(|locked| unlocked.contains(&&locked.path));
-            state.locks = rest;
-            lost
-        };
-        lost.into_iter().for_each(|locked| locked.lock.pass_on());
+        let lost = fence.table.state().take_out(|locked| unlocked.contains(&&locked.path));
+        lost.iter().for_each(|locked| locked.lock.pass_on());
+        drop(lost);
         fence.post(&vm).await;
         fence.relieve_idle().await;
         assert_eq!(fence.left.holders(), holders);
@@ -413,4 +408,140 @@ async fn images_that_a_machine_of_this_host_was_kept_from_are_not_kept_when_it_h
     // Its QEMU has ended, and it is forgotten.
     fence.take_again(&vm).await;
     assert!(is_let_go_of(&disk) && fence.left.holders().is_empty());
+}
+
+/// A directory whose storage does not answer for as long as this is there.
+struct Stalled {
+    directory: PathBuf,
+    /// A file system in user space whose program says nothing. It is at an end when this is closed.
+    _program: std::fs::File,
+}
+
+impl Stalled {
+    /// None, and says so, where nothing can be mounted.
+    fn at(directory: &Path) -> Option<Stalled> {
+        let device = std::fs::File::options().read(true).write(true).open("/dev/fuse");
+        let mounted = device.and_then(|program| {
+            let options = "fd=0,rootmode=40000,user_id=0,group_id=0";
+            let mut mount = Command::new("mount");
+            mount.args(["-i", "-t", "fuse", "-o", options, "stalled"]).arg(directory);
+            Ok((mount.stdin(program.try_clone()?).output()?, program))
+        });
+        match mounted {
+            Ok((said, program)) if said.status.success() => {
+                Some(Stalled { directory: directory.to_owned(), _program: program })
+            }
+            other => {
+                eprintln!("SKIPPED: storage that does not answer cannot be had here: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Stalled {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.directory).status();
+    }
+}
+
+/// What comes of work that may stall, within a time in which nothing else takes as long.
+fn in_time<T: Send + 'static>(what: &str, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, is_done) = mpsc::channel();
+    thread::spawn(move || done.send(work()));
+    is_done
+        .recv_timeout(Duration::from_secs(60))
+        .unwrap_or_else(|_| panic!("{what} waits for others' storage"))
+}
+
+fn by_itself<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+}
+
+#[test]
+fn storage_that_does_not_answer_keeps_no_other_machine_waiting() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let slow = place.join("slow");
+    std::fs::create_dir(&slow).unwrap();
+    let (stuck, disk, other) = (image(&slow, "disk"), image(&place, "disk"), image(&place, "other"));
+    let (web, db): (VmName, VmName) = ("web1".parse().unwrap(), "db".parse().unwrap());
+    by_itself(async {
+        let fence = open(&place);
+        fence.keep(&web, "host-b", std::slice::from_ref(&stuck)).await.unwrap();
+        fence.keep(&db, "host-b", std::slice::from_ref(&disk)).await.unwrap();
+    });
+    let Some(stalled) = Stalled::at(&slow) else { return };
+
+    let state_dir = place.clone();
+    let fence = in_time("a start", move || Arc::new(open(&state_dir)));
+    let its = Arc::clone(&fence);
+    in_time("a look", move || by_itself(async move { its.look().await }));
+    assert!(is_locked(&disk), "it is locked though another is not");
+    let problems = |fence: &Fence| -> Vec<bool> {
+        fence.left().iter().map(|left| left.images[0].problem.is_some()).collect()
+    };
+    let its = Arc::clone(&fence);
+    assert_eq!(in_time("a list", move || problems(&its)), [false, true]);
+    // Somebody waits for it, and nobody else begins to.
+    for _ in 0..2 {
+        let (its, vm, its_disk, new) = (Arc::clone(&fence), db.clone(), disk.clone(), other.clone());
+        in_time("what is done about another machine", move || {
+            by_itself(async {
+                its.look().await;
+                its.hold(&vm, [new.as_path()]);
+                its.post(&vm).await;
+                assert!(its.write(&vm, &new).await.unwrap().is_some());
+                assert!(!its.others_use(&its_disk).unwrap());
+                its.hand_to(&vm, || async { Ok(()) }).await.unwrap();
+                its.take_again(&vm).await;
+                its.taken([new.as_path()]);
+                its.left.no_remnants([new.as_path()]);
+                assert!(its.left.kept_of(&new).is_none() && its.left.kept_of(&its_disk).is_some());
+            });
+        });
+    }
+    assert!(is_locked(&disk) && !is_locked(&other));
+    let its = Arc::clone(&fence);
+    let forgotten = in_time("to forget it", move || by_itself(async move { its.forget(&web).await }));
+    assert_eq!(forgotten, std::slice::from_ref(&stuck));
+
+    // It answers again: nothing is locked that was forgotten meanwhile.
+    drop(stalled);
+    let its = Arc::clone(&fence);
+    in_time("a look", move || {
+        by_itself(async move {
+            while its.table.is_looked_at() {
+                its.look().await;
+            }
+        })
+    });
+    assert!(is_let_go_of(&stuck) && fence.left().len() == 1);
+}
+
+#[test]
+fn what_did_not_answer_is_locked_when_it_does() {
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path().canonicalize().unwrap();
+    let slow = place.join("slow");
+    std::fs::create_dir(&slow).unwrap();
+    let disk = image(&slow, "disk");
+    let vm: VmName = "web1".parse().unwrap();
+    by_itself(async { open(&place).keep(&vm, "host-b", std::slice::from_ref(&disk)).await.unwrap() });
+    let Some(stalled) = Stalled::at(&slow) else { return };
+    let fence = in_time("a start", move || Arc::new(open(&place)));
+    let look = |fence: &Arc<Fence>| {
+        let fence = Arc::clone(fence);
+        in_time("a look", move || by_itself(async move { fence.look().await }))
+    };
+    let told = look(&fence);
+    assert!(matches!(&told[..], [Seen::Problem(_, _, why)] if why.contains("does not answer")), "{told:?}");
+    assert_eq!(look(&fence), [], "it was told");
+    drop(stalled);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while fence.left()[0].images[0].problem.is_some() {
+        assert!(Instant::now() < deadline, "{:?}", fence.left());
+        let _ = look(&fence);
+    }
+    assert!(is_locked(&disk));
 }
