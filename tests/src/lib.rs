@@ -2,7 +2,7 @@
 //! for each of them.
 //!
 //! A test's story reads: a [`Pair`] of hosts; a [`Guest`] that runs on one of them; [`Pair::migrate`], which must complete;
-//! [`Guest::sound_since`], the guest's own word that its memory survived; [`accounted`], the report's. Everything is removed
+//! [`Guest::sound_since`], the guest's own word that its memory survived; [`report_adds_up`], the report's. Everything is removed
 //! when the pair is dropped, however the test ends.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
