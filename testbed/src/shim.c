@@ -1,7 +1,8 @@
 /* What a host's agent is told by its clock and by the disk of its state directory. Loaded into it by LD_PRELOAD.
  *
  * VMIRROR_TESTBED_SHIM names a file of which all of this reads two words whenever it is called: seconds that the clock is ahead, and
- * what fails of files below VMIRROR_TESTBED_STATE, a sum of: 1 fsync and fdatasync, 2 reads. See shim.rs. */
+ * what fails of files below VMIRROR_TESTBED_STATE, a sum of: 1 fsync and fdatasync, 2 reads, 4 none, but fsync and fdatasync wait until that
+ * is not said any more. See shim.rs. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -33,16 +34,24 @@ __attribute__((constructor)) static void begin(void) {
   unsetenv("LD_PRELOAD");
 }
 
-static int fails(int64_t what, int descriptor) {
+static int concerns(int64_t what, int descriptor) {
   char link[64], path[4096];
   if (!words || !(words[1] & what)) return 0;
   int before = errno;
   snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
   ssize_t got = readlink(link, path, sizeof path - 1);
   errno = before;
-  if (got < (ssize_t)length || !length || strncmp(path, state, length)) return 0;
+  return got >= (ssize_t)length && length && !strncmp(path, state, length);
+}
+
+static int fails(int64_t what, int descriptor) {
+  if (!concerns(what, descriptor)) return 0;
   errno = EIO;
   return 1;
+}
+
+static void waits(int descriptor) {
+  while (concerns(4, descriptor)) usleep(1000);
 }
 
 int clock_gettime(clockid_t clock, struct timespec *now) {
@@ -51,9 +60,15 @@ int clock_gettime(clockid_t clock, struct timespec *now) {
   return result;
 }
 
-int fsync(int descriptor) { return fails(1, descriptor) ? -1 : (int)syscall(SYS_fsync, descriptor); }
+int fsync(int descriptor) {
+  waits(descriptor);
+  return fails(1, descriptor) ? -1 : (int)syscall(SYS_fsync, descriptor);
+}
 
-int fdatasync(int descriptor) { return fails(1, descriptor) ? -1 : (int)syscall(SYS_fdatasync, descriptor); }
+int fdatasync(int descriptor) {
+  waits(descriptor);
+  return fails(1, descriptor) ? -1 : (int)syscall(SYS_fdatasync, descriptor);
+}
 
 ssize_t read(int descriptor, void *to, size_t bytes) {
   return fails(2, descriptor) ? -1 : syscall(SYS_read, descriptor, to, bytes);

@@ -19,6 +19,8 @@ pub enum BadDisk {
     FailsToSync,
     /// Reads fail with `EIO`.
     FailsToRead,
+    /// Whatever is to be made durable waits until the disk is another.
+    HangsToSync,
 }
 
 /// The faults of one host's agents. All of them that were started with [`Shim::environment`] follow it at once.
@@ -74,6 +76,7 @@ impl Shim {
             BadDisk::Sound => 0,
             BadDisk::FailsToSync => 1,
             BadDisk::FailsToRead => 2,
+            BadDisk::HangsToSync => 4,
         };
         self.word(8, what)
     }

@@ -321,6 +321,39 @@ fn who_gives_up_a_copy_that_is_just_let_run_is_not_told_that_it_is_gone() {
 }
 
 #[test]
+fn who_wants_it_at_the_source_is_not_told_that_a_copy_is_gone_which_is_just_let_run() {
+    let scene = Scene::new();
+    let shim = Shim::new(scene.b().directory(), &scene.b().state_dir()).unwrap();
+    let points = Points::of(scene.b(), shim.environment());
+    let commit_heard = points.hold(Point::CommitHeard);
+    let migration = scene.begin();
+    commit_heard.reached();
+    scene.a().kill_agent().unwrap();
+    assert_eq!(migration.ended().code, Some(3));
+    scene.a().start_agent().unwrap();
+    scene.in_doubt(scene.a());
+    // It is decided, and by what the agent there knows it is still a copy.
+    shim.set_disk(BadDisk::HangsToSync).unwrap();
+    drop(commit_heard);
+    let record = scene.b().state_dir().join("vms/vm.journal");
+    until("it is being written down", || {
+        String::from_utf8_lossy(&fs::read(&record).unwrap()).contains("\"resuming\":true")
+    });
+    thread::scope(|threads| {
+        let person = threads.spawn(|| vmirror(scene.a(), &["resolve", "vm", "--run-here", "--json"]));
+        until("it has been decided", || said(scene.a(), "resolved by a person") > 0);
+        // It has been asked for by then; later it would be too late as well.
+        thread::sleep(Duration::from_secs(1));
+        assert!(scene.guest.is_silent_for(HEARD), "it runs before it is certain where");
+        shim.set_disk(BadDisk::Sound).unwrap();
+        let refused = Refusal::told(&person.join().unwrap());
+        assert_eq!(refused.kind, "runs-there", "{refused:?}\n{}", scene.pair.logs());
+    });
+    scene.guest.runs_on();
+    scene.has_moved();
+}
+
+#[test]
 fn a_destination_whose_qemu_dies_when_it_is_told_to_run_the_guest_does_not_say_that_it_never_has() {
     let scene = Scene::new();
     let points = Points::of(scene.b(), &[]);
