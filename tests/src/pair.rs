@@ -1,6 +1,7 @@
 //! Two hosts whose agents run.
 
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ use crate::{Guest, PATIENCE, Said};
 pub struct Pair {
     testbed: Testbed,
     empty: [Inventory; 2],
+    /// What its machines are started with.
+    qemu: PathBuf,
 }
 
 impl Pair {
@@ -35,7 +38,18 @@ impl Pair {
     #[must_use]
     pub fn start_with(programs: &Programs) -> Pair {
         let root = testbed::root_or_skip("namespaces: the hosts of this test are on loopback");
-        Pair::of(if root { Testbed::with(programs) } else { Testbed::rootless_with(programs) }.unwrap())
+        let testbed = if root { Testbed::with(programs) } else { Testbed::rootless_with(programs) }.unwrap();
+        Pair { qemu: programs.qemu.clone(), ..Pair::of(testbed) }
+    }
+
+    /// A pair whose machines are of QEMU 10, where there is one; if not, says on standard error that this test is skipped.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    #[must_use]
+    pub fn of_qemu_10_or_skip(test: &str) -> Option<Pair> {
+        let qemu = Programs::qemu_10_or_skip(test)?;
+        Some(Pair::start_with(&Programs { qemu, ..Programs::find() }))
     }
 
     /// Starts the agents of a testbed that was made, and perhaps configured, by the test.
@@ -70,7 +84,13 @@ impl Pair {
     #[must_use]
     pub fn with_running_agents(testbed: Testbed) -> Pair {
         let empty = testbed.hosts().each_ref().map(|host| host.inventory().unwrap());
-        Pair { testbed, empty }
+        Pair { testbed, empty, qemu: Programs::find().qemu }
+    }
+
+    /// The QEMU that its machines are started with.
+    #[must_use]
+    pub fn qemu_program(&self) -> &Path {
+        &self.qemu
     }
 
     /// Host A.
@@ -97,8 +117,8 @@ impl Pair {
         &self.testbed
     }
 
-    /// The specification of a guest of that name, with that much memory in MiB of which three eighths are filled and checked (its kernel needs 60 MiB), on the QEMU that
-    /// was found.
+    /// The specification of a guest of that name, with that much memory in MiB of which three eighths are filled and checked (its kernel needs 60 MiB), on the pair's
+    /// QEMU.
     ///
     /// # Panics
     /// If the set-up is missing.
@@ -107,6 +127,7 @@ impl Pair {
         GuestSpec {
             memory_mib,
             fill_mib: memory_mib * 3 / 8,
+            qemu: self.qemu.clone(),
             ..GuestSpec::new(self.a().serial(name)).unwrap()
         }
     }

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use testbed::{Host, Inventory, Programs};
+use testbed::{Host, Inventory};
 
 use crate::{Pair, Said, vmirror};
 
@@ -160,8 +160,8 @@ impl Pair {
     /// If it does not start.
     #[track_caller]
     pub fn run_tiny(&self, host: &Host, name: &str, more: &[&str]) {
-        let qemu = Programs::find().qemu;
-        let mut arguments = vec!["run", name, "--json", "--", qemu.to_str().unwrap()];
+        let qemu = self.qemu_program().to_str().unwrap();
+        let mut arguments = vec!["run", name, "--json", "--", qemu];
         arguments.extend(["-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none"]);
         arguments.extend(more);
         let _ = vmirror(host, &arguments).done();

@@ -91,15 +91,31 @@ fn a_destination_qemu_that_is_killed_while_mirroring_leaves_the_guest_running() 
     scene.moves_after_all();
 }
 
+/// A guest of QEMU 10, where there is one.
+fn scene_of_qemu_10(test: &str) -> Option<Scene> {
+    Pair::of_qemu_10_or_skip(test).map(Scene::on)
+}
+
 #[test]
 fn a_destination_qemu_that_is_killed_while_switching_over_leaves_the_guest_running() {
-    let scene = Scene::default();
+    loses_the_destination_in_the_pause(&Scene::default());
+}
+
+#[test]
+fn a_destination_of_qemu_10_that_is_killed_while_switching_over_leaves_the_guest_running() {
+    let test = "a_destination_of_qemu_10_that_is_killed_while_switching_over_leaves_the_guest_running";
+    if let Some(scene) = scene_of_qemu_10(test) {
+        loses_the_destination_in_the_pause(&scene);
+    }
+}
+
+fn loses_the_destination_in_the_pause(scene: &Scene) {
     let (migration, stopped) = scene.pair.switching_over("vm");
     fault::kill(scene.pair.qemu(scene.b()).unwrap());
     drop(stopped);
     let said = migration.ended();
     assert_eq!(said.code, Some(1), "{said:?}");
-    stays(&scene);
+    stays(scene);
     scene.moves_after_all();
 }
 
@@ -223,7 +239,18 @@ fn a_source_agent_that_is_killed_before_the_copy_is_ready_runs_the_guest_again()
 
 #[test]
 fn a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_again() {
-    let scene = Scene::default();
+    loses_the_source_in_the_pause(&Scene::default());
+}
+
+#[test]
+fn a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_of_qemu_10_again() {
+    let test = "a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_of_qemu_10_again";
+    if let Some(scene) = scene_of_qemu_10(test) {
+        loses_the_source_in_the_pause(&scene);
+    }
+}
+
+fn loses_the_source_in_the_pause(scene: &Scene) {
     let (migration, source) = scene.pair.ready("vm");
     scene.a().kill_agent().unwrap();
     drop(source);
@@ -234,7 +261,7 @@ fn a_source_agent_that_is_killed_before_the_hand_over_runs_the_guest_again() {
     scene.guest.runs_on();
     assert!(!scene.pair.runs_on("vm", scene.b()));
     scene.pair.give_up_if_in_doubt("vm", &scene.held[1]);
-    stays(&scene);
+    stays(scene);
     scene.moves_after_all();
 }
 

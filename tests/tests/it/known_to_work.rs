@@ -8,7 +8,7 @@ use end_to_end::{Pair, image, vmirror};
 use serde_json::{Value, json};
 use session::report::DiskMode;
 use testbed::disk::{self, Format};
-use testbed::{Host, Monitor, Programs, root_or_skip};
+use testbed::{Host, Monitor, root_or_skip};
 
 const MIB: u64 = 1 << 20;
 
@@ -33,9 +33,19 @@ fn drive(image: &Path, more: &str) -> String {
 
 #[test]
 fn a_device_that_qemu_cannot_migrate_is_found_before_anything_is_copied() {
-    let pair = Pair::start();
-    let drive = drive(&shared(&pair, "n.raw"), "if=none,id=d0");
-    let qemu = Programs::find().qemu;
+    a_device_that_cannot_be_migrated_is_found(&Pair::start());
+}
+
+#[test]
+fn a_device_that_qemu_10_cannot_migrate_is_found_too() {
+    if let Some(pair) = Pair::of_qemu_10_or_skip("a_device_that_qemu_10_cannot_migrate_is_found_too") {
+        a_device_that_cannot_be_migrated_is_found(&pair);
+    }
+}
+
+fn a_device_that_cannot_be_migrated_is_found(pair: &Pair) {
+    let drive = drive(&shared(pair, "n.raw"), "if=none,id=d0");
+    let qemu = pair.qemu_program();
     // Whoever starts such a machine hears of it while it is easy to start another.
     let start = ["run", "vm", "--", qemu.to_str().unwrap(), "-accel", "tcg", "-m", "32", "-nodefaults"];
     let devices = ["-display", "none", "-drive", &drive, "-device", "nvme,drive=d0,serial=x1"];

@@ -20,6 +20,13 @@ fn pair() -> Pair {
     pair
 }
 
+/// The same of QEMU 10, where there is one.
+fn pair_of_qemu_10(test: &str) -> Option<Pair> {
+    let pair = Pair::of_qemu_10_or_skip(test)?;
+    pair.run_tiny(pair.a(), "vm", &[]);
+    Some(pair)
+}
+
 /// Starts the agent of a host anew with another configuration.
 fn reconfigure(host: &Host, change: impl FnOnce(&mut toml::Table)) {
     host.stop_agent().unwrap();
@@ -209,13 +216,13 @@ fn a_machine_for_which_there_is_no_room_is_refused() {
     assert!(pair.check("vm").is_empty());
 }
 
-/// Lets a host run only a QEMU that is the real one, but for what these lines of shell do to its arguments.
-fn other_qemu(host: &Host, change: &str) {
+/// Lets a host run only a QEMU that is the pair's, but for what these lines of shell do to its arguments.
+fn other_qemu(pair: &Pair, host: &Host, change: &str) {
     let directory = host.directory().join("other-qemu");
     fs::create_dir_all(&directory).unwrap();
     let path = directory.join("qemu-system-x86_64");
-    let real = Programs::find().qemu;
-    fs::write(&path, format!("#!/bin/bash\n{change}\nexec {} \"$@\"\n", real.display())).unwrap();
+    let real = pair.qemu_program().display();
+    fs::write(&path, format!("#!/bin/bash\n{change}\nexec {real} \"$@\"\n")).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     let path = path.to_str().unwrap().to_owned();
     reconfigure(host, |config| allow(config, "qemu", vec![path]));
@@ -223,21 +230,32 @@ fn other_qemu(host: &Host, change: &str) {
 
 #[test]
 fn a_cpu_that_lacks_what_the_guest_was_given_is_refused_by_naming_it() {
-    let pair = pair();
-    other_qemu(pair.b(), "set -- \"$@\" -cpu qemu64,-pni,-cx16");
+    a_cpu_that_lacks_something_is_refused(&pair());
+}
+
+#[test]
+fn a_cpu_of_qemu_10_that_lacks_something_is_refused() {
+    if let Some(pair) = pair_of_qemu_10("a_cpu_of_qemu_10_that_lacks_something_is_refused") {
+        a_cpu_that_lacks_something_is_refused(&pair);
+    }
+}
+
+fn a_cpu_that_lacks_something_is_refused(pair: &Pair) {
+    other_qemu(pair, pair.b(), "set -- \"$@\" -cpu qemu64,-pni,-cx16");
     let refusal = pair.migration_refused("vm", &[]);
     refusal.is("cpu-feature-missing", &["the CPU on host-b lacks", "pni", "cx16", "-cpu"]);
-    other_qemu(pair.b(), "");
+    other_qemu(pair, pair.b(), "");
     assert!(pair.check("vm").is_empty());
 }
 
 #[test]
 fn a_machine_type_that_the_destination_does_not_have_is_refused_by_naming_it() {
     let pair = pair();
-    other_qemu(pair.b(), "set -- \"${@/pc-i440fx-/pc-future-}\"");
+    other_qemu(&pair, pair.b(), "set -- \"${@/pc-i440fx-/pc-future-}\"");
     pair.migration_refused("vm", &[]).is("machine-type", &["host-b does not have machine type pc-i440fx-"]);
     // One that makes another machine of the same name is found out too.
     other_qemu(
+        &pair,
         pair.b(),
         "for word; do shift; [[ $word = pc-i440fx-* ]] && word=q35; set -- \"$@\" \"$word\"; done",
     );
@@ -545,7 +563,17 @@ fn what_the_destination_does_not_let_through_is_refused_with_the_key_that_would(
 
 #[test]
 fn what_ties_a_machine_to_its_host_is_refused_by_naming_it() {
-    let pair = Pair::start();
+    what_ties_a_machine_to_its_host_is_refused(&Pair::start());
+}
+
+#[test]
+fn what_ties_a_machine_of_qemu_10_to_its_host_is_refused() {
+    if let Some(pair) = Pair::of_qemu_10_or_skip("what_ties_a_machine_of_qemu_10_to_its_host_is_refused") {
+        what_ties_a_machine_to_its_host_is_refused(&pair);
+    }
+}
+
+fn what_ties_a_machine_to_its_host_is_refused(pair: &Pair) {
     pair.run_tiny(pair.a(), "vm", &["-netdev", "user,id=slirp", "-device", "e1000,netdev=slirp,romfile="]);
     let refusal = pair.migration_refused("vm", &[]);
     refusal.is("user-networking", &["slirp", "tap on a bridge", "--accept-disconnect"]);

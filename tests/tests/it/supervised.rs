@@ -21,12 +21,23 @@ fn adopted(pair: &Pair) -> (Supervisor, Guest, Said) {
 
 #[test]
 fn a_machine_that_nothing_keeps_from_running_twice_does_not_leave_its_supervisor() {
-    if !root_or_skip("a supervisor on a host") {
-        return;
+    if root_or_skip("a supervisor on a host") {
+        does_not_leave_its_supervisor(&Pair::start());
     }
-    let pair = Pair::start();
+}
+
+#[test]
+fn nor_does_one_of_qemu_10() {
+    if root_or_skip("a supervisor on a host")
+        && let Some(pair) = Pair::of_qemu_10_or_skip("nor_does_one_of_qemu_10")
+    {
+        does_not_leave_its_supervisor(&pair);
+    }
+}
+
+fn does_not_leave_its_supervisor(pair: &Pair) {
     let (a, b) = (pair.a(), pair.b());
-    let (supervisor, guest, adopted) = adopted(&pair);
+    let (supervisor, guest, adopted) = adopted(pair);
     let before = guest.status();
     assert!(
         adopted.stderr.contains("a loop of a shell") && adopted.stderr.contains("[supervised]"),

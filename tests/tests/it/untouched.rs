@@ -12,7 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use end_to_end::{PATIENCE, Pair, until, vmirror};
-use testbed::{Host, Programs};
+use testbed::Host;
 
 /// What a file is: its kind and mode, its number, its length, when it was changed, what it leads to.
 type Entry = (u32, u64, u64, (i64, i64), Option<PathBuf>);
@@ -58,10 +58,10 @@ struct Theirs {
 }
 
 impl Theirs {
-    fn start(host: &Host, directory: &Path) -> Theirs {
+    fn start(qemu: &Path, host: &Host, directory: &Path) -> Theirs {
         fs::create_dir(directory).unwrap();
         let at = |name: &str| directory.join(name).display().to_string();
-        let mut command = host.command(&Programs::find().qemu);
+        let mut command = host.command(qemu);
         let ram = host.ram_dir().join("theirs").display().to_string();
         let memory = format!("memory-backend-file,id=ram,size=32M,share=on,mem-path={ram}");
         command.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-object", &memory]);
@@ -93,9 +93,19 @@ impl Drop for Theirs {
 
 #[test]
 fn nothing_of_the_users_is_touched_before_the_machine_is_the_destinations() {
-    let pair = Pair::start();
+    nothing_of_the_users_is_touched(&Pair::start());
+}
+
+#[test]
+fn nothing_of_the_users_is_touched_by_qemu_10() {
+    if let Some(pair) = Pair::of_qemu_10_or_skip("nothing_of_the_users_is_touched_by_qemu_10") {
+        nothing_of_the_users_is_touched(&pair);
+    }
+}
+
+fn nothing_of_the_users_is_touched(pair: &Pair) {
     let (a, b) = (pair.a(), pair.b());
-    let theirs = Theirs::start(a, &pair.a().shared_dir().join("theirs"));
+    let theirs = Theirs::start(pair.qemu_program(), a, &pair.a().shared_dir().join("theirs"));
     let _ = vmirror(a, &["adopt", "vm", "--qmp", theirs.at("qmp").to_str().unwrap()]).done();
     let before = tree(&theirs.directory);
     assert!(before.len() >= 8, "{before:?}");
@@ -150,7 +160,17 @@ fn nothing_of_the_users_is_touched_before_the_machine_is_the_destinations() {
 
 #[test]
 fn what_is_where_a_socket_was_is_not_replaced() {
-    let pair = Pair::start();
+    what_is_there_is_not_replaced(&Pair::start());
+}
+
+#[test]
+fn what_is_where_a_socket_of_qemu_10_was_is_not_replaced() {
+    if let Some(pair) = Pair::of_qemu_10_or_skip("what_is_where_a_socket_of_qemu_10_was_is_not_replaced") {
+        what_is_there_is_not_replaced(&pair);
+    }
+}
+
+fn what_is_there_is_not_replaced(pair: &Pair) {
     let (a, b) = (pair.a(), pair.b());
     let directory = a.shared_dir().join("taken");
     fs::create_dir(&directory).unwrap();
@@ -193,7 +213,7 @@ fn nobody_is_waited_for_at_a_socket() {
     // One that somebody else has started so, and that goes on because somebody has connected.
     let (qmp, ram) = (directory.join("qmp"), a.ram_dir().join("waits"));
     let memory = format!("memory-backend-file,id=ram,size=32M,share=on,mem-path={}", ram.display());
-    let mut command = a.command(&Programs::find().qemu);
+    let mut command = a.command(pair.qemu_program());
     command.args(["-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none", "-object", &memory]);
     command.args(["-machine", "pc,memory-backend=ram"]);
     command.args(["-qmp", &format!("unix:{},server=on,wait=off", qmp.display())]);

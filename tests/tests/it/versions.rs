@@ -86,11 +86,10 @@ fn machine(pair: &Pair, host: &Host, name: &str) -> String {
 
 #[test]
 fn no_page_is_lost_between_two_qemus_of_version_10() {
-    let Some(qemu) = Programs::qemu_10_or_skip("no_page_is_lost_between_two_qemus_of_version_10") else {
+    let Some(pair) = Pair::of_qemu_10_or_skip("no_page_is_lost_between_two_qemus_of_version_10") else {
         return;
     };
-    let pair = Pair::start_with(&Programs { qemu: qemu.clone(), ..Programs::find() });
-    let spec = GuestSpec { qemu, rate: 2000, pattern: Pattern::Counter, ..pair.spec("vm", 512) };
+    let spec = GuestSpec { rate: 2000, pattern: Pattern::Counter, ..pair.spec("vm", 512) };
     let guest = pair.run(pair.a(), "vm", &spec);
     assert_eq!(major(&runs_with(&pair, pair.a(), "vm")), 10);
     back_and_forth(&pair, &guest, HOPS);
