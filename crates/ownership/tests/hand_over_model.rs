@@ -6,7 +6,8 @@
 //! (`hand_over/world.rs`).
 //!
 //! What it takes for granted: connections deliver in order, or break; a QEMU that was killed is gone; a state directory is not set back
-//! to a moment within a migration, but may be lost, or be one of before; who says `--force` has made sure of what docs/operations.md asks
+//! to a moment between READY and OWNER, or between the beginning of the switch-over and HANDED OVER, but may be lost, or be one of before,
+//! whatever has run since; who says `--force` has made sure of what docs/operations.md asks
 //! for, and who starts a machine anew on a host that was restored has looked at the others. What people say without `--force` is never taken
 //! for granted. That tests can fail is shown by leaving out one rule at a time.
 
@@ -17,7 +18,8 @@ use std::collections::hash_map::Entry;
 
 use hand_over::state::{Guest, Power, State};
 use hand_over::{
-    Action, COMMIT_FIRST, Defect, HandOver, ITS_OWN, NEVER_TWO, NO_OLD_STATE, NOTHING_THROWN_AWAY, WAITS,
+    Action, COMMIT_FIRST, Defect, HandOver, ITS_OWN, NEVER_TWO, NO_OLD_STATE, NOTHING_ENDED,
+    NOTHING_THROWN_AWAY, WAITS,
 };
 use stateright::{Checker, HasDiscoveries, Model};
 
@@ -261,4 +263,9 @@ fn what_was_taken_back_and_is_given_up_as_if_it_never_had_run_is_missed() {
 #[test]
 fn a_switch_over_that_is_on_record_while_somebody_else_may_migrate_is_missed() {
     misses(Defect::OffersBeforeItIsSetUp, ITS_OWN);
+}
+
+#[test]
+fn what_has_run_and_is_ended_by_a_record_of_before_is_missed() {
+    misses(Defect::EndsWhatHasRun, NOTHING_ENDED);
 }

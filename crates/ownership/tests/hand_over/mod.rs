@@ -68,6 +68,8 @@ pub(crate) enum Defect {
     GivesUpWhatHasRun,
     /// That a pause is ours is on record before QEMU is set up for ours.
     OffersBeforeItIsSetUp,
+    /// A copy that has run, as its QEMU says, is ended because its record says that it never came.
+    EndsWhatHasRun,
 }
 
 /// One step of anybody.
@@ -119,6 +121,8 @@ pub(crate) enum Fault {
     JournalFails(usize, bool),
     /// While the agent is down its state directory is lost.
     StateIsLost(usize),
+    /// While the agent is down its state directory is set back: to when the copy was not complete, or to before the machine first left.
+    StateIsSetBack(usize),
     /// While the agent is down the newest record becomes unreadable.
     RecordIsUnreadable(usize),
     /// The host is restored from a backup of before all this, its state directory with it.
@@ -344,6 +348,9 @@ impl HandOver {
                     {
                         actions.push(Fault::StateIsLost(number));
                     }
+                    if state.earlier(number).is_some() {
+                        actions.push(Fault::StateIsSetBack(number));
+                    }
                     if host.disk.is_some() && host.older.is_some() && !host.unreadable {
                         actions.push(Fault::RecordIsUnreadable(number));
                     }
@@ -398,6 +405,16 @@ impl HandOver {
                 (host.disk, host.older, host.record) = (None, None, None);
                 (host.marks, host.keeper, host.unreadable) = ([None; SESSIONS], host.keeper + 1, false);
                 // What runs there runs on without an agent; what waits there waits for a person.
+                state.past.hit = true;
+            }
+            Fault::StateIsSetBack(host) => {
+                let earlier = state.earlier(host)?;
+                let since = earlier.arrived_by.map_or(0, number);
+                let at = &mut state.hosts[host];
+                (at.disk, at.record, at.older) = (Some(earlier.clone()), Some(earlier), None);
+                at.marks[usize::from(since)..].fill(None);
+                at.unreadable = false;
+                // Whether what is there is to run on is for a person to find out.
                 state.past.hit = true;
             }
             Fault::RecordIsUnreadable(host) => {
@@ -575,6 +592,7 @@ impl Model for HandOver {
                 kept(state, Rule::ThrownAwayBeforeTheCopyRan)
             }),
             Property::always(WAITS, |_, state: &State| kept(state, Rule::GaveWayToAnOlderState)),
+            Property::always(NOTHING_ENDED, |_, state: &State| kept(state, Rule::EndedWhatHasRun)),
             Property::sometimes("it moves and nothing is left at the source", |_, state: &State| {
                 state.hosts[0].disk.is_none() && state.hosts[0].qemu.is_none() && state.hosts[1].runs()
             }),
@@ -604,4 +622,6 @@ pub(crate) const GENERATIONS_GROW: &str = "no stale generation runs";
 pub(crate) const NO_OLD_STATE: &str =
     "what has run at a destination never runs on from the source's older state";
 pub(crate) const WAITS: &str = "a copy that was handed over gives way to no older state";
+pub(crate) const NOTHING_ENDED: &str =
+    "what has run on a host is ended only where it was handed over from there";
 pub(crate) const NOTHING_THROWN_AWAY: &str = "the source throws nothing away before the copy has run";

@@ -106,6 +106,7 @@ impl HandOver {
                 state.sessions += 1;
                 let session = state.sessions;
                 state.past.sources[usize::from(session)] = Some(host);
+                state.past.generations[usize::from(session)] = generation;
                 let reserve = Request::Reserve(session, generation, abandoned);
                 state.connect(host, to, Purpose::Migrate, reserve);
                 state.hosts[host].step = Step::AwaitingReserved(session);

@@ -213,6 +213,8 @@ pub(crate) struct Past {
     /// By whom: the host that each session left.
     pub(crate) sources: [Option<usize>; SESSIONS],
     pub(crate) keepers: [u8; SESSIONS],
+    /// Under which generation each was asked for.
+    pub(crate) generations: [u64; SESSIONS],
     /// The machine has ended while it ran, or its host was lost while it was certainly its own, or a person has thrown it away.
     pub(crate) ended: bool,
     /// It was lost in the middle of a hand-over, as no rule could prevent.
@@ -232,6 +234,7 @@ pub(crate) enum Rule {
     RanOnFromAnOldState,
     ThrownAwayBeforeTheCopyRan,
     GaveWayToAnOlderState,
+    EndedWhatHasRun,
 }
 
 pub(crate) fn uuid(session: SessionId) -> Uuid {
@@ -353,6 +356,25 @@ impl State {
     /// Whether no rule of the hand-over could bring the machine back.
     pub(crate) fn beyond_help(&self) -> bool {
         self.past.ended || self.past.hit
+    }
+
+    /// What a host had on record earlier, while it has a QEMU: of a copy, when it was not complete; of the machine's first host, before
+    /// all this. Where another QEMU than the record's is there the record's is gone, and that is not in the model.
+    pub(crate) fn earlier(&self, host: usize) -> Option<Standing> {
+        let at = &self.hosts[host];
+        let earlier = match at.qemu? {
+            (0, Guest::Running | Guest::Switched) => Some(Standing::own()),
+            (came @ 1.., Guest::Loaded | Guest::Running | Guest::Switched | Guest::Away) => {
+                let (session, at) = (uuid(came), usize::from(came));
+                let (from, generation) = (name(self.past.sources[at]?), self.past.generations[at]);
+                let reserved = Event::Reserved { session, from, generation, abandoned: None };
+                ownership::on(None, reserved).standing
+            }
+            _ => None,
+        };
+        // A generation that was given away since would be given away again.
+        let of_now = |disk: &Standing| disk.generation < 2 || disk.arrived_by.is_some();
+        earlier.filter(|earlier| at.disk.as_ref().is_none_or(|disk| disk != earlier && of_now(disk)))
     }
 
     pub(crate) fn breaks(&mut self, rule: Rule) {

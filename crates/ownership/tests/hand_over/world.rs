@@ -88,7 +88,16 @@ impl HandOver {
             Do::Respond(word) => self.tell(state, host, word),
             Do::Keep => state.hosts[host].kept = self.defect != Some(Defect::LeavesImagesUnlocked),
             Do::End => {
-                let leaves = state.hosts[host].handed_over().is_some();
+                let at = &state.hosts[host];
+                let leaves = at.handed_over().is_some();
+                let has_run = matches!(at.qemu, Some((_, Guest::Running | Guest::Switched | Guest::Away)));
+                // lifecycle::forget: whatever its record says.
+                if at.incoming().is_some() && has_run && self.defect != Some(Defect::EndsWhatHasRun) {
+                    return self.stop_work(state, host);
+                }
+                if !leaves && has_run {
+                    state.breaks(Rule::EndedWhatHasRun);
+                }
                 (state.hosts[host].qemu, state.hosts[host].restarts) = (None, leaves);
             }
             Do::Mark(None) => {}
