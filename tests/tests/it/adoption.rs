@@ -123,6 +123,31 @@ fn with_own_monitor(pair: &Pair) -> (RunningGuest, Guest, Monitor) {
     (started, guest, Monitor::connect(&own).unwrap())
 }
 
+#[test]
+fn a_guest_that_its_user_has_just_stopped_is_not_listed_as_one_that_runs() {
+    is_listed_as_its_user_has_it(&Pair::start());
+}
+
+#[test]
+fn nor_is_one_of_qemu_10() {
+    if let Some(pair) = Pair::of_qemu_10_or_skip("nor_is_one_of_qemu_10") {
+        is_listed_as_its_user_has_it(&pair);
+    }
+}
+
+/// A list goes by what QEMU has told, where it told it just now.
+fn is_listed_as_its_user_has_it(pair: &Pair) {
+    let (_started, guest, mut monitor) = with_own_monitor(pair);
+    let is_listed_to_run = || pair.runs_on("vm", pair.a());
+    for _ in 0..20 {
+        assert!(is_listed_to_run() && is_listed_to_run());
+        monitor.execute("stop", json!({})).unwrap();
+        assert!(!is_listed_to_run() && !is_listed_to_run());
+        monitor.execute("cont", json!({})).unwrap();
+    }
+    guest.runs_on();
+}
+
 /// Agents that go down, by a crash or because they are told to, and the next one: it has found what there is when this returns.
 fn restarts(host: &Host) -> impl Iterator<Item = ()> {
     [Host::kill_agent, Host::stop_agent].into_iter().map(move |end| {
