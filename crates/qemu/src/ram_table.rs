@@ -323,7 +323,8 @@ mod tests {
             let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
             bytes.extend([1, 0, 0, 0]);
             bytes.extend(name.as_bytes());
-            bytes.resize(bytes.len() + 64, 0);
+            // Descriptions are aligned.
+            bytes.resize((bytes.len() + 64).next_multiple_of(8), 0);
             bytes
         };
         let look = |piece: &[u8]| {
