@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use guest::userland;
 use testbed::guest_spec::GuestSpec;
-use testbed::{Console, Status};
+use testbed::{Console, Host, Status};
 
 use crate::PATIENCE;
 
@@ -33,6 +33,18 @@ impl Guest {
         let first =
             console.wait_for("the guest to be ready", PATIENCE + boot, |_| console.is_ready()).unwrap();
         Guest { name: name.to_owned(), spec: spec.clone(), console, boot_id: first.boot_id }
+    }
+
+    /// Starts a guest as its user would, without any agent; its command line is to have `-daemonize`. Returns when the guest is ready.
+    ///
+    /// # Panics
+    /// If it cannot be started, or never is.
+    #[must_use]
+    #[track_caller]
+    pub fn by_hand(host: &Host, name: &str, spec: &GuestSpec) -> Guest {
+        let line = spec.command_line();
+        assert!(host.command(&line[0]).args(&line[1..]).status().unwrap().success());
+        Guest::ready(name, spec)
     }
 
     /// What the guest says on its serial line.

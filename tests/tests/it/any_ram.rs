@@ -304,9 +304,7 @@ fn a_guest_with_private_memory_moves_by_qemus_own_stream() {
     let (spec, qmp) = by_hand(&pair, &["-daemonize"]);
     // QEMU 7.2's own migration loses pages of an emulated guest that writes.
     let spec = GuestSpec { rate: 0, ..spec };
-    let line = spec.command_line();
-    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
-    let guest = Guest::ready("vm", &spec);
+    let guest = Guest::by_hand(pair.a(), "vm", &spec);
     adopt(pair.a(), &qmp);
     let before = guest.status();
     let report = pair.migrate("vm", pair.a(), pair.b(), &["--engine", "qemu"]);
@@ -326,9 +324,7 @@ fn a_guest_with_private_memory_that_outruns_the_link_arrives_and_lacks_nothing()
     let (spec, qmp) = by_hand(&pair, &["-daemonize"]);
     let rate = OUTRUN / 8 * 4 / PAGE;
     let spec = GuestSpec { fill_mib: 64, working_set_mib: Some(32), rate, ..spec };
-    let line = spec.command_line();
-    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
-    let guest = Guest::ready("vm", &spec);
+    let guest = Guest::by_hand(pair.a(), "vm", &spec);
     let before = guest.status();
     adopt(pair.a(), &qmp);
     let report = pair.migrate("vm", pair.a(), pair.b(), &["--on-diverge", "post-copy"]);
@@ -342,9 +338,7 @@ fn with_another_monitor(pair: &Pair) -> (Guest, Monitor) {
     let other = pair.a().directory().join("other.qmp");
     let second = format!("unix:{},server=on,wait=off", other.display());
     let (spec, qmp) = by_hand(pair, &["-qmp", &second, "-daemonize"]);
-    let line = spec.command_line();
-    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
-    let guest = Guest::ready("vm", &spec);
+    let guest = Guest::by_hand(pair.a(), "vm", &spec);
     let monitor = Monitor::connect(&other).unwrap();
     adopt(pair.a(), &qmp);
     (guest, monitor)
@@ -401,6 +395,26 @@ fn a_guest_that_somebody_migrates_before_it_is_handed_over_is_neither_run_nor_ha
     pair.a().start_agent().unwrap();
     until("it is found again", || pair.show("vm", pair.a()).unwrap()["state"] != "recovering");
     assert!(!pair.runs_on("vm", pair.a()));
+}
+
+#[test]
+fn a_guest_that_is_reset_before_it_is_handed_over_stays_and_boots_anew() {
+    let pair = Pair::start();
+    let (_guest, mut monitor) = with_another_monitor(&pair);
+    let (migration, source) = pair.ready("vm");
+    monitor.execute("system_reset", json!({})).unwrap();
+    drop(source);
+    let said = migration.ended();
+    assert_eq!(said.report().error.unwrap().finding.kind, "touched", "{said:?}");
+    until("it runs", || pair.runs_on("vm", pair.a()));
+    // Nor does it stand for good where its agent ends then: QEMU says that it was never launched.
+    let (_migration, source) = pair.ready("vm");
+    monitor.execute("system_reset", json!({})).unwrap();
+    until("it is reset", || status(&mut monitor) == "prelaunch");
+    pair.a().kill_agent().unwrap();
+    drop(source);
+    pair.a().start_agent().unwrap();
+    until("it runs again", || pair.runs_on("vm", pair.a()));
 }
 
 #[test]

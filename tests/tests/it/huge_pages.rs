@@ -93,9 +93,7 @@ fn adopted(pool: &mut HugePages, extra: &[&str]) -> (Pair, Guest) {
     let extra = ["-daemonize"].iter().chain(extra).map(|word| (*word).to_owned()).collect();
     let spec =
         GuestSpec { ram: GuestRam::Private, qmp: Some(qmp.clone()), memory_mib: 130, extra, ..busy(&pair) };
-    let line = spec.command_line();
-    assert!(pair.a().command(&line[0]).args(&line[1..]).status().unwrap().success());
-    let guest = Guest::ready("vm", &spec);
+    let guest = Guest::by_hand(pair.a(), "vm", &spec);
     let _ = vmirror(pair.a(), &["adopt", "vm", "--qmp", qmp.to_str().unwrap()]).done();
     (pair, guest)
 }

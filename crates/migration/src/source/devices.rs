@@ -257,6 +257,8 @@ impl ByThemselves {
         loop {
             match self.events.try_recv() {
                 Ok(event) if event.name == "RESUME" => return Err(touched("has been let run")),
+                // Its copy is of before that. QEMU resets a guest that only stands.
+                Ok(event) if event.name == "RESET" => return Err(touched("has been reset")),
                 Ok(event) => gone(&event)?,
                 Err(TryRecvError::Lagged(_)) => return Err(touched("has said too much to be listened to")),
                 Err(TryRecvError::Empty | TryRecvError::Closed) => return Ok(()),
@@ -440,6 +442,23 @@ async fn pump(mut device: DeviceSource, destination: Sender) -> Result<u64, Stop
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_guest_that_switches_itself_off_or_loses_a_device_is_not_handed_over() {
+        let after = |name: &str| {
+            let (timestamp, received) = (std::time::SystemTime::now(), Instant::now());
+            let data = serde_json::Value::Null;
+            let event = Event { name: name.into(), timestamp, received, data, ours: false };
+            match gone(&event) {
+                Err(Stop::Failed(finding)) => Some((finding.kind.clone(), is_told(&finding))),
+                Ok(()) => None,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(after("SHUTDOWN"), Some((switch::VM_ENDED.into(), true)));
+        assert_eq!(after("DEVICE_DELETED"), Some((kind::TOUCHED.into(), true)));
+        assert_eq!((after("STOP"), after("BALLOON_CHANGE")), (None, None));
+    }
 
     #[test]
     fn only_of_machines_whose_state_is_devices_and_ram_devices_are_saved_alone() {
