@@ -1,17 +1,25 @@
 //! What QEMU says of itself: its state when asked, and what happens to it by itself.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::time::Duration;
 
+use ownership::VmName;
 use qemu::Qmp;
+use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::api::types::{EventKind, VmState};
 
 /// How long QEMU may take to say how it is. Its main thread may be busy, but not for this long.
 const ANSWER: Duration = Duration::from_secs(1);
 
+/// How often a QEMU is asked whether its guest runs while nobody wants to know, and how long after it came under the agent's care at the
+/// earliest: a list of many then need not ask each of them.
+const ASKED_EVERY: Duration = Duration::from_secs(10);
+pub(crate) const ASKED_FIRST: Duration = Duration::from_secs(5);
+
 /// For how long QEMU is not asked again whether its guest runs, in a list of all, if it has told nothing since. One that hangs is listed as
 /// if it did not for no longer than that.
-pub(crate) const HEARD: Duration = Duration::from_secs(1);
+const KNOWN: Duration = Duration::from_secs(20);
 
 /// Process id of a QEMU.
 pub(crate) fn pid(process: &qemu::Process) -> u32 {
@@ -26,9 +34,9 @@ pub(crate) async fn state(qmp: &Qmp) -> (VmState, Option<String>) {
     }
 }
 
-/// The same, if it need not be asked for it: just now the machine ran, and nothing has happened to it since.
-pub(crate) fn heard(qmp: &Qmp) -> Option<(VmState, Option<String>)> {
-    qmp.is_known_to_run(HEARD).then(|| (state_of(RUNNING), Some(RUNNING.to_owned())))
+/// The same, if it need not be asked for it: a moment ago the machine ran, and nothing has happened to it since.
+pub(crate) fn known(qmp: &Qmp) -> Option<(VmState, Option<String>)> {
+    qmp.is_known_to_run(KNOWN).then(|| (state_of(RUNNING), Some(RUNNING.to_owned())))
 }
 
 /// The run state of a machine that runs.
@@ -43,6 +51,24 @@ fn state_of(status: &str) -> VmState {
         // debug, inmigrate, postmigrate, prelaunch, finish-migrate, paused, restore-vm, save-vm, shutdown,
         // suspended, colo: none of them runs the guest, and none is an accident.
         _ => VmState::Paused,
+    }
+}
+
+/// Asks QEMU now and then, whenever that is welcome, without an end. Each machine has a time of its own for it, so that not all are asked
+/// at once.
+pub(crate) async fn keep_asking(qmp: &Qmp, name: &VmName, is_welcome: impl Fn() -> bool) {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    let share = hasher.finish() as f64 / u64::MAX as f64;
+    let first = Instant::now() + ASKED_FIRST + ASKED_EVERY.mul_f64(share);
+    let mut times = tokio::time::interval_at(first, ASKED_EVERY);
+    times.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        times.tick().await;
+        if is_welcome() {
+            // The connection keeps what it answers.
+            let _ = state(qmp).await;
+        }
     }
 }
 

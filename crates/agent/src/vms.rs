@@ -87,6 +87,13 @@ struct Here {
     monitor: CancellationToken,
 }
 
+impl Here {
+    /// Whether nobody does anything to it.
+    fn is_idle(&self) -> bool {
+        self.session.is_none() && self.held.is_none()
+    }
+}
+
 impl Vms {
     /// No machines yet: [`Vms::recover`] finds those of the journal.
     #[must_use]
@@ -151,7 +158,7 @@ impl Vms {
         // Most need not be asked: a list is had without a task, a timer and a wait for each machine.
         let (mut views, mut asked) = (Vec::with_capacity(shots.len()), Vec::new());
         for mut shot in shots {
-            if shot.is_heard() {
+            if shot.is_known() {
                 views.push(shot.view);
             } else {
                 asked.push(shot.view());
@@ -418,16 +425,16 @@ impl Shot {
                 shot.view.session =
                     here.session.as_ref().map(|active| active.session.progress().borrow().clone());
                 shot.live = Some(here.vm.qmp.clone());
-                shot.idle = here.session.is_none() && here.held.is_none();
+                shot.idle = here.is_idle();
                 shot
             }
         }
     }
 
     /// Whether its QEMU need not be asked: what it said last holds.
-    fn is_heard(&mut self) -> bool {
+    fn is_known(&mut self) -> bool {
         let Some(qmp) = &self.live else { return true };
-        let Some((state, status)) = monitor::heard(qmp).filter(|_| self.idle) else { return false };
+        let Some((state, status)) = monitor::known(qmp).filter(|_| self.idle) else { return false };
         (self.view.state, self.view.qemu_status) = (state, status);
         true
     }

@@ -252,7 +252,7 @@ impl Vms {
         self.keep(vm);
     }
 
-    /// Listens to a machine's QEMU until the token is cancelled, or QEMU is gone.
+    /// Listens to a machine's QEMU, and asks it now and then, until the token is cancelled, or QEMU is gone.
     pub(super) fn listen(&self, vm: Vm, until: CancellationToken) {
         let vms = self.clone();
         self.inner.tasks.spawn(async move {
@@ -260,15 +260,21 @@ impl Vms {
             tokio::select! {
                 () = until.cancelled() => {}
                 () = monitor::listen(&vm.qmp, |kind| vms.tell(&name, kind)) => vms.ended(&name, &until).await,
+                () = monitor::keep_asking(&vm.qmp, &name, || vms.is_idle(&name)) => {}
             }
         });
+    }
+
+    /// Whether a machine runs here and nobody has anything to do with it.
+    fn is_idle(&self, name: &VmName) -> bool {
+        matches!(self.entries().get(name), Some(Entry::Here(here)) if here.is_idle())
     }
 
     /// QEMU's monitor has closed: the guest powered off, or QEMU crashed or was killed.
     async fn ended(&self, name: &VmName, until: &CancellationToken) {
         let record = match self.entries().get_mut(name) {
             // A migration notices by itself, and whoever ends it looks at the machine again.
-            Some(Entry::Here(here)) if here.session.is_none() && here.held.is_none() => {
+            Some(Entry::Here(here)) if here.is_idle() => {
                 here.held = Some("cleaned up after");
                 here.vm.record.clone()
             }
