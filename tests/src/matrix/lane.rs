@@ -16,7 +16,7 @@ use super::cell::{Cell, Direction, Kind};
 use super::judge::{Judge, Outcome, Run};
 use super::strike::Strike;
 use super::watch::Watch;
-use crate::{Guest, PAGE, PATIENCE, Pair, UnderWay, vmirror};
+use crate::{Guest, OUTRUN, PATIENCE, Pair, UnderWay, outrunning, vmirror};
 
 /// What all of them are called, one after the other: a name has a history on both hosts.
 pub(super) const NAME: &str = "vm";
@@ -24,8 +24,6 @@ const TAP: &str = "tap0";
 const MIB: u64 = 1 << 20;
 /// Room for the state of an agent.
 const STATE: u64 = 8 * MIB;
-/// Of a link that a guest outruns, in bits per second.
-const OUTRUN: u64 = 200_000_000;
 /// How long a migration may take to come to a point.
 const TO_POINT: Duration = PATIENCE;
 
@@ -174,7 +172,7 @@ impl Lane {
         let strike = Strike::new(cell, seed);
         let pair = Arc::clone(&self.pair);
         self.forget_console();
-        self.watch.anew();
+        self.watch.anew(from);
         let held =
             self.points[if cell.point.is_destinations() { from.other() } else { from } as usize].clone();
         File::create(held.join(cell.point.name())).unwrap();
@@ -296,7 +294,7 @@ impl Lane {
             extra: vec!["-name".into(), format!("{NAME},debug-threads=on")],
             // Little to do for a machine that has many of them at once: all of it is checked within a second.
             fill_mib: 8,
-            rate: 50,
+            rate: 200,
             check_rate: Some(2048),
             ..self.pair.spec(NAME, 96)
         };
@@ -319,15 +317,7 @@ impl Lane {
                 };
                 GuestSpec { disks: vec![disk], ..spec }
             }
-            Kind::PostCopy => GuestSpec {
-                fill_mib: 40,
-                working_set_mib: Some(32),
-                rate: OUTRUN / 8 * 4 / PAGE,
-                pattern: Pattern::Incompressible,
-                check_rate: None,
-                memory_mib: 160,
-                ..spec
-            },
+            Kind::PostCopy => outrunning(GuestSpec { check_rate: None, memory_mib: 160, ..spec }),
         }
     }
 

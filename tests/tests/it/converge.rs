@@ -1,27 +1,19 @@
 //! A guest that outruns its mirror is slowed until it does not, or stays where it is, as was asked.
 
-use end_to_end::{PAGE, Pair, UnderWay, report_adds_up, until, vmirror};
+use end_to_end::{OUTRUN, PAGE, Pair, UnderWay, report_adds_up, until, vmirror};
 use session::Outcome;
-use testbed::guest_spec::{GuestSpec, Pattern};
+use testbed::guest_spec::GuestSpec;
 use testbed::{Wire, root_or_skip};
 
-/// What the link between the hosts carries, in bits per second: so little that a guest outruns it by far although others keep
-/// the cores of this machine busy.
-const LINK: u64 = 50_000_000;
-
-/// Two hosts with such a link between them, and a guest that dirties so much of it, in percent, in pages that neither deltas
+/// Two hosts with a slow link between them, and a guest that dirties so much of it, in percent, in pages that neither deltas
 /// nor compression make smaller.
 fn outrun(percent: u64) -> (Pair, GuestSpec) {
     let pair = Pair::start();
-    for host in [pair.a(), pair.b()] {
-        pair.testbed().set_rate(host, Wire::Link, LINK).unwrap();
-    }
     let spec = GuestSpec {
         fill_mib: 12,
         working_set_mib: Some(8),
-        rate: LINK / 8 * percent / 100 / PAGE,
-        pattern: Pattern::Incompressible,
-        ..pair.spec("vm", 128)
+        rate: OUTRUN / 8 * percent / 100 / PAGE,
+        ..pair.outrun_by(pair.spec("vm", 128))
     };
     (pair, spec)
 }

@@ -1,9 +1,9 @@
 //! A host with one core must not be a host without migration.
 
-use end_to_end::{PAGE, Pair, report_adds_up};
+use end_to_end::{Pair, report_adds_up};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use testbed::guest_spec::{GuestSpec, Pattern};
-use testbed::{Wire, root_or_skip};
+use testbed::root_or_skip;
 
 /// Keeps this thread, and all that it starts from now on, on one core.
 fn on_one_core() {
@@ -41,22 +41,12 @@ fn both_agents_and_the_guest_on_one_core_are_enough() {
 #[test]
 fn a_guest_that_lacks_memory_gets_it_on_one_core() {
     const NAME: &str = "a_guest_that_lacks_memory_gets_it_on_one_core";
-    const LINK: u64 = 100_000_000;
     if !root_or_skip(NAME) {
         return;
     }
     on_one_core();
     let pair = Pair::start();
-    for host in [pair.a(), pair.b()] {
-        pair.testbed().set_rate(host, Wire::Link, LINK).unwrap();
-    }
-    let spec = GuestSpec {
-        fill_mib: 48,
-        working_set_mib: Some(32),
-        rate: LINK / 8 * 4 / PAGE,
-        pattern: Pattern::Incompressible,
-        ..pair.spec("vm", 192)
-    };
+    let spec = pair.outrun_by(pair.spec("vm", 192));
     let guest = pair.run(pair.a(), "vm", &spec);
     let before = guest.status();
     let report = pair.migrate("vm", pair.a(), pair.b(), &["--on-diverge", "post-copy"]);

@@ -5,15 +5,14 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use end_to_end::{Guest, PAGE, Pair, UnderWay, until, vmirror};
+use end_to_end::{Guest, OUTRUN, PAGE, Pair, UnderWay, until, vmirror};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use session::Report;
 use session::report::{Counted, Outcome, Verdict};
-use testbed::guest_spec::{GuestSpec, Pattern};
+use testbed::guest_spec::GuestSpec;
 use testbed::{AgentOptions, Host, Monitor, Status, Testbed, Wire, root_or_skip};
 
-const MBIT: u64 = 1_000_000;
 /// What QEMU is made to wait for memory by.
 const DEVICE: &str = "/dev/userfaultfd";
 
@@ -36,9 +35,7 @@ impl Lacking<'_> {
         let migration = pair.begin("vm", pair.a(), pair.b(), &["--on-diverge", "post-copy"]);
         migration.reaches("synchronize");
         until("QEMU at the destination waits for memory", || logged(pair.b(), "QEMU loads its devices"));
-        for host in [pair.a(), pair.b()] {
-            pair.testbed().set_rate(host, Wire::Link, 30 * MBIT).unwrap();
-        }
+        pair.link_carries(OUTRUN / 4);
         until("the guest runs there", || logged(pair.b(), "a VM has arrived and runs"));
         Lacking { pair, guest, before, migration }
     }
@@ -71,20 +68,8 @@ fn wait_by(pair: &Pair, host: &Host) -> Vec<PathBuf> {
     links.filter(|link| link.to_string_lossy().contains("userfaultfd")).collect()
 }
 
-/// Two hosts with a link of 200 Mbit/s between them, and a guest that dirties four times that, in pages that neither
-/// deltas nor compression make smaller.
 fn outrun(pair: &Pair) -> GuestSpec {
-    let link = 200 * MBIT;
-    for host in [pair.a(), pair.b()] {
-        pair.testbed().set_rate(host, Wire::Link, link).unwrap();
-    }
-    GuestSpec {
-        fill_mib: 64,
-        working_set_mib: Some(32),
-        rate: link / 8 * 4 / PAGE,
-        pattern: Pattern::Incompressible,
-        ..pair.spec("vm", 256)
-    }
+    pair.outrun_by(pair.spec("vm", 256))
 }
 
 /// What a report of a post-copy has to say.

@@ -3,16 +3,14 @@
 use end_to_end::{PAGE, Pair, report_adds_up};
 use session::Report;
 use testbed::guest_spec::{GuestSpec, Pattern};
-use testbed::{Wire, root_or_skip};
+use testbed::root_or_skip;
 
 const MBIT: u64 = 1_000_000;
 
 /// Two hosts with so slow a link between them, in bits per second.
 fn pair(bits_per_second: u64) -> Pair {
     let pair = Pair::start();
-    for host in [pair.a(), pair.b()] {
-        pair.testbed().set_rate(host, Wire::Link, bits_per_second).unwrap();
-    }
+    pair.link_carries(bits_per_second);
     pair
 }
 

@@ -3,12 +3,12 @@
 
 use std::fs;
 
-use end_to_end::{PAGE, Pair, image, noise, report_adds_up, until, write_noise};
+use end_to_end::{Pair, image, noise, report_adds_up, until, write_noise};
 use session::Report;
 use session::report::DiskMode;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Nic, Pattern, TestDisk, Work};
-use testbed::{Wire, root_or_skip};
+use testbed::root_or_skip;
 
 const MIB: u64 = 1 << 20;
 const TAP: &str = "tap0";
@@ -108,23 +108,12 @@ fn the_variables_of_firmware_move_with_the_machine() {
 
 #[test]
 fn disks_are_complete_when_memory_follows_later() {
-    const LINK: u64 = 200_000_000;
     if !root_or_skip("hosts with storage of their own") {
         return;
     }
     let pair = Pair::with_local_disks();
     disk::create(&image(pair.a(), "disk.qcow2"), Format::Qcow2, SIZE).unwrap();
-    for host in [pair.a(), pair.b()] {
-        pair.testbed().set_rate(host, Wire::Link, LINK).unwrap();
-    }
-    // It dirties four times what the link carries, in pages that neither deltas nor compression make smaller.
-    let spec = GuestSpec {
-        fill_mib: 64,
-        working_set_mib: Some(32),
-        rate: LINK / 8 * 4 / PAGE,
-        pattern: Pattern::Incompressible,
-        ..pair.spec("vm", 256)
-    };
+    let spec = pair.outrun_by(pair.spec("vm", 256));
     let reports = moves(&pair, "disk.qcow2", Format::Qcow2, spec, &["--on-diverge", "post-copy"]);
     assert!(reports.iter().all(|report| report.post_copy.is_some()), "{reports:#?}");
 }
