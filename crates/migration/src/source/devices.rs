@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mirror::device::source::DeviceSource;
 use mirror::device::{MAX_HELD, MAX_PART, saved};
@@ -33,6 +33,8 @@ use protocol::wire::Request;
 
 /// Most that devices themselves take of what a destination holds back.
 const DEVICES: usize = 16 << 20;
+/// How long a QEMU that was killed is there after its monitor has closed, at the most.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// What has to be known of a machine whose RAM is not in shared, named files.
 pub(super) struct Alone {
@@ -244,7 +246,9 @@ impl ByThemselves {
         let untouched = self.is_untouched(qmp).await;
         // QEMU itself has not been let run while it was heard, and nobody can any more.
         match untouched {
-            Err(Stop::Failed(finding)) if complete && !is_told(&finding) && self.process.look().is_gone() => {
+            Err(Stop::Failed(finding))
+                if complete && !is_told(&finding) && self.process.wait_for_end(ENDING).await =>
+            {
                 tracing::warn!(why = finding.message, "QEMU has ended after its guest's copy was complete");
                 Ok(())
             }
