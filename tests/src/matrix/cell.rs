@@ -245,9 +245,13 @@ impl Cell {
     pub fn loss(&self) -> Option<&'static str> {
         let at = place(self.point);
         let supplies = self.kind == Kind::PostCopy && at >= place(Point::HandedOver);
+        let lost_before = match self.kind {
+            Kind::Diskless | Kind::Disk => Point::Sent,
+            Kind::PostCopy => Point::HandedOver,
+        };
         match self.fault {
-            Fault::KillQemu(Role::Source) if at < place(Point::HandedOver) => {
-                Some("QEMU at S, before HANDED OVER: ended, as on one host")
+            Fault::KillQemu(Role::Source) if at < place(lost_before) => {
+                Some("QEMU at S, before its copy is complete: ended, as on one host")
             }
             Fault::KillQemu(Role::Source) if supplies => Some("S's QEMU, while memory is missing"),
             Fault::KillQemu(Role::Destination) if at >= place(Point::Resumed) => {
