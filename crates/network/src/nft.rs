@@ -254,6 +254,9 @@ pub(crate) fn commands(document: &str, table: &NftTable) -> Result<Vec<Value>, N
         let Value::Object(mut object) = object else {
             return Err(table.refused(format!("a {kind} is not an object")));
         };
+        if !object.values().all(is_exact) {
+            return Err(table.refused(format!("a {kind} has a number that is not a whole one")));
+        }
         let is_its = |key: &str, value: &str| object.get(key).is_some_and(|found| found == value);
         let place = if kind == "table" { "name" } else { "table" };
         if !is_its("family", table.family.as_str()) || !is_its(place, &table.name) {
@@ -266,6 +269,16 @@ pub(crate) fn commands(document: &str, table: &NftTable) -> Result<Vec<Value>, N
     }
     commands.sort_by_key(|(rank, ..)| *rank);
     Ok(commands.into_iter().map(|(_, kind, object)| json!({"add": {kind: object}})).collect())
+}
+
+/// Whether it is told on as it is: nft has whole numbers of at most 64 bits, and others would be rounded.
+fn is_exact(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => !number.is_f64(),
+        Value::Array(values) => values.iter().all(is_exact),
+        Value::Object(object) => object.values().all(is_exact),
+        Value::Null | Value::Bool(_) | Value::String(_) => true,
+    }
 }
 
 /// The names of objects that were to be and are not.
@@ -437,6 +450,10 @@ mod tests {
                 "a chain is not",
             ),
             (of(r#"{"element": {"family": "inet", "table": "filter", "name": "s"}}"#), "a element is not"),
+            (
+                of(r#"{"rule": {"family": "inet", "table": "vmirror-web1", "expr": [{"limit": {"rate": 1.5}}]}}"#),
+                "a rule has a number",
+            ),
             (of(r#"{"flush": {"ruleset": null}}"#), "it holds \"flush\""),
             (
                 of(r#"{"delete": {"table": {"family": "inet", "name": "vmirror-web1"}}}"#),
