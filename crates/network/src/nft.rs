@@ -451,7 +451,9 @@ mod tests {
             ),
             (of(r#"{"element": {"family": "inet", "table": "filter", "name": "s"}}"#), "a element is not"),
             (
-                of(r#"{"rule": {"family": "inet", "table": "vmirror-web1", "expr": [{"limit": {"rate": 1.5}}]}}"#),
+                of(
+                    r#"{"rule": {"family": "inet", "table": "vmirror-web1", "expr": [{"limit": {"rate": 1.5}}]}}"#,
+                ),
                 "a rule has a number",
             ),
             (of(r#"{"flush": {"ruleset": null}}"#), "it holds \"flush\""),
