@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use qemu::{Qmp, QmpError, Spec};
+use qemu::{Process, Qmp, QmpError, Spec};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
 use tokio::time::timeout;
@@ -157,6 +157,12 @@ impl Source {
             return self.say(said(&effects), &name).await;
         }
         points::reach(Point::Owned).await;
+        if record.process.as_ref().is_some_and(Process::is_ending) {
+            // It has been killed while its monitor is still open, and is not told to run.
+            let never_ran = is_ended(&record).await;
+            let ending = QmpError::Gone { socket: record.qmp_socket.clone(), command: "cont" };
+            return self.not_resumed(record, images, never_ran, &ending).await;
+        }
         let mut events = qmp.events();
         // QEMU locks its images itself when it is told to run, and finds them free.
         let cont = || qmp.cont();
@@ -174,7 +180,8 @@ impl Source {
             }
         };
         if let Err(e) = resumed {
-            return self.not_resumed(record, images, &qmp, &mut events, &e).await;
+            let never_ran = never_ran(&qmp, &mut events, &e).await && is_ended(&record).await;
+            return self.not_resumed(record, images, never_ran, &e).await;
         }
         points::reach(Point::Resumed).await;
         self.reply(Reply::Running(wire::Running::default())).await.unwrap_or_else(|e| {
@@ -236,11 +243,9 @@ impl Source {
         &mut self,
         mut record: Record,
         images: Vec<MadeImage>,
-        qmp: &Qmp,
-        events: &mut broadcast::Receiver<qemu::qmp::Event>,
+        never_ran: bool,
         error: &QmpError,
     ) -> Result<(), End> {
-        let never_ran = never_ran(qmp, events, error).await && is_ended(&record).await;
         let images_back = |now: &mut Record| {
             if never_ran {
                 now.made.images = images;

@@ -252,6 +252,19 @@ impl Process {
         }
     }
 
+    /// Whether it has certainly been killed, or is ending otherwise, so that what is not on its way to it yet never reaches it. Its sockets
+    /// stay open until its memory is given back, which takes a while.
+    #[must_use]
+    pub fn is_ending(&self) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid));
+        // The look comes last: while this process is there, the status before was its own.
+        match (status, self.stat(), self.look()) {
+            (.., Look::Gone) => true,
+            (Ok(status), Ok(Some(stat)), Look::Runs) => stat.is_exiting() || is_killed(&status),
+            _ => false,
+        }
+    }
+
     /// Waits until it has certainly ended. Whether it had in time: while that cannot be told, it has not.
     pub async fn wait_for_end(&self, deadline: Duration) -> bool {
         let end = tokio::time::Instant::now() + deadline;
@@ -333,10 +346,22 @@ fn boot() -> Result<String, ProcessError> {
     }
 }
 
+/// Whether a SIGKILL is among the pending signals of `/proc/PID/status`, see proc_pid_status(5). Those that any thread may take keep it
+/// until the process is gone.
+fn is_killed(status: &str) -> bool {
+    const KILL: u64 = 1 << (rustix::process::Signal::KILL.as_raw() - 1);
+    status.lines().any(|line| {
+        let pending = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"));
+        let signals = pending.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+        signals.is_some_and(|signals| signals & KILL != 0)
+    })
+}
+
 /// What is needed of `/proc/PID/stat`, see proc_pid_stat(5).
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
     state: char,
+    flags: u64,
     cpu_ticks: u64,
     threads: u64,
     start_time: u64,
@@ -347,6 +372,13 @@ impl Stat {
     /// ended before the others, and these hold its memory and its files for as long as they wait for storage.
     fn has_ended(&self) -> bool {
         matches!(self.state, 'Z' | 'X') && self.threads <= 1
+    }
+
+    /// Whether its first thread has begun to end: for QEMU it is the one that follows what its monitor says.
+    fn is_exiting(&self) -> bool {
+        /// `PF_EXITING` of the kernel's `include/linux/sched.h`.
+        const EXITING: u64 = 0x4;
+        self.flags & EXITING != 0
     }
 
     fn read(path: &Path) -> Result<Stat, ProcessError> {
@@ -361,6 +393,7 @@ impl Stat {
         let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
         Some(Stat {
             state: fields.first()?.chars().next()?,
+            flags: number(9)?,
             cpu_ticks: number(14)?.checked_add(number(15)?)?,
             threads: number(20)?,
             start_time: number(22)?,

@@ -73,9 +73,10 @@ pub async fn forget(host: &Host, record: &Record, qmp: Option<&Qmp>) -> Forgotte
     }
 }
 
-/// Whether the machine's QEMU has certainly ended, and what is left of it has been removed for that.
+/// Whether the machine's QEMU has certainly ended, and what is left of it has been removed for that. One that is ending is waited for.
 pub async fn ended(host: &Host, record: &Record) -> bool {
-    if !record.process.as_ref().is_some_and(|process| process.look().is_gone()) {
+    let Some(process) = &record.process else { return false };
+    if !process.is_ending() || !process.wait_for_end(KILL_GRACE).await {
         return false;
     }
     happens(host, &record.name, |now| now.claim() == record.claim(), Event::Ended).await

@@ -29,7 +29,10 @@ impl Drop for Sleeper {
 #[test]
 fn names_with_parentheses_do_not_confuse_the_fields() {
     let text = "7 (a) R (b)) S 1 7 7 0 -1 4194560 1 2 3 4 50 8 0 0 20 0 1 0 12345 0 0";
-    assert_eq!(Stat::parse(text), Some(Stat { state: 'S', cpu_ticks: 58, threads: 1, start_time: 12345 }));
+    assert_eq!(
+        Stat::parse(text),
+        Some(Stat { state: 'S', flags: 4_194_560, cpu_ticks: 58, threads: 1, start_time: 12345 })
+    );
     assert_eq!(Stat::parse("7 (a) S 1"), None);
     assert_eq!(Stat::parse(""), None);
 }
@@ -57,6 +60,24 @@ async fn a_process_that_has_ended_is_gone() {
 }
 
 #[test]
+fn a_process_that_was_killed_is_ending_from_then_on() {
+    for _ in 0..50 {
+        let (sleeper, process) = Sleeper::start();
+        assert!(!process.is_ending());
+        assert!(process.kill().was_sent());
+        assert!(process.is_ending(), "it has not been reaped: {:?}", process.stat());
+        drop(sleeper);
+        assert!(process.is_ending(), "gone");
+    }
+    assert!(is_killed("Name:\tx\nSigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n"));
+    assert!(is_killed("SigPnd:\t0000000000000000\nShdPnd:\t0000000000000102\n"));
+    assert!(!is_killed("SigPnd:\t0000000000000000\nShdPnd:\t0000000000000200\nSigBlk:\t0000000000000100\n"));
+    assert!(!is_killed(""));
+    let exiting = "7 (qemu) S 1 7 7 0 -1 4194564 1 2 3 4 50 8 0 0 20 0 4 0 12345 0 0";
+    assert!(Stat::parse(exiting).unwrap().is_exiting());
+}
+
+#[test]
 fn only_what_says_so_for_certain_is_gone() {
     let process = Process {
         pid: 7,
@@ -65,7 +86,7 @@ fn only_what_says_so_for_certain_is_gone() {
         namespace: Some(1),
         qmp_socket: PathBuf::new(),
     };
-    let stat = |state, threads, start_time| Some(Stat { state, cpu_ticks: 0, threads, start_time });
+    let stat = |state, threads, start_time| Some(Stat { state, flags: 0, cpu_ticks: 0, threads, start_time });
     let boot = |id: &str| Ok(id.to_owned());
     assert!(process.verdict(boot("b"), Ok(()), Ok(stat('S', 3, 12))).runs());
     assert!(process.verdict(boot("b"), Ok(()), Ok(stat('D', 1, 12))).runs());
