@@ -133,7 +133,8 @@ impl Vms {
                 "see to log_dir and restart the agent; VMs that run are not concerned",
             )
         });
-        self.history().problem().into_iter().chain(no_logs).collect()
+        let off = self.history().problem().into_iter().chain(no_logs);
+        off.chain(self.host().left.problems()).chain(self.host().forwards.problem()).collect()
     }
 
     /// How many of them are still looked for since the agent has started.

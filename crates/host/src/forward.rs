@@ -133,6 +133,16 @@ impl Forwards {
         Forwards { file, known, changing: tokio::sync::Mutex::default(), busy: Arc::default() }
     }
 
+    /// What an operator is told where it is not known what was on record.
+    #[must_use]
+    pub fn problem(&self) -> Option<Finding> {
+        Some(self.file.unknown()?.finding(
+            "forwards-unreadable",
+            "which VMs that have left stay in this host's network is not known, and nothing keeps their tunnels up",
+            "bring those VMs into a network of their own, or here again, and remove what tunnels are left (`ip link show type vxlan`: vmf…)",
+        ))
+    }
+
     /// All of them.
     #[must_use]
     pub fn all(&self) -> Vec<Forward> {

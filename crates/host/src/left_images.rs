@@ -29,7 +29,7 @@ use uuid::Uuid;
 use crate::fence::holder::Holder;
 use crate::images;
 use crate::same_file::{among, same_file};
-use crate::state_file::StateFile;
+use crate::state_file::{StateFile, Unknown};
 use crate::vm::Journal;
 use crate::which_file::WhichFile;
 use finding::Finding;
@@ -125,6 +125,8 @@ struct Known {
 pub struct LeftImages {
     file: StateFile,
     state_dir: PathBuf,
+    /// Why it is not known what was on record.
+    unknown: Vec<Unknown>,
     known: Mutex<Known>,
 }
 
@@ -201,11 +203,26 @@ impl LeftImages {
             file.leave_alone();
         }
         let state_dir = std::fs::canonicalize(state_dir).unwrap_or_else(|_| state_dir.to_owned());
-        let left = LeftImages { file, state_dir, known: Mutex::new(Known { now, unwritten: false }) };
+        let unknown = file.unknown().into_iter().chain(earlier.unknown()).cloned().collect();
+        let left =
+            LeftImages { file, state_dir, unknown, known: Mutex::new(Known { now, unwritten: false }) };
         if earlier.is_there() && left.write(&mut left.known()).is_ok() {
             earlier.remove();
         }
         left
+    }
+
+    /// What an operator is told where it is not known what was on record.
+    #[must_use]
+    pub fn problems(&self) -> Vec<Finding> {
+        let told = |unknown: &Unknown| {
+            unknown.finding(
+                "left-images-unreadable",
+                "which images VMs have left here is not known, and of those only what a process `hold-locks` has is kept locked",
+                "see that nothing starts a VM that has left from its images here",
+            )
+        };
+        self.unknown.iter().map(told).collect()
     }
 
     /// Whether an image is a remnant that this machine has left, as it was left.

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use finding::Finding;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -14,29 +15,79 @@ pub(crate) struct StateFile {
     path: PathBuf,
     /// What is in it is not known: it is not written over.
     unread: bool,
+    unknown: Option<Unknown>,
+}
+
+/// Why it is not known what was on record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Unknown {
+    /// It cannot be read: nothing is put on record.
+    Unread {
+        /// In words, with its path.
+        why: String,
+    },
+    /// It was not understood, now or by an agent of before, and lies aside.
+    Aside {
+        /// In words, with its path.
+        why: String,
+        /// Where.
+        aside: PathBuf,
+    },
+}
+
+impl Unknown {
+    /// What the operator is told.
+    pub(crate) fn finding(&self, kind: &str, not_known: &str, see_to: &str) -> Finding {
+        match self {
+            Unknown::Unread { why } => Finding::new(
+                kind,
+                format!("{why}: {not_known}, and nothing is put on record there"),
+                format!("{see_to}; see to the disk of state_dir, and restart the agent"),
+            ),
+            Unknown::Aside { why, aside } => Finding::new(
+                kind,
+                format!("{why}: {not_known}"),
+                format!("{see_to}; then remove {}, and restart the agent", aside.display()),
+            ),
+        }
+    }
 }
 
 impl StateFile {
     /// What is on record. What cannot be understood is as if there were nothing, and is put aside. A file that cannot be read, as of a
     /// failing disk, stays as it is: nothing is known then, and nothing can be put on record before an agent has read it.
     pub(crate) fn open<T: DeserializeOwned + Default>(path: PathBuf) -> (StateFile, T) {
-        let text = match std::fs::read(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                return (StateFile { path, unread: false }, T::default());
-            }
-            Err(e) => {
+        let aside = path.with_extension("bad");
+        let read = match std::fs::read(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 tracing::error!(file = %path.display(), error = %e, "cannot be read, and is not written over");
-                return (StateFile { path, unread: true }, T::default());
+                let why = format!("{} cannot be read: {e}", path.display());
+                let unknown = Some(Unknown::Unread { why });
+                return (StateFile { path, unread: true, unknown }, T::default());
             }
+            read => read.ok(),
         };
-        let content = serde_json::from_slice(&text).unwrap_or_else(|e| {
-            let aside = path.with_extension("bad");
-            tracing::error!(file = %path.display(), error = %e, aside = %aside.display(), "cannot be understood");
-            let _ = std::fs::rename(&path, aside);
-            T::default()
-        });
-        (StateFile { path, unread: false }, content)
+        let understood = read.map_or_else(|| Ok(T::default()), |text| serde_json::from_slice(&text));
+        let why = match &understood {
+            Err(e) => {
+                tracing::error!(file = %path.display(), error = %e, aside = %aside.display(), "cannot be understood");
+                let _ = std::fs::rename(&path, &aside);
+                Some(format!("{} cannot be understood ({e}) and was put aside", path.display()))
+            }
+            // Nobody has seen to it yet.
+            Ok(_) if aside.exists() => Some(format!(
+                "{} could not be understood and was put aside when the agent was started earlier",
+                path.display()
+            )),
+            Ok(_) => None,
+        };
+        let unknown = why.map(|why| Unknown::Aside { why, aside });
+        (StateFile { path, unread: false, unknown }, understood.unwrap_or_default())
+    }
+
+    /// Why it is not known what was on record, if it is not.
+    pub(crate) fn unknown(&self) -> Option<&Unknown> {
+        self.unknown.as_ref()
     }
 
     /// Whether what is in it is not known.
@@ -100,5 +151,30 @@ mod tests {
         assert!(nothing.is_empty());
         assert!(file.write(&vec![4]).is_err());
         assert!(path.is_dir() && !path.with_extension("new").exists());
+    }
+
+    #[test]
+    fn that_it_is_not_known_is_told_until_somebody_has_seen_to_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, aside) = (directory.path().join("known.json"), directory.path().join("known.bad"));
+        let told = || {
+            let unknown = StateFile::open::<Vec<u32>>(path.clone()).0.unknown().cloned();
+            unknown.map(|unknown| unknown.finding("kind", "nobody knows", "look"))
+        };
+        assert_eq!(told(), None);
+        std::fs::write(&path, "[1, 2").unwrap();
+        let first = told().unwrap();
+        assert!(first.message.contains("known.json cannot be understood (EOF"), "{first:?}");
+        assert!(first.message.ends_with(": nobody knows") && first.hint.contains("known.bad"), "{first:?}");
+        let again = told().unwrap();
+        assert!(again.message.contains("earlier") && again.hint == first.hint, "{again:?}");
+        std::fs::remove_file(&aside).unwrap();
+        assert_eq!(told(), None);
+        std::fs::create_dir(&path).unwrap();
+        let unread = told().unwrap();
+        assert!(unread.message.contains("known.json cannot be read: Is a directory"), "{unread:?}");
+        assert!(unread.message.contains("nothing is put on record"), "{unread:?}");
+        std::fs::remove_dir(&path).unwrap();
+        assert_eq!(told(), None);
     }
 }

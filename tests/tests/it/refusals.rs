@@ -92,6 +92,15 @@ fn without_an_agent_it_says_how_to_start_one() {
     // One that was killed has left its socket behind.
     pair.a().kill_agent().unwrap();
     pair.refused(pair.a(), &["list"]).is("agent-not-running", &["nobody answers", "api.sock"]);
+    // The next one does not know what has left, and nobody who looks is left without knowing that.
+    let record = pair.a().state_dir().join("left-images.json");
+    let _ = std::fs::remove_file(&record);
+    std::fs::create_dir(&record).unwrap();
+    pair.a().start_agent().unwrap();
+    let told = vmirror(pair.a(), &["list"]).done().stderr;
+    assert!(told.contains("[left-images-unreadable]") && told.contains("Is a directory"), "{told}");
+    pair.b().start_agent().unwrap();
+    assert_eq!(vmirror(pair.b(), &["list"]).done().stderr, "");
 }
 
 /// A new authority in that directory, and a certificate of it for the host.

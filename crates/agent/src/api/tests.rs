@@ -132,6 +132,36 @@ async fn a_history_that_cannot_be_used_keeps_no_agent_down() {
 }
 
 #[tokio::test]
+async fn what_is_not_known_of_machines_that_have_left_is_told() {
+    for (file, kind) in [
+        ("left-images.json", "left-images-unreadable"),
+        ("remnants.json", "left-images-unreadable"),
+        ("kept-images.json", "left-images-unreadable"),
+        ("forwards.json", "forwards-unreadable"),
+    ] {
+        let mut directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        // Nothing reads a directory, root or not.
+        std::fs::create_dir(state.join(file)).unwrap();
+        for words in ["cannot be read", "cannot be understood", "could not be understood"] {
+            let agent = agent_in(directory).await;
+            let told = agent.ask(Method::GET, "/v1/agent", None).await.1["problems"].clone();
+            let told = told.as_array().cloned().unwrap_or_default();
+            let [only] = &told[..] else { panic!("{file}, {words}: {told:?}") };
+            let message = only["message"].as_str().unwrap();
+            assert!(only["kind"] == kind && message.contains(words) && message.contains(file), "{only}");
+            directory = agent.end().await;
+            let file = directory.path().join("state").join(file);
+            if file.is_dir() {
+                std::fs::remove_dir(&file).unwrap();
+                std::fs::write(&file, "of another time").unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn every_refusal_has_its_status_and_kind_and_says_what_to_do() {
     let agent = agent().await;
     let to = || Some(json!({"to": "127.0.0.1:7600"}));

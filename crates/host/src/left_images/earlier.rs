@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use super::{Image, Kept, Left, OnRecord, Remnant};
 use crate::fence::holder::Holder;
-use crate::state_file::StateFile;
+use crate::state_file::{StateFile, Unknown};
 use crate::which_file::WhichFile;
 use ownership::VmName;
 
@@ -61,6 +61,10 @@ impl Earlier {
     /// One that cannot be read says what is not known now: the record that takes its place is not written before it is read.
     pub(super) fn is_unread(&self) -> bool {
         self.files.iter().any(StateFile::is_unread)
+    }
+
+    pub(super) fn unknown(&self) -> impl Iterator<Item = &Unknown> {
+        self.files.iter().filter_map(StateFile::unknown)
     }
 
     pub(super) fn is_there(&self) -> bool {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use agent::api::types::{
-    AdoptRequest, Decision, Doubt, ForgetImagesReply, ForgetImagesRequest, KeptView, ReleaseReply,
+    AdoptRequest, AgentInfo, Decision, Doubt, ForgetImagesReply, ForgetImagesRequest, KeptView, ReleaseReply,
     ReleaseRequest, ResolveReply, ResolveRequest, RunRequest, StopRequest, VmState, VmView,
 };
 use host::Origin;
@@ -64,6 +64,8 @@ fn process(vm: &VmView) -> String {
 pub(super) async fn list(client: &Client, output: &Output) -> Result<Exit, Failure> {
     let vms: Vec<VmView> = client.get("/v1/vms").await?;
     output.result(&vms, |vms| table(vms));
+    let who: AgentInfo = client.get("/v1/agent").await?;
+    output.warn(&who.problems);
     Ok(Exit::Done)
 }
 
