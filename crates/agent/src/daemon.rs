@@ -31,12 +31,7 @@ use crate::heap;
 use crate::history::History;
 use crate::lock::{self, Lock, LockError};
 use crate::vms::Vms;
-
-/// How long outgoing migrations may take to end when the agent goes down, before it goes without them.
-const ENDING: Duration = Duration::from_secs(30);
-
-/// How long migrations to here may take to be dropped.
-const DROPPED: Duration = Duration::from_secs(5);
+use protocol::deadlines::{DROPPED, GOING_DOWN};
 
 /// An agent that listens on its link and its API, and finds its machines again; [`Vms::found`] says when it has.
 #[derive(Debug)]
@@ -286,7 +281,7 @@ impl Daemon {
         vms.cancel_all().await;
         let sessions = vms.sessions();
         closing.cancel();
-        if tokio::time::timeout(ENDING, vms.idle()).await.is_err() {
+        if tokio::time::timeout(GOING_DOWN, vms.idle()).await.is_err() {
             tracing::warn!("a migration did not end in time; its VM is found again by the next agent");
         }
         drop(sessions);

@@ -9,7 +9,7 @@ use super::hierarchy::{Controller, Hierarchy, Version, lists, read};
 use super::{CgroupError, CgroupParent, Limits, PROC};
 
 /// How long the threads of a process that has ended may take to leave its cgroup.
-const LEAVE: Duration = Duration::from_secs(5);
+pub const LEAVE: Duration = Duration::from_secs(5);
 /// How long to wait between attempts.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 

@@ -1,7 +1,6 @@
 //! The network at the destination: what was on its way to the guest reaches it here, and the network is told where the guest is now.
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use ::network::PacketSocket;
 use ::network::announce;
@@ -22,10 +21,9 @@ use host::Record;
 use host::guest_addresses::Neighbour;
 use host::hooks::{self, Hook};
 use ownership::VmName;
+use protocol::deadlines::STRAGGLERS;
 use protocol::wire;
 
-/// A source that still has something after that long has it for ever.
-const STRAGGLERS: Duration = Duration::from_secs(15);
 /// Interfaces of one machine that are known by anything.
 const INTERFACES: usize = 256;
 /// Addresses of one interface that are announced: more are a mistake, or a flood.

@@ -44,7 +44,7 @@ pub mod supervised;
 pub mod vm;
 mod which_file;
 
-pub use deadlines::{KILL_GRACE, QUIT_GRACE};
+pub use deadlines::{KILL_GRACE, POWER_OFF, QUIT_GRACE};
 pub use fence::Fence;
 pub use forward::Forwards;
 pub use hooks::Hooks;

@@ -20,8 +20,8 @@ use ownership::{Ownership, VmName};
 /// Between two looks at what was in the way, at first and at last.
 const SOON: Duration = Duration::from_millis(50);
 const LATER: Duration = Duration::from_secs(5);
-/// For how long is looked.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// For how long is looked whether what is in the way has gone.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Gives a machine's sockets their names, now or as soon as nothing is in the way.
 pub fn give(host: &Host, record: &Record) {

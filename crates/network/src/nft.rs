@@ -21,7 +21,7 @@ use tokio::process::Command;
 pub const MAX_DOCUMENT: usize = 1 << 20;
 
 /// How long `nft` may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Longest part of a pattern beside the machine's name. The kernel takes names of 255 bytes.
 const MAX_FIXED: usize = 63;

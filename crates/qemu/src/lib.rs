@@ -44,9 +44,14 @@ pub use launch::{Launch, LaunchError, NotRecorded, START_DEADLINE, launch};
 pub use log::{cut as cut_log, last_words};
 pub use probe::{ProbeGuest, accelerator_works};
 pub use process::{Kill, Look, Presence, Process, ProcessError, Vm, find, vcpu_cpu_time};
-pub use qmp::{COMMAND_DEADLINE, Event, Qmp, QmpError, SAVE_DEVICES};
+pub use qmp::{
+    COMMAND_DEADLINE, CREATE_DEADLINE, EXPORT_DEADLINE, Event, GREETING_DEADLINE, JOB_DEADLINE, Qmp,
+    QmpError, SAVE_DEVICES,
+};
 pub use ram::{Mapping, RamAddresses, RamBlock, RamError, ram_blocks};
 pub use ram_file::{MadeRamFile, RamDirectory, RamFileError, open_to_others};
 pub use ram_table::{LocateError, LocatedBlock, RamTable};
-pub use storage_daemon::{Create, NewFormat, Serve, ServedBacking, StorageDaemon, StorageDaemonError};
+pub use storage_daemon::{
+    Create, NewFormat, STORAGE_DAEMON_DEADLINE, Serve, ServedBacking, StorageDaemon, StorageDaemonError,
+};
 pub use user::{NoUser, User};

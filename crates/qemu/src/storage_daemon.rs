@@ -22,7 +22,7 @@ use crate::{
 /// The program's name.
 const PROGRAM: &str = "qemu-storage-daemon";
 /// How long the daemon may take to end. It flushes what it has open.
-const END_DEADLINE: Duration = Duration::from_secs(60);
+pub const STORAGE_DAEMON_DEADLINE: Duration = Duration::from_secs(60);
 /// Most letters of an export's name: its nodes are named after it, and QEMU allows 31.
 const LONGEST_EXPORT: usize = 26;
 
@@ -289,10 +289,10 @@ impl StorageDaemon {
     /// [`StorageDaemonError::Lingers`] after a minute.
     pub async fn end(self) -> Result<(), StorageDaemonError> {
         self.qmp.quit().await?;
-        if self.process.wait_for_end(END_DEADLINE).await {
+        if self.process.wait_for_end(STORAGE_DAEMON_DEADLINE).await {
             return Ok(());
         }
-        Err(StorageDaemonError::Lingers { pid: self.process.pid, after: END_DEADLINE })
+        Err(StorageDaemonError::Lingers { pid: self.process.pid, after: STORAGE_DAEMON_DEADLINE })
     }
 }
 

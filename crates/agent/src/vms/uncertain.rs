@@ -8,14 +8,13 @@ use host::lifecycle::{self, Forgotten};
 use migration::source::{self, Settled};
 use migration::{Recovered, Resolution, ResolveError, When};
 use ownership::{JournalError, Ownership, VmName};
+use protocol::deadlines::ASK_AGAIN;
 
 use super::{Entry, Silent, Vms, not_here};
 use crate::api::types::{Decision, EventKind, Place, RemovalReason};
 use crate::error::{AgentError, chain};
 use crate::findings;
 
-/// First and longest wait between two questions to the destination.
-const ASK_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// How often to look whether the source has decided about a copy that waits here.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 

@@ -1,16 +1,12 @@
 //! A machine stopped by its user.
 
-use std::time::Duration;
-
 use qemu::QmpError;
 
 use super::forget::{Forgotten, forget};
+use crate::deadlines::POWER_OFF;
 use crate::host::Host;
 use crate::vm::Vm;
 use finding::Finding;
-
-/// How long a guest may take to power off when asked to.
-const POWER_OFF: Duration = Duration::from_secs(30);
 
 /// Ends a machine: asks the guest to power off, or with `force` ends QEMU at once.
 ///

@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mirror::device::source::DeviceSource;
 use mirror::device::{MAX_HELD, MAX_PART, saved};
@@ -25,16 +25,15 @@ use uuid::Uuid;
 
 use super::peer::Sender;
 use super::stop::Stop;
-use super::switch::{self, UNTIL_PAUSED};
+use super::switch;
 use finding::{Finding, chain, kind};
 use host::handed_over;
 use movable::blockers;
+use protocol::deadlines::{QEMU_ENDING, UNTIL_PAUSED};
 use protocol::wire::Request;
 
 /// Most that devices themselves take of what a destination holds back.
 const DEVICES: usize = 16 << 20;
-/// How long a QEMU that was killed is there after its monitor has closed, at the most.
-const ENDING: Duration = Duration::from_secs(1);
 
 /// What has to be known of a machine whose RAM is not in shared, named files.
 pub(super) struct Alone {
@@ -247,7 +246,7 @@ impl ByThemselves {
         // QEMU itself has not been let run while it was heard, and nobody can any more.
         match untouched {
             Err(Stop::Failed(finding))
-                if complete && !is_told(&finding) && self.process.wait_for_end(ENDING).await =>
+                if complete && !is_told(&finding) && self.process.wait_for_end(QEMU_ENDING).await =>
             {
                 tracing::warn!(why = finding.message, "QEMU has ended after its guest's copy was complete");
                 Ok(())

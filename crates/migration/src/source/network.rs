@@ -19,13 +19,12 @@ use ::network::interfaces::{Interfaces, TapError};
 use finding::chain;
 use host::Host;
 use ownership::VmName;
+use protocol::deadlines::DIVERTED;
 use protocol::wire::{self, NETWORK_STREAM};
 use session::report;
 
 /// For so long nothing must have come for a guest that has gone, before what comes is not diverted any more.
 const QUIET: Duration = Duration::from_millis(300);
-/// Nobody keeps sending to a place for longer where nothing is.
-const LONGEST: Duration = Duration::from_secs(10);
 
 /// Why frames are not diverted.
 #[derive(Debug, thiserror::Error)]
@@ -217,7 +216,7 @@ impl Network {
         }
         let Some(carried) = self.carried else { return report::Network::default() };
         let start = Instant::now();
-        while carried.frames.quiet_for() < QUIET && start.elapsed() < LONGEST {
+        while carried.frames.quiet_for() < QUIET && start.elapsed() < DIVERTED {
             tokio::time::sleep(QUIET.saturating_sub(carried.frames.quiet_for())).await;
         }
         end(&carried.diversions);

@@ -5,7 +5,7 @@
 //! it still lacks; when this agent ends, the next one goes on ([`supply`]).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use link::Bandwidth;
 use mirror::hash::Secret;
@@ -24,12 +24,10 @@ use finding::{Failure, Finding, Stage, chain, kind};
 use host::Record;
 use ownership::Event;
 use ownership::Ownership;
-use protocol::deadlines::POST_COPY_READY;
+use protocol::deadlines::{LINK_AGAIN, POST_COPY_READY};
 use protocol::wire::{self, Reply, Request};
 use session::report::{self, Counted};
 
-/// First and longest wait between two attempts to make a lost link again.
-const AGAIN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 /// A destination that was connected to again.
 enum Again {
     /// It lacks these.
@@ -170,7 +168,7 @@ impl Controller {
         };
         let warn = |warning| progress.send_modify(|progress| progress.warning = warning);
         let (mut supplying, mut said) = (Some(first), None);
-        let (mut wait, longest) = AGAIN;
+        let (mut wait, longest) = LINK_AGAIN;
         let mut lacked = u64::MAX;
         loop {
             if let (Some(mut supplying), Some(destination)) = (supplying.take(), &mut self.held.destination) {
@@ -193,7 +191,7 @@ impl Controller {
                 Ok(Relinked::Supplying(destination, streams, missing)) => {
                     // A link by which nothing got through is no reason for haste: there may be no room for it there.
                     if missing < lacked {
-                        wait = AGAIN.0;
+                        wait = LINK_AGAIN.0;
                     }
                     lacked = missing;
                     warn(None);

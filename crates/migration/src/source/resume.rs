@@ -2,13 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use protocol::deadlines::RESUME;
 use qemu::{Qmp, QmpError};
 
 use finding::chain;
 use host::handed_over;
 
-/// How long QEMU may take to go back to running.
-const RESUME: Duration = Duration::from_secs(10);
 /// Between looks at a QEMU that is going back.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 

@@ -1,7 +1,5 @@
 //! The settlement of a hand-over whose end was not heard of.
 
-use std::time::Duration;
-
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -13,11 +11,8 @@ use host::Record;
 use ownership::JournalError;
 use ownership::{Answer, Effect, Event, SourceSays, Withdrawal};
 use ownership::{Outgoing, Ownership, VmName};
-use protocol::deadlines::{ANSWER, CANCEL};
+use protocol::deadlines::{ABANDON_PAUSE, ANSWER, CANCEL};
 use protocol::wire::{self, Reply, Request};
-
-/// First and longest wait between two attempts to tell a destination that its copy is worthless.
-const ABANDON_PAUSE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(600));
 
 /// What became of a machine that was handed over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

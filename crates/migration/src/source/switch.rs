@@ -21,7 +21,7 @@ use super::supplying::{Streams, Supplying};
 use finding::{Finding, kind};
 use host::Fence;
 use ownership::VmName;
-use protocol::deadlines::PATIENCE;
+use protocol::deadlines::{PATIENCE, UNTIL_PAUSED};
 use protocol::wire::{Nothing, Reply, Request};
 use session::options::{Options, Verify};
 use session::points::{self, Point};
@@ -31,8 +31,6 @@ use session::report::Pause;
 pub(super) const VM_PAUSED: &str = "vm-paused";
 /// The guest has switched itself off.
 pub(super) const VM_ENDED: &str = "vm-ended";
-/// How long QEMU may take from `migrate` to the pause.
-pub(super) const UNTIL_PAUSED: Duration = Duration::from_secs(10);
 
 /// So many scans before the pause, with that after it, tell which pages are hot.
 const SCANS_FOR_HEAT: u32 = 3;

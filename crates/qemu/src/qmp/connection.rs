@@ -32,7 +32,7 @@ use tokio::{
 };
 
 /// How long QEMU may take to greet, and to accept a connection. It greets at once unless another client is connected.
-const GREETING_DEADLINE: Duration = Duration::from_secs(3);
+pub const GREETING_DEADLINE: Duration = Duration::from_secs(3);
 /// How long to wait before the next attempt while the socket's queue is full.
 const QUEUE_FULL: Duration = Duration::from_millis(20);
 /// How long QEMU may take to answer. Commands run on its main loop, which can be busy for seconds (loading device

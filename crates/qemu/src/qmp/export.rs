@@ -14,7 +14,7 @@ use super::connection::Qmp;
 use super::error::QmpError;
 
 /// How long an export may take to go once its clients were cut off.
-const END_DEADLINE: Duration = Duration::from_secs(30);
+pub const EXPORT_DEADLINE: Duration = Duration::from_secs(30);
 /// How long to wait for an event before the exports are asked for.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
@@ -122,10 +122,10 @@ impl Qmp {
             Err(QmpError::Refused { .. }) if !self.has_export(export).await? => return Ok(()),
             Err(error) => return Err(error),
         }
-        let deadline = Instant::now() + END_DEADLINE;
+        let deadline = Instant::now() + EXPORT_DEADLINE;
         while self.has_export(export).await? {
             if Instant::now() >= deadline {
-                return Err(QmpError::Deadline { command: EndExport::NAME, after: END_DEADLINE });
+                return Err(QmpError::Deadline { command: EndExport::NAME, after: EXPORT_DEADLINE });
             }
             // Any event, or none for a while: look again. A connection that has ended shows at the next command.
             drop(timeout_at(Instant::now() + LOOK_AGAIN, events.recv()).await);

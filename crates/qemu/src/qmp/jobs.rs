@@ -18,9 +18,9 @@ use super::error::QmpError;
 
 /// How long a job may take to end once it was told to. One that waits for its target does so for as long as the NBD
 /// connection lives.
-const END_DEADLINE: Duration = Duration::from_secs(30);
+pub const JOB_DEADLINE: Duration = Duration::from_secs(30);
 /// How long an image may take to be made. That writes little more than its header.
-const CREATE_DEADLINE: Duration = Duration::from_secs(60);
+pub const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 /// How long to wait for an event before the jobs are asked for, in case the event got lost.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// Bytes per bit of the job's bitmap of what is still to be copied, and the least that it copies at a time. What the
@@ -267,7 +267,7 @@ impl Qmp {
                 Some(_) => return Err(refusal),
             }
         }
-        let deadline = Instant::now() + END_DEADLINE;
+        let deadline = Instant::now() + JOB_DEADLINE;
         while Instant::now() < deadline {
             match timeout_at(Instant::now() + LOOK_AGAIN, events.recv()).await {
                 Ok(Ok(event)) => {
@@ -291,7 +291,7 @@ impl Qmp {
                 return Ok(end);
             }
         }
-        Err(QmpError::Deadline { command: CancelJob::NAME, after: END_DEADLINE })
+        Err(QmpError::Deadline { command: CancelJob::NAME, after: JOB_DEADLINE })
     }
 
     /// Has QEMU or a storage daemon make an image by a job, and waits until it is made. Returns why it failed, if it did.

@@ -32,7 +32,7 @@ pub use commands::{
     Blocks, CpuidWord, GivenDescriptor, MemoryDevice, MigrationState, QomProperty, RunState, SAVE_DEVICES,
     VcpuThread, Version,
 };
-pub use connection::{COMMAND_DEADLINE, Event, Qmp};
+pub use connection::{COMMAND_DEADLINE, Event, GREETING_DEADLINE, Qmp};
 pub use error::QmpError;
-pub use export::ExportError;
-pub use jobs::{BlockJob, JobEvent, JobNews, MirrorEnd, MirrorJob, Sync};
+pub use export::{EXPORT_DEADLINE, ExportError};
+pub use jobs::{BlockJob, CREATE_DEADLINE, JOB_DEADLINE, JobEvent, JobNews, MirrorEnd, MirrorJob, Sync};
