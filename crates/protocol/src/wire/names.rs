@@ -52,3 +52,55 @@ impl fmt::Display for Reply {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::fmt::{Debug, Display};
+
+    use prost::Message;
+
+    use super::super::{ToDestination, ToSource};
+
+    /// More than there are.
+    const TAGS: u32 = 1000;
+
+    /// Every kind of message in one direction, by its tag: an empty one of each is decoded.
+    fn kinds<M: Message + Default, K: Debug + Display>(
+        kind: impl Fn(M) -> Option<K>,
+    ) -> BTreeMap<u32, String> {
+        let of_tag = |tag| {
+            let mut empty = Vec::new();
+            prost::encoding::encode_key(tag, prost::encoding::WireType::LengthDelimited, &mut empty);
+            prost::encoding::encode_varint(0, &mut empty);
+            let kind = kind(M::decode(&empty[..]).unwrap())?;
+            let name = kind.to_string();
+            assert!(format!("{kind:?}").starts_with(&format!("{name}(")), "{name}: {kind:?}");
+            Some((tag, name))
+        };
+        (1..TAGS).filter_map(of_tag).collect()
+    }
+
+    #[test]
+    fn the_protocol_has_every_message_with_its_tag_and_name() {
+        let text = include_str!("../../../../docs/protocol.md");
+        let table = text.split("\n## Control messages\n").nth(1).expect("a chapter of messages");
+        let table = table.split("```").next().unwrap();
+        let mut told = [BTreeMap::new(), BTreeMap::new()];
+        for row in table.lines().filter(|line| line.starts_with("| ")).skip(2) {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            for (told, message) in told.iter_mut().zip([&cells[1..3], &cells[3..5]]) {
+                let Some((tag, name)) = message[0].split_once(' ') else {
+                    assert_eq!(message, ["", ""], "no tag and name: {row}");
+                    continue;
+                };
+                assert!(!message[1].is_empty(), "nothing is said of {name}");
+                assert_eq!(told.insert(tag.parse().unwrap(), name.to_owned()), None, "twice: {row}");
+            }
+        }
+        let there = kinds(|to: ToDestination| to.request);
+        let back = kinds(|to: ToSource| to.reply);
+        assert!(there.len() >= 15 && back.len() >= 20, "{there:?}, {back:?}");
+        assert_eq!(told, [there, back]);
+    }
+}
