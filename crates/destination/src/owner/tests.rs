@@ -203,3 +203,44 @@ async fn a_copy_that_is_not_wanted_is_gone_when_that_is_said() {
     // Nor can anybody have it run any more.
     assert_eq!(scene.settles().await, kind::NO_COPY);
 }
+
+#[tokio::test]
+async fn a_stranger_hears_of_a_machine_what_is_heard_of_one_that_nobody_knows() {
+    let mut scene = Scene::new(|_| Vec::new()).await;
+    let journal = Arc::clone(&scene.hosts.b.journal);
+    let address = || "10.0.0.2:7600".to_owned();
+    let handed = |to: &str| {
+        let (session, to) = (SESSION, to.to_owned());
+        Ownership::HandedOver { session, to, address: address(), keeper: None }
+    };
+    let offered =
+        |to: &str| ownership::Outgoing { session: SESSION, to: Some(to.to_owned()), address: address() };
+    for (name, standing) in [
+        ("to-others", Standing { ownership: handed("host-c"), ..Standing::own() }),
+        ("to-it", Standing { ownership: handed("host-a"), ..Standing::own() }),
+        ("offered-others", Standing { outgoing: vec![offered("host-c")], ..Standing::own() }),
+        ("offered-it", Standing { outgoing: vec![offered("host-a")], ..Standing::own() }),
+        ("its-own", Standing::own()),
+    ] {
+        journal.claim(Record::new(name.parse().unwrap(), standing, Origin::Run)).unwrap();
+    }
+    // Host A asks. What waits here came from it, and is not its own to have.
+    for (name, session, owner) in [
+        ("nobody-knows", SESSION, wire::Owner::Unknown),
+        ("to-others", SESSION, wire::Owner::Unknown),
+        ("offered-others", SESSION, wire::Owner::Unknown),
+        ("its-own", SESSION, wire::Owner::Unknown),
+        ("web1", SESSION, wire::Owner::Unknown),
+        ("to-it", Uuid::from_u128(8), wire::Owner::Unknown),
+        ("offered-it", Uuid::from_u128(8), wire::Owner::Unknown),
+        ("to-it", SESSION, wire::Owner::Yours),
+        ("offered-it", SESSION, wire::Owner::Mine),
+    ] {
+        let commit =
+            wire::Commit { session: session.as_bytes().to_vec(), name: name.to_owned(), generation: 2 };
+        scene.source.whose(&commit).await.unwrap();
+        let heard = scene.heard.receive::<ToSource>().await.unwrap().reply;
+        // Not a bit more than that.
+        assert_eq!(heard, Some(Reply::Belongs(wire::Belongs { owner: owner.into() })), "{name}");
+    }
+}
