@@ -1,6 +1,7 @@
 //! Whatever crashes, and whenever: never two run, never none that could, and nothing is left behind.
 
-use end_to_end::{Pair, Said, Scene, UnderWay, report_adds_up, until, vmirror};
+use end_to_end::{Pair, Points, Said, Scene, UnderWay, report_adds_up, until, vmirror};
+use session::points::Point;
 use session::{Outcome, Phase};
 use testbed::fault;
 use testbed::guest_spec::{GuestSpec, Nic};
@@ -320,6 +321,27 @@ fn a_destination_agent_that_is_killed_when_ready_is_asked_again_when_it_is_back(
         }
         _ => panic!("{said:?}\n{}", scene.pair.logs()),
     }
+}
+
+#[test]
+fn a_destination_agent_that_goes_down_with_a_copy_that_it_has_not_said_to_be_ready_leaves_the_guest_running()
+{
+    let scene = Scene::default();
+    let points = Points::of(scene.b(), &[]);
+    let ready = points.hold(Point::Ready);
+    let migration = scene.begin(&[]);
+    ready.reached();
+    assert!(scene.b().stop_agent().unwrap().unwrap().success(), "it goes down as if nothing were");
+    // On record it is ready: it goes no further, and is not thrown away before its source has said so.
+    let copy = scene.pair.qemu(scene.b()).expect("the copy is there");
+    let said = migration.ended();
+    assert_eq!(said.code, Some(1), "{said:?}\n{}", scene.pair.logs());
+    scene.guest.runs_on();
+    assert_eq!(scene.pair.qemu(scene.b()), Some(copy));
+    drop(ready);
+    scene.b().start_agent().unwrap();
+    stays(&scene);
+    scene.moves_after_all();
 }
 
 #[test]

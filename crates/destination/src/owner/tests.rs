@@ -40,10 +40,17 @@ struct Scene {
 
 impl Scene {
     async fn new(says: Says) -> Scene {
+        Scene::with(says, |_| {}).await
+    }
+
+    /// With such a process.
+    async fn with(says: Says, process_is: impl FnOnce(&mut Process)) -> Scene {
         let hosts = Hosts::new().await;
         let qmp_socket = hosts.directory.path().join("qmp");
         qemu(&qmp_socket, says);
         let process = Command::new("sleep").arg("600").spawn().unwrap();
+        let mut of_qemu = Process::of_pid(process.id(), &qmp_socket).unwrap();
+        process_is(&mut of_qemu);
         let from = "host-a".to_owned();
         let standing = Standing {
             ownership: Ownership::Incoming { session: SESSION, from: from.clone(), ready: true },
@@ -54,7 +61,7 @@ impl Scene {
         };
         let record = Record {
             argv: vec!["qemu-system-x86_64".to_owned()],
-            process: Some(Process::of_pid(process.id(), &qmp_socket).unwrap()),
+            process: Some(of_qemu),
             qmp_socket,
             ..Record::new("web1".parse().unwrap(), standing, Origin::Arrived)
         };
@@ -243,4 +250,71 @@ async fn a_stranger_hears_of_a_machine_what_is_heard_of_one_that_nobody_knows() 
         // Not a bit more than that.
         assert_eq!(heard, Some(Reply::Belongs(wire::Belongs { owner: owner.into() })), "{name}");
     }
+}
+
+/// Keeps a process from ending that is killed: it stands still on its way out until this is dropped, as one does whose storage is dead.
+/// Of use to the thread that made it only.
+struct Lingers(libc::pid_t);
+
+impl Lingers {
+    fn of(process: &Child) -> Lingers {
+        let pid = libc::pid_t::try_from(process.id()).unwrap();
+        // SAFETY: it takes numbers, and traces a child of this very program.
+        let traced = unsafe { libc::ptrace(libc::PTRACE_SEIZE, pid, 0, libc::PTRACE_O_TRACEEXIT) };
+        assert_eq!(traced, 0, "{}", std::io::Error::last_os_error());
+        Lingers(pid)
+    }
+}
+
+impl Drop for Lingers {
+    fn drop(&mut self) {
+        // SAFETY: as above.
+        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.0, 0, 0) };
+    }
+}
+
+impl Scene {
+    /// The source does not want its copy, and nobody says that it is gone.
+    async fn is_not_said_to_be_gone(&mut self, why: &str) {
+        let commit = self.commit();
+        // Neither at once nor when it is asked again.
+        for _ in 0..2 {
+            match self.source.abandon(&commit).await {
+                Err(End::Failed(findings)) => {
+                    assert_eq!(findings[0].kind, why);
+                    assert!(
+                        findings
+                            .iter()
+                            .all(|found| ![kind::NO_COPY, kind::UNKNOWN_COPY].contains(&&*found.kind))
+                    );
+                }
+                other => panic!("{other:?}"),
+            }
+            let record = self.on_record().expect("its record is kept");
+            assert!(matches!(record.ownership, Ownership::Incoming { session: SESSION, ready: true, .. }));
+            assert!(record.qmp_socket.exists(), "its files are kept");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_copy_whose_qemu_was_killed_and_does_not_end_is_not_said_to_be_gone_until_it_is() {
+    let mut scene = Scene::new(|_| Vec::new()).await;
+    let lingers = Lingers::of(&scene.process);
+    scene.is_not_said_to_be_gone("process-lingers").await;
+    drop(lingers);
+    let commit = scene.commit();
+    let said = scene.source.abandon(&commit).await;
+    assert!(matches!(said, Err(End::Cancelled)), "{said:?}");
+    assert_eq!(scene.on_record(), None);
+    assert_eq!(scene.settles().await, kind::NO_COPY);
+}
+
+#[tokio::test]
+async fn a_copy_of_whose_qemu_nobody_can_tell_whether_it_has_ended_is_not_said_to_be_gone() {
+    let elsewhere = |process: &mut Process| process.namespace = process.namespace.map(|own| own + 1);
+    let mut scene = Scene::with(|_| Vec::new(), elsewhere).await;
+    assert!(scene.record.process.as_ref().is_some_and(|process| process.namespace.is_some()));
+    scene.is_not_said_to_be_gone("process-unclear").await;
+    assert!(scene.process.try_wait().unwrap().is_none(), "it may be another's");
 }
