@@ -11,8 +11,10 @@ use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use end_to_end::{PATIENCE, Pair, until, vmirror};
-use testbed::Host;
+use end_to_end::{PATIENCE, Pair, Points, until, vmirror};
+use session::points::Point;
+use testbed::guest_spec::GuestSpec;
+use testbed::{Host, root_or_skip};
 
 /// What a file is: its kind and mode, its number, its length, when it was changed, what it leads to.
 type Entry = (u32, u64, u64, (i64, i64), Option<PathBuf>);
@@ -91,6 +93,19 @@ impl Drop for Theirs {
     }
 }
 
+/// A migration of the machine that fails at this point of the switch-over, as its destination's agent is killed there.
+fn fails_at(pair: &Pair, points: &Points, point: Point, options: &[&str]) {
+    let held = points.hold(point);
+    let migration = pair.begin("vm", pair.a(), pair.b(), options);
+    held.reached();
+    pair.b().kill_agent().unwrap();
+    drop(held);
+    let said = migration.ended();
+    assert_eq!(said.code, Some(1), "{said:?}\n{}", pair.logs());
+    pair.b().start_agent_with(points.options()).unwrap();
+    pair.holds_nothing(pair.b());
+}
+
 #[test]
 fn nothing_of_the_users_is_touched_before_the_machine_is_the_destinations() {
     nothing_of_the_users_is_touched(&Pair::start());
@@ -130,6 +145,13 @@ fn nothing_of_the_users_is_touched(pair: &Pair) {
     pair.holds_nothing(b);
     is_untouched("a migration that failed");
 
+    let points = Points::of(b, &[]);
+    for point in [Point::LoadHeard, Point::Loaded, Point::Ready] {
+        fails_at(pair, &points, point, &[]);
+        until("it runs on", || pair.runs_on("vm", a));
+        is_untouched(&format!("a switch-over that failed at {point:?}"));
+    }
+
     // The agent's own connection is by a socket of theirs, and is found again.
     a.stop_agent().unwrap();
     a.start_agent().unwrap();
@@ -156,6 +178,41 @@ fn nothing_of_the_users_is_touched(pair: &Pair) {
     let _ = vmirror(a, &["stop", "vm", "--force"]).done();
     let left: Vec<_> = tree(&theirs.directory).into_keys().collect();
     assert_eq!(left, ["log", "notes", "out"].map(|name| theirs.at(name)), "only plain files are left");
+}
+
+#[test]
+fn nothing_of_the_users_is_touched_by_a_post_copy_that_fails_before_the_hand_over() {
+    if !root_or_skip("nothing_of_the_users_is_touched_by_a_post_copy_that_fails_before_the_hand_over") {
+        return;
+    }
+    let pair = Pair::start();
+    let directory = pair.a().shared_dir().join("theirs");
+    fs::create_dir(&directory).unwrap();
+    let at = |name: &str| directory.join(name).display().to_string();
+    let unix = |name: &str| format!("unix:{},server=on,wait=off", at(name));
+    let more = ["-monitor", &unix("monitor"), "-qmp", &unix("qmp")].map(str::to_owned);
+    let chardevs = [
+        format!("socket,id=agent,path={},server=on,wait=off", at("agent")),
+        format!("file,id=out,path={}", at("out")),
+    ];
+    let chardevs = chardevs.into_iter().flat_map(|chardev| ["-chardev".to_owned(), chardev]);
+    let spec = pair.outrun_by(pair.spec("vm", 128));
+    let extra = spec.extra.iter().cloned().chain(more).chain(chardevs).collect();
+    let guest = pair.run(pair.a(), "vm", &GuestSpec { extra, ..spec });
+    fs::write(directory.join("notes"), "nothing of QEMU's").unwrap();
+    let (before, said) = (tree(&directory), guest.status());
+    assert_eq!(before.len(), 5, "{before:?}");
+    let points = Points::of(pair.b(), &[]);
+    let monitor = directory.join("monitor");
+    for (times, point) in [Point::LoadHeard, Point::Ready].into_iter().enumerate() {
+        fails_at(&pair, &points, point, &["--on-diverge", "post-copy"]);
+        until("it runs on", || pair.runs_on("vm", pair.a()));
+        assert_eq!(tree(&directory), before, "a post-copy that failed at {point:?}\n{}", pair.logs());
+        assert!(runs(&monitor));
+        let log = fs::read_to_string(pair.a().agent_log()).unwrap();
+        assert_eq!(log.matches("the guest outruns the mirror: post-copy").count(), times + 1, "{log}");
+    }
+    guest.sound_since(&said);
 }
 
 #[test]
