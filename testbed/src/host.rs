@@ -73,6 +73,8 @@ pub struct AgentOptions {
     /// The agent, and what it starts, see the host's own [`disk_dir`](Host::disk_dir) at [`local_dir`](Host::local_dir) too: the same
     /// place on both hosts, with storage of each host's own. Needs root.
     pub local: bool,
+    /// What the agent, and what it starts, see at other places, as (what, where): a device as another host has it. Needs root.
+    pub bound: Vec<(PathBuf, PathBuf)>,
 }
 
 /// Mounts an empty file system over every directory before the `--`, and every device where devices are not opened; then

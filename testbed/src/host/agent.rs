@@ -38,13 +38,16 @@ impl Host {
         let log =
             fs::File::options().create(true).append(true).open(&path).map_err(TestbedError::file(&path))?;
         let also = log.try_clone().map_err(TestbedError::file(&path))?;
-        let mut command = if options.hidden.is_empty() && !options.local {
+        let mut command = if options.hidden.is_empty() && options.bound.is_empty() && !options.local {
             self.command(program)
         } else {
             let mut command = self.command("unshare");
             command.args(["--mount", "--propagation", "private", "--", "sh", "-c", HIDE, "sh"]);
             if options.local {
                 command.arg(self.disk_dir()).arg("at").arg(self.local_dir());
+            }
+            for (what, place) in &options.bound {
+                command.args([what.as_path(), Path::new("at"), place]);
             }
             command.args(&options.hidden).arg("--").arg(program);
             command

@@ -3,12 +3,15 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
-use end_to_end::{Pair, local, until, vmirror};
+use end_to_end::{Pair, image, local, until, vmirror};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use session::report::DiskMode;
-use testbed::{Host, Programs, Testbed, root_or_skip};
+use testbed::disk::{self, Format};
+use testbed::guest_spec::{GuestSpec, Nic, TestDisk, Work};
+use testbed::{AgentOptions, Host, Programs, Testbed, root_or_skip};
 
 /// A user and group that own nothing.
 const NOBODY: u32 = 65534;
@@ -33,9 +36,19 @@ fn pair() -> Pair {
         })
         .unwrap();
     for host in testbed.hosts() {
-        host.start_agent_with(&local()).unwrap();
+        // As root's only, whatever this machine has.
+        let (tun, device) = (tun(host), Path::new("/dev/net/tun"));
+        let number = fs::metadata(device).unwrap().rdev();
+        mknodat(CWD, &tun, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, number).unwrap();
+        let bound = vec![(tun, device.to_owned())];
+        host.start_agent_with(&AgentOptions { bound, ..local() }).unwrap();
     }
     Pair::with_running_agents(testbed)
+}
+
+/// What a host has as `/dev/net/tun`.
+fn tun(host: &Host) -> PathBuf {
+    host.directory().join("tun")
 }
 
 /// Starts a QEMU as nobody, with a disk, memory and sockets that are nobody's, where the host's own disks are seen as its agent sees them.
@@ -147,4 +160,49 @@ fn what_that_user_could_not_open_is_told_before_anything_is_copied() {
     assert_eq!(pair.check("vm"), Vec::<String>::new());
     let _ = pair.migrate("vm", a, b, &[]);
     assert!(pair.runs_on("vm", b));
+}
+
+#[test]
+fn a_tap_a_qcow2_image_and_memory_that_is_still_missing_are_that_users_too() {
+    if !root_or_skip("QEMUs of several users") {
+        return;
+    }
+    let pair = pair();
+    let (a, b) = (pair.a(), pair.b());
+    a.add_tap("tap0").unwrap();
+    let nic = Nic::new("tap0", 10);
+    let path = image(a, "disk.qcow2");
+    disk::create(&path, Format::Qcow2, 32 << 20).unwrap();
+    let roles = vec![Work::Journal { rate: 20 }.within(1)];
+    let disk = TestDisk { roles, ..TestDisk::new(a.local_dir().join("disk.qcow2"), Format::Qcow2, "qcow2") };
+    let spec = GuestSpec { nic: Some(nic.clone()), disks: vec![disk], ..pair.spec("vm", 128) };
+    let spec = pair.outrun_by(spec);
+    // Its console goes on in the same file there.
+    fs::write(&spec.serial, "").unwrap();
+    chown(&spec.serial, Some(NOBODY), Some(NOBODY)).unwrap();
+    let guest = pair.run(a, "vm", &spec);
+    let before = guest.status();
+    // Everybody may open it where udev has made it.
+    let said = vmirror(a, &["check", "vm", "--to", &b.listen().to_string()]);
+    let words = "user 65534:65534, as whom host-b runs QEMU, cannot open /dev/net/tun";
+    assert!(said.stdout.contains(words) && said.stdout.contains("[user-permission]"), "{said:?}");
+    fs::set_permissions(tun(b), Permissions::from_mode(0o666)).unwrap();
+    assert_eq!(pair.check("vm"), Vec::<String>::new());
+    let report = pair.migrate("vm", a, b, &["--on-diverge", "post-copy"]);
+    assert!(report.post_copy.is_some_and(|supplied| supplied.pages > 0), "it lacked nothing");
+    assert_eq!(report.disks[0].mode, DiskMode::Mirrored);
+    let nobody = [NOBODY.to_string().as_str()].repeat(4).join(" ");
+    assert_eq!(runs_as(&pair, b).0, nobody);
+    let there = fs::metadata(image(b, "disk.qcow2")).unwrap();
+    assert_eq!((there.uid(), there.gid(), there.mode() & 0o777), (NOBODY, NOBODY, 0o600));
+    let tap = b.command("ip").args(["tuntap", "list", "dev", "tap0"]).output().unwrap();
+    let tap = String::from_utf8(tap.stdout).unwrap();
+    assert!(tap.contains(&format!("user {NOBODY}")), "{tap:?}");
+    let client = pair.client().unwrap();
+    let heartbeats = client.heartbeats(nic.address, 100).unwrap();
+    until("it can be reached", || heartbeats.report().received > 20);
+    guest.sound_since(&before);
+    // Made by hand, and left to whoever made it.
+    a.remove_tap("tap0").unwrap();
+    pair.holds_nothing(a);
 }

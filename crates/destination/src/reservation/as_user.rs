@@ -46,6 +46,10 @@ impl Request {
                 findings.push(cannot(host, user, &file.path, "read"));
             }
         }
+        let tun = Path::new("/dev/net/tun");
+        if !self.spec.taps().is_empty() && tun.exists() && !user.may_open(tun, true) {
+            findings.push(cannot(host, user, tun, "open"));
+        }
         // Of a rehearsal also what it does not try.
         let permissions = host.allow.permissions();
         let how = Rendering { permissions: &permissions, directory: &own, purpose: Purpose::Machine };
