@@ -130,6 +130,25 @@ pub struct LeftImages {
     known: Mutex<Known>,
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(record: &[u8], remnants: &[u8], kept: &[u8]) {
+    let mut now: OnRecord = serde_json::from_slice(record).unwrap_or_default();
+    let before = now.images.len();
+    if let Some(earlier) = earlier::Earlier::of(remnants, kept) {
+        earlier.add_to(&mut now);
+        let once = now.clone();
+        earlier.add_to(&mut now);
+        assert_eq!(now, once, "adding what was added before changes nothing");
+    }
+    assert!(now.images.len() >= before);
+    now.tidy();
+    let locked = now.images.iter().filter_map(Image::to_be_locked).count();
+    assert_eq!(locked, now.images.iter().filter(|image| image.kept.is_some()).count());
+    // A time before 1970 cannot be written; what cannot be written is told.
+    let Ok(again) = serde_json::to_vec_pretty(&now) else { return };
+    assert_eq!(serde_json::from_slice::<OnRecord>(&again).expect("our own"), now);
+}
+
 /// The length of a file, and when it was last written; a block device tells neither.
 fn written(path: &Path) -> Option<(u64, SystemTime)> {
     let file = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;

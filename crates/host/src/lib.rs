@@ -18,6 +18,8 @@ pub mod drives;
 pub mod fence;
 pub mod firewall;
 pub mod forward;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod guest_addresses;
 pub mod guest_ram;
 pub mod handed_in;

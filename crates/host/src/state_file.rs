@@ -85,6 +85,12 @@ impl StateFile {
         (StateFile { path, unread: false, unknown }, understood.unwrap_or_default())
     }
 
+    /// None at all.
+    #[cfg(fuzzing)]
+    pub(crate) fn nowhere() -> StateFile {
+        StateFile { path: PathBuf::new(), unread: true, unknown: None }
+    }
+
     /// Why it is not known what was on record, if it is not.
     pub(crate) fn unknown(&self) -> Option<&Unknown> {
         self.unknown.as_ref()

@@ -129,6 +129,14 @@ fn qcow2() -> Vec<u8> {
     head
 }
 
+/// A table with these lines, and a heap in which the first block is described so.
+fn ram_table(lines: &[&str], words: [u64; 6], name: &str) -> Vec<u8> {
+    let table = [&["Block Name PSize Offset Used Total HVA RO"], lines].concat().join("\n");
+    let description: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let head = (table.len() as u16).to_le_bytes();
+    [&head[..], table.as_bytes(), &[0; 16], &description, &[1, 0, 0, 0], name.as_bytes(), &[0; 64]].concat()
+}
+
 fn main() {
     let package = env!("CARGO_MANIFEST_DIR");
     let seeds = Seeds::of(package, "qmp");
@@ -148,4 +156,13 @@ fn main() {
     let mut fixed = vec![0; 1024];
     fixed[512..520].copy_from_slice(b"conectix");
     seeds.add("vhd", fixed);
+    let seeds = Seeds::of(package, "ram_table");
+    let ram = "pc.ram    4 KiB  0x0000000000002000 0x0000000000001000 0x0000000000002000";
+    let rom = "/rom@etc/acpi/tables    4 KiB  0x0000000021000000 0x0000000000020000 0x0000000000200000";
+    let words = [0x7f00_0000, 0, 0x2000, 0x1000, 0x2000, 0xdead];
+    seeds.add("7.2", ram_table(&[ram, rom], words, "pc.ram"));
+    let told = "vga.vram 4 KiB 0x80060000 0x1000000 0x1000000 0x00007f12ebe00000 rw";
+    let unnamed = "4 KiB 0x80060000 0x1000000 0x1000000 0x00007f12ebe00000 rw";
+    seeds.add("10", ram_table(&[told, unnamed], words, "vga.vram"));
+    seeds.add("short", ram_table(&["name 4 KiB 0x1 0x2"], [0; 6], "name"));
 }

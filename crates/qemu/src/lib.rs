@@ -13,6 +13,8 @@
 mod adopt;
 mod descriptors;
 mod detach;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod image;
 mod image_lock;
 mod keeper;

@@ -273,6 +273,28 @@ fn look_through(piece: &[u8], lines: &[Line], found: &mut [Found]) {
     }
 }
 
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(table: &str, heap: &[u8]) {
+    let Ok(lines) = parse(table) else { return };
+    assert!(lines.len() <= table.lines().count().saturating_sub(1));
+    let told = |line: &Line| {
+        let Line { name, offset, used, total, address } = line;
+        let address = address.map(|address| format!(" {address:#x}")).unwrap_or_default();
+        format!("\n{name} 4 KiB {offset:#x} {used:#x} {total:#x}{address}")
+    };
+    let again: String = lines.iter().map(told).collect();
+    assert_eq!(parse(&again).expect("as QEMU tells it"), lines);
+    let mut found = vec![Found::Nowhere; lines.len()];
+    look_through(heap, &lines, &mut found);
+    for (line, found) in lines.iter().zip(found) {
+        let Some(address) = found.one() else { continue };
+        let numbers = [line.offset, line.used, line.total].map(u64::to_le_bytes).concat();
+        let is_there = |bytes: &[u8]| heap.windows(bytes.len()).any(|part| part == bytes);
+        assert!(is_there(&address.to_le_bytes()) && is_there(&numbers), "{line:?}");
+        assert!(is_there(&[line.name.as_bytes(), b"\0"].concat()), "{line:?}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

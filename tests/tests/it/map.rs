@@ -1,5 +1,6 @@
-//! The map of the repository: files that the documentation names are there.
+//! The map of the repository: files that the documentation names are there, and it names the fuzz targets that there are.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
@@ -28,4 +29,22 @@ fn files_that_the_documentation_names_are_there() {
         }
     }
     assert!(seen > 40, "only {seen} were found");
+}
+
+#[test]
+fn what_is_said_to_be_fuzzed_is_and_nothing_else() {
+    let text = include_str!("../../../docs/threat-model.md");
+    let table = text.split("| what is fuzzed |").nth(1).expect("a table");
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with("| "));
+    let names = rows.flat_map(|row| row.split('|').nth(1).unwrap().split(','));
+    let told: BTreeSet<String> = names.map(|name| name.trim().trim_matches('`').to_owned()).collect();
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates");
+    let targets = fs::read_dir(crates).unwrap().flat_map(|of| {
+        let targets = fs::read_dir(of.unwrap().path().join("fuzz/fuzz_targets"));
+        targets.into_iter().flatten().map(|target| target.unwrap().path())
+    });
+    let there: BTreeSet<String> =
+        targets.map(|target| target.file_stem().unwrap().to_str().unwrap().to_owned()).collect();
+    assert!(there.len() >= 18, "{there:?}");
+    assert_eq!(told, there);
 }

@@ -58,6 +58,15 @@ pub(super) fn read(state_dir: &Path) -> Earlier {
 }
 
 impl Earlier {
+    /// As if this were in them; none where either is not understood.
+    #[cfg(fuzzing)]
+    pub(super) fn of(remnants: &[u8], locked: &[u8]) -> Option<Earlier> {
+        let files = [StateFile::nowhere(), StateFile::nowhere()];
+        let (remnants, locked) =
+            (serde_json::from_slice(remnants).ok()?, serde_json::from_slice(locked).ok()?);
+        Some(Earlier { files, remnants, locked })
+    }
+
     /// One that cannot be read says what is not known now: the record that takes its place is not written before it is read.
     pub(super) fn is_unread(&self) -> bool {
         self.files.iter().any(StateFile::is_unread)
