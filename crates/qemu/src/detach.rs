@@ -62,8 +62,8 @@ pub(crate) async fn spawn<T, E>(
     // Returns when the child has become the program, or could not. The child's end is closed here with the command.
     let spawning = spawn_blocking(move || Command::from(command).spawn());
     let mut pid = [0; 4];
-    let heard = ours.read_exact(&mut pid).await;
-    let known = match heard.map(|_| known(u32::from_ne_bytes(pid))) {
+    let read = ours.read_exact(&mut pid).await;
+    let known = match read.map(|_| known(u32::from_ne_bytes(pid))) {
         Ok(Ok(known)) => Some(known),
         Ok(Err(error)) => return Ok(Err(error)),
         Err(_) => None,

@@ -243,11 +243,11 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`]
     pub async fn status(&self) -> Result<RunState, QmpError> {
-        let (asked, events) = (Instant::now(), self.events_heard());
+        let (asked, events) = (Instant::now(), self.event_count());
         let state = self.execute(QueryStatus {}).await?;
         // Of a guest that does not run not everything is told that becomes of it.
         if state.status == "running" {
-            self.was_heard_to_run(asked, events);
+            self.note_running(asked, events);
         }
         Ok(state)
     }

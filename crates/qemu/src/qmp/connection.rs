@@ -3,7 +3,7 @@
 //! QEMU answers commands in order but sends events in between; each command carries a number that its answer
 //! repeats. A command whose future is dropped is still sent whole, and its answer is thrown away.
 
-mod heard;
+mod read_half;
 mod reading;
 
 use std::{
@@ -18,8 +18,8 @@ use std::{
 
 use super::error::QmpError;
 use super::expecting::Expecting;
-use heard::Heard;
 use qapi::Command;
+use read_half::ReadHalf;
 use reading::{Lines, read_task};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Deserialize;
@@ -73,7 +73,7 @@ struct Shared {
     peer: Option<u32>,
     /// What we are about to bring about for a moment.
     expecting: Arc<Expecting>,
-    heard: Arc<Heard>,
+    read_half: Arc<ReadHalf>,
 }
 
 struct Request {
@@ -120,8 +120,8 @@ impl Qmp {
         let peer =
             stream.peer_cred().ok().and_then(|peer| peer.pid()).and_then(|pid| u32::try_from(pid).ok());
         let (read, write) = stream.into_split();
-        let heard = Arc::new(Heard::new(read));
-        let mut lines = Lines { heard: Arc::clone(&heard), buffer: Vec::new(), searched: 0 };
+        let read_half = Arc::new(ReadHalf::new(read));
+        let mut lines = Lines { read_half: Arc::clone(&read_half), buffer: Vec::new(), searched: 0 };
         let line = timeout(GREETING_DEADLINE, lines.next()).await.map_err(|_| taken())?.map_err(failed)?;
         // A socket that closes at once has a QEMU behind it that is just exiting.
         let line = line.ok_or_else(|| failed(io::ErrorKind::ConnectionReset.into()))?;
@@ -142,7 +142,7 @@ impl Qmp {
             events: events.downgrade(),
             peer,
             expecting: Arc::clone(&expecting),
-            heard,
+            read_half,
         };
         let pending = Pending::new(Mutex::new(Some(HashMap::new())));
         let (closed, until_closed) = oneshot::channel();
@@ -260,20 +260,20 @@ impl Qmp {
     }
 
     /// How many events have come, however many of them were looked at.
-    pub(super) fn events_heard(&self) -> u64 {
-        self.shared.heard.events()
+    pub(super) fn event_count(&self) -> u64 {
+        self.shared.read_half.event_count()
     }
 
     /// QEMU has answered, to a question of this moment, that its guest runs; so many events had come when it was asked.
-    pub(super) fn was_heard_to_run(&self, asked: Instant, events: u64) {
-        self.shared.heard.runs(asked, events);
+    pub(super) fn note_running(&self, asked: Instant, events: u64) {
+        self.shared.read_half.note_running(asked, events);
     }
 
     /// Whether the guest runs, as QEMU has said within that time, and has told nothing of any kind since. No question is asked: a guest
     /// that stops running is told of, to everybody and before whoever stops it has an answer. That QEMU hangs since is not noticed.
     #[must_use]
     pub fn is_known_to_run(&self, within: Duration) -> bool {
-        self.shared.heard.is_known_to_run(within)
+        self.shared.read_half.is_known_to_run(within)
     }
 
     /// The socket of the connection.

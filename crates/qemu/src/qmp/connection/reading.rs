@@ -9,7 +9,7 @@ use serde_json::Value;
 use tokio::sync::{broadcast, oneshot};
 
 use super::super::expecting::Expecting;
-use super::heard::Heard;
+use super::read_half::ReadHalf;
 use super::{Answer, ErrorBody, Event, Pending};
 
 /// Longest line that is accepted. The largest answers (schemas, full block graphs) are below 1 MiB.
@@ -28,7 +28,7 @@ pub(super) async fn read_task(
             _ = &mut closed => break,
         };
         match line {
-            Ok(Some(line)) => dispatch(&line, &lines.heard, &events, &pending, &expecting),
+            Ok(Some(line)) => dispatch(&line, &lines.read_half, &events, &pending, &expecting),
             Ok(None) => break,
             Err(error) => {
                 tracing::debug!(%error, "QMP connection broke while reading");
@@ -36,7 +36,7 @@ pub(super) async fn read_task(
             }
         }
     }
-    lines.heard.ends();
+    lines.read_half.end();
     // Everyone still waiting learns that there will be no answer.
     *pending.lock().unwrap_or_else(PoisonError::into_inner) = None;
 }
@@ -62,7 +62,7 @@ struct Timestamp {
 
 fn dispatch(
     line: &[u8],
-    heard: &Heard,
+    read_half: &ReadHalf,
     events: &broadcast::Sender<Event>,
     pending: &Pending,
     expecting: &Expecting,
@@ -76,7 +76,7 @@ fn dispatch(
         }
     };
     if let Some(name) = line.event {
-        heard.event();
+        read_half.count_event();
         let timestamp = line.timestamp.and_then(|stamp| {
             let since = Duration::from_secs(u64::try_from(stamp.seconds).ok()?)
                 + Duration::from_micros(u64::try_from(stamp.microseconds).ok()?);
@@ -110,7 +110,7 @@ fn dispatch(
 
 /// Lines of a socket, of bounded length. `next` loses nothing when its future is dropped.
 pub(super) struct Lines {
-    pub(super) heard: Arc<Heard>,
+    pub(super) read_half: Arc<ReadHalf>,
     pub(super) buffer: Vec<u8>,
     /// Bytes of the buffer that are known to hold no end of line.
     pub(super) searched: usize,
@@ -128,7 +128,7 @@ impl Lines {
             if self.buffer.len() > LONGEST_LINE {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a line of more than 64 MiB"));
             }
-            if self.heard.read(&mut self.buffer).await? == 0 {
+            if self.read_half.read(&mut self.buffer).await? == 0 {
                 return Ok(None);
             }
         }

@@ -1,4 +1,4 @@
-//! What has been heard of a QEMU, and whether that is all that it has said.
+//! The read half of a connection, and the run state that is known from what has come in by it.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,29 +9,34 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
 
-/// The end of a connection at which QEMU is heard, and what came of that.
+/// The half by which answers and events come, and what they have told of the guest.
 #[derive(Debug)]
-pub(super) struct Heard {
-    read: OwnedReadHalf,
+pub(super) struct ReadHalf {
+    stream: OwnedReadHalf,
     /// Somebody has, or is about to have, what was not looked at yet; or nobody looks any more.
     reading: AtomicBool,
     events: AtomicU64,
-    /// When QEMU was asked that has said that its guest runs, and how many events had come.
-    runs: Mutex<Option<(Instant, u64)>>,
+    /// When QEMU was last asked that answered that its guest runs, and how many events had come by then.
+    running: Mutex<Option<(Instant, u64)>>,
 }
 
-impl Heard {
-    pub(super) fn new(read: OwnedReadHalf) -> Heard {
-        Heard { read, reading: AtomicBool::new(true), events: AtomicU64::new(0), runs: Mutex::default() }
+impl ReadHalf {
+    pub(super) fn new(stream: OwnedReadHalf) -> ReadHalf {
+        ReadHalf {
+            stream,
+            reading: AtomicBool::new(true),
+            events: AtomicU64::new(0),
+            running: Mutex::default(),
+        }
     }
 
     /// Waits for more, and reads it. Everything that was read before has been looked at, unless it is a part of something.
     pub(super) async fn read(&self, buffer: &mut Vec<u8>) -> io::Result<usize> {
         self.reading.store(!buffer.is_empty(), Ordering::SeqCst);
         loop {
-            self.read.readable().await?;
+            self.stream.readable().await?;
             self.reading.store(true, Ordering::SeqCst);
-            match self.read.try_read_buf(buffer) {
+            match self.stream.try_read_buf(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     self.reading.store(!buffer.is_empty(), Ordering::SeqCst);
                 }
@@ -41,36 +46,37 @@ impl Heard {
     }
 
     /// Nobody reads any more.
-    pub(super) fn ends(&self) {
+    pub(super) fn end(&self) {
         self.reading.store(true, Ordering::SeqCst);
     }
 
     /// An event has come.
-    pub(super) fn event(&self) {
+    pub(super) fn count_event(&self) {
         self.events.fetch_add(1, Ordering::SeqCst);
     }
 
-    pub(super) fn events(&self) -> u64 {
+    pub(super) fn event_count(&self) -> u64 {
         self.events.load(Ordering::SeqCst)
     }
 
-    pub(super) fn runs(&self, asked: Instant, events: u64) {
-        *self.runs.lock().unwrap_or_else(PoisonError::into_inner) = Some((asked, events));
+    /// QEMU was asked then, after so many events, and has answered that its guest runs.
+    pub(super) fn note_running(&self, asked: Instant, events: u64) {
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some((asked, events));
     }
 
     pub(super) fn is_known_to_run(&self, within: Duration) -> bool {
-        let runs = *self.runs.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some((asked, events)) = runs else { return false };
+        let running = *self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((asked, events)) = running else { return false };
         // In this order: what is not in the socket any more is being read, or has been looked at.
         asked.elapsed() < within
-            && self.has_nothing_to_say()
+            && self.is_drained()
             && !self.reading.load(Ordering::SeqCst)
-            && self.events() == events
+            && self.event_count() == events
     }
 
     /// Whether nothing waits in the socket, not even its end.
-    fn has_nothing_to_say(&self) -> bool {
-        let stream: &UnixStream = self.read.as_ref();
+    fn is_drained(&self) -> bool {
+        let stream: &UnixStream = self.stream.as_ref();
         let mut polled = [PollFd::new(stream, PollFlags::IN)];
         poll(&mut polled, Some(&Timespec::default())).is_ok_and(|ready| ready == 0)
     }
