@@ -1,7 +1,11 @@
 //! The memory's rounds: one after the other, each acknowledged before the next.
 
+mod audits;
+mod report;
+mod scan;
+
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use compression::Compression;
@@ -13,31 +17,21 @@ use mirror::memory::Ram;
 use mirror::memory::pages::PageSet;
 use mirror::memory::post_copy::PostCopySource;
 use mirror::memory::round::{Flow, Guest, Sent};
-use mirror::memory::source::{How, MemorySource, Proof, Scanned, Scanning, SourceError, TrackedRange};
+use mirror::memory::source::{How, MemorySource, Scanned, Scanning, SourceError, TrackedRange};
 use mirror::storage::Lane;
-use mirror::storage::layout::BLOCK_SIZE;
 use mirror::storage::source::StorageSource;
 use qemu::{Qmp, RamBlock};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::disks::blocks;
 use super::estimate::Estimate;
 use super::inbox::Inbox;
 use super::peer::{Destination, violation};
 use super::stop::Stop;
-use finding::Finding;
 use movable::confinement;
 use protocol::deadlines::ROUND;
-use protocol::wire::{Reply, Request, Sums};
-use session::report::{Memory, Quiesced, Round, Verification};
-
-/// How often a guest that was stopped for a scan is told again to go on.
-const UNQUIESCE: u32 = 3;
-/// What a destination reads back of its copy at the least, in bytes per second.
-const SLOWEST_AUDIT: u64 = 100 << 20;
-/// How long to watch a guest to see how fast it dirties memory: longer than the pauses of one that works in bursts.
-const GLANCE: Duration = Duration::from_millis(100);
+use protocol::wire::{Reply, Sums};
+use session::report::{Memory, Quiesced, Round};
 
 /// The memory's side of a mirror: its state, and what has been measured.
 pub(super) struct Rounds {
@@ -297,42 +291,8 @@ impl Rounds {
             merged: 0,
             estimate: (guest == Guest::Running).then(|| self.estimate.told()),
         });
-        merge(&mut self.report);
+        report::merge(&mut self.report);
         Ok(())
-    }
-
-    /// Has blocks sent again that the destination has found wrong.
-    fn repair_blocks(&mut self) -> Result<(), Stop> {
-        for wrong in self.inbox.take_blocks() {
-            // A check fails where the guest has written the block since: that is no discrepancy.
-            if !wrong.checked {
-                self.repaired_blocks += wrong.blocks.len() as u64;
-            }
-            let repaired = self.storage.as_ref().is_some_and(|storage| storage.repair(&blocks(&wrong)));
-            if !repaired {
-                return Err(violation("finds blocks wrong that there are not"));
-            }
-        }
-        Ok(())
-    }
-
-    /// Of a paused guest: checks that have failed, because the guest had written a block since, are settled. What else is wrong with
-    /// blocks stays to be judged.
-    pub(super) async fn settle_checks(&mut self) -> Result<(), Stop> {
-        let Some(storage) = self.storage.clone() else { return Ok(()) };
-        let (checked, wrong): (Vec<_>, Vec<_>) =
-            self.inbox.take_blocks().into_iter().partition(|wrong| wrong.checked);
-        wrong.into_iter().try_for_each(|wrong| self.inbox.note(Reply::WrongBlocks(wrong)))?;
-        if !checked.iter().all(|wrong| storage.repair(&blocks(wrong))) {
-            return Err(violation("finds blocks wrong that there are not"));
-        }
-        let settled = tokio::task::spawn_blocking(move || {
-            while storage.uncertain() > 0 && !storage.is_over() {
-                storage.settle()?;
-            }
-            Ok::<_, (usize, std::io::Error)>(())
-        });
-        settled.await.map_err(|e| broken(&e))?.map_err(|(_, e)| broken(&e))
     }
 
     async fn acknowledged(&mut self, destination: &mut Destination, sent: &Sent) -> Result<Sums, Stop> {
@@ -352,39 +312,6 @@ impl Rounds {
                 }
             }
         }
-    }
-
-    /// How fast the guest dirties memory at this moment, in bytes per second: what it dirties in a short while.
-    pub(super) async fn dirty_rate_now(&mut self, destination: &mut Destination) -> Result<f64, Stop> {
-        let first = self.scan(destination, Guest::Running).await?;
-        tokio::time::sleep(GLANCE).await;
-        let second = self.scan(destination, Guest::Running).await?;
-        self.last_scan = Some(second.begin);
-        Ok((second.pages * PAGE_SIZE as u64) as f64 / (second.begin - first.begin).as_secs_f64())
-    }
-
-    /// Scans. A guest with devices that write its memory behind the tracking is stopped meanwhile, which drains them.
-    async fn scan(&mut self, destination: &mut Destination, guest: Guest) -> Result<Scanned, Stop> {
-        let Some(qmp) = self.quiesce.clone().filter(|_| guest == Guest::Running) else {
-            return self.with(destination, move |memory| memory.look(guest)).await;
-        };
-        let memory = self.memory.take().ok_or_else(|| broken(&SourceError::Ended))?;
-        let (tell, answer) = oneshot::channel();
-        // On a task of its own: whoever waits for it may go, the guest goes on all the same.
-        let left_stopped = Arc::clone(&self.left_stopped);
-        let busy = tokio::spawn(async move {
-            let (memory, scanned) = quiesced_scan(&qmp, memory, &left_stopped).await;
-            let _ = tell.send(Ok(scanned));
-            memory
-        });
-        let (scanned, stopped) = self.attend(destination, busy, answer).await??;
-        if let Some(quiesced) = &mut self.quiesced {
-            let ms = stopped.as_secs_f64() * 1e3;
-            quiesced.stops += 1;
-            quiesced.total_ms += ms;
-            quiesced.longest_ms = quiesced.longest_ms.max(ms);
-        }
-        Ok(scanned)
     }
 
     /// Begins to supply what was withheld, or what the destination says is missing.
@@ -409,75 +336,9 @@ impl Rounds {
         Sums::new(0, &sums, 0).sums
     }
 
-    /// Has the destination read its whole copy back. Returns how many pages it compared, and how many differed.
-    pub(super) async fn read_back(&mut self, destination: &mut Destination) -> Result<(u64, u64), Stop> {
-        let disks = self.storage.as_ref().map_or(0, |storage| storage.layout().block_count());
-        let size = self.totals.pages * PAGE_SIZE as u64 + disks * BLOCK_SIZE as u64;
-        let limit = ROUND + Duration::from_secs(size / SLOWEST_AUDIT);
-        destination.send(Request::Audit(protocol::wire::Nothing {})).await?;
-        loop {
-            match destination.receive_within(limit, "read its copy back").await? {
-                Reply::Audited(audited) => {
-                    self.audited_there = self.audited_there.saturating_add(audited.pages);
-                    self.audited_blocks = self.audited_blocks.saturating_add(audited.blocks);
-                    let differing = audited.differing.saturating_add(audited.differing_blocks);
-                    return Ok((audited.pages, differing));
-                }
-                reply @ (Reply::Mismatch(_) | Reply::WrongBlocks(_)) => self.inbox.note(reply)?,
-                other => return Err(violation(&format!("said {other} instead of what its audit found"))),
-            }
-        }
-    }
-
-    /// Compares all of the source's RAM with the ledger. What differs is settled by the next rounds.
-    pub(super) async fn audit(&mut self, destination: &mut Destination) -> Result<(), Stop> {
-        self.with(destination, |memory| Ok(memory.audit()?)).await.map(drop)
-    }
-
-    /// Compares all of the frozen RAM with the ledger.
-    pub(super) async fn prove(&mut self) -> Result<Proof, Stop> {
-        let memory = self.memory.take().ok_or_else(|| broken(&SourceError::Ended))?;
-        let work = tokio::task::spawn_blocking(move || {
-            let proof = memory.prove();
-            (memory, proof)
-        });
-        let (memory, proof) = work.await.map_err(|e| broken(&e))?;
-        self.memory = Some(memory);
-        proof.map_err(|e| broken(&e))
-    }
-
-    /// Whether the destination has asked for pages that it has not yet been sent again.
-    pub(super) fn repairs_due(&self) -> bool {
-        self.inbox.repairs() > 0 || self.inbox.has_blocks()
-    }
-
-    /// Whether an audit has raised a doubt that further rounds must settle.
-    pub(super) fn in_doubt(&self) -> bool {
-        self.repairs_due() || !self.equal || self.memory.as_ref().is_some_and(MemorySource::in_doubt)
-    }
-
-    /// Whether anything at all is not certain: of a guest that stands still nothing may be.
-    pub(super) fn is_certain(&self) -> bool {
-        let settled = self.storage.as_ref().is_none_or(|storage| storage.uncertain() == 0);
-        settled && !self.in_doubt() && !self.memory.as_ref().is_some_and(MemorySource::has_suspects)
-    }
-
     /// Takes in what the destination says while no round is under way.
     pub(super) fn note(&mut self, reply: Reply) -> Result<(), Stop> {
         self.inbox.note(reply)
-    }
-
-    /// What the audits have done so far.
-    pub(super) fn verification(&self) -> Verification {
-        let (audited, missed) =
-            self.memory.as_ref().map_or((0, 0), |memory| (memory.audited(), memory.missed()));
-        Verification {
-            audited_pages: audited.saturating_add(self.audited_there),
-            repaired_pages: self.repaired + self.inbox.repairs() as u64 + missed,
-            audited_blocks: self.audited_blocks,
-            repaired_blocks: self.repaired_blocks,
-            ..Verification::default()
-        }
     }
 
     /// Tells whether a scan has stopped the guest and not been able to let it go on. It is certain when the rounds have ended.
@@ -505,68 +366,6 @@ impl Rounds {
     }
 }
 
-/// Stops the guest, which drains its disks, scans, and lets it go on. Returns for how long it was stopped, too.
-async fn quiesced_scan(
-    qmp: &Qmp,
-    mut memory: MemorySource,
-    left_stopped: &AtomicBool,
-) -> (MemorySource, Result<(Scanned, Duration), Stop>) {
-    let begin = Instant::now();
-    match qmp.quiesce().await {
-        Ok(true) => {}
-        Ok(false) => {
-            let message = "the VM was paused by somebody else";
-            let paused = Finding::new("vm-paused", message, "migrate the VM when it runs again");
-            return (memory, Err(Stop::Failed(paused)));
-        }
-        Err(e) => {
-            // It may have been stopped all the same.
-            left_stopped.store(qmp.unquiesce().await.is_err(), Ordering::Relaxed);
-            return (memory, Err(Stop::qemu(e)));
-        }
-    }
-    let scanning = tokio::task::spawn_blocking(move || {
-        let scanned = memory.look(Guest::Running);
-        (memory, scanned)
-    });
-    let scanned = scanning.await;
-    let mut resumed = qmp.unquiesce().await;
-    for _ in 0..UNQUIESCE {
-        if resumed.is_ok() {
-            break;
-        }
-        resumed = qmp.unquiesce().await;
-    }
-    left_stopped.store(resumed.is_err(), Ordering::Relaxed);
-    let stopped = begin.elapsed();
-    let (memory, scanned) = match scanned {
-        Ok(scanned) => scanned,
-        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-    };
-    let scanned = scanned.map_err(|e| broken(&e));
-    (memory, scanned.and_then(|scanned| resumed.map(|()| (scanned, stopped)).map_err(Stop::qemu)))
-}
-
-/// Rounds that a report tells one by one; and those of them at its beginning and end that always are.
-const MOST_ROUNDS: usize = 1000;
-const FIRST_ROUNDS: usize = 16;
-const LAST_ROUNDS: usize = 200;
-
-/// A mirror may stand for days. When there are too many rounds to be told, neighbours in the middle become one.
-fn merge(rounds: &mut Vec<Round>) {
-    if rounds.len() <= MOST_ROUNDS {
-        return;
-    }
-    let last = rounds.split_off(rounds.len() - LAST_ROUNDS);
-    let middle = rounds.split_off(FIRST_ROUNDS);
-    for pair in middle.chunks(2) {
-        let mut round = pair[0].clone();
-        pair[1..].iter().for_each(|next| round.take_in(next));
-        rounds.push(round);
-    }
-    rounds.extend(last);
-}
-
 fn broken(error: &(dyn std::error::Error + 'static)) -> Stop {
     match error.downcast_ref() {
         // A QEMU that ends loses its memory first, and its monitor after that.
@@ -580,20 +379,6 @@ fn broken(error: &(dyn std::error::Error + 'static)) -> Stop {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn however_many_rounds_there_are_the_report_stays_small_and_its_sums_right() {
-        let mut rounds = Vec::new();
-        for n in 0..50_000 {
-            rounds.push(Round { n, dirty_pages: 3, unchanged: 3, wire_bytes: 7, ..Round::default() });
-            merge(&mut rounds);
-        }
-        assert!(rounds.len() <= MOST_ROUNDS, "{}", rounds.len());
-        assert_eq!(rounds.iter().map(|round| round.wire_bytes).sum::<u64>(), 350_000);
-        assert_eq!(rounds.iter().map(|round| u64::from(round.merged) + 1).sum::<u64>(), 50_000);
-        assert!(rounds.is_sorted_by_key(|round| round.n));
-        assert_eq!((rounds[1].n, rounds.last().map(|round| round.n)), (1, Some(49_999)));
-    }
 
     #[test]
     fn a_scan_of_a_qemu_that_has_ended_says_that_it_has() {
