@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
-use crate::parameters;
+use crate::rate;
 use crate::writer::Control;
 
 /// One command.
@@ -58,7 +58,7 @@ impl Command {
             (Some("reboot"), None, _) => Self::Reboot,
             (Some("panic"), None, _) => Self::Panic,
             (Some("rate"), Some(rate), None) => {
-                Self::Rate(parameters::rate(rate).map_err(|_| CommandError::Rate(rate.to_owned()))?)
+                Self::Rate(rate::parse(rate).map_err(|_| CommandError::Rate(rate.to_owned()))?)
             }
             _ => return Err(CommandError::Unknown(line.trim().to_owned())),
         };

@@ -8,16 +8,17 @@
 pub mod block;
 pub mod blocks;
 pub mod device;
+mod error;
 pub mod files;
 pub mod gate;
 pub mod journal;
 pub mod plan;
 pub mod tally;
 
-use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+pub use error::DiskError;
 pub use plan::{Io, Plan, Role, Work};
 pub use tally::{DiskStatus, Fault, Faults, Verdict};
 
@@ -28,42 +29,7 @@ use gate::Gate;
 use journal::{Acknowledged, Journal};
 use tally::Tally;
 
-use crate::writer::{Pace, TICK};
-
-/// A test disk that cannot be used as planned.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum DiskError {
-    /// No disk has this serial number.
-    #[error("no disk with serial number {0:?}")]
-    Missing(String),
-    /// The regions of its roles are larger than the disk, or leave the last of them nothing.
-    #[error("disk {serial}: {bytes} bytes are too few for its roles")]
-    TooSmall {
-        /// Its serial number.
-        serial: String,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Something that the kernel was asked for.
-    #[error("disk {serial}: {what}: {source}")]
-    System {
-        /// Its serial number.
-        serial: String,
-        /// What it was.
-        what: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl DiskError {
-    fn system(serial: &str, what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        let serial = serial.to_owned();
-        move |source| Self::System { serial, what, source }
-    }
-}
+use crate::pace::{Pace, TICK};
 
 /// All test disks of a guest, and what is done with them.
 #[derive(Debug)]

@@ -3,7 +3,8 @@
 use std::net::Ipv4Addr;
 
 use crate::disk::Plan;
-use crate::page::{self, Content};
+use crate::page::Content;
+use crate::rate::{self, pages};
 use crate::userland::Changes;
 use crate::workload::Pattern;
 
@@ -98,7 +99,7 @@ impl Parameters {
             "gw" => self.gateway = Some(value.parse().map_err(|_| "an IPv4 address")?),
             "fill" => self.fill_mib = value.parse().map_err(|_| "a number of MiB")?,
             "workset" => self.working_set_mib = Some(value.parse().map_err(|_| "a number of MiB")?),
-            "rate" => self.rate = rate(value)?,
+            "rate" => self.rate = rate::parse(value)?,
             "pattern" => {
                 self.pattern =
                     Pattern::named(value).ok_or("random, sequential, counter or incompressible")?;
@@ -119,7 +120,7 @@ impl Parameters {
                 self.disks.push(plan);
             }
             "check" => self.check = switch(value)?,
-            "check_rate" => self.check_rate = rate(value)?,
+            "check_rate" => self.check_rate = rate::parse(value)?,
             _ => {
                 return Err(
                     "ip, gw, fill, workset, rate, pattern, content, read, userland, disk, check or check_rate",
@@ -151,20 +152,6 @@ fn switch(value: &str) -> Result<bool, &'static str> {
         "off" => Ok(false),
         _ => Err("on or off"),
     }
-}
-
-/// A rate in pages per second: `250` is pages, `4MiB` is 1024.
-pub(crate) fn rate(value: &str) -> Result<u64, &'static str> {
-    let expected = "pages per second, or MiB per second as in 4MiB";
-    match value.strip_suffix("MiB") {
-        Some(mib) => mib.parse().ok().filter(|mib| *mib < 1 << 32).map(pages),
-        None => value.parse().ok(),
-    }
-    .ok_or(expected)
-}
-
-const fn pages(mib: u64) -> u64 {
-    mib * ((1 << 20) / page::SIZE as u64)
 }
 
 fn address(value: &str) -> Option<(Ipv4Addr, u8)> {

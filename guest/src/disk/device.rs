@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{DiskError, Role};
+use super::error::DiskError;
+use super::plan::Role;
 
 const BLOCK_DEVICES: &str = "/sys/block";
 /// Bytes of a sector in the kernel's files, whatever the disk's own.

@@ -12,9 +12,9 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::DiskError;
 use super::block::{self, SIZE};
 use super::device::{Aligned, Device};
+use super::error::DiskError;
 use super::tally::{Fault, Place, Tally, Verdict};
 use crate::page::{Content, Identity, Sequence};
 use crate::system;

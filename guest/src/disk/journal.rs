@@ -22,9 +22,9 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::DiskError;
 use super::block::{checksum, put_serial, serial_in};
 use super::device::{Aligned, Device};
+use super::error::DiskError;
 use super::tally::{Fault, Place, Tally, Verdict};
 use crate::page::{self, Content, Identity, get, put};
 

@@ -10,7 +10,7 @@
 
 use std::fmt;
 
-use crate::parameters;
+use crate::rate;
 use crate::workload::Pattern;
 
 /// The longest serial number of a virtio disk.
@@ -142,7 +142,7 @@ impl Role {
                 self.region_mib = Some(mib.ok_or("a region of at least 1 MiB")?);
             }
             ("rate", Work::Blocks { rate, .. } | Work::Journal { rate } | Work::Ext4 { rate }) => {
-                *rate = parameters::rate(value)?;
+                *rate = rate::parse(value)?;
             }
             ("pattern", Work::Blocks { pattern, .. }) => {
                 *pattern = Pattern::named(value).ok_or("random, sequential, counter or incompressible")?;
@@ -152,7 +152,7 @@ impl Role {
                 let given = value.parse().ok().filter(|depth| (1..=DEPTH).contains(depth));
                 *depth = given.ok_or("a depth of 1 to 64")?;
             }
-            ("check", Work::Blocks { check_rate, .. }) => *check_rate = parameters::rate(value)?,
+            ("check", Work::Blocks { check_rate, .. }) => *check_rate = rate::parse(value)?,
             (_, Work::Blocks { .. }) => return Err("pattern, io, rate, depth, check or region"),
             (_, Work::Journal { .. }) => return Err("rate or region"),
             (_, Work::Ext4 { .. }) => return Err("rate"),
