@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use crate::TestbedError;
+use crate::addresses::{CLIENT_ADDRESS, GUEST_PREFIX};
 use crate::client::Client;
 use crate::host::{Host, Place};
 use crate::name;
@@ -17,10 +18,6 @@ use crate::sweep::sweep;
 use crate::times::Timed;
 use crate::wire::{self, Disturbance, Wire};
 
-/// The client's address in the guests' network.
-pub const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 88, 0, 1);
-/// The bits of the guests' network.
-pub const GUEST_PREFIX: u8 = 24;
 /// The agents' port where each host has an address of its own.
 const LINK_PORT: u16 = 7600;
 

@@ -13,9 +13,10 @@ use guest::userland::Changes;
 
 pub use test_disk::{Aio, Cache, Syntax, TestDisk};
 
+use crate::TestbedError;
 use crate::accelerator::Accelerator;
-use crate::programs::{self, Programs};
-use crate::{GUEST_PREFIX, TestbedError};
+use crate::addresses::{self, GUEST_PREFIX};
+use crate::programs;
 
 /// A test guest to be: change the fields that matter, leave the rest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,25 +110,16 @@ impl Nic {
             tap: tap.to_owned(),
             descriptors: Vec::new(),
             mac: format!("52:54:00:88:00:{number:02x}"),
-            address: Ipv4Addr::new(10, 88, 0, number),
+            address: addresses::of_guest(number),
         }
     }
 }
 
 impl GuestSpec {
-    /// A guest of 512 MiB that fills 256 of them and writes nothing, without network, its console appended to `serial`.
+    /// A guest of 512 MiB that fills 256 of them and writes nothing, without network, its console appended to `serial`, run by that.
     ///
     /// # Errors
     /// [`TestbedError::NotSetUp`] where the guest's images are missing.
-    pub fn new(serial: impl Into<PathBuf>) -> Result<Self, TestbedError> {
-        let qemu = Programs::find().qemu;
-        Ok(Self {
-            accelerator: Accelerator::detect(&qemu)?,
-            ..Self::accelerated(qemu, Accelerator::Tcg, serial)?
-        })
-    }
-
-    /// The same, without finding out what accelerates it.
     pub(crate) fn accelerated(
         qemu: PathBuf,
         accelerator: Accelerator,

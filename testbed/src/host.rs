@@ -345,7 +345,7 @@ impl Host {
         let command_line = spec.command_line();
         let mut command = self.command(&command_line[0]);
         command.args(&command_line[1..]);
-        RunningGuest::start(command, spec)
+        RunningGuest::start(command, &spec.qemu, &spec.serial)
     }
 
     /// As [`Host::boot`], of a guest whose QEMU is given descriptors, under the numbers that they have here.
@@ -366,7 +366,7 @@ impl Host {
         };
         // SAFETY: between fork and exec only system calls are made, on descriptors that the closure owns; nothing is allocated.
         unsafe { command.pre_exec(hand_in) };
-        RunningGuest::start(command, spec)
+        RunningGuest::start(command, &spec.qemu, &spec.serial)
     }
 
     /// The processes of this host: everything in its network, and everything started from it.

@@ -18,9 +18,11 @@
 //! dropped, and what a killed process left is [swept](sweep::sweep) by the next one.
 
 pub mod accelerator;
+mod addresses;
 mod bed;
 pub mod client;
 pub mod cpu;
+mod detect;
 pub mod disk;
 mod error;
 pub mod fault;
@@ -42,7 +44,8 @@ mod times;
 mod tool;
 mod wire;
 
-pub use bed::{CLIENT_ADDRESS, GUEST_PREFIX, Testbed};
+pub use addresses::{CLIENT_ADDRESS, GUEST_PREFIX};
+pub use bed::Testbed;
 pub use client::{Client, Journal};
 pub use error::TestbedError;
 pub use guest_spec::{GuestSpec, TestDisk};

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use guest::status::{PREFIX, READY, Status};
 
+use crate::TestbedError;
 use crate::tool::tail;
-use crate::{GuestSpec, TestbedError};
 
 /// How often something that is waited for is looked at.
 pub(crate) const POLL: Duration = Duration::from_millis(20);
@@ -22,10 +22,11 @@ pub struct RunningGuest {
 }
 
 impl RunningGuest {
-    pub(crate) fn start(mut command: Command, spec: &GuestSpec) -> Result<Self, TestbedError> {
-        let failed = |source| TestbedError::Start { program: spec.qemu.display().to_string(), source };
+    /// Starts `qemu` by that command, with its serial console in the file `serial`.
+    pub(crate) fn start(mut command: Command, qemu: &Path, serial: &Path) -> Result<Self, TestbedError> {
+        let failed = |source| TestbedError::Start { program: qemu.display().to_string(), source };
         let child = command.stdin(Stdio::null()).spawn().map_err(failed)?;
-        Ok(Self { child, console: Console::new(&spec.serial) })
+        Ok(Self { child, console: Console::new(serial) })
     }
 
     /// QEMU's process.
