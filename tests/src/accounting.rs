@@ -3,10 +3,7 @@
 use session::report::Verdict;
 use session::{Outcome, Phase, Report};
 
-use crate::Guest;
-
-/// Bytes in a page.
-pub const PAGE: u64 = 4096;
+use crate::{Guest, PAGE};
 
 /// All phases, in their order.
 pub const PHASES: [Phase; 9] = [

@@ -8,6 +8,9 @@ use testbed::{Console, Host, Status};
 
 use crate::PATIENCE;
 
+/// Bytes in a page of its RAM.
+pub const PAGE: u64 = 4096;
+
 /// A test guest that is ready. Its serial console has all it ever said, on whichever host.
 #[derive(Debug)]
 pub struct Guest {
@@ -71,7 +74,7 @@ impl Guest {
     /// Pages of guest RAM.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.spec.memory_mib * (1 << 20) / crate::PAGE
+        self.spec.memory_mib * (1 << 20) / PAGE
     }
 
     /// Waits until it says something again: it runs.

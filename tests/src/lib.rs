@@ -25,9 +25,9 @@ mod traffic;
 mod under_way;
 mod writes;
 
-pub use accounting::{PAGE, PHASES, report_adds_up};
+pub use accounting::{PHASES, report_adds_up};
 pub use disks::{BlockDevice, image, local, noise, write_noise};
-pub use guest::Guest;
+pub use guest::{Guest, PAGE};
 pub use level::{Level, Trend};
 pub use matrix::Side;
 pub use outrun::{OUTRUN, outrunning};

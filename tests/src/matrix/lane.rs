@@ -8,15 +8,12 @@ use std::time::{Duration, Instant};
 use session::points;
 use testbed::disk::{self, Format};
 use testbed::guest_spec::{GuestSpec, Io, Nic, Pattern, TestDisk, Work};
-use testbed::{
-    AgentOptions, BadDisk, Difference, Host, Inventory, Programs, Shim, Status, Testbed, TestbedError, Wire,
-};
+use testbed::{AgentOptions, Difference, Inventory, Programs, Shim, Status, Testbed, TestbedError, Wire};
 
-use super::cell::{Cell, Direction, Kind};
-use super::judge::{Judge, Outcome, Run};
-use super::strike::Strike;
+use super::cell::Kind;
+use super::side::Side;
 use super::watch::Watch;
-use crate::{Guest, OUTRUN, PATIENCE, Pair, UnderWay, outrunning, vmirror};
+use crate::{Guest, OUTRUN, Pair, outrunning, vmirror};
 
 /// What all of them are called, one after the other: a name has a history on both hosts.
 pub(super) const NAME: &str = "vm";
@@ -24,8 +21,6 @@ const TAP: &str = "tap0";
 const MIB: u64 = 1 << 20;
 /// Room for the state of an agent.
 const STATE: u64 = 8 * MIB;
-/// How long a migration may take to come to a point.
-const TO_POINT: Duration = PATIENCE;
 
 /// A host that holds the same for so long holds nothing that is about to be given back.
 const GIVEN_BACK: Duration = Duration::from_secs(2);
@@ -33,37 +28,6 @@ const GIVEN_BACK: Duration = Duration::from_secs(2);
 /// What has come or gone, but for RAM in use: a guest uses more of it as it likes.
 pub(super) fn difference(held: &Inventory, now: &Inventory) -> Option<Difference> {
     Inventory { ram_bytes: now.ram_bytes, ..held.clone() }.difference(now).err()
-}
-
-/// One of the two hosts of a lane.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// Host A.
-    A,
-    /// Host B.
-    B,
-}
-
-impl Side {
-    /// The other one.
-    #[must_use]
-    pub fn other(self) -> Side {
-        match self {
-            Side::A => Side::B,
-            Side::B => Side::A,
-        }
-    }
-}
-
-impl Pair {
-    /// The host of that side.
-    #[must_use]
-    pub fn host(&self, side: Side) -> &Host {
-        match side {
-            Side::A => self.a(),
-            Side::B => self.b(),
-        }
-    }
 }
 
 /// A guest that lives.
@@ -79,10 +43,10 @@ pub(super) struct Living {
 pub struct Lane {
     // First, so that it ends before what it watches.
     pub(super) watch: Watch,
-    pair: Arc<Pair>,
+    pub(super) pair: Arc<Pair>,
     kind: Kind,
-    shims: [Shim; 2],
-    points: [PathBuf; 2],
+    pub(super) shims: [Shim; 2],
+    pub(super) points: [PathBuf; 2],
     options: [AgentOptions; 2],
     pub(super) living: Option<Living>,
     booted: u32,
@@ -160,77 +124,16 @@ impl Lane {
         }
     }
 
-    /// Runs a cell: the guest is brought to where it begins, and what comes of it is judged.
-    pub fn run(&mut self, cell: &Cell, seed: u64) -> Run {
-        let from = match cell.direction {
-            Direction::There => Side::A,
-            Direction::Back => Side::B,
-        };
-        if let Err(why) = self.bring_to(from) {
-            return Run::not_begun(cell, seed, &why);
-        }
-        let strike = Strike::new(cell, seed);
-        let pair = Arc::clone(&self.pair);
-        self.forget_console();
-        self.watch.anew(from);
-        let held =
-            self.points[if cell.point.is_destinations() { from.other() } else { from } as usize].clone();
-        File::create(held.join(cell.point.name())).unwrap();
-        let reached = held.join(format!("{}.reached", cell.point.name()));
-        let start = Instant::now();
-        let migration = loop {
-            let migration =
-                pair.begin(NAME, pair.host(from), pair.host(from.other()), self.migrate_options());
-            while !reached.exists() && !migration.has_ended() && start.elapsed() <= TO_POINT {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            if reached.exists() {
-                break migration;
-            }
-            let said = migration.has_ended().then(|| migration.ended());
-            // Earlier strikes have made switch-overs look slow. The agent forgets half of that each time it tells so.
-            let looks_slow = said
-                .as_ref()
-                .is_some_and(|said| said.stdout.contains("a switch-over away from this host takes"));
-            if !looks_slow || start.elapsed() > TO_POINT {
-                let _ = fs::remove_file(held.join(cell.point.name()));
-                return Run::not_begun(cell, seed, &format!("it never came to the point: {said:?}"));
-            }
-        };
-        strike.strike(self, from, || drop(fs::remove_file(&reached)));
-        let mut run = self.judge(cell, seed, from, &migration);
-        if migration.has_ended() {
-            run.heard(&migration.ended());
-        }
-        for shim in &self.shims {
-            shim.set_clock(0).unwrap();
-            shim.set_disk(BadDisk::Sound).unwrap();
-        }
-        run
-    }
-
-    fn judge(&mut self, cell: &Cell, seed: u64, from: Side, migration: &UnderWay<'_>) -> Run {
-        let run = Judge::new(self, cell, from, migration).judge();
-        match (run.outcome, run.at) {
-            (Outcome::Ok, Some(at)) => {
-                if let Some(living) = &mut self.living {
-                    living.at = at;
-                }
-            }
-            _ => self.living = None,
-        }
-        Run { cell: cell.to_string(), seed, ..run }
-    }
-
     /// What a migration of this kind of guest is begun with.
-    fn migrate_options(&self) -> &'static [&'static str] {
+    pub(super) fn migrate_options(&self) -> &'static [&'static str] {
         match self.kind {
             Kind::Diskless | Kind::Disk => &[],
             Kind::PostCopy => &["--on-diverge", "post-copy"],
         }
     }
 
-    fn bring_to(&mut self, side: Side) -> Result<(), String> {
+    /// Has the guest on that side: one that lives, or a new one.
+    pub(super) fn bring_to(&mut self, side: Side) -> Result<(), String> {
         if self.living.is_none() {
             self.boot(side)?;
         }
@@ -332,7 +235,7 @@ impl Lane {
     }
 
     /// What the guest said so far is not read over and over again.
-    fn forget_console(&self) {
+    pub(super) fn forget_console(&self) {
         let _ = File::options().write(true).truncate(true).open(self.pair.a().serial(NAME));
     }
 
