@@ -369,6 +369,27 @@ fn kernel_that_says_ok() -> Vec<u8> {
 }
 
 #[tokio::test]
+async fn what_devices_were_saved_to_is_closed_when_the_guest_runs_again() {
+    let place = Place::new();
+    let (process, _, qmp) = place.start("a", &["-M", "q35", "-m", "64"]).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let is_open = || {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", process.pid)).unwrap();
+        open.flatten().any(|open| std::fs::read_link(open.path()).is_ok_and(|to| to == file.path()))
+    };
+    qmp.stop().await.unwrap();
+    for _ in 0..2 {
+        let to_write = std::fs::OpenOptions::new().write(true).open(file.path()).unwrap();
+        qmp.save_devices(to_write.into()).await.unwrap();
+    }
+    assert!(file.as_file().metadata().unwrap().len() > 0);
+    qmp.cont().await.unwrap();
+    qmp.close_saved_devices().await.unwrap();
+    assert!(!is_open());
+    qmp.close_saved_devices().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_descriptor_given_to_qemu_is_the_same_file_there_until_taken_back() {
     let place = Place::new();
     let (process, _, qmp) = place.start("a", &["-M", "q35", "-m", "64"]).await;

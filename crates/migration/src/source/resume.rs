@@ -21,10 +21,16 @@ pub(crate) async fn resume_here(qmp: &Qmp, alone: bool) -> Result<(), QmpError> 
     run_here(qmp).await
 }
 
-/// Takes out of a machine's QEMU what says that it is about to leave: it stays.
+/// Takes out of a machine's QEMU what says that it is about to leave, and what its devices were saved to: it stays, and runs.
 pub(crate) async fn unmark(qmp: &Qmp) {
     if let Err(e) = handed_over::unmark(qmp).await {
         tracing::warn!(error = chain(&e), "QEMU keeps the mark of a hand-over that did not come about");
+    }
+    if let Err(e) = qmp.close_saved_devices().await {
+        tracing::warn!(
+            error = chain(&e),
+            "QEMU keeps the state of its devices that was saved for a hand-over"
+        );
     }
 }
 

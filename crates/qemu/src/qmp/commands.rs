@@ -17,6 +17,8 @@ use super::error::QmpError;
 
 /// The command by which devices are saved without RAM.
 pub const SAVE_DEVICES: &str = "xen-save-devices-state";
+/// By which what it writes to is known among QEMU's descriptors, also to a later agent.
+const DEVICE_STATE: &str = "vmirror-device-state";
 
 /// QEMU's version.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -386,7 +388,11 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`].
     pub async fn give_descriptor(&self, descriptor: OwnedFd) -> Result<GivenDescriptor, QmpError> {
-        let answer = self.execute_with("add-fd", Value::Null, descriptor).await?;
+        self.give_named(descriptor, Value::Null).await
+    }
+
+    async fn give_named(&self, descriptor: OwnedFd, arguments: Value) -> Result<GivenDescriptor, QmpError> {
+        let answer = self.execute_with("add-fd", arguments, descriptor).await?;
         GivenDescriptor::deserialize(&answer).map_err(|source| QmpError::Answer {
             command: "add-fd",
             answer: answer.to_string(),
@@ -412,12 +418,27 @@ impl Qmp {
     /// # Errors
     /// [`QmpError`].
     pub async fn save_devices(&self, to: OwnedFd) -> Result<(), QmpError> {
-        let given = self.give_descriptor(to).await?;
+        let given = self.give_named(to, serde_json::json!({ "opaque": DEVICE_STATE })).await?;
         let arguments = serde_json::json!({ "filename": format!("/dev/fdset/{}", given.set), "live": true });
         let saved = self.execute_raw(SAVE_DEVICES, arguments).await.map(drop);
-        // QEMU writes to a duplicate. Its own closes with the set; while the guest is stopped it does so at the end of the connection.
+        // QEMU writes to a duplicate. Some versions keep their own for as long as the guest is stopped.
         let taken = self.take_descriptor_back(&given).await;
         saved.and(taken)
+    }
+
+    /// Has QEMU close what [`save_devices`](Self::save_devices) has written to, if a version of before 9.1 still has it open: it closes a
+    /// descriptor only while the guest runs, and only when it is told to or its last monitor goes.
+    ///
+    /// # Errors
+    /// [`QmpError`].
+    pub async fn close_saved_devices(&self) -> Result<(), QmpError> {
+        for set in self.execute(qapi::qmp::query_fdsets {}).await? {
+            for given in set.fds.iter().filter(|given| given.opaque.as_deref() == Some(DEVICE_STATE)) {
+                let arguments = serde_json::json!({ "fdset-id": set.fdset_id, "fd": given.fd });
+                self.execute_raw("remove-fd", arguments).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether QEMU has a command of that name.
