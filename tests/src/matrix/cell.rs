@@ -103,11 +103,13 @@ pub enum Kind {
     Disk,
     /// One that outruns the link, and is handed over before its memory is complete.
     PostCopy,
+    /// One that its user has started, with memory that is QEMU's own, and that an agent has adopted.
+    Private,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 3] = [Kind::Diskless, Kind::Disk, Kind::PostCopy];
+    pub const ALL: [Kind; 4] = [Kind::Diskless, Kind::Disk, Kind::PostCopy, Kind::Private];
 
     /// Its name.
     #[must_use]
@@ -116,6 +118,7 @@ impl Kind {
             Kind::Diskless => "diskless",
             Kind::Disk => "disk",
             Kind::PostCopy => "post-copy",
+            Kind::Private => "private",
         }
     }
 }
@@ -188,7 +191,7 @@ impl Cell {
                         let part = match kind {
                             Kind::Diskless => 1,
                             // One in four, of each fault, of each point, in each direction.
-                            Kind::Disk | Kind::PostCopy => 4,
+                            Kind::Disk | Kind::PostCopy | Kind::Private => 4,
                         };
                         if (number + place + 2 * turn) % part == 0 {
                             cells.push(Cell { kind, fault, point, direction });
@@ -203,12 +206,22 @@ impl Cell {
     /// Forty that have each fault and each point, none of which costs the machine its life.
     #[must_use]
     pub fn sample() -> Vec<Cell> {
+        Cell::some(Kind::Diskless, 40, &[Direction::There, Direction::Back])
+    }
+
+    /// One of each fault for a guest with private memory, none of which costs it its life. Only there: after that its memory is a file.
+    #[must_use]
+    pub fn sample_of_private_memory() -> Vec<Cell> {
+        Cell::some(Kind::Private, Fault::ALL.len(), &[Direction::There])
+    }
+
+    fn some(kind: Kind, count: usize, directions: &[Direction]) -> Vec<Cell> {
         let points = points();
         let mut cells: Vec<Cell> = Vec::new();
-        for number in 0..40 {
-            let direction = if number % 2 == 0 { Direction::There } else { Direction::Back };
+        for number in 0..count {
+            let direction = directions[number % directions.len()];
             let fault = Fault::ALL[number % Fault::ALL.len()];
-            let cells_of = |point| Cell { kind: Kind::Diskless, fault, point, direction };
+            let cells_of = |point| Cell { kind, fault, point, direction };
             // From one that goes around with another step than the faults on, the first that fits, and that is not there yet if
             // there is one.
             let from = (number * 8) % points.len();
@@ -246,7 +259,7 @@ impl Cell {
         let at = place(self.point);
         let supplies = self.kind == Kind::PostCopy && at >= place(Point::HandedOver);
         let lost_before = match self.kind {
-            Kind::Diskless | Kind::Disk => Point::Sent,
+            Kind::Diskless | Kind::Disk | Kind::Private => Point::Sent,
             Kind::PostCopy => Point::HandedOver,
         };
         match self.fault {

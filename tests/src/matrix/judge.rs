@@ -206,7 +206,7 @@ impl<'a> Judge<'a> {
                     told.join(" (as it was before); or ")
                 })
             } else {
-                self.lane.pair().empty(host).difference(&now).err().map(|difference| difference.to_string())
+                self.lane.empty(side).difference(&now).err().map(|difference| difference.to_string())
             };
             found.extend(left.map(|left| format!("{}: {left}", host.name())));
         }

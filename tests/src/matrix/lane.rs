@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use session::points;
 use testbed::disk::{self, Format};
-use testbed::guest_spec::{GuestSpec, Io, Nic, Pattern, TestDisk, Work};
+use testbed::guest_spec::{GuestSpec, Io, Nic, Pattern, Ram, TestDisk, Work};
 use testbed::{AgentOptions, Difference, Inventory, Programs, Shim, Status, Testbed, TestbedError, Wire};
 
 use super::cell::Kind;
@@ -52,6 +52,9 @@ pub struct Lane {
     booted: u32,
     /// What a host holds that has the guest: as it was booted there, as it came there, and as an agent finds it that was started again.
     pub(super) holding: [Vec<Inventory>; 2],
+    /// Where the guest was booted by hand, and what such a host holds when it has left.
+    private_at: Option<Side>,
+    left: [Option<Inventory>; 2],
 }
 
 impl Lane {
@@ -86,6 +89,8 @@ impl Lane {
             living: None,
             booted: 0,
             holding: [Vec::new(), Vec::new()],
+            private_at: None,
+            left: [None, None],
         };
         lane.set_rate(None);
         Ok(lane)
@@ -127,13 +132,16 @@ impl Lane {
     /// What a migration of this kind of guest is begun with.
     pub(super) fn migrate_options(&self) -> &'static [&'static str] {
         match self.kind {
-            Kind::Diskless | Kind::Disk => &[],
+            Kind::Diskless | Kind::Disk | Kind::Private => &[],
             Kind::PostCopy => &["--on-diverge", "post-copy"],
         }
     }
 
     /// Has the guest on that side: one that lives, or a new one.
     pub(super) fn bring_to(&mut self, side: Side) -> Result<(), String> {
+        if self.kind == Kind::Private {
+            return self.bring_private_to(side);
+        }
         if self.living.is_none() {
             self.boot(side)?;
         }
@@ -175,19 +183,81 @@ impl Lane {
         for _ in 0..2 {
             let at = self.living.as_ref().map_or(side, |living| living.at);
             if self.holding[at as usize].len() < 2 {
-                self.note(at);
-                self.pair.host(at).stop_agent().map_err(|e| e.to_string())?;
-                self.start_agent(at).map_err(|e| e.to_string())?;
-                self.note(at);
+                self.note_twice(at)?;
             }
             self.move_over()?;
         }
         self.move_over()
     }
 
+    /// Has a guest on that side whose memory is QEMU's own, as the one that has been moved has not any more.
+    fn bring_private_to(&mut self, side: Side) -> Result<(), String> {
+        if self.living.as_ref().is_some_and(|living| living.at == side && self.private_at == Some(side)) {
+            return Ok(());
+        }
+        self.end()?;
+        if self.left[side as usize].is_none() {
+            self.boot_by_hand(side)?;
+            self.note_twice(side)?;
+            self.move_over()?;
+            self.note_twice(side.other())?;
+            self.left[side as usize] = Some(self.held(side));
+            self.end()?;
+        }
+        self.boot_by_hand(side)
+    }
+
+    /// Boots a guest as its user would, and has it adopted.
+    fn boot_by_hand(&mut self, side: Side) -> Result<(), String> {
+        self.forget_console();
+        let host = self.pair.host(side);
+        host.add_tap(TAP).map_err(|e| e.to_string())?;
+        let nic = Nic::new(TAP, 10);
+        let qmp = host.directory().join("own.qmp");
+        let mut spec =
+            GuestSpec { ram: Ram::Private, qmp: Some(qmp.clone()), ..self.spec(side, nic.clone()) };
+        spec.extra.push("-daemonize".into());
+        let guest = Guest::by_hand(host, NAME, &spec);
+        let said = vmirror(host, &["adopt", NAME, "--qmp", &qmp.to_string_lossy()]);
+        if said.code != Some(0) {
+            return Err(format!("it cannot be adopted: {said:?}"));
+        }
+        self.living = Some(Living { guest, nic, at: side });
+        self.private_at = Some(side);
+        Ok(())
+    }
+
+    /// Ends the guest, wherever it runs, and takes back what its user has made for it.
+    fn end(&mut self) -> Result<(), String> {
+        if let Some(living) = self.living.take() {
+            let said = vmirror(self.pair.host(living.at), &["stop", NAME, "--force"]);
+            if said.code != Some(0) {
+                return Err(format!("it cannot be ended: {said:?}"));
+            }
+        }
+        if let Some(side) = self.private_at.take() {
+            self.pair.host(side).remove_tap(TAP).map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Notes what a host holds that has the guest, and then with an agent that was started again.
+    fn note_twice(&mut self, side: Side) -> Result<(), String> {
+        self.note(side);
+        self.pair.host(side).stop_agent().map_err(|e| e.to_string())?;
+        self.start_agent(side).map_err(|e| e.to_string())?;
+        self.note(side);
+        Ok(())
+    }
+
     /// Notes what a host holds once it has held that for a while: the last of a migration is given back after its end, as a tap is when the
     /// guest has been announced some times.
     fn note(&mut self, side: Side) {
+        let held = self.held(side);
+        self.holding[side as usize].push(held);
+    }
+
+    fn held(&self, side: Side) -> Inventory {
         let host = self.pair.host(side);
         let (mut held, mut since) = (host.inventory().unwrap(), Instant::now());
         while since.elapsed() < GIVEN_BACK {
@@ -197,7 +267,13 @@ impl Lane {
                 (held, since) = (now, Instant::now());
             }
         }
-        self.holding[side as usize].push(held);
+        held
+    }
+
+    /// What a host holds that has no guest: nothing, or what the guest's user has made for it there.
+    pub(super) fn empty(&self, side: Side) -> &Inventory {
+        let left = self.left[side as usize].as_ref().filter(|_| self.private_at == Some(side));
+        left.unwrap_or_else(|| self.pair.empty(self.pair.host(side)))
     }
 
     fn spec(&self, side: Side, nic: Nic) -> GuestSpec {
@@ -212,7 +288,7 @@ impl Lane {
             ..self.pair.spec(NAME, 96)
         };
         match self.kind {
-            Kind::Diskless => spec,
+            Kind::Diskless | Kind::Private => spec,
             Kind::Disk => {
                 // One that was left behind by a guest before would be taken for that.
                 let name = format!("disk-{}", self.booted);

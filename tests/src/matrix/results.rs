@@ -91,6 +91,7 @@ impl Results {
             (Kind::Diskless, "Without a disk"),
             (Kind::Disk, "With a mirrored disk"),
             (Kind::PostCopy, "By post-copy"),
+            (Kind::Private, "With private memory, as its user has started it"),
         ] {
             let of_kind: Vec<&Run> =
                 runs.iter().filter(|run| run.cell.starts_with(&format!("{}/", kind.name()))).collect();
@@ -139,7 +140,7 @@ impl Results {
 
 const HEAD: &str = "# Faults as a matrix
 
-Without a disk every fault is done at every point of a migration, in both directions; with a mirrored disk, and by post-copy, one in four of
+Without a disk every fault is done at every point of a migration, in both directions; with a mirrored disk, by post-copy, and with private memory, one in four of
 these: each phase, and twelve points within the switch-over
 (`crates/session/src/points.rs`), at which the agent is held until the fault has struck. Then what was killed is started again, as a service manager would, what
 was cut is mended, and when all has settled it is judged who has run the guest, from outside by the CPU time of QEMU's threads on both hosts; whether the

@@ -50,6 +50,10 @@ fn the_matrix_is_whole_and_the_sample_has_each_fault_and_point() {
             assert!(all.iter().any(|cell| cell.point == point && cell.kind == kind), "{point:?} {kind:?}");
         }
     }
+    let private = Cell::sample_of_private_memory();
+    for fault in Fault::ALL {
+        assert!(private.iter().any(|cell| cell.fault == fault), "{fault:?}");
+    }
     assert!(all.iter().all(|cell| Cell::named(&cell.to_string()) == Some(*cell)));
 }
 
@@ -61,6 +65,16 @@ fn forty_faults_leave_one_that_runs_and_nothing_else() {
     let directory = target().join("matrix/sample");
     let _ = std::fs::remove_dir_all(&directory);
     assert_ok(&run(&Cell::sample(), directory));
+}
+
+#[test]
+fn each_fault_leaves_one_that_runs_of_a_guest_with_private_memory() {
+    if !root_or_skip("each fault, of a guest with private memory") {
+        return;
+    }
+    let directory = target().join("matrix/private");
+    let _ = std::fs::remove_dir_all(&directory);
+    assert_ok(&run(&Cell::sample_of_private_memory(), directory));
 }
 
 /// Goes on where it was interrupted, as long as what has failed has been kept; `target/matrix` has the results and the logs. With `TABLE=FILE`
