@@ -354,7 +354,7 @@ fn who_wants_it_at_the_source_is_not_told_that_a_copy_is_gone_which_is_just_let_
 }
 
 #[test]
-fn a_destination_whose_qemu_dies_when_it_is_told_to_run_the_guest_does_not_say_that_it_never_has() {
+fn a_destination_whose_qemu_dies_before_it_is_told_to_run_the_guest_gives_it_back() {
     let scene = Scene::new();
     let points = Points::of(scene.b(), &[]);
     let owned = points.hold(Point::Owned);
@@ -362,6 +362,22 @@ fn a_destination_whose_qemu_dies_when_it_is_told_to_run_the_guest_does_not_say_t
     owned.reached();
     fault::kill(scene.pair.qemu(scene.b()).unwrap());
     drop(owned);
+    let said = migration.ended();
+    assert_eq!(said.code, Some(1), "{said:?}\n{}", scene.pair.logs());
+    scene.stays_and_moves_after_all();
+}
+
+#[test]
+fn a_destination_whose_qemu_and_agent_die_when_it_is_told_to_run_the_guest_does_not_say_that_it_never_has() {
+    let scene = Scene::new();
+    let points = Points::of(scene.b(), &[]);
+    let owned = points.hold(Point::Owned);
+    let migration = scene.begin();
+    owned.reached();
+    scene.b().kill_agent().unwrap();
+    fault::kill(scene.pair.qemu(scene.b()).unwrap());
+    drop(owned);
+    scene.b().start_agent().unwrap();
     let said = migration.ended();
     assert_eq!(said.code, Some(3), "{said:?}\n{}", scene.pair.logs());
     scene.in_doubt(scene.a());
