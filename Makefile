@@ -4,6 +4,7 @@
 #   make test       the fast tests            make test-full  all of them
 #   make matrix     every fault at every point of a migration; more than an hour, goes on where it was interrupted
 #   make soak       twenty VMs moved and disturbed for two hours; SOAK=10m for ten minutes
+#   make check      what a small change is held against: format, lints, unit tests; two minutes once it was built
 #   make lint       format, lints, documentation, licences
 #   make fuzz       every fuzz target for ten minutes         make fuzz-smoke  for ten seconds
 #   make bench      vmirror and QEMU's own migration side by side; hours     make bench-quick  in under ten minutes
@@ -13,7 +14,7 @@
 # QEMU=/path/to/qemu-system-x86_64 chooses another QEMU.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full matrix soak lint fuzz fuzz-smoke bench bench-quick bench-micro setup setup-rust setup-guest setup-userland setup-postgresql build build-demo build-tests clean
+.PHONY: help demo test test-full matrix soak check lint fuzz fuzz-smoke bench bench-quick bench-micro setup setup-rust setup-guest setup-userland setup-postgresql build build-demo build-tests clean
 .NOTPARALLEL:
 
 ifdef QEMU
@@ -57,6 +58,12 @@ matrix: setup build-tests
 
 soak: setup build-tests
 	$(as_root) cargo test --release --workspace --test it soak:: -- --ignored --nocapture --test-threads 1
+
+# Without optimisation, and without what needs a guest.
+check: setup-rust
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	$(as_root) cargo test --workspace --lib
 
 lint: setup-rust
 	cargo fmt --all --check
