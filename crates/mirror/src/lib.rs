@@ -24,4 +24,5 @@ pub mod layout;
 pub mod ledger;
 mod meeting;
 pub mod memory;
+mod row;
 pub mod storage;

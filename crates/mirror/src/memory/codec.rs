@@ -42,11 +42,10 @@ use compression::Encoding;
 use super::delta::MAX_DELTA;
 use crate::hash::ContentHash;
 use crate::layout::{CHUNK_PAGES, Layout, PAGE_SIZE, PageIndex};
+use crate::row::{ROW_LENGTH, Row};
 
 /// Bytes of a frame's header.
 pub const HEADER_LENGTH: usize = 16;
-/// Bytes of a table entry.
-pub(crate) const ENTRY_LENGTH: usize = 24;
 /// Most plain pages and deltas of a frame: 1 MiB.
 pub const MAX_PLAIN: usize = 256;
 /// Most entries of a frame.
@@ -68,8 +67,6 @@ const CLASS_DELTA: u8 = 3;
 const CLASS_DUPLICATE: u8 = 4;
 /// Bytes of the payload that name a twin.
 pub const TWIN_LENGTH: usize = 8;
-const CLASS_SHIFT: u32 = 56;
-const PAGE_BITS: u32 = 40;
 
 /// What a frame says about one page, or one run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -228,15 +225,13 @@ pub fn encode_pages(out: &mut Vec<u8>, round: u32, entries: &[Entry], encoding: 
     debug_assert!(payload <= MAX_PLAIN * PAGE_SIZE && entries.len() <= MAX_ENTRIES);
     header(out, KIND_PAGES, encoding, bounded(entries.len()), bounded(payload), round);
     for entry in entries {
-        let (class, page, length, value) = match *entry {
+        let (class, page, detail, value) = match *entry {
             Entry::Zero { page, count } => (CLASS_ZERO, page, 0, u128::from(count)),
             Entry::Plain { page, hash } => (CLASS_PLAIN, page, 0, hash.bits()),
             Entry::Delta { page, hash, length } => (CLASS_DELTA, page, length, hash.bits()),
             Entry::Duplicate { page, hash } => (CLASS_DUPLICATE, page, 0, hash.bits()),
         };
-        let what = u64::from(class) << CLASS_SHIFT | u64::from(length) << PAGE_BITS | page.0;
-        out.extend_from_slice(&what.to_le_bytes());
-        out.extend_from_slice(&value.to_le_bytes());
+        Row { class, detail, index: page.0, value }.put(out);
     }
 }
 
@@ -360,14 +355,9 @@ pub fn decode_table(
 ) -> Result<usize, FrameError> {
     entries.clear();
     let mut described = 0;
-    for bytes in bytes.chunks_exact(ENTRY_LENGTH) {
-        let (what, value) = bytes.split_at(8);
-        let what = u64::from_le_bytes(what.try_into().expect("8 bytes were split off"));
-        let value = u128::from_le_bytes(value.try_into().expect("16 of 24 bytes are left"));
-        let page = PageIndex(what & ((1 << PAGE_BITS) - 1));
-        let length = (what >> PAGE_BITS & u64::from(u16::MAX)) as u16;
-        let hash = ContentHash::from_bits(value);
-        let (entry, count) = match (what >> CLASS_SHIFT) as u8 {
+    for Row { class, detail: length, index, value } in Row::all(bytes) {
+        let (page, hash) = (PageIndex(index), ContentHash::from_bits(value));
+        let (entry, count) = match class {
             CLASS_ZERO => {
                 let count = u64::try_from(value).ok().filter(|&count| count <= CHUNK_PAGES);
                 (Entry::Zero { page, count: count.unwrap_or(0) }, count.unwrap_or(0))
@@ -423,7 +413,7 @@ pub fn read_body(
     table: &mut Vec<u8>,
     pages: &mut Vec<u8>,
 ) -> io::Result<()> {
-    table.resize(entries * ENTRY_LENGTH, 0);
+    table.resize(entries * ROW_LENGTH, 0);
     reader.read_exact(table)?;
     pages.resize(payload, 0);
     reader.read_exact(pages)

@@ -24,7 +24,8 @@ use compression::Encoding;
 
 use super::layout::{BLOCK_SIZE, BlockIndex, CHUNK_BLOCKS, DiskLayout};
 use crate::hash::ContentHash;
-use crate::memory::codec::{ENTRY_LENGTH, KIND_BLOCKS, KIND_SYNC, header};
+use crate::memory::codec::{KIND_BLOCKS, KIND_SYNC, header};
+use crate::row::Row;
 
 /// Most bytes of a frame's payload: 1 MiB, as for memory.
 pub const MAX_PAYLOAD: usize = 1 << 20;
@@ -35,9 +36,6 @@ const CLASS_ZERO: u8 = 1;
 const CLASS_WHOLE: u8 = 2;
 const CLASS_PART: u8 = 3;
 const CLASS_CHECK: u8 = 4;
-const CLASS_SHIFT: u32 = 56;
-const OFFSET_SHIFT: u32 = 40;
-const BLOCK_MASK: u64 = (1 << OFFSET_SHIFT) - 1;
 
 /// What a frame says about one block, or one run of blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,17 +133,16 @@ pub fn encode_sync(out: &mut Vec<u8>) {
 /// Appends a table to `out`.
 pub fn encode_table(out: &mut Vec<u8>, entries: &[Entry]) {
     for entry in entries {
-        let (class, block, offset, value) = match *entry {
+        let (class, block, detail, value) = match *entry {
             Entry::Zero { block, count } => (CLASS_ZERO, block, 0, u128::from(count)),
             Entry::Whole { block, hash, .. } => (CLASS_WHOLE, block, 0, hash.bits()),
             Entry::Check { block, hash } => (CLASS_CHECK, block, 0, hash.bits()),
             Entry::Part { block, offset, length, fingerprint } => {
-                (CLASS_PART, block, offset as u64, length as u128 | u128::from(fingerprint) << 64)
+                let offset = u16::try_from(offset).expect("a part begins within its block, of 64 KiB");
+                (CLASS_PART, block, offset, length as u128 | u128::from(fingerprint) << 64)
             }
         };
-        let what = u64::from(class) << CLASS_SHIFT | offset << OFFSET_SHIFT | block.0;
-        out.extend_from_slice(&what.to_le_bytes());
-        out.extend_from_slice(&value.to_le_bytes());
+        Row { class, detail, index: block.0, value }.put(out);
     }
 }
 
@@ -162,16 +159,12 @@ pub fn decode_table(
 ) -> Result<usize, TableError> {
     entries.clear();
     let mut described = 0;
-    for bytes in bytes.chunks_exact(ENTRY_LENGTH) {
-        let (what, value) = bytes.split_at(8);
-        let what = u64::from_le_bytes(what.try_into().expect("8 bytes were split off"));
-        let value = u128::from_le_bytes(value.try_into().expect("16 of 24 bytes are left"));
-        let block = BlockIndex(what & BLOCK_MASK);
-        let hash = ContentHash::from_bits(value);
+    for Row { class, detail, index, value } in Row::all(bytes) {
+        let (block, hash) = (BlockIndex(index), ContentHash::from_bits(value));
         let foreign = TableError::Blocks { block: block.0, count: value };
         let place = layout.locate(block).filter(|_| layout.stream_of(block) == stream);
         let Some(place) = place else { return Err(foreign) };
-        let entry = match (what >> CLASS_SHIFT) as u8 {
+        let entry = match class {
             CLASS_ZERO => match u64::try_from(value) {
                 Ok(count) if count <= CHUNK_BLOCKS && layout.in_one_chunk(block, count) => {
                     Entry::Zero { block, count }
@@ -181,7 +174,7 @@ pub fn decode_table(
             CLASS_WHOLE => Entry::Whole { block, hash, length: place.length },
             CLASS_CHECK => Entry::Check { block, hash },
             CLASS_PART => {
-                let offset = (what >> OFFSET_SHIFT & 0xffff) as usize;
+                let offset = usize::from(detail);
                 let length = value as u64;
                 let fits = length > 0 && length <= BLOCK_SIZE as u64;
                 if !fits || offset + length as usize > place.length {
