@@ -135,9 +135,9 @@ impl Source {
             );
             return self.reply(Reply::Refused(vec![finding].into())).await;
         }
-        if let Ok(Err(gone)) = timeout(Duration::ZERO, self.next_request()).await {
-            // A source that has left means nothing by what it said before.
-            return Err(gone.into());
+        if let Ok(word) = timeout(Duration::ZERO, self.next_request()).await {
+            // A source that has left, or does not want the copy any more, means nothing by what it said before.
+            return Err(interrupted(word));
         }
         let mut request =
             Request::decode(reserve, &self.peer).map_err(|finding| End::Failed(vec![finding]))?;
