@@ -251,6 +251,7 @@ impl Source {
             barrier: None,
             last: None,
             places,
+            may_lack: request.post_copy,
             waiting: None,
             supply: Vec::new(),
         };

@@ -45,6 +45,8 @@ pub(super) struct Copy {
     pub(super) places: (Vec<Range<u64>>, Places),
     /// Which seccomp filters of QEMU are known.
     pub(super) known_filters: KnownFilters,
+    /// The source has said that it may ask for post-copy, and has not asked yet.
+    pub(super) may_lack: bool,
     /// Where post-copy was asked for: QEMU, that waits for what is missing.
     pub(super) waiting: Option<Waiting>,
     /// Streams for what is missing, come before they are needed.
@@ -77,7 +79,10 @@ impl Copy {
                             fed.map_err(|_| not_loaded("QEMU at the destination takes no device state"))?
                                 .map_err(|e| not_loaded(&chain(&e)))?;
                         }
-                        Asked::PostCopy(_) => self.wait_for_missing(source).await?,
+                        // Once: QEMU is given something for it each time.
+                        Asked::PostCopy(_) if std::mem::take(&mut self.may_lack) => {
+                            self.wait_for_missing(source).await?;
+                        }
                         Asked::Audit(_) => self.audit(source).await?,
                         Asked::Load(sums) => return self.gate(&sums),
                         Asked::Cancel(_) => return Err(End::Cancelled),

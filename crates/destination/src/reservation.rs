@@ -79,7 +79,8 @@ pub(crate) struct Request {
     limits: Limits,
     /// Its own table in the firewall.
     nft: String,
-    post_copy: bool,
+    /// It may be handed over before its memory is complete.
+    pub(crate) post_copy: bool,
     /// QEMU's own stream carries the memory.
     pub(crate) qemu_stream: bool,
     saved_devices: bool,
