@@ -145,7 +145,14 @@ impl Supplying {
         loop {
             tokio::select! {
                 reply = destination.receive() => match reply? {
-                    Reply::Supplied(supplied) => return Ok(supplied),
+                    Reply::Supplied(supplied) => {
+                        // What is here may be all there is of them: nothing is let go of on such a word. One that has them all the
+                        // same says so when it is asked again.
+                        match self.source.unsent() {
+                            0 => return Ok(supplied),
+                            unsent => return Err(violation(&format!("said that nothing is missing, and {unsent} pages were not sent to it"))),
+                        }
+                    }
                     other => return Err(violation(&format!("said {other} while memory was supplied"))),
                 },
                 () = tokio::time::sleep(LOOK) => {

@@ -175,16 +175,18 @@ impl PostCopySource {
 
     /// The guest waits for these: they go first, with their neighbours, whether or not they were sent before.
     ///
-    /// False, and nothing is done, where more would wait to be supplied than each page twice: nobody who waits for pages asks so.
+    /// False, and nothing is done, where there are not all of these, or more would wait to be supplied than each page twice: nobody who
+    /// waits for pages asks so.
     #[must_use]
     pub fn supply(&self, pages: Vec<PageIndex>) -> bool {
         let layout = self.shared.ram.layout();
         {
             let mut wanted = lock(&self.shared.wanted);
-            if (wanted.len() + pages.len()) as u64 > layout.page_count().saturating_mul(2) {
+            let too_many = (wanted.len() + pages.len()) as u64 > layout.page_count().saturating_mul(2);
+            if too_many || !pages.iter().all(|page| layout.locate(*page).is_some()) {
                 return false;
             }
-            wanted.extend(pages.into_iter().filter(|page| layout.locate(*page).is_some()));
+            wanted.extend(pages);
         }
         lock(&self.shared.gate.state).asked = Some(Instant::now());
         if let Some(wants) = &self.wants {
@@ -488,5 +490,9 @@ mod tests {
         // Whoever asks for more than there is does not wait for pages: it fills this host's memory.
         let too_many = usize::try_from(layout.page_count()).unwrap() * 2 + 1;
         assert!(!source.supply(vec![PageIndex(asked); too_many]));
+        assert!(
+            !source.supply(vec![PageIndex(asked), PageIndex(layout.end())])
+                && !source.supply(vec![PageIndex(u64::MAX)])
+        );
     }
 }
