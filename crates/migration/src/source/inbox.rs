@@ -2,8 +2,10 @@
 
 use std::collections::VecDeque;
 
-use mirror::layout::PageIndex;
+use mirror::layout::{Layout, PageIndex};
+use mirror::storage::layout::DiskLayout;
 
+use super::disks::blocks;
 use super::peer::violation;
 use super::stop::Stop;
 use protocol::wire::{Reply, WrongBlocks};
@@ -21,30 +23,45 @@ pub(super) struct Inbox {
     others: VecDeque<Reply>,
     /// What it says of blocks of disks, likewise.
     blocks: Vec<WrongBlocks>,
-    /// Pages of the machine, and blocks of its disks.
-    pages: u64,
-    most_blocks: u64,
+    /// The machine's pages, and the blocks of its disks where any is mirrored.
+    layout: Layout,
+    disks: Option<DiskLayout>,
 }
 
 impl Inbox {
-    pub(super) fn new(pages: u64, blocks: u64) -> Inbox {
+    pub(super) fn new(layout: Layout, disks: Option<DiskLayout>) -> Inbox {
         let (repairs, others) = (Vec::new(), VecDeque::new());
-        Inbox { repairs, others, blocks: Vec::new(), pages, most_blocks: blocks }
+        Inbox { repairs, others, blocks: Vec::new(), layout, disks }
     }
 
     /// Takes in a reply.
     pub(super) fn note(&mut self, reply: Reply) -> Result<(), Stop> {
         match reply {
-            Reply::Mismatch(pages) => self.repairs.extend(pages.pages.into_iter().map(PageIndex)),
-            Reply::WrongBlocks(blocks) => self.blocks.push(blocks),
+            Reply::Mismatch(pages) => {
+                let pages = pages.pages.into_iter().map(PageIndex);
+                // Here, so that it is said who was wrong: what is said in the pause is in no round any more.
+                if !pages.clone().all(|page| self.layout.locate(page).is_some()) {
+                    return Err(violation("finds pages wrong that there are not"));
+                }
+                self.repairs.extend(pages);
+            }
+            Reply::WrongBlocks(wrong) => {
+                let is_there = |block| self.disks.as_ref().is_some_and(|disks| disks.locate(block).is_some());
+                if !blocks(&wrong).into_iter().all(is_there) {
+                    return Err(violation("finds blocks wrong that there are not"));
+                }
+                self.blocks.push(wrong);
+            }
             other => self.others.push_back(other),
         }
-        let blocks: u64 = self.blocks.iter().map(|wrong| wrong.blocks.len() as u64 + 1).sum();
-        if blocks > self.most_blocks.saturating_mul(4) {
+        let said: u64 = self.blocks.iter().map(|wrong| wrong.blocks.len() as u64 + 1).sum();
+        let most = self.disks.as_ref().map_or(0, DiskLayout::block_count);
+        if said > most.saturating_mul(4) {
             return Err(violation("says more than there is to say"));
         }
         // Within a round a page is asked for once by whoever wrote it, and once by the audit.
-        if self.repairs.len() as u64 > self.pages.saturating_mul(2) || self.others.len() > MOST_REPLIES {
+        let most = self.layout.page_count().saturating_mul(2);
+        if self.repairs.len() as u64 > most || self.others.len() > MOST_REPLIES {
             return Err(violation("says more than there is to say"));
         }
         Ok(())
@@ -79,19 +96,46 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mirror::storage::layout::BLOCK_SIZE;
     use protocol::wire::{Nothing, Pages};
+
+    /// Two blocks of RAM, with pages that there are not between them, and so of disks.
+    fn inbox() -> Inbox {
+        let layout = Layout::new([("pc.ram", 100 * 4096), ("pc.rom", 4096)], 1).unwrap();
+        let disks = DiskLayout::new([3 * BLOCK_SIZE as u64, 1], 1).unwrap();
+        Inbox::new(layout, Some(disks))
+    }
+
+    fn wrong(blocks: &[u64]) -> Reply {
+        Reply::WrongBlocks(WrongBlocks { blocks: blocks.to_vec(), checked: false })
+    }
 
     #[test]
     fn a_destination_cannot_fill_the_memory_of_this_host_with_words() {
-        let mismatch = || Reply::Mismatch(Pages { pages: vec![7; 100] });
-        let mut heard = Inbox::new(100, 0);
+        let mismatch = || Reply::Mismatch(Pages { pages: vec![7; 101] });
+        let mut heard = inbox();
         assert!(heard.note(mismatch()).is_ok() && heard.note(mismatch()).is_ok());
-        assert!(heard.note(mismatch()).is_err(), "{} pages of 100", heard.repairs());
-        assert_eq!(heard.take_repairs().len(), 300);
+        assert!(heard.note(mismatch()).is_err(), "{} pages of 101", heard.repairs());
+        assert_eq!(heard.take_repairs().len(), 303);
         for _ in 0..MOST_REPLIES {
             heard.note(Reply::Ready(Nothing {})).unwrap();
         }
         assert!(heard.note(Reply::Ready(Nothing {})).is_err());
         assert!(heard.other().is_some());
+        let mut heard = inbox();
+        for _ in 0..8 {
+            heard.note(wrong(&[2])).unwrap();
+        }
+        assert!(heard.note(wrong(&[2])).is_err(), "each of four blocks has been told four times");
+    }
+
+    #[test]
+    fn what_a_destination_finds_wrong_is_there() {
+        let page = |page: &u64| inbox().note(Reply::Mismatch(Pages { pages: vec![*page] })).is_ok();
+        assert!([0, 99, 512].iter().all(page) && ![100, 511, 513, u64::MAX].iter().any(page));
+        let block = |block: &u64| inbox().note(wrong(&[*block])).is_ok();
+        assert!([0, 2, 32].iter().all(block) && ![3, 31, 33, u64::MAX].iter().any(block));
+        let mut without = Inbox::new(Layout::new([("pc.ram", 4096)], 1).unwrap(), None);
+        assert!(without.note(wrong(&[0])).is_err() && without.note(wrong(&[])).is_err());
     }
 }

@@ -115,14 +115,14 @@ impl Rounds {
         let how = How { scanning, compression, gives_back: begin.gives_back };
         let memory =
             MemorySource::start(ram, secret, tracker, ranges, how, sinks, lanes).map_err(|e| broken(&e))?;
-        let blocks = storage.as_ref().map_or(0, |storage| storage.layout().block_count());
+        let disks = storage.as_ref().map(|storage| storage.layout().clone());
         Ok(Rounds {
             flow: memory.flow(),
+            inbox: Inbox::new(memory.layout().clone(), disks),
             memory: Some(memory),
             busy: None,
             aborts,
             streams,
-            inbox: Inbox::new(totals.pages, blocks),
             storage,
             audited_blocks: 0,
             repaired_blocks: 0,

@@ -197,8 +197,7 @@ impl Pausing<'_> {
         pause.device_state_ms = saved.1;
         let mut sound = !rounds.repairs_due();
         if options.verify == Verify::Strict {
-            let (_, differing) = rounds.read_back(destination).await?;
-            sound &= differing == 0;
+            sound &= rounds.is_read_back_equal(destination).await?;
         }
         rounds.round(destination, Guest::Paused).await?;
         Ok((saved.0, sound))

@@ -11,18 +11,18 @@ use super::super::peer::{Destination, violation};
 use super::super::stop::Stop;
 use super::{Rounds, broken};
 use protocol::deadlines::ROUND;
-use protocol::wire::{Reply, Request};
+use protocol::wire::{Audited, Reply, Request};
 use session::report::Verification;
 
 /// What a destination reads back of its copy at the least, in bytes per second.
 const SLOWEST_AUDIT: u64 = 100 << 20;
 
 impl Rounds {
-    /// Has the destination read its whole copy back. Returns how many pages it compared, and how many differed.
+    /// Has the destination read its whole copy back.
     pub(in crate::source) async fn read_back(
         &mut self,
         destination: &mut Destination,
-    ) -> Result<(u64, u64), Stop> {
+    ) -> Result<Audited, Stop> {
         let disks = self.storage.as_ref().map_or(0, |storage| storage.layout().block_count());
         let size = self.totals.pages * PAGE_SIZE as u64 + disks * BLOCK_SIZE as u64;
         let limit = ROUND + Duration::from_secs(size / SLOWEST_AUDIT);
@@ -30,15 +30,39 @@ impl Rounds {
         loop {
             match destination.receive_within(limit, "read its copy back").await? {
                 Reply::Audited(audited) => {
-                    self.audited_there = self.audited_there.saturating_add(audited.pages);
-                    self.audited_blocks = self.audited_blocks.saturating_add(audited.blocks);
-                    let differing = audited.differing.saturating_add(audited.differing_blocks);
-                    return Ok((audited.pages, differing));
+                    let Audited { pages, differing, blocks, differing_blocks } = audited;
+                    if pages > self.totals.pages
+                        || blocks > disks
+                        || differing > pages
+                        || differing_blocks > blocks
+                    {
+                        return Err(violation("has audited more than there is"));
+                    }
+                    self.audited_there = self.audited_there.saturating_add(pages);
+                    self.audited_blocks = self.audited_blocks.saturating_add(blocks);
+                    return Ok(audited);
                 }
                 reply @ (Reply::Mismatch(_) | Reply::WrongBlocks(_)) => self.inbox.note(reply)?,
                 other => return Err(violation(&format!("said {other} instead of what its audit found"))),
             }
         }
+    }
+
+    /// Has the destination read back a copy to which nothing comes any more. Whether all of it is what was sent.
+    pub(in crate::source) async fn is_read_back_equal(
+        &mut self,
+        destination: &mut Destination,
+    ) -> Result<bool, Stop> {
+        let audited = self.read_back(destination).await?;
+        if audited.differing > 0 || audited.differing_blocks > 0 || self.repairs_due() {
+            return Ok(false);
+        }
+        // Only what was found wrong is not compared. Blocks may still be on their way to be settled.
+        if audited.pages < self.totals.pages {
+            let (pages, all) = (audited.pages, self.totals.pages);
+            return Err(violation(&format!("was to audit {all} pages and has audited {pages}")));
+        }
+        Ok(true)
     }
 
     /// Compares all of the source's RAM with the ledger. What differs is settled by the next rounds.
