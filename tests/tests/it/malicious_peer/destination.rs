@@ -2,16 +2,20 @@
 //! agent's memory stays bounded and serves the next migration, and the operator is told who did what.
 
 use super::liar::{Lies, Say, before, field, is_asked_for, resident};
-use end_to_end::{Guest, Pair, Said, vmirror};
+use end_to_end::{Guest, Pair, Said, image, vmirror, write_noise};
 use protocol::wire::{
-    Audited, Finding, Findings, Health, Holds, Lacking, Missing, Nothing, Pages, Reply, Reserved, Running,
-    Sums, WrongBlocks,
+    Audited, Belongs, Finding, Findings, Health, Holds, Lacking, Missing, Nothing, Pages, Reply, Request,
+    Reserved, Running, Sums, Supplied, WrongBlocks,
 };
 use session::Outcome;
-use testbed::guest_spec::GuestSpec;
+use testbed::disk::{self, Format};
+use testbed::guest_spec::{GuestSpec, TestDisk};
+use testbed::root_or_skip;
 
 /// The most that the source's agent may ever take: several times what a migration of such a VM takes, and a fraction of what is sent.
 const MOST_MIB: u64 = 400;
+/// Bytes of the guest's disk, where it has one.
+const DISK: u64 = 8 << 20;
 /// What would be shown as red, and a line that was never said.
 const ESCAPES: &str = "\u{1b}[31mred\u{7}\r\nerror: faked\u{202e}";
 
@@ -90,6 +94,15 @@ const LIES: &[Lie] = &[
         told: &["wants a file that was not announced"],
     },
     Lie {
+        name: "that it is worked on, again and again, and then whose the VM is",
+        at: is_reserved,
+        says: |_| {
+            let working = vec![Say::Reply(Reply::Working(Nothing {})); 3000];
+            [working, one(Reply::Belongs(Belongs { owner: 77 }))].concat()
+        },
+        told: &["answered a reservation with Belongs"],
+    },
+    Lie {
         name: "what no image can hold",
         at: is_reserved,
         says: |reply| {
@@ -147,14 +160,20 @@ const LIES: &[Lie] = &[
             let wrong = WrongBlocks { blocks: vec![u64::MAX; 8], checked: false };
             vec![Say::Reply(Reply::WrongBlocks(wrong)), Say::Reply(reply)]
         },
-        told: &["says more than there is to say"],
+        told: &["finds blocks wrong that there are not"],
+    },
+    Lie {
+        name: "pages that there are not",
+        at: is_barrier,
+        says: |reply| vec![mismatch(&[0, u64::MAX]), Say::Reply(reply)],
+        told: &["finds pages wrong that there are not"],
     },
     Lie {
         name: "pages without end",
         at: is_barrier,
         says: |_| {
             let pages: Vec<u64> = (0..500_000).map(|page| page % 100).collect();
-            vec![Say::Reply(Reply::Mismatch(Pages { pages })); 200]
+            vec![Say::Reply(Reply::Mismatch(Pages { pages })); 20]
         },
         told: &["says more than"],
     },
@@ -163,7 +182,7 @@ const LIES: &[Lie] = &[
         at: is_barrier,
         says: |_| {
             let hashes = vec![7; 500 << 10];
-            vec![Say::Reply(Reply::Holds(Holds { disk: 0, first: 0, hashes, last: false })); 400]
+            vec![Say::Reply(Reply::Holds(Holds { disk: 0, first: 0, hashes, last: false })); 150]
         },
         told: &["the destination sa"],
     },
@@ -172,6 +191,24 @@ const LIES: &[Lie] = &[
         at: is_barrier,
         says: |_| one(Reply::Missing(Missing { first: 1, bits: vec![1; 9], more: true })),
         told: &["said Missing instead of reaching barrier"],
+    },
+    Lie {
+        name: "that nothing of the copy is left, unasked",
+        at: is_barrier,
+        says: |_| one(Reply::Cancelled(Nothing {})),
+        told: &["said Cancelled instead of reaching barrier"],
+    },
+    Lie {
+        name: "that QEMU waits for pages, unasked",
+        at: is_barrier,
+        says: |_| one(Reply::PostCopyReady(Nothing {})),
+        told: &["said PostCopyReady instead of reaching barrier"],
+    },
+    Lie {
+        name: "pages that a guest waits for which runs here",
+        at: is_barrier,
+        says: |_| one(Reply::Wanted(Pages { pages: vec![0, u64::MAX] })),
+        told: &["said Wanted instead of reaching barrier"],
     },
     Lie {
         name: "a failure with escapes in it",
@@ -207,9 +244,142 @@ const LIES: &[Lie] = &[
     },
 ];
 
+/// While the guest is paused: each said at the first such reply after HoldDevices.
+const LIES_IN_THE_PAUSE: &[Lie] = &[
+    Lie {
+        name: "that it runs, in the pause",
+        at: is_barrier,
+        says: |_| one(Reply::Running(Running::default())),
+        told: &["said Running instead of reaching barrier"],
+    },
+    Lie {
+        name: "pages that are as they should be, in the pause",
+        at: is_barrier,
+        says: |reply| vec![mismatch(&[0, 1]), Say::Reply(reply)],
+        told: &["not equal to the original"],
+    },
+    Lie {
+        name: "pages that there are not, in the pause",
+        at: is_barrier,
+        says: |reply| vec![mismatch(&[1 << 39]), Say::Reply(reply)],
+        told: &["finds pages wrong that there are not"],
+    },
+    Lie {
+        name: "that nothing is missing, in the pause",
+        at: is_ready,
+        says: |_| one(Reply::Supplied(Supplied::default())),
+        told: &["said Supplied instead of being ready"],
+    },
+    Lie {
+        name: "that a network has ended which was not begun, in the pause",
+        at: is_ready,
+        says: |_| one(Reply::ForwardingEnded(Nothing {})),
+        told: &["said ForwardingEnded instead of being ready"],
+    },
+];
+
+/// About what it was asked to read back, of a guest that is paused.
+const LIES_OF_AN_AUDIT: &[Lie] = &[
+    Lie {
+        name: "an audit of nothing",
+        at: is_audited,
+        says: |_| one(Reply::Audited(Audited::default())),
+        told: &["was to audit ", " pages and has audited 0"],
+    },
+    Lie {
+        name: "an audit of more than there is",
+        at: is_audited,
+        says: |_| one(Reply::Audited(Audited { pages: 1 << 50, ..Audited::default() })),
+        told: &["has audited more than there is"],
+    },
+    Lie {
+        name: "an audit that has found something and does not say what",
+        at: is_audited,
+        says: |reply| {
+            let Reply::Audited(audited) = reply else { panic!("{reply}") };
+            one(Reply::Audited(Audited { differing: 1, ..audited }))
+        },
+        told: &["not equal to the original"],
+    },
+];
+
+/// About disks that are mirrored.
+const LIES_OF_DISKS: &[Lie] = &[
+    Lie {
+        name: "hashes of a disk that there is not",
+        at: is_reserved,
+        says: |reply| known(reply, Holds { disk: 9, first: 0, hashes: vec![7; 16], last: false }),
+        told: &["says what no disk can hold"],
+    },
+    Lie {
+        name: "hashes of blocks that there are not",
+        at: is_reserved,
+        says: |reply| known(reply, Holds { disk: 0, first: u64::MAX, hashes: vec![7; 16], last: false }),
+        told: &["says what no disk can hold"],
+    },
+    Lie {
+        name: "hashes of more blocks than there are",
+        at: is_reserved,
+        says: |reply| known(reply, Holds { disk: 0, first: 0, hashes: vec![7; 16 * 1000], last: false }),
+        told: &["says more than once what its images hold"],
+    },
+    Lie {
+        name: "another word in the place of hashes",
+        at: is_reserved,
+        says: |reply| {
+            [known(reply, Holds::default())[..1].to_vec(), one(Reply::Working(Nothing {}))].concat()
+        },
+        told: &["said Working instead of what its images hold"],
+    },
+    Lie {
+        name: "blocks without end",
+        at: is_barrier,
+        says: |reply| vec![wrong_blocks(&[0; 1000]), Say::Reply(reply)],
+        told: &["says more than there is to say"],
+    },
+];
+
+/// The same, in the pause.
+const LIES_OF_DISKS_IN_THE_PAUSE: &[Lie] = &[Lie {
+    name: "blocks that are as they should be, in the pause",
+    at: is_barrier,
+    says: |reply| vec![wrong_blocks(&[0, 1]), Say::Reply(reply)],
+    told: &["not equal to the original"],
+}];
+
+fn mismatch(pages: &[u64]) -> Say {
+    Say::Reply(Reply::Mismatch(Pages { pages: pages.to_vec() }))
+}
+
+fn wrong_blocks(blocks: &[u64]) -> Say {
+    Say::Reply(Reply::WrongBlocks(WrongBlocks { blocks: blocks.to_vec(), checked: false }))
+}
+
+fn is_audited(reply: &Reply) -> bool {
+    matches!(reply, Reply::Audited(_))
+}
+
+/// That the first disk was there before, and holds that.
+fn known(reply: Reply, holds: Holds) -> Vec<Say> {
+    let Reply::Reserved(reserved) = reply else { panic!("{reply}") };
+    [one(Reply::Reserved(Reserved { known: vec![0], ..reserved })), one(Reply::Holds(holds))].concat()
+}
+
 fn guest(pair: &Pair) -> Guest {
-    let spec = GuestSpec { fill_mib: 24, rate: 200, ..pair.spec("vm", 128) };
-    pair.run(pair.a(), "vm", &spec)
+    pair.run(pair.a(), "vm", &spec(pair))
+}
+
+fn spec(pair: &Pair) -> GuestSpec {
+    GuestSpec { fill_mib: 24, rate: 200, ..pair.spec("vm", 128) }
+}
+
+/// A guest with a disk of its own.
+fn guest_with_disk(pair: &Pair) -> Guest {
+    let path = image(pair.a(), "d.raw");
+    disk::create(&path, Format::Raw, DISK).unwrap();
+    write_noise(&path, 0, DISK / 4);
+    let disk = TestDisk::new(pair.a().local_dir().join("d.raw"), Format::Raw, "d");
+    pair.run(pair.a(), "vm", &GuestSpec { disks: vec![disk], ..spec(pair) })
 }
 
 fn migrate(pair: &Pair, address: &str, options: &[&str]) -> Said {
@@ -220,15 +390,13 @@ fn unshowable(text: &str) -> Option<char> {
     text.chars().find(|c| (c.is_control() && *c != '\n') || *c == '\u{202e}')
 }
 
-#[test]
-fn a_destination_that_lies_is_named_and_the_vm_runs_on() {
-    let pair = Pair::start();
-    let guest = guest(&pair);
-    let first = guest.status();
+/// Has each of these told in a migration of its own, which must fail and leave the VM where it runs.
+fn untouched(pair: &Pair, lies: &[Lie], tell: fn(&Lie) -> Lies, options: &[&str]) {
     let agent = pair.a().agent_pid().unwrap();
-    for Lie { name, at, says, told } in LIES.iter().filter(|lie| is_asked_for(lie.name)) {
-        let said =
-            before(&pair, Lies::once_for_reply(*at, *says), |address| migrate(&pair, address, &["--json"]));
+    for lie in lies.iter().filter(|lie| is_asked_for(lie.name)) {
+        let Lie { name, told, .. } = lie;
+        let options = [&["--json"], options].concat();
+        let said = before(pair, tell(lie), |address| migrate(pair, address, &options));
         assert_eq!(said.code, Some(1), "{name}: {said:?}\n{}", pair.logs());
         let report = said.report();
         assert_eq!((report.outcome, &*report.destination), (Outcome::Failed, "host-b"), "{name}: {report:?}");
@@ -242,10 +410,39 @@ fn a_destination_that_lies_is_named_and_the_vm_runs_on() {
         assert!(most < MOST_MIB, "{name}: the agent took {most} MiB, and has {now} now");
         eprintln!("{name}: {message} ({most} MiB)");
     }
+}
+
+fn once(lie: &Lie) -> Lies {
+    Lies::once_for_reply(lie.at, lie.says)
+}
+
+fn in_the_pause(lie: &Lie) -> Lies {
+    Lies::once_for_reply_after(|request| matches!(request, Request::HoldDevices(_)), lie.at, lie.says)
+}
+
+#[test]
+fn a_destination_that_lies_is_named_and_the_vm_runs_on() {
+    let has_disks = root_or_skip("lies about disks: hosts with storage of their own");
+    let pair = if has_disks { Pair::with_local_disks() } else { Pair::start() };
+    let guest = if has_disks { guest_with_disk(&pair) } else { guest(&pair) };
+    let first = guest.status();
+    untouched(&pair, LIES, once, &[]);
+    untouched(&pair, LIES_IN_THE_PAUSE, in_the_pause, &[]);
+    untouched(&pair, LIES_OF_AN_AUDIT, once, &["--verify", "strict"]);
+    if has_disks {
+        untouched(&pair, LIES_OF_DISKS, once, &[]);
+        untouched(&pair, LIES_OF_DISKS_IN_THE_PAUSE, in_the_pause, &[]);
+    }
     guest.sound_since(&first);
     pair.holds_nothing(pair.b());
-    // Whoever was lied to serves the next one.
-    pair.migrate("vm", pair.a(), pair.b(), &[]);
+    // Whoever was lied to serves the next one; and once the VM was handed over no word that it is not there is followed.
+    let lies = Lies::once_for_reply(
+        |reply| matches!(reply, Reply::Running(_)),
+        |_| one(Reply::Cancelled(Nothing {})),
+    );
+    let said = before(&pair, lies, |address| migrate(&pair, address, &["--json"]));
+    assert_eq!(said.code, Some(0), "{said:?}\n{}", pair.logs());
+    assert!(pair.runs_on("vm", pair.b()) && pair.show("vm", pair.a()).is_none(), "{}", pair.logs());
     guest.sound_since(&first);
 }
 

@@ -3,6 +3,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 
@@ -72,6 +73,24 @@ impl Lies {
             says(reply)
         });
         Lies { replies, ..Lies::default() }
+    }
+
+    /// The same, of the first such reply after a request that `after` is true of has been passed on.
+    pub(crate) fn once_for_reply_after(
+        after: impl Fn(&Request) -> bool + Send + 'static,
+        at: impl Fn(&Reply) -> bool + Send + 'static,
+        says: impl Fn(Reply) -> Vec<Say> + Send + 'static,
+    ) -> Lies {
+        let passed = Arc::<AtomicBool>::default();
+        let has_passed = Arc::clone(&passed);
+        let requests = Box::new(move |request: Request| {
+            if after(&request) {
+                passed.store(true, Ordering::Relaxed);
+            }
+            vec![Say::Request(request)]
+        });
+        let at = move |reply: &Reply| has_passed.load(Ordering::Relaxed) && at(reply);
+        Lies { requests, ..Lies::once_for_reply(at, says) }
     }
 
     /// The same of what the source says.

@@ -2,4 +2,6 @@
 
 mod destination;
 mod liar;
+mod played;
+mod post_copy;
 mod source;
