@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::cell::{Cell, Dirtying, Link};
 use crate::contender::Contender;
+use crate::outcome::Sitting;
 use crate::record::Method;
-use crate::trial::Sitting;
 
 /// Guests' boot, for each GiB of RAM of one of them, and whatever the size.
 const BOOT: Duration = Duration::from_secs(8);

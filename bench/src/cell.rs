@@ -147,6 +147,11 @@ impl Cell {
         Self::all().into_iter().find(|cell| cell.name == name).unwrap()
     }
 
+    /// Memory of the guest, in GiB.
+    pub fn gib(&self) -> f64 {
+        self.memory_mib as f64 / 1024.0
+    }
+
     /// How much the guest fills, in MiB.
     pub fn fill_mib(&self) -> u64 {
         match self.content {

@@ -9,12 +9,14 @@ use clap::Parser;
 use crate::budget::{self, Budget};
 use crate::cell::Cell;
 use crate::contender::Contender;
+use crate::error::BenchError;
 use crate::narrator::Narrator;
+use crate::outcome::Sitting;
 use crate::results::{Kept, Results};
 use crate::run::Run;
 use crate::surroundings::Surroundings;
-use crate::trial::{self, Sitting};
-use crate::{BenchError, file};
+use crate::trial;
+use crate::{document, file};
 
 /// All of it takes hours; what follows has every goal and every cell.
 const SITTINGS: &str = include_str!("compare/sittings.txt").trim_ascii_end();
@@ -157,7 +159,7 @@ fn compare(cli: &Cli, cells: &[Cell], named: &[Contender], run: &Run) -> Result<
         results.took_ms = narrator.elapsed_ms();
         results.judge();
         // After every cell: what was measured is not lost when the next one is interrupted.
-        document = Some(results.write(&directory)?);
+        document = Some(document::write(&results, &directory)?);
     }
     show(&results);
     if let Some(document) = document {

@@ -17,6 +17,8 @@ pub struct Contender {
 impl Contender {
     /// vmirror.
     pub const VMIRROR: Self = Self { method: Method::Vmirror, tls: true };
+    /// QEMU as it is. Not encrypted.
+    pub const DEFAULT: Self = Self::plain(Method::QemuDefault);
     /// QEMU with a disk that moves with the guest. Not encrypted.
     pub const NBD: Self = Self::plain(Method::QemuNbd);
     /// All of them.

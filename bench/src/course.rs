@@ -8,15 +8,16 @@ use testbed::client::{Echo, EchoReport};
 use testbed::{AgentOptions, Console, GuestSpec, Host, Inventory, Programs, Status, Testbed};
 
 use crate::baseline::{Setting, Twin};
+use crate::error::BenchError;
 use crate::measure::with_heartbeats;
 use crate::mirrored::{self, NAME};
 use crate::narrator::Narrator;
+use crate::present;
 use crate::record::{GuestFacts, Method, Record, Sample};
 use crate::run::Run;
 use crate::scene::{self, ADDRESSES, TWIN};
 use crate::settings::Settings;
 use crate::surroundings::Surroundings;
-use crate::{BenchError, present};
 
 /// How long the client listens to the guest that is not moved.
 const UNMIGRATED: Duration = Duration::from_secs(3);
@@ -348,10 +349,10 @@ mod tests {
         assert!(!record.succeeded());
         check_reports(&mut record);
         assert!(!record.succeeded());
-        let mut record = crate::figures::tests::record();
+        let mut record = crate::fixtures::run();
         check_reports(&mut record);
         assert!(record.succeeded(), "{:?}", record.checks);
-        let mut spoiled = crate::figures::tests::record();
+        let mut spoiled = crate::fixtures::run();
         for report in spoiled.samples.iter_mut().filter_map(|sample| sample.report.as_mut()) {
             report.verification.mismatches = 1;
         }

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use crate::cell::{Cell, Dirtying, Filling, Link, Order};
-use crate::trial::CellRecord;
+use crate::outcome::CellRecord;
 
 fn dirties(cell: &Cell, percent: u64) -> bool {
     cell.dirtying == Dirtying::OfLink(percent)
@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn what_was_not_measured_is_named() {
-        let text = section(&[crate::goals::tests::record("idle-512m", &[(Contender::VMIRROR, 1.0)])]);
+        let text = section(&[crate::fixtures::cell("idle-512m", &[(Contender::VMIRROR, 1.0)])]);
         assert!(text.contains("| guest | 512 MiB | idle-512m |"), "{text}");
         assert!(text.contains("| guest | 4 GiB | *not measured:* idle-4g, counters-25-4g |"), "{text}");
         assert!(text.contains("not measured here: idle, idle-4g, "), "{text}");

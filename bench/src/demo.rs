@@ -6,11 +6,13 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 use crate::course::{self, Course};
+use crate::error::BenchError;
 use crate::figures::{self, Figure};
 use crate::narrator::Narrator;
 use crate::present::{self, Paint};
+use crate::record::Record;
 use crate::settings::Settings;
-use crate::{BenchError, Record, file, page};
+use crate::{file, page};
 
 /// Migrations by each method, unless chosen otherwise.
 const ROUNDS: u32 = 4;

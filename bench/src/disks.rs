@@ -9,8 +9,8 @@ use guest::page::{self, Content, Identity};
 use testbed::guest_spec::{Io, Pattern, TestDisk, Work};
 use testbed::{Host, TestbedError, disk};
 
-use crate::BenchError;
 use crate::cell::{Disk, DiskContent, PAGE};
+use crate::error::BenchError;
 use crate::run::Run;
 
 /// The serial number by which a guest knows its disk.

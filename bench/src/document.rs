@@ -1,53 +1,35 @@
 //! The results as a document, in Markdown.
 
 use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 
 use readable::{count, measured_ms as ms};
 
 use crate::cell::Cell;
 use crate::contender::Contender;
-use crate::coverage;
+use crate::error::BenchError;
 use crate::goals::Goal;
-use crate::measure::Spread;
-use crate::record::Sample;
+use crate::measure::{Spread, bytes};
+use crate::outcome::{self, CellRecord, Sitting};
+use crate::plot::{self, Plotted};
+use crate::record::{Measure, Sample};
 use crate::results::Results;
 use crate::throughput::Throughput;
-use crate::trial::{CellRecord, Sitting, Trial};
+use crate::{coverage, file};
 
-/// A figure that is plotted.
-#[derive(Clone, Copy, Debug)]
-pub struct PlottedFigure {
-    /// Name of its file, without the ending.
-    pub file: &'static str,
-    /// What it is, with its unit.
-    pub name: &'static str,
-    /// Its value.
-    pub value: fn(&Cell, &Sample) -> Option<f64>,
+/// Writes the document `benchmarks.md`, and beside it in `benchmarks/` the plots and `results.json`.
+pub fn write(results: &Results, directory: &Path) -> Result<PathBuf, BenchError> {
+    let json = results.write(directory)?;
+    for plotted in plot::ALL {
+        let path = json.with_file_name(format!("{}.svg", plotted.file));
+        file::write(&path, &plot::dots(plotted, &results.cells)?)?;
+    }
+    let path = directory.join("benchmarks.md");
+    file::write(&path, &document(results))?;
+    Ok(path)
 }
 
-/// All that are plotted.
-pub(crate) const FIGURES: [PlottedFigure; 5] = [
-    PlottedFigure { file: "downtime", name: "downtime, ms", value: |_, sample| Some(sample.downtime_ms) },
-    PlottedFigure { file: "gap", name: "longest heartbeat gap, ms", value: |_, sample| sample.gap_ms() },
-    PlottedFigure { file: "total", name: "total time, s", value: |_, sample| Some(sample.total_ms / 1e3) },
-    PlottedFigure {
-        file: "bytes",
-        name: "bytes on the link, MiB",
-        value: |_, sample| Some(sample.link_bytes? as f64 / f64::from(1 << 20)),
-    },
-    PlottedFigure {
-        file: "cpu",
-        name: "CPU time of both sides, s per GiB of RAM",
-        value: |cell, sample| Some(sample.cpu_ms() / 1e3 / gib(cell)),
-    },
-];
-
-fn gib(cell: &Cell) -> f64 {
-    cell.memory_mib as f64 / 1024.0
-}
-
-/// The document.
-pub(crate) fn document(results: &Results) -> String {
+fn document(results: &Results) -> String {
     let mut text = format!(
         "# Benchmarks\n\nMade by `{}`, begun {}, {:.0} minutes. Cells may be of several sittings; each says when it was measured, with \
          how many runs, and after how long a migration was given up as not converged. In each run every contender moves its guest \
@@ -80,8 +62,8 @@ pub(crate) fn document(results: &Results) -> String {
         let _ = writeln!(text, "\nWhy not: *{}*: {why}", goal.case);
     }
     text += "\n## Figures\n\n";
-    for figure in FIGURES {
-        let _ = writeln!(text, "![{0}](benchmarks/{1}.svg)\n", figure.name, figure.file);
+    for Plotted { file, name, .. } in plot::ALL {
+        let _ = writeln!(text, "![{name}](benchmarks/{file}.svg)\n");
     }
     text += &coverage::section(&results.cells);
     text += EXPLAINED;
@@ -95,11 +77,6 @@ pub(crate) fn document(results: &Results) -> String {
 const WHY_NOT: &str = include_str!("document/why-not.txt");
 /// What the cells' tables say.
 const EXPLAINED: &str = include_str!("document/explained.md");
-
-/// Contenders that were tried in a cell, in their usual order.
-pub(crate) fn tried(cell: &CellRecord) -> impl Iterator<Item = Contender> {
-    Contender::ALL.into_iter().filter(|contender| cell.by(*contender).next().is_some())
-}
 
 fn sitting(sitting: &Sitting, results: &Results) -> String {
     let Sitting { started, runs, patience_s, surroundings, .. } = sitting;
@@ -139,12 +116,11 @@ fn table(cell: &CellRecord, results: &Results) -> String {
     heads.extend(cell.cell.disk.is_none().then_some("memory"));
     text += &line(&heads);
     text += &line(&vec!["---"; heads.len()]);
-    for contender in tried(cell) {
+    for contender in outcome::tried(std::slice::from_ref(cell)) {
         let mut values = row(cell, contender, columns);
         values.resize(columns.len() + 2, String::new());
         if cell.cell.disk.is_none() {
-            let most = cell.by(contender).filter_map(|trial| trial.overhead_bytes).max();
-            values.push(most.map_or_else(|| "-".to_owned(), |most| bytes(most as f64)));
+            values.push(cell.most_overhead(contender).map_or_else(|| "-".to_owned(), readable::bytes));
         }
         text += &line(&values);
     }
@@ -157,102 +133,88 @@ fn line<T: AsRef<str>>(cells: &[T]) -> String {
     format!("|{}\n", cells.iter().map(|text| cell(text.as_ref())).collect::<String>())
 }
 
-/// A column of a cell's table: its head, what it shows of a migration, and how.
-type Column = (&'static str, fn(&Cell, &Sample) -> Option<f64>, fn(f64) -> String);
+/// A column of a cell's table: its head, what it shows of migrations, and how.
+type Column = (&'static str, Measure, fn(&Cell, f64) -> String);
+
+const TIME: fn(&Cell, f64) -> String = |_, time| ms(time);
+const BYTES: fn(&Cell, f64) -> String = |_, number| bytes(number);
+const SECONDS: fn(&Cell, f64) -> String = |_, time| format!("{:.2}", time / 1e3);
+const PER_GIB: fn(&Cell, f64) -> String = |cell, time| format!("{:.2}", time / 1e3 / cell.gib());
 
 const OF_MEMORY: [Column; 7] = [
-    ("downtime", |_, sample| Some(sample.downtime_ms), ms),
-    ("gap", |_, sample| sample.gap_ms(), ms),
-    ("total", |_, sample| Some(sample.total_ms), ms),
-    ("on the link", |_, sample| Some(sample.link_bytes? as f64), bytes),
-    ("own count", |_, sample| Some(sample.sent_bytes as f64), bytes),
-    ("CPU source, s/GiB", |cell, sample| Some(sample.cpu_source_ms / (1e3 * gib(cell))), seconds),
-    ("CPU destination, s/GiB", |cell, sample| Some(sample.cpu_destination_ms / (1e3 * gib(cell))), seconds),
+    ("downtime", Sample::DOWNTIME, TIME),
+    ("gap", Sample::GAP, TIME),
+    ("total", Sample::TOTAL, TIME),
+    ("on the link", Sample::LINK_BYTES, BYTES),
+    ("own count", Sample::SENT_BYTES, BYTES),
+    ("CPU source, s/GiB", Sample::CPU_SOURCE, PER_GIB),
+    ("CPU destination, s/GiB", Sample::CPU_DESTINATION, PER_GIB),
 ];
 
 const OF_DISKS: [Column; 9] = [
-    ("copying", |_, sample| Some(sample.disk?.took_ms()), ms),
-    ("running there", |_, sample| Some(sample.until_running_ms), ms),
-    ("total", |_, sample| Some(sample.total_ms), ms),
-    ("on the link", |_, sample| Some(sample.link_bytes? as f64), bytes),
-    ("CPU source, s", |_, sample| Some(sample.cpu_source_ms / 1e3), seconds),
-    ("CPU destination, s", |_, sample| Some(sample.cpu_destination_ms / 1e3), seconds),
-    ("downtime", |_, sample| Some(sample.downtime_ms), ms),
-    ("disk, of it", |_, sample| crate::goals::pause_of_disks(sample), ms),
-    ("gap", |_, sample| sample.gap_ms(), ms),
+    ("copying", Sample::COPYING, TIME),
+    ("running there", Sample::UNTIL_RUNNING, TIME),
+    ("total", Sample::TOTAL, TIME),
+    ("on the link", Sample::LINK_BYTES, BYTES),
+    ("CPU source, s", Sample::CPU_SOURCE, SECONDS),
+    ("CPU destination, s", Sample::CPU_DESTINATION, SECONDS),
+    ("downtime", Sample::DOWNTIME, TIME),
+    ("disk, of it", Sample::PAUSE_OF_DISKS, TIME),
+    ("gap", Sample::GAP, TIME),
 ];
-
-fn bytes(bytes: f64) -> String {
-    readable::bytes(bytes as u64)
-}
-
-fn seconds(seconds: f64) -> String {
-    format!("{seconds:.2}")
-}
 
 /// A contender's name and figures, or why it has none.
 fn row(cell: &CellRecord, contender: Contender, columns: &[Column]) -> Vec<String> {
-    let trials: Vec<&Trial> = cell.by(contender).collect();
-    let samples: Vec<&Sample> = cell.samples(contender).collect();
-    let name = match row_of(&trials, &samples, contender) {
+    let name = match name_of(cell, contender) {
         Ok(name) => name,
         Err(missed) => return vec![contender.name(), missed],
     };
-    let mut row = vec![name];
-    for (_, value, show) in columns {
-        row.push(spread(Spread::of(samples.iter().filter_map(|sample| value(&cell.cell, sample))), *show));
-    }
-    let median = |value: &dyn Fn(&Throughput) -> Option<f64>, show: fn(f64) -> String| {
-        let speeds = Spread::of(trials.iter().filter_map(|trial| value(&trial.throughput)));
-        speeds.map_or_else(|| "-".to_owned(), |speeds| show(speeds.median))
+    let figure = |(_, measure, show): &Column| {
+        let show = |number| show(&cell.cell, number);
+        match cell.spread(contender, measure) {
+            None => "-".to_owned(),
+            Some(Spread { median, count: 1, .. }) => show(median),
+            Some(Spread { median, least, most, .. }) => {
+                format!("{} ({} to {})", show(median), show(least), show(most))
+            }
+        }
     };
-    row.push(if cell.cell.disk.is_some() {
+    let speed = |value: &dyn Fn(&Throughput) -> Option<f64>, show: fn(f64) -> String| {
+        cell.speed(contender, value).map_or_else(|| "-".to_owned(), show)
+    };
+    let work = if cell.cell.disk.is_some() {
         let speeds: [fn(&Throughput) -> Option<f64>; 4] =
             [|speed| speed.before, |speed| speed.during, |speed| speed.copied, |speed| speed.after];
-        speeds.map(|speed| median(&speed, |blocks| count(blocks.round() as u64))).join(" / ")
+        speeds.map(|value| speed(&value, |blocks| count(blocks.round() as u64))).join(" / ")
     } else {
         let speeds: [fn(&Throughput) -> Option<f64>; 2] = [|speed| speed.during, |speed| speed.after];
         let part = |value: fn(&Throughput) -> Option<f64>| {
-            let part = move |speed: &Throughput| {
-                Some(value(speed)? / speed.before.filter(|before| *before > 0.0)? * 100.0)
-            };
-            median(&part, |percent| format!("{percent:.0} %"))
+            let part = move |speed: &Throughput| speed.part(value(speed)?);
+            speed(&part, |part| format!("{:.0} %", part * 100.0))
         };
         speeds.map(part).join(" / ")
-    });
-    row
+    };
+    [name].into_iter().chain(columns.iter().map(figure)).chain([work]).collect()
 }
 
 /// How a contender's row begins, or why it has no figures.
-fn row_of(trials: &[&Trial], samples: &[&Sample], contender: Contender) -> Result<String, String> {
-    let missed = trials.iter().find_map(|trial| trial.miss.as_ref()).map(ToString::to_string);
-    let name = contender.name();
-    if samples.is_empty() {
-        return Err(missed.unwrap_or_default());
-    }
-    Ok(match missed {
+fn name_of(cell: &CellRecord, contender: Contender) -> Result<String, String> {
+    let missed = cell.missed(contender).map(ToString::to_string);
+    let [done, tried] = [cell.samples(contender).count(), cell.by(contender).count()];
+    match missed {
+        missed if done == 0 => Err(missed.unwrap_or_default()),
         Some(missed) => {
-            let [done, tried] = [samples.len(), trials.len()].map(|number| count(number as u64));
-            format!("{name} ({done} of {tried}; then: {missed})")
+            let [done, tried] = [done, tried].map(|number| count(number as u64));
+            Ok(format!("{} ({done} of {tried}; then: {missed})", contender.name()))
         }
-        None => name,
-    })
-}
-
-fn spread(spread: Option<Spread>, unit: fn(f64) -> String) -> String {
-    match spread {
-        None => "-".to_owned(),
-        Some(Spread { median, count: 1, .. }) => unit(median),
-        Some(Spread { median, least, most, .. }) => {
-            format!("{} ({} to {})", unit(median), unit(least), unit(most))
-        }
+        None => Ok(contender.name()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::tests::results;
+    use crate::fixtures::results;
 
     #[test]
     fn the_document_tells_who_did_not_come_to_an_end() {
@@ -284,6 +246,13 @@ mod tests {
         let bytes = results.goals.iter_mut().find(|goal| goal.case.starts_with("bytes")).unwrap();
         bytes.reached = Some(false);
         assert!(document(&results).contains("Why not: *bytes, Debian userland, 1 Gbit/s*: both hosts"));
+    }
+
+    #[test]
+    fn a_cell_that_was_skipped_says_why() {
+        let mut results = results();
+        results.cells[0].skipped = Some("no network".into());
+        assert!(document(&results).contains("\n\n**Skipped: no network**\n"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use serde::Serialize;
 use session::Report;
 
 use crate::measure::Spread;
-use crate::record::{Method, Record, Sample};
+use crate::record::{Measure, Method, Record, Sample};
 
 /// Most downtime of an idle guest of 1 GiB, in milliseconds.
 const DOWNTIME_MS: f64 = 15.0;
@@ -119,21 +119,20 @@ fn short(unit: Unit, limit: f64) -> String {
 
 /// Every figure of a run, in the order to show them.
 pub fn of(record: &Record) -> Vec<Figure> {
-    let by = |value: fn(&Sample) -> Option<f64>| {
-        Method::DEMO.map(|method| Spread::of(record.by(method).filter_map(value)))
+    let by = |name, unit, measure: Measure| {
+        let of = |method| Spread::of(record.by(method).filter_map(measure));
+        Figure::new(name, unit, Method::DEMO.map(of))
     };
-    let downtime = Figure::new("downtime", Unit::Ms, by(|sample| Some(sample.downtime_ms)));
+    let downtime = by("downtime", Unit::Ms, Sample::DOWNTIME);
     let of_default = downtime.median(Method::QemuDefault);
-    let downtime =
-        downtime.at_most(DOWNTIME_MS).at_most_of(DOWNTIME_OF_QEMU, "half of QEMU's default", of_default);
     let hold = Figure::own("tracking hold", Unit::Ms, record.reports().map(|report| report.tracking_hold_ms));
     let scans = |paused| record.reports().flat_map(move |report| clean_scans(report, paused));
-    let total = Figure::new("total time", Unit::Ms, by(|sample| Some(sample.total_ms)));
+    let total = by("total time", Unit::Ms, Sample::TOTAL);
     let qemu_total = total.better_qemu();
-    let cpu = Figure::new("CPU time of both sides", Unit::Ms, by(|sample| Some(sample.cpu_ms())));
+    let cpu = by("CPU time of both sides", Unit::Ms, Sample::CPU);
     let qemu_cpu = cpu.better_qemu();
     let mut figures = vec![
-        downtime,
+        downtime.at_most(DOWNTIME_MS).at_most_of(DOWNTIME_OF_QEMU, "half of QEMU's default", of_default),
         hold.at_most(HOLD_MS),
         Figure::own("scan of a clean GiB, guest running", Unit::Ms, scans(false)).at_most(SCAN_MS),
         Figure::own("scan of a clean GiB, guest paused", Unit::Ms, scans(true)).at_most(SCAN_MS),
@@ -141,31 +140,19 @@ pub fn of(record: &Record) -> Vec<Figure> {
         cpu.at_most_of(CPU_OF_QEMU, "QEMU's + 30 %", qemu_cpu),
     ];
     if record.network {
-        let mut gap = Figure::new("longest heartbeat gap", Unit::Ms, by(|sample| sample.gap_ms()));
+        let mut gap = by("longest heartbeat gap", Unit::Ms, Sample::GAP);
         gap.unmigrated = record.unmigrated.and_then(|beats| beats.gap_ms());
-        let mut lost = Figure::new(
-            "heartbeats lost",
-            Unit::Count,
-            by(|sample| sample.heartbeats.map(|beats| beats.lost as f64)),
-        );
+        let mut lost = by("heartbeats lost", Unit::Count, Sample::HEARTBEATS_LOST);
         lost.unmigrated = record.unmigrated.map(|beats| beats.lost as f64);
         figures.extend([gap, lost]);
     }
     figures.extend([
-        Figure::new("until it runs there", Unit::Ms, by(|sample| Some(sample.until_running_ms))),
-        Figure::new("CPU time at the source", Unit::Ms, by(|sample| Some(sample.cpu_source_ms))),
-        Figure::new("CPU time at the destination", Unit::Ms, by(|sample| Some(sample.cpu_destination_ms))),
-        Figure::new(
-            "bytes on the link",
-            Unit::Bytes,
-            by(|sample| sample.link_bytes.map(|bytes| bytes as f64)),
-        ),
-        Figure::new("memory sent, own count", Unit::Bytes, by(|sample| Some(sample.sent_bytes as f64))),
-        Figure::new(
-            "downtime as QEMU counts it",
-            Unit::Ms,
-            by(|sample| sample.qemu.as_ref().map(|qemu| qemu.downtime_ms)),
-        ),
+        by("until it runs there", Unit::Ms, Sample::UNTIL_RUNNING),
+        by("CPU time at the source", Unit::Ms, Sample::CPU_SOURCE),
+        by("CPU time at the destination", Unit::Ms, Sample::CPU_DESTINATION),
+        by("bytes on the link", Unit::Bytes, Sample::LINK_BYTES),
+        by("memory sent, own count", Unit::Bytes, Sample::SENT_BYTES),
+        by("downtime as QEMU counts it", Unit::Ms, Sample::DOWNTIME_OF_QEMU),
     ]);
     figures
 }
@@ -185,13 +172,9 @@ fn clean_scans(report: &Report, paused: bool) -> impl Iterator<Item = f64> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    /// A run of two rounds with round numbers.
-    pub(crate) fn record() -> Record {
-        serde_json::from_str(include_str!("figures/record.json")).unwrap()
-    }
+    use crate::fixtures::run as record;
 
     fn goals<'a>(figures: &'a [Figure], name: &str) -> &'a [Goal] {
         &figures.iter().find(|figure| figure.name == name).unwrap().goals

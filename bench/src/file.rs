@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::BenchError;
+use crate::error::BenchError;
 
 /// Reads a document; none where there is no such file.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, BenchError> {

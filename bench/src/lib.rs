@@ -32,8 +32,11 @@ mod demo;
 mod disks;
 mod document;
 mod error;
+mod events;
 mod figures;
 mod file;
+#[cfg(test)]
+mod fixtures;
 mod goals;
 mod link;
 mod measure;
@@ -41,6 +44,7 @@ mod memory;
 mod mirrored;
 mod narrator;
 mod nbd;
+mod outcome;
 mod page;
 mod plot;
 mod present;
@@ -55,6 +59,3 @@ mod trial;
 
 pub use compare::main as compare;
 pub use demo::main as demo;
-
-use error::BenchError;
-use record::Record;

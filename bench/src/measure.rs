@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use testbed::{Client, cpu};
 
-use crate::BenchError;
+use crate::error::BenchError;
 use crate::run::Run;
 
 /// How often a thread's CPU time is read: a thread that ends takes its time with it, at most this much is missed.
@@ -29,6 +29,11 @@ const AT_END: Duration = Duration::from_millis(400);
 /// Milliseconds of a time.
 pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
+}
+
+/// A number of bytes that was measured, for people.
+pub(crate) fn bytes(bytes: f64) -> String {
+    readable::bytes(bytes as u64)
 }
 
 /// A thread that looks again and again until it is told to stop, and then gives back what it has seen.

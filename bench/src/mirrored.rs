@@ -13,8 +13,8 @@ use serde_json::Value;
 use session::{Outcome, Phase, Report};
 use testbed::{GuestSpec, Host, cpu};
 
-use crate::BenchError;
 use crate::baseline::serves;
+use crate::error::BenchError;
 use crate::link::LinkWatch;
 use crate::measure::{ms, watch_threads};
 use crate::record::{DiskCopy, Method, Sample};

@@ -8,8 +8,8 @@ use qemu::Qmp;
 use qemu::qmp::MirrorEnd;
 use serde_json::json;
 
-use crate::BenchError;
-use crate::baseline::Events;
+use crate::error::BenchError;
+use crate::events::Events;
 use crate::run::Run;
 
 /// Names of the job, and of the node that it writes to.

@@ -8,7 +8,7 @@ use readable::{count, measured_ms as ms};
 use crate::course::Course;
 use crate::figures::{Figure, Unit};
 use crate::present::{cells, pause_parts, verdict};
-use crate::record::{Method, Record};
+use crate::record::{Check, Measure, Method, Record, Sample, Step};
 
 /// The page.
 pub fn page(course: &Course, figures: &[Figure]) -> String {
@@ -97,21 +97,20 @@ fn drawings(record: &Record, figures: &[Figure]) -> String {
     if record.samples.is_empty() {
         return String::new();
     }
-    let drawn = |name: &str, value: fn(&crate::record::Sample) -> Option<f64>| {
-        let limit = figures
-            .iter()
-            .find(|figure| figure.name == name)
-            .and_then(|figure| figure.goals.iter().filter_map(|goal| goal.limit).min_by(f64::total_cmp));
+    let drawn = |name: &str, measure: Measure| {
+        let figure = figures.iter().find(|figure| figure.name == name)?;
+        let limit = figure.goals.iter().filter_map(|goal| goal.limit).min_by(f64::total_cmp);
         let rows = Method::DEMO
-            .map(|method| (method.name(), record.by(method).filter_map(value).collect::<Vec<f64>>()));
-        drawing::dots(name, &rows, limit)
+            .map(|method| (method.name(), record.by(method).filter_map(measure).collect::<Vec<f64>>()));
+        Some(drawing::dots(name, &rows, limit))
     };
-    let mut all = drawn("downtime", |sample| Some(sample.downtime_ms));
-    if record.network {
-        all += &drawn("longest heartbeat gap", |sample| sample.gap_ms());
-    }
-    all += &drawn("total time", |sample| Some(sample.total_ms));
-    all += &drawn("CPU time of both sides", |sample| Some(sample.cpu_ms()));
+    let all = [
+        ("downtime", Sample::DOWNTIME),
+        ("longest heartbeat gap", Sample::GAP),
+        ("total time", Sample::TOTAL),
+        ("CPU time of both sides", Sample::CPU),
+    ];
+    let all: String = all.into_iter().filter_map(|(name, measure)| drawn(name, measure)).collect();
     all + "<p class=\"note\">Each dot is a migration, each tall line a median; the dashed line is the strictest goal.</p>\n"
 }
 
@@ -146,7 +145,7 @@ fn table(figures: &[Figure]) -> String {
 }
 
 fn checks(record: &Record) -> String {
-    let check = |check: &crate::record::Check| {
+    let check = |check: &Check| {
         let class = if check.held { "good" } else { "bad" };
         format!(
             "<li class=\"{class}\"><b>{}</b><span>{}</span></li>\n",
@@ -161,7 +160,7 @@ fn checks(record: &Record) -> String {
 }
 
 fn steps(record: &Record) -> String {
-    let step = |step: &crate::record::Step| {
+    let step = |step: &Step| {
         format!("<li><time>{:.1} s</time><span>{}</span></li>\n", step.at_ms / 1e3, escape(&step.text))
     };
     format!("<ol class=\"steps\">\n{}</ol>\n", record.steps.iter().map(step).collect::<String>())
@@ -196,7 +195,7 @@ fn footer(record: &Record) -> String {
 mod tests {
     use super::*;
     use crate::figures;
-    use crate::figures::tests::record;
+    use crate::fixtures::run as record;
 
     fn shown(record: Record) -> String {
         let figures = figures::of(&record);

@@ -3,12 +3,42 @@
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::BenchError;
+use crate::cell::Cell;
 use crate::contender::Contender;
-use crate::document::PlottedFigure;
-use crate::measure::Spread;
-use crate::record::Method;
-use crate::trial::CellRecord;
+use crate::error::BenchError;
+use crate::outcome::{self, CellRecord};
+use crate::record::{Measure, Method, Sample};
+
+/// A figure that is plotted.
+#[derive(Clone, Copy, Debug)]
+pub struct Plotted {
+    /// Name of its file, without the ending.
+    pub file: &'static str,
+    /// What it is, with its unit.
+    pub name: &'static str,
+    measure: Measure,
+    /// How much of what is measured is one of that unit.
+    unit: fn(&Cell) -> f64,
+}
+
+/// All that are plotted.
+pub const ALL: [Plotted; 5] = {
+    const fn plotted(
+        file: &'static str,
+        name: &'static str,
+        measure: Measure,
+        unit: fn(&Cell) -> f64,
+    ) -> Plotted {
+        Plotted { file, name, measure, unit }
+    }
+    [
+        plotted("downtime", "downtime, ms", Sample::DOWNTIME, |_| 1.0),
+        plotted("gap", "longest heartbeat gap, ms", Sample::GAP, |_| 1.0),
+        plotted("total", "total time, s", Sample::TOTAL, |_| 1e3),
+        plotted("bytes", "bytes on the link, MiB", Sample::LINK_BYTES, |_| f64::from(1 << 20)),
+        plotted("cpu", "CPU time of both sides, s per GiB of RAM", Sample::CPU, |cell| 1e3 * cell.gib()),
+    ]
+};
 
 /// A page's width, so that a document shows it as large as it is, in pixels.
 const WIDTH: i32 = 920;
@@ -48,7 +78,7 @@ fn is_ring(contender: Contender) -> bool {
 }
 
 /// Draws a figure of all cells as SVG.
-pub fn dots(figure: PlottedFigure, cells: &[CellRecord]) -> Result<String, BenchError> {
+pub fn dots(figure: Plotted, cells: &[CellRecord]) -> Result<String, BenchError> {
     let mut svg = String::new();
     draw(figure, cells, &mut svg).map_err(|error| {
         BenchError::file(format!("{}.svg", figure.file))(std::io::Error::other(error.to_string()))
@@ -59,9 +89,8 @@ pub fn dots(figure: PlottedFigure, cells: &[CellRecord]) -> Result<String, Bench
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
-fn draw(figure: PlottedFigure, cells: &[CellRecord], svg: &mut String) -> Drawn {
-    let tried = |contender: &Contender| cells.iter().any(|record| record.by(*contender).next().is_some());
-    let shown: Vec<Contender> = Contender::ALL.into_iter().filter(tried).collect();
+fn draw(figure: Plotted, cells: &[CellRecord], svg: &mut String) -> Drawn {
+    let shown: Vec<Contender> = outcome::tried(cells).collect();
     let row = shown.len().max(2) as i32 * PLACE + BETWEEN;
     let above = TITLE + shown.len().div_ceil(IN_LINE) as i32 * LINE;
     // The scale stands above the rows and below them: with many cells one of both is far away.
@@ -95,22 +124,16 @@ fn mark(area: &Area<'_>, contender: Contender, at: (i32, i32)) -> Drawn {
     Ok(())
 }
 
-fn rows(
-    area: &Area<'_>,
-    figure: PlottedFigure,
-    cells: &[CellRecord],
-    shown: &[Contender],
-    row: i32,
-) -> Drawn {
+fn rows(area: &Area<'_>, figure: Plotted, cells: &[CellRecord], shown: &[Contender], row: i32) -> Drawn {
     let top = |cell: usize| SCALE + cell as i32 * row;
     let (mut dots, mut crosses) = (Vec::new(), Vec::new());
     for (cell, record) in cells.iter().enumerate() {
         for (place, contender) in shown.iter().copied().enumerate() {
             let y = top(cell) + BETWEEN / 2 + place as i32 * PLACE + PLACE / 2;
-            let samples = || record.samples(contender);
-            let values = samples().filter_map(|sample| (figure.value)(&record.cell, sample));
-            dots.extend(Spread::of(values.filter(|value| *value > 0.0)).map(|spread| (y, contender, spread)));
-            if record.by(contender).next().is_some() && samples().next().is_none() {
+            let value = |sample: &Sample| Some((figure.measure)(sample)? / (figure.unit)(&record.cell));
+            let spread = record.spread(contender, |sample| value(sample).filter(|value| *value > 0.0));
+            dots.extend(spread.map(|spread| (y, contender, spread)));
+            if record.by(contender).next().is_some() && record.samples(contender).next().is_none() {
                 crosses.push((y, contender));
             }
         }
@@ -177,21 +200,19 @@ fn ticks(least: f64, most: f64) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixtures::{cell, results};
     use std::collections::HashSet;
-
-    const FIGURE: PlottedFigure =
-        PlottedFigure { file: "downtime", name: "downtime, ms", value: |_, sample| Some(sample.downtime_ms) };
 
     #[test]
     fn a_plot_shows_every_cell_and_contender_that_has_figures() {
         let encrypted = Contender::encrypted(Method::QemuDefault);
-        let cell = crate::goals::tests::record("idle", &[(Contender::VMIRROR, 8.0), (encrypted, 40.0)]);
-        let svg = dots(FIGURE, &[cell]).unwrap();
+        let both = cell("idle", &[(Contender::VMIRROR, 8.0), (encrypted, 40.0)]);
+        let svg = dots(ALL[0], &[both]).unwrap();
         for part in ["<svg", "downtime, ms", "idle", "vmirror, TLS", "QEMU, defaults, TLS", "10 ms"] {
             assert!(svg.contains(part), "{part} in {svg}");
         }
         assert!(!svg.contains("multifd"));
-        assert!(dots(FIGURE, &[]).unwrap().contains("<svg"));
+        assert!(dots(ALL[0], &[]).unwrap().contains("<svg"));
     }
 
     #[test]
@@ -204,11 +225,11 @@ mod tests {
 
     #[test]
     fn who_did_not_come_to_an_end_is_shown_so() {
-        let cell = &crate::results::tests::results().cells[0];
-        let whole = crate::goals::tests::record("idle", &[(Contender::VMIRROR, 8.0)]);
+        let missed = &results().cells[0];
+        let whole = cell("idle", &[(Contender::VMIRROR, 8.0)]);
         let lines =
-            |cell: &CellRecord| dots(FIGURE, std::slice::from_ref(cell)).unwrap().matches("<line").count();
-        assert_eq!(lines(cell), lines(&whole) + 2);
+            |cell: &CellRecord| dots(ALL[0], std::slice::from_ref(cell)).unwrap().matches("<line").count();
+        assert_eq!(lines(missed), lines(&whole) + 2);
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(crate) fn in_words(sample: &Sample) -> String {
         "downtime {}, total {}, CPU {}{beats}",
         ms(sample.downtime_ms),
         ms(sample.total_ms),
-        ms(sample.cpu_ms())
+        ms(sample.cpu_source_ms + sample.cpu_destination_ms)
     )
 }
 
@@ -192,7 +192,7 @@ fn checks(record: &Record, paint: Paint) -> String {
 mod tests {
     use super::*;
     use crate::figures;
-    use crate::figures::tests::record;
+    use crate::fixtures::run as record;
 
     #[test]
     fn the_table_has_every_goal_with_its_verdict() {

@@ -140,16 +140,32 @@ pub struct Sample {
     pub qemu: Option<QemuReport>,
 }
 
-impl Sample {
-    /// CPU time of both sides, in milliseconds.
-    pub fn cpu_ms(&self) -> f64 {
-        self.cpu_source_ms + self.cpu_destination_ms
-    }
+/// What is measured of a migration: milliseconds, bytes or a number; none where it was not, or where there is no such thing.
+pub type Measure = fn(&Sample) -> Option<f64>;
 
+/// All that goals, tables and pictures show.
+impl Sample {
+    pub const DOWNTIME: Measure = |sample| Some(sample.downtime_ms);
+    pub const TOTAL: Measure = |sample| Some(sample.total_ms);
+    pub const UNTIL_RUNNING: Measure = |sample| Some(sample.until_running_ms);
+    pub const CPU_SOURCE: Measure = |sample| Some(sample.cpu_source_ms);
+    pub const CPU_DESTINATION: Measure = |sample| Some(sample.cpu_destination_ms);
+    /// Of both sides.
+    pub const CPU: Measure = |sample| Some(sample.cpu_source_ms + sample.cpu_destination_ms);
+    pub const LINK_BYTES: Measure = |sample| Some(sample.link_bytes? as f64);
+    pub const SENT_BYTES: Measure = |sample| Some(sample.sent_bytes as f64);
     /// The longest heartbeat gap, where it ended.
-    pub fn gap_ms(&self) -> Option<f64> {
-        self.heartbeats.and_then(|beats| beats.gap_ms())
-    }
+    pub const GAP: Measure = |sample| sample.heartbeats?.gap_ms();
+    pub const HEARTBEATS_LOST: Measure = |sample| Some(sample.heartbeats?.lost as f64);
+    /// Of its disk, once.
+    pub const COPYING: Measure = |sample| Some(sample.disk?.took_ms());
+    /// From when the guest is known to be stopped until its disks are complete.
+    pub const PAUSE_OF_DISKS: Measure = |sample| {
+        let pause = &sample.report.as_ref()?.pause;
+        (pause.disks_ms > 0.0).then_some(pause.disks_ms - pause.stopped_ms)
+    };
+    /// As QEMU counts its own.
+    pub const DOWNTIME_OF_QEMU: Measure = |sample| Some(sample.qemu.as_ref()?.downtime_ms);
 }
 
 /// What came of an attempt to move a guest.

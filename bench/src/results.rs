@@ -7,10 +7,11 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::cell::Cell;
+use crate::error::BenchError;
+use crate::file;
 use crate::goals::{self, Goal};
+use crate::outcome::CellRecord;
 use crate::surroundings::Surroundings;
-use crate::trial::CellRecord;
-use crate::{BenchError, document, file, plot};
 
 /// What was measured. Each cell knows in which sitting; what is said here is of the last one.
 #[derive(Clone, Debug, Serialize)]
@@ -86,17 +87,11 @@ impl Results {
         tried.peek().is_some() && tried.all(sound)
     }
 
-    /// Writes the document `benchmarks.md`, and beside it in `benchmarks/` the plots and `results.json`.
+    /// Writes `benchmarks/results.json` into a directory.
     pub fn write(&self, directory: &Path) -> Result<PathBuf, BenchError> {
-        let json = json_in(directory);
-        for figure in document::FIGURES {
-            let path = json.with_file_name(format!("{}.svg", figure.file));
-            file::write(&path, &plot::dots(figure, &self.cells)?)?;
-        }
-        file::write(&json, &without_checkout(&file::json(self)?))?;
-        let document = directory.join("benchmarks.md");
-        file::write(&document, &document::document(self))?;
-        Ok(document)
+        let path = json_in(directory);
+        file::write(&path, &without_checkout(&file::json(self)?))?;
+        Ok(path)
     }
 }
 
@@ -112,32 +107,12 @@ fn json_in(directory: &Path) -> PathBuf {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use std::fs;
 
     use super::*;
     use crate::contender::Contender;
-    use crate::record::{Method, Miss};
-
-    pub(crate) fn results() -> Results {
-        let default = Contender::plain(Method::QemuDefault);
-        let mut cell = crate::goals::tests::record(
-            "idle",
-            &[(Contender::VMIRROR, 8.0), (Contender::VMIRROR, 9.0), (default, 40.0)],
-        );
-        let last = cell.trials.last_mut().unwrap();
-        (last.sample, last.miss) = (None, Some(Miss::NotConverged { after_ms: 60_000.0 }));
-        Results {
-            started: "today".into(),
-            took_ms: 120_000.0,
-            command: "make bench".into(),
-            surroundings: Surroundings::default(),
-            engine: None,
-            left_out: Vec::new(),
-            cells: vec![cell],
-            goals: Vec::new(),
-        }
-    }
+    use crate::fixtures::{cell, results};
 
     #[test]
     fn where_the_checkout_lies_is_not_told() {
@@ -159,13 +134,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_cell_that_was_skipped_says_why_and_fails_no_run_that_has_others() {
+    fn a_cell_that_was_skipped_fails_no_run_that_has_others() {
         let mut results = results();
-        let mut skipped = crate::goals::tests::record("idle-debian", &[]);
+        let mut skipped = cell("idle-debian", &[]);
         (skipped.skipped, skipped.faults) = (Some("no network".into()), None);
         results.take(skipped);
         assert!(results.succeeded(&["idle", "idle-debian"]));
-        assert!(document::document(&results).contains("\n\n**Skipped: no network**\n"));
         assert!(!results.succeeded(&["idle-debian"]));
     }
 
@@ -174,13 +148,13 @@ pub(crate) mod tests {
         let directory = std::env::temp_dir().join(format!("vmirror-bench-results-{}", std::process::id()));
         assert!(Kept::read(&directory).unwrap().cells.is_empty());
         let mut first = results();
-        first.take(crate::goals::tests::record("idle-512m", &[(Contender::VMIRROR, 7.0)]));
+        first.take(cell("idle-512m", &[(Contender::VMIRROR, 7.0)]));
         first.write(&directory).unwrap();
 
         let kept = Kept::read(&directory).unwrap();
         assert_eq!((kept.cells.len(), kept.dropped.len()), (2, 0));
         let mut second = Results { cells: kept.cells, ..results() };
-        let mut again = crate::goals::tests::record("idle", &[(Contender::VMIRROR, 5.0)]);
+        let mut again = cell("idle", &[(Contender::VMIRROR, 5.0)]);
         again.sitting.started = "tomorrow".into();
         second.take(again);
         let seen: Vec<_> = second

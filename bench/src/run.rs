@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::BenchError;
+use crate::error::BenchError;
 
 /// How soon a wait notices.
 const LOOK_EVERY: Duration = Duration::from_millis(50);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use testbed::guest_spec::Nic;
 use testbed::{AgentOptions, Console, GuestSpec, Host, Testbed};
 
-use crate::BenchError;
+use crate::error::BenchError;
 use crate::mirrored::NAME;
 use crate::run::Run;
 

@@ -11,7 +11,7 @@ use guest::service::CONTROL_PORT;
 use serde::{Deserialize, Serialize};
 use testbed::{Client, Status};
 
-use crate::BenchError;
+use crate::error::BenchError;
 use crate::measure::Watch;
 use crate::record::Sample;
 
@@ -40,8 +40,12 @@ pub struct Throughput {
 impl Throughput {
     /// What the guest keeps of its speed while it is mirrored: 1 is all.
     pub fn kept(&self) -> Option<f64> {
-        let before = self.before.filter(|before| *before > 0.0)?;
-        Some(self.during? / before)
+        self.part(self.during?)
+    }
+
+    /// What a speed is of that before.
+    pub fn part(&self, speed: f64) -> Option<f64> {
+        Some(speed / self.before.filter(|before| *before > 0.0)?)
     }
 }
 
@@ -107,7 +111,7 @@ mod tests {
 
     #[test]
     fn speeds_are_told_apart_by_when_the_guest_was_paused() {
-        let mut sample = crate::figures::tests::record().samples.swap_remove(0);
+        let mut sample = crate::fixtures::run().samples.swap_remove(0);
         (sample.began_unix_ms, sample.until_running_ms, sample.downtime_ms) = (1000.0, 600.0, 100.0);
         // 100 pages per second, then 50, then none, then 100.
         let words: Vec<Word> = vec![

@@ -5,122 +5,29 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use readable::{bytes, measured_ms as ms};
-use serde::{Deserialize, Serialize};
 use testbed::guest_spec::Userland;
 use testbed::{AgentOptions, Client, Console, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
 
 use crate::baseline::{Setting, Twin};
-use crate::cell::{Cell, DiskContent, Filling, Link};
+use crate::cell::{Cell, DiskContent, Filling, Link, PAGE};
 use crate::contender::{Contender, turns};
-use crate::measure::{Beats, with_heartbeats};
+use crate::error::BenchError;
+use crate::measure::with_heartbeats;
 use crate::memory::{Memory, most_overhead};
 use crate::mirrored::{self, NAME};
 use crate::narrator::Narrator;
+use crate::outcome::{CellRecord, Sitting, Trial};
 use crate::record::{Miss, Moved, Sample};
 use crate::run::Run;
 use crate::scene::{self, ADDRESSES, TWIN};
-use crate::surroundings::Surroundings;
 use crate::throughput::{self, Throughput};
-use crate::{BenchError, disks, present};
+use crate::{disks, present};
 
 /// How long the client listens to a guest that is not moved, and how long a guest works before it is.
 const UNMIGRATED: Duration = Duration::from_secs(2);
 const WARM_UP: Duration = Duration::from_secs(1);
 /// How long a disk that is written stays mirrored once it has been copied, before its guest is moved.
 const HOLD: Duration = Duration::from_secs(4);
-
-/// What came of one cell.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct CellRecord {
-    /// The cell.
-    #[serde(deserialize_with = "crate::cell::as_it_is")]
-    pub cell: Cell,
-    /// When and how it was tried.
-    pub sitting: Sitting,
-    /// The same in words.
-    pub description: String,
-    /// Bytes in pages that the guest really dirties per second while nothing else is done; an emulated CPU may not keep up with
-    /// what it was asked for.
-    pub dirtied: Option<f64>,
-    /// Heartbeats of the guest before it was moved for the first time.
-    pub unmigrated: Option<Beats>,
-    /// Every trial, in order.
-    pub trials: Vec<Trial>,
-    /// Pages that vmirror's guest found wrong in itself.
-    pub faults: Option<u64>,
-    /// Why it was not tried: this machine lacks something that it needs.
-    pub skipped: Option<String>,
-    /// Why the cell did not come to its end.
-    pub failure: Option<String>,
-}
-
-/// When and how a cell was tried: not all need be of one run of the benchmark.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Sitting {
-    /// When it began.
-    pub started: String,
-    /// How long it took, guests' boot and all, in milliseconds.
-    pub took_ms: f64,
-    /// How often each contender was to move its guest.
-    pub runs: u32,
-    /// How long one migration might take, in seconds.
-    pub patience_s: u64,
-    /// Who was to move a guest.
-    pub contenders: Vec<Contender>,
-    /// The machine and the programs.
-    pub surroundings: Surroundings,
-}
-
-/// One attempt to move a guest.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Trial {
-    /// By whom.
-    pub contender: Contender,
-    /// In which round.
-    pub round: u32,
-    /// The figures; none where it was not moved.
-    pub sample: Option<Sample>,
-    /// Why it was not moved.
-    pub miss: Option<Miss>,
-    /// How fast the guest was.
-    pub throughput: Throughput,
-    /// Memory that it took on the side where it took more, in bytes: of vmirror what its agent has beyond what it has when idle, of
-    /// QEMU what its process has beyond the guest's RAM and what it had before.
-    pub overhead_bytes: Option<u64>,
-}
-
-impl CellRecord {
-    /// Of a cell that nothing has come of yet.
-    pub fn new(cell: &Cell, sitting: Sitting) -> Self {
-        Self {
-            cell: cell.clone(),
-            sitting,
-            description: cell.describe(),
-            dirtied: None,
-            unmigrated: None,
-            trials: Vec::new(),
-            faults: None,
-            skipped: None,
-            failure: None,
-        }
-    }
-
-    /// What one contender did.
-    pub fn by(&self, contender: Contender) -> impl Iterator<Item = &Trial> {
-        self.trials.iter().filter(move |trial| trial.contender == contender)
-    }
-
-    /// The figures of those of its trials that came to their end.
-    pub fn samples(&self, contender: Contender) -> impl Iterator<Item = &Sample> {
-        self.by(contender).filter_map(|trial| trial.sample.as_ref())
-    }
-
-    /// Whether its guest dirtied at least nine tenths of what it was to dirty.
-    pub fn is_dirtied_as_asked(&self) -> bool {
-        let asked = (self.cell.rate() * crate::cell::PAGE) as f64;
-        asked == 0.0 || self.dirtied.is_some_and(|dirtied| dirtied >= 0.9 * asked)
-    }
-}
 
 /// The hosts and what is on them.
 struct Scene<'a> {
@@ -278,8 +185,7 @@ impl<'a> Scene<'a> {
         self.rest(client, ADDRESSES[0])?;
         let ms_between = after.uptime_ms.saturating_sub(before.uptime_ms);
         let pages = after.writes.saturating_sub(before.writes);
-        record.dirtied =
-            (ms_between > 0).then(|| (pages * crate::cell::PAGE) as f64 / ms_between as f64 * 1e3);
+        record.dirtied = (ms_between > 0).then(|| (pages * PAGE) as f64 / ms_between as f64 * 1e3);
         record.unmigrated = beats;
         narrator.result(&format!(
             "it dirties {} per second; longest heartbeat gap {}",
