@@ -29,11 +29,11 @@ struct Cli {
     #[arg(long)]
     quick: bool,
     /// Only this cell; can be given again
-    #[arg(long = "cell", value_name = "NAME")]
-    cells: Vec<String>,
+    #[arg(long = "cell", value_name = "NAME", value_parser = cell_named)]
+    cells: Vec<Cell>,
     /// Only this contender; can be given again. vmirror and those that a goal compares it with make a goal's figures
-    #[arg(long = "contender", value_name = "NAME")]
-    contenders: Vec<String>,
+    #[arg(long = "contender", value_name = "NAME", value_parser = contender_named)]
+    contenders: Vec<Contender>,
     /// Migrations by each contender in each cell [default: 5, or 3 with --quick]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: Option<u32>,
@@ -71,45 +71,36 @@ pub fn main() -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    Run::main(|run| {
-        let cells = chosen(&cli).map_err(BenchError::Usage)?;
-        let named = contenders(&cli).map_err(BenchError::Usage)?;
-        compare(&cli, &cells, &named, run)
-    })
+    Run::main(|run| compare(&cli, run))
 }
 
-/// Refuses what nothing is named.
-fn known(what: &str, named: &[String], all: &[String]) -> Result<(), String> {
-    let unknown = named.iter().find(|name| !all.contains(name));
-    unknown.map_or(Ok(()), |name| Err(format!("no {what} is named {name}; `bench --list` lists them")))
+fn cell_named(name: &str) -> Result<Cell, String> {
+    let named = Cell::all().into_iter().find(|cell| cell.name == name);
+    named.ok_or_else(|| "there is no such cell; `bench --list` lists them".to_owned())
 }
 
-/// The cells to try.
-fn chosen(cli: &Cli) -> Result<Vec<Cell>, String> {
-    let all = Cell::all();
-    known("cell", &cli.cells, &all.iter().map(|cell| cell.name.clone()).collect::<Vec<_>>())?;
-    let fits = |cell: &Cell| {
-        if cli.cells.is_empty() { !cli.quick || cell.quick } else { cli.cells.contains(&cell.name) }
-    };
-    Ok(all.into_iter().filter(fits).collect())
+fn contender_named(name: &str) -> Result<Contender, String> {
+    let named = Contender::ALL.into_iter().find(|contender| contender.key() == name);
+    named.ok_or_else(|| "there is no such contender; `bench --list` lists them".to_owned())
 }
 
-/// The contenders that were named; none where none was.
-fn contenders(cli: &Cli) -> Result<Vec<Contender>, String> {
-    known("contender", &cli.contenders, &Contender::ALL.map(Contender::key))?;
-    Ok(Contender::ALL.into_iter().filter(|contender| cli.contenders.contains(&contender.key())).collect())
+/// The cells to try, in their usual order.
+fn chosen(cli: &Cli) -> Vec<Cell> {
+    let fits =
+        |cell: &Cell| if cli.cells.is_empty() { !cli.quick || cell.quick } else { cli.cells.contains(cell) };
+    Cell::all().into_iter().filter(fits).collect()
 }
 
 /// How a cell is tried.
-fn sitting(cli: &Cli, cell: &Cell, named: &[Contender], surroundings: &Surroundings) -> Sitting {
-    let contenders = match (named, cli.quick) {
-        ([], true) => Contender::quick(cell),
-        ([], false) => &Contender::ALL[..],
-        (named, _) => named,
+fn sitting(cli: &Cli, cell: &Cell, surroundings: &Surroundings) -> Sitting {
+    let is_tried: &dyn Fn(&Contender) -> bool = match (cli.contenders.is_empty(), cli.quick) {
+        (false, _) => &|contender| cli.contenders.contains(contender),
+        (true, true) => &|contender| Contender::quick(cell).contains(contender),
+        (true, false) => &|_| true,
     };
     let (runs, patience_s) = if cli.quick { (3, 30) } else { (5, 300) };
     Sitting {
-        contenders: contenders.iter().copied().filter(|contender| contender.fits(cell)).collect(),
+        contenders: Contender::ALL.into_iter().filter(|one| one.fits(cell) && is_tried(one)).collect(),
         runs: cli.runs.unwrap_or(runs),
         patience_s: cli.patience.unwrap_or(patience_s),
         surroundings: surroundings.clone(),
@@ -117,7 +108,8 @@ fn sitting(cli: &Cli, cell: &Cell, named: &[Contender], surroundings: &Surroundi
     }
 }
 
-fn compare(cli: &Cli, cells: &[Cell], named: &[Contender], run: &Run) -> Result<bool, BenchError> {
+fn compare(cli: &Cli, run: &Run) -> Result<bool, BenchError> {
+    let cells = chosen(cli);
     let mut narrator = Narrator::new();
     let minutes = cli.budget.or(cli.quick.then_some(QUICK_MINUTES));
     let mut budget = Budget::new(minutes.map(|minutes| Duration::from_secs(minutes * 60)));
@@ -140,12 +132,12 @@ fn compare(cli: &Cli, cells: &[Cell], named: &[Contender], run: &Run) -> Result<
         cells: kept.cells,
         goals: Vec::new(),
     };
-    let sitting = |cell: &Cell| sitting(cli, cell, named, &surroundings);
+    let sitting = |cell: &Cell| sitting(cli, cell, &surroundings);
     let all: Duration = cells.iter().map(|cell| budget::estimate(cell, &sitting(cell))).sum();
     narrator.step(&format!("{} cells, about {:.0} minutes", cells.len(), all.as_secs_f64() / 60.0));
     let mut document = None;
     let mut tried = Vec::new();
-    for cell in cells {
+    for cell in &cells {
         let sitting = sitting(cell);
         if !budget.has_room_for(cell, &sitting) {
             narrator.step(&format!("{}: left out, there is no time for it", cell.name));
@@ -189,30 +181,34 @@ mod tests {
     use super::*;
     use clap::CommandFactory as _;
 
+    fn cli(line: &[&str]) -> Result<Cli, String> {
+        Cli::try_parse_from([&["bench"], line].concat()).map_err(|error| error.to_string())
+    }
+
     #[test]
-    fn an_unknown_cell_is_refused_by_name() {
+    fn what_is_unknown_is_refused_by_name() {
         Cli::command().debug_assert();
-        let cli = |line: &[&str]| Cli::try_parse_from([&["bench"], line].concat()).unwrap();
-        assert!(chosen(&cli(&["--cell", "nonsense"])).unwrap_err().contains("nonsense"));
+        assert!(cli(&["--cell", "nonsense"]).unwrap_err().contains("nonsense"));
+        assert!(cli(&["--contender", "nobody"]).unwrap_err().contains("nobody"));
+        assert!(cli(&["--runs", "0"]).is_err());
+    }
+
+    #[test]
+    fn cells_are_those_named_or_all_or_those_of_the_short_form() {
+        let chosen = |line: &[&str]| chosen(&cli(line).unwrap()).len();
         // Those that the help tells of, too.
         let told = SITTINGS.split("--cell ").skip(1).filter_map(|rest| rest.split_whitespace().next());
         let told: Vec<&str> = told.flat_map(|name| ["--cell", name]).collect();
-        assert_eq!(chosen(&cli(&told)).unwrap().len(), Cell::all().len());
-        let named = chosen(&cli(&["--cell", "idle", "--cell", "random-75"])).unwrap();
-        assert_eq!(named.len(), 2);
-        assert!(chosen(&cli(&["--quick"])).unwrap().len() < chosen(&cli(&[])).unwrap().len());
-        assert!(Cli::try_parse_from(["bench", "--runs", "0"]).is_err());
+        assert_eq!(chosen(&told), Cell::all().len());
+        assert_eq!(chosen(&["--cell", "idle", "--cell", "random-75"]), 2);
+        assert!(chosen(&["--quick"]) < chosen(&[]));
     }
 
     #[test]
     fn contenders_are_those_named_or_all_or_those_of_the_short_form() {
-        let cli = |line: &[&str]| Cli::try_parse_from([&["bench"], line].concat()).unwrap();
-        assert!(contenders(&cli(&["--contender", "nobody"])).unwrap_err().contains("nobody"));
-        let named = cli(&["--contender", "qemu-tuned-tls", "--contender", "vmirror"]);
-        let (named, surroundings) = (contenders(&named).unwrap(), Surroundings::default());
-        assert_eq!(named.len(), 2);
-        let idle = &Cell::all()[0];
-        let of = |line: &[&str], named| sitting(&cli(line), idle, named, &surroundings).contenders.len();
-        assert_eq!((of(&[], &[]), of(&[], &named), of(&["--quick"], &[])), (Contender::ALL.len() - 1, 2, 6));
+        let (idle, surroundings) = (&Cell::all()[0], Surroundings::default());
+        let of = |line: &[&str]| sitting(&cli(line).unwrap(), idle, &surroundings).contenders.len();
+        let named = ["--contender", "qemu-tuned-tls", "--contender", "vmirror"];
+        assert_eq!((of(&[]), of(&named), of(&["--quick"])), (Contender::ALL.len() - 1, 2, 6));
     }
 }

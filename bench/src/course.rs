@@ -7,7 +7,7 @@ use session::Report;
 use testbed::client::{Echo, EchoReport};
 use testbed::{AgentOptions, Console, GuestSpec, Host, Inventory, Programs, Status, Testbed};
 
-use crate::baseline::{Setting, Twin};
+use crate::baseline::Setting;
 use crate::error::BenchError;
 use crate::measure::with_heartbeats;
 use crate::mirrored::{self, NAME};
@@ -15,7 +15,7 @@ use crate::narrator::Narrator;
 use crate::present;
 use crate::record::{GuestFacts, Method, Record, Sample};
 use crate::run::Run;
-use crate::scene::{self, ADDRESSES, TWIN};
+use crate::scene::{self, ADDRESSES, Scene, TWIN};
 use crate::settings::Settings;
 use crate::surroundings::Surroundings;
 
@@ -39,13 +39,11 @@ pub struct Course {
     pub pages: Vec<String>,
 }
 
-/// The hosts and what is on them.
-struct Scene {
-    // In the order in which they are to go: connections, guest, hosts.
+/// The guests, and their client's connections.
+struct Stage {
+    // In the order in which they are to go.
     echoes: Vec<Echo>,
-    twin: Option<Twin>,
-    bed: Testbed,
-    console: Console,
+    scene: Scene,
     /// What host B held before any guest came.
     empty: Inventory,
 }
@@ -54,7 +52,6 @@ struct Scene {
 /// it too, as a check that did not hold.
 pub fn run(
     settings: &Settings,
-    rounds: u32,
     run: &Run,
     narrator: &mut Narrator,
     course: &mut Course,
@@ -62,19 +59,19 @@ pub fn run(
     let programs = Programs::find();
     course.record.started = jiff::Zoned::now().strftime("%Y-%m-%d %H:%M:%S %Z").to_string();
     course.record.surroundings = Surroundings::find(&programs);
-    let mut scene = Scene::set(settings, &programs, run, narrator, &mut course.record)?;
-    for round in 0..rounds {
+    let mut stage = Stage::set(settings, &programs, run, narrator, &mut course.record)?;
+    for round in 0..settings.runs {
         for turn in turns(round, settings.alone) {
             run.check()?;
             let sample = match turn {
                 Method::Vmirror => {
-                    let sample = scene.by_vmirror(round, run, narrator)?;
+                    let sample = stage.by_vmirror(round, narrator)?;
                     if let Some(report) = &sample.report {
-                        course.pages.push(mirrored::page(scene::hosts(&scene.bed, round)[0], report)?);
+                        course.pages.push(mirrored::page(scene::hosts(&stage.scene.bed, round)[0], report)?);
                     }
                     sample
                 }
-                method => scene.by_qemu(method, run, narrator)?,
+                method => stage.by_qemu(method, narrator)?,
             };
             let completed = sample.report.as_ref().is_none_or(|report| report.error.is_none());
             course.record.samples.push(Sample { round, ..sample });
@@ -84,7 +81,7 @@ pub fn run(
             }
         }
     }
-    scene.check(rounds, run, narrator, &mut course.record)
+    stage.check(settings.runs, narrator, &mut course.record)
 }
 
 /// Who moves its guest when: each method goes first as often as any other, and QEMU's two ways bring the twin back.
@@ -98,7 +95,7 @@ fn turns(round: u32, alone: bool) -> Vec<Method> {
     turns
 }
 
-impl Scene {
+impl Stage {
     fn set(
         settings: &Settings,
         programs: &Programs,
@@ -126,7 +123,6 @@ impl Scene {
             Ok(GuestSpec { memory_mib: settings.memory, fill_mib: settings.fill, ..common })
         };
         let (spec, twin_spec) = (spec(NAME)?, spec(TWIN)?);
-        let mut consoles = vec![Console::new(&spec.serial)];
         record.guest = Some(GuestFacts {
             memory_mib: spec.memory_mib,
             fill_mib: spec.fill_mib,
@@ -134,41 +130,22 @@ impl Scene {
             accelerator: spec.accelerator.name().to_owned(),
             command_line: spec.command_line(),
         });
-        mirrored::start(bed.a(), &spec)?;
-        narrator.step(&format!(
-            "{NAME} was started on host-a with `vmirror run` (process {}); its memory: {} MiB, {} MiB of them filled",
-            mirrored::pid(bed.a())?,
-            spec.memory_mib,
-            spec.fill_mib
-        ));
-        let twin = if settings.alone {
-            None
-        } else {
-            let twin = Twin::boot(bed.hosts(), &twin_spec, run)?;
-            consoles.push(Console::new(&twin_spec.serial));
-            narrator.step(&format!(
-                "{TWIN}, an equal guest in a plain QEMU (process {}), for QEMU's own migration",
-                twin.pid()
-            ));
-            Some(twin)
-        };
-        scene::wait_ready(&consoles, run)?;
-        narrator.step("booted; memory is filled and the guests' ports answer");
-        let mut scene = Self { echoes: Vec::new(), twin, bed, console: consoles.swap_remove(0), empty };
-        scene.connect(run, narrator, record)?;
-        Ok(scene)
+        let twin = (!settings.alone).then_some(&twin_spec);
+        let scene = Scene::boot(bed, &spec, twin, run, |text| narrator.step(text))?;
+        let mut stage = Self { echoes: Vec::new(), scene, empty };
+        stage.connect(narrator, record)?;
+        Ok(stage)
     }
 
     /// The client's connections, and what it notices before anything is moved.
-    fn connect(&mut self, run: &Run, narrator: &mut Narrator, record: &mut Record) -> Result<(), BenchError> {
-        let Some(client) = self.bed.client() else { return Ok(()) };
-        let guests = if self.twin.is_some() { &ADDRESSES[..] } else { &ADDRESSES[..1] };
+    fn connect(&mut self, narrator: &mut Narrator, record: &mut Record) -> Result<(), BenchError> {
+        let Some(client) = self.scene.bed.client() else { return Ok(()) };
+        let guests = if self.scene.twin.is_some() { &ADDRESSES[..] } else { &ADDRESSES[..1] };
         for guest in guests {
             self.echoes.push(client.echo(*guest, CONNECTIONS)?);
         }
-        let (_, beats) = with_heartbeats(Some(client), ADDRESSES[0], run, || run.sleep(UNMIGRATED))?;
-        record.unmigrated = beats;
-        if let Some(beats) = beats {
+        record.unmigrated = self.scene.unmigrated(UNMIGRATED)?;
+        if let Some(beats) = record.unmigrated {
             narrator.step(&format!(
                 "the client has {CONNECTIONS} TCP connections to each guest; 1,000 heartbeats per second to {NAME}, not \
                  moved: longest gap {}, {} of {} lost",
@@ -180,12 +157,13 @@ impl Scene {
         Ok(())
     }
 
-    fn by_vmirror(&self, round: u32, run: &Run, narrator: &mut Narrator) -> Result<Sample, BenchError> {
-        let [from, to] = scene::hosts(&self.bed, round);
+    fn by_vmirror(&self, round: u32, narrator: &mut Narrator) -> Result<Sample, BenchError> {
+        let Scene { bed, run, .. } = &self.scene;
+        let [from, to] = scene::hosts(bed, round);
         narrator.step(&format!("{NAME}: {} to {} by vmirror", from.name(), to.name()));
         let order = mirrored::Order { options: &[], disk: None, patience: PATIENCE };
         let migrate = || mirrored::migrate(from, to, &order, run, |phase| narrator.word(phase.name()));
-        let (sample, heartbeats) = with_heartbeats(self.bed.client(), ADDRESSES[0], run, migrate)?;
+        let (sample, heartbeats) = with_heartbeats(bed.client(), ADDRESSES[0], run, migrate)?;
         let sample = Sample { heartbeats, ..sample };
         narrator.result(&match &sample.report {
             Some(report) => format!("{}; {}", present::in_words(&sample), verified(report)),
@@ -194,13 +172,14 @@ impl Scene {
         Ok(sample)
     }
 
-    fn by_qemu(&mut self, method: Method, run: &Run, narrator: &mut Narrator) -> Result<Sample, BenchError> {
-        let twin = self.twin.as_mut().ok_or_else(|| BenchError::baseline("none", "the twin is gone"))?;
-        let [from, to] = [twin.host(), 1 - twin.host()].map(|host| &self.bed.hosts()[host]);
+    fn by_qemu(&mut self, method: Method, narrator: &mut Narrator) -> Result<Sample, BenchError> {
+        let Scene { bed, run, twin, .. } = &mut self.scene;
+        let twin = twin.as_mut().ok_or_else(|| BenchError::baseline("none", "the twin is gone"))?;
+        let [from, to] = [twin.host(), 1 - twin.host()].map(|host| &bed.hosts()[host]);
         narrator.step(&format!("{TWIN}: {} to {} by {}", from.name(), to.name(), method.name()));
         let setting = Setting { method, tls: false, hold: Duration::ZERO };
-        let migrate = || twin.migrate(self.bed.hosts(), setting, PATIENCE);
-        let (moved, heartbeats) = with_heartbeats(self.bed.client(), ADDRESSES[1], run, migrate)?;
+        let migrate = || twin.migrate(bed.hosts(), setting, PATIENCE);
+        let (moved, heartbeats) = with_heartbeats(bed.client(), ADDRESSES[1], run, migrate)?;
         let sample = moved.result.map_err(|miss| BenchError::baseline(method.name(), miss.to_string()))?;
         let sample = Sample { heartbeats, ..sample };
         narrator.result(&present::in_words(&sample));
@@ -208,25 +187,19 @@ impl Scene {
     }
 
     /// What had to hold.
-    fn check(
-        mut self,
-        rounds: u32,
-        run: &Run,
-        narrator: &mut Narrator,
-        record: &mut Record,
-    ) -> Result<(), BenchError> {
+    fn check(mut self, rounds: u32, narrator: &mut Narrator, record: &mut Record) -> Result<(), BenchError> {
         check_reports(record);
         if record.network {
             check_heard(record);
         }
-        let now = self.console.status();
+        let now = self.scene.console.status();
         let passes = now.as_ref().map_or(0, |status| status.passes);
         narrator.step(&format!("{NAME} checks all its pages from inside once more"));
         // Two ends of passes from now on: the pass between them saw every page after the last migration.
-        let status = run.wait("the guest to check itself", CHECKED, || {
-            Ok(self.console.status().filter(|status| status.passes >= passes + 2))
+        let status = self.scene.run.wait("the guest to check itself", CHECKED, || {
+            Ok(self.scene.console.status().filter(|status| status.passes >= passes + 2))
         })?;
-        check_guest(record, &self.console, &status);
+        check_guest(record, &self.scene.console, &status);
         for (echo, name) in self.echoes.drain(..).zip([NAME, TWIN]) {
             let report = echo.stop();
             // The twin's connections are QEMU's affair: told, not held against this run.
@@ -235,7 +208,7 @@ impl Scene {
             }
         }
         if rounds.is_multiple_of(2) {
-            let settled = self.bed.b().settle(&self.empty, RELEASE)?;
+            let settled = self.scene.bed.b().settle(&self.empty, RELEASE)?;
             let found = settled.as_ref().err().map_or_else(
                 || "no process, file, tap, socket or memory of the guest is left there".to_owned(),
                 ToString::to_string,

@@ -14,9 +14,6 @@ use crate::record::Record;
 use crate::settings::Settings;
 use crate::{file, page};
 
-/// Migrations by each method, unless chosen otherwise.
-const ROUNDS: u32 = 4;
-
 /// `make demo`: run, show, write, exit.
 pub fn main() -> ExitCode {
     let settings = Settings::parse();
@@ -26,8 +23,7 @@ pub fn main() -> ExitCode {
         let paint = Paint(narrator.colours());
         print!("{}", present::opening(paint));
         let mut course = Course::default();
-        let rounds = settings.runs.unwrap_or(ROUNDS);
-        let ended = course::run(&settings, rounds, run, &mut narrator, &mut course);
+        let ended = course::run(&settings, run, &mut narrator, &mut course);
         let record = &mut course.record;
         record.took_ms = narrator.elapsed_ms();
         record.failure = ended.as_ref().err().map(BenchError::chain);

@@ -71,12 +71,6 @@ impl Narrator {
     }
 }
 
-impl Default for Narrator {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 /// Prints at once. Whoever reads may have gone away; the run goes on, for its files.
 fn print(text: &str) {
     let mut out = std::io::stdout().lock();

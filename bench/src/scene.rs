@@ -6,8 +6,10 @@ use std::time::Duration;
 use testbed::guest_spec::Nic;
 use testbed::{AgentOptions, Console, GuestSpec, Host, Testbed};
 
+use crate::baseline::Twin;
 use crate::error::BenchError;
-use crate::mirrored::NAME;
+use crate::measure::{Beats, with_heartbeats};
+use crate::mirrored::{self, NAME};
 use crate::run::Run;
 
 /// The name of the guest that QEMU moves itself.
@@ -46,12 +48,53 @@ pub fn spec(bed: &Testbed, name: &str, network: bool) -> Result<GuestSpec, Bench
     })
 }
 
-/// Waits until guests have booted.
-pub fn wait_ready(consoles: &[Console], run: &Run) -> Result<(), BenchError> {
-    run.wait("the guests to boot", BOOT, || {
-        let ready = consoles.iter().all(|console| console.is_ready() && console.status().is_some());
-        Ok(ready.then_some(()))
-    })
+/// Both guests, and the hosts that they are on.
+pub struct Scene {
+    // In the order in which they are to go.
+    pub twin: Option<Twin>,
+    pub bed: Testbed,
+    pub console: Console,
+    pub run: Run,
+}
+
+impl Scene {
+    /// Boots the guests, the one of QEMU's where there is to be one, and tells of each.
+    pub fn boot(
+        bed: Testbed,
+        spec: &GuestSpec,
+        twin: Option<&GuestSpec>,
+        run: &Run,
+        mut tell: impl FnMut(&str),
+    ) -> Result<Self, BenchError> {
+        mirrored::start(bed.a(), spec)?;
+        tell(&format!(
+            "{NAME} was started on host-a with `vmirror run` (process {}); its memory: {} MiB, {} MiB of them filled",
+            mirrored::pid(bed.a())?,
+            spec.memory_mib,
+            spec.fill_mib
+        ));
+        let consoles: Vec<_> =
+            [Some(spec), twin].into_iter().flatten().map(|spec| Console::new(&spec.serial)).collect();
+        let twin = twin.map(|spec| Twin::boot(bed.hosts(), spec, run)).transpose()?;
+        if let Some(twin) = &twin {
+            tell(&format!(
+                "{TWIN}, an equal guest in a plain QEMU (process {}), for QEMU's own migration",
+                twin.pid()
+            ));
+        }
+        run.wait("the guests to boot", BOOT, || {
+            let ready = consoles.iter().all(|console| console.is_ready() && console.status().is_some());
+            Ok(ready.then_some(()))
+        })?;
+        tell("booted; memory is filled and the guests' ports answer");
+        Ok(Self { twin, bed, console: Console::new(&spec.serial), run: run.clone() })
+    }
+
+    /// What the client notices of vmirror's guest while nothing is moved.
+    pub fn unmigrated(&self, time: Duration) -> Result<Option<Beats>, BenchError> {
+        let listen = || self.run.sleep(time);
+        Ok(with_heartbeats(self.bed.client(), ADDRESSES[0], &self.run, listen)?.1)
+    }
 }
 
 /// Where vmirror's guest is in a round, and where it goes.

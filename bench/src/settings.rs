@@ -15,8 +15,8 @@ pub struct Settings {
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=15_000))]
     pub fill: u64,
     /// Migrations by each method
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    pub runs: Option<u32>,
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
     /// Only vmirror: no migrations by QEMU itself
     #[arg(long)]
     pub alone: bool,
@@ -56,7 +56,7 @@ mod tests {
     fn the_defaults_are_those_of_the_goals() {
         Settings::command().debug_assert();
         let settings = settings(&[]);
-        assert_eq!((settings.memory, settings.fill, settings.runs), (1024, 256, None));
+        assert_eq!((settings.memory, settings.fill, settings.runs), (1024, 256, 4));
         settings.validate().unwrap();
     }
 

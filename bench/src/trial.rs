@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use readable::{bytes, measured_ms as ms};
 use testbed::guest_spec::Userland;
-use testbed::{AgentOptions, Client, Console, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
+use testbed::{AgentOptions, Client, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
 
-use crate::baseline::{Setting, Twin};
+use crate::baseline::Setting;
 use crate::cell::{Cell, DiskContent, Filling, Link, PAGE};
 use crate::contender::{Contender, turns};
 use crate::error::BenchError;
@@ -19,7 +19,7 @@ use crate::narrator::Narrator;
 use crate::outcome::{CellRecord, Sitting, Trial};
 use crate::record::{Miss, Moved, Sample};
 use crate::run::Run;
-use crate::scene::{self, ADDRESSES, TWIN};
+use crate::scene::{self, ADDRESSES, Scene, TWIN};
 use crate::throughput::{self, Throughput};
 use crate::{disks, present};
 
@@ -29,13 +29,10 @@ const WARM_UP: Duration = Duration::from_secs(1);
 /// How long a disk that is written stays mirrored once it has been copied, before its guest is moved.
 const HOLD: Duration = Duration::from_secs(4);
 
-/// The hosts and what is on them.
-struct Scene<'a> {
-    twin: Twin,
-    bed: Testbed,
-    console: Console,
+/// A cell's guests, and what they are to do.
+struct Stage<'a> {
+    scene: Scene,
     cell: &'a Cell,
-    run: &'a Run,
 }
 
 /// Tries a cell. What keeps it from coming to its end is in its record.
@@ -87,8 +84,8 @@ fn try_all(
     narrator: &mut Narrator,
     record: &mut CellRecord,
 ) -> Result<(), BenchError> {
-    let mut scene = Scene::set(cell, userland, run)?;
-    scene.look(narrator, record)?;
+    let mut stage = Stage::set(cell, userland, run)?;
+    stage.look(narrator, record)?;
     let Sitting { runs, patience_s, contenders, .. } = record.sitting.clone();
     for round in 0..runs {
         for contender in turns(&contenders, round) {
@@ -99,7 +96,7 @@ fn try_all(
             if record.by(contender).any(hopeless) {
                 continue;
             }
-            let trial = scene.attempt(contender, round, Duration::from_secs(patience_s))?;
+            let trial = stage.attempt(contender, round, Duration::from_secs(patience_s))?;
             narrator.result(&in_words(&trial));
             let stuck = contender == Contender::VMIRROR && trial.miss.is_some();
             record.trials.push(trial);
@@ -110,7 +107,7 @@ fn try_all(
             }
         }
     }
-    record.faults = scene.console.status().map(|status| status.faults());
+    record.faults = stage.scene.console.status().map(|status| status.faults());
     Ok(())
 }
 
@@ -124,8 +121,8 @@ fn in_words(trial: &Trial) -> String {
     format!("{}: {result}{}", trial.contender.name(), kept.unwrap_or_default())
 }
 
-impl<'a> Scene<'a> {
-    fn set(cell: &'a Cell, userland: Option<PathBuf>, run: &'a Run) -> Result<Self, BenchError> {
+impl<'a> Stage<'a> {
+    fn set(cell: &'a Cell, userland: Option<PathBuf>, run: &Run) -> Result<Self, BenchError> {
         let bed = Testbed::with(&Programs::find())?;
         let (local, without_bpf) = (cell.disk.is_some(), !cell.frames);
         scene::prepare(&bed, &AgentOptions { local, without_bpf, ..AgentOptions::default() }, true)?;
@@ -158,20 +155,15 @@ impl<'a> Scene<'a> {
             })
         };
         let (spec, twin_spec) = (spec(NAME)?, spec(TWIN)?);
-        mirrored::start(bed.a(), &spec)?;
-        let twin = Twin::boot(bed.hosts(), &twin_spec, run)?;
-        let consoles = [&spec.serial, &twin_spec.serial].map(Console::new);
-        scene::wait_ready(&consoles, run)?;
-        let [console, _] = consoles;
-        let scene = Self { twin, bed, console, cell, run };
+        let stage = Self { scene: Scene::boot(bed, &spec, Some(&twin_spec), run, |_| ())?, cell };
         for guest in ADDRESSES {
-            scene.rest(scene.client()?, guest)?;
+            stage.rest(stage.client()?, guest)?;
         }
-        Ok(scene)
+        Ok(stage)
     }
 
     fn client(&self) -> Result<&Client, BenchError> {
-        self.bed.client().ok_or(BenchError::Testbed(TestbedError::NotRoot))
+        self.scene.bed.client().ok_or(BenchError::Testbed(TestbedError::NotRoot))
     }
 
     /// What is seen of the guest before anything is moved.
@@ -179,8 +171,7 @@ impl<'a> Scene<'a> {
         let client = self.client()?;
         self.work(client, ADDRESSES[0])?;
         let before = client.status(ADDRESSES[0])?;
-        let listen = || self.run.sleep(UNMIGRATED);
-        let (_, beats) = with_heartbeats(Some(client), ADDRESSES[0], self.run, listen)?;
+        let beats = self.scene.unmigrated(UNMIGRATED)?;
         let after = client.status(ADDRESSES[0])?;
         self.rest(client, ADDRESSES[0])?;
         let ms_between = after.uptime_ms.saturating_sub(before.uptime_ms);
@@ -202,7 +193,7 @@ impl<'a> Scene<'a> {
         }
         client.tell(guest, &format!("rate {}", self.cell.rate()))?;
         client.tell(guest, "resume")?;
-        self.run.sleep(WARM_UP)
+        self.scene.run.sleep(WARM_UP)
     }
 
     fn rest(&self, client: &Client, guest: Ipv4Addr) -> Result<(), BenchError> {
@@ -219,17 +210,19 @@ impl<'a> Scene<'a> {
     }
 
     fn attempt(&mut self, contender: Contender, round: u32, patience: Duration) -> Result<Trial, BenchError> {
-        let (own, cell, run) = (contender == Contender::VMIRROR, self.cell, self.run);
+        let (own, cell) = (contender == Contender::VMIRROR, self.cell);
+        let run = self.scene.run.clone();
         let guest = ADDRESSES[usize::from(!own)];
         self.work(self.client()?, guest)?;
         let boot_id = self.client()?.status(guest)?.boot_id;
         let watch = throughput::watch(self.client()?, guest)?;
         let setting = Setting { method: contender.method, tls: contender.tls, hold: self.hold() };
-        let Self { twin, bed, .. } = self;
+        let Scene { twin, bed, .. } = &mut self.scene;
         let act = || {
             if own {
-                return by_vmirror(cell, scene::hosts(bed, round), setting.hold, patience, run);
+                return by_vmirror(cell, scene::hosts(bed, round), setting.hold, patience, &run);
             }
+            let twin = twin.as_mut().ok_or_else(|| BenchError::baseline("none", "the twin is gone"))?;
             if let Some(disk) = cell.disk {
                 let to = &bed.hosts()[1 - twin.host()];
                 disks::clear(to, TWIN)?;
@@ -237,7 +230,7 @@ impl<'a> Scene<'a> {
             }
             twin.migrate(bed.hosts(), setting, patience)
         };
-        let (moved, heartbeats) = with_heartbeats(bed.client(), guest, run, act)?;
+        let (moved, heartbeats) = with_heartbeats(bed.client(), guest, &run, act)?;
         let survived = self.client()?.status(guest)?.boot_id == boot_id;
         let Moved { result, overhead_bytes } = moved;
         let (sample, miss) = match result {
