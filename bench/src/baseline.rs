@@ -7,13 +7,14 @@ use std::time::{Duration, SystemTime};
 use qemu::Qmp;
 use qemu::qmp::MigrationState;
 use serde_json::{Value, json};
+use testbed::cpu::watch_threads;
+use testbed::link::LinkWatch;
+use testbed::memory::{Memory, most_overhead};
 use testbed::{GuestSpec, Host, RunningGuest};
 
 use crate::error::BenchError;
 use crate::events::Events;
-use crate::link::LinkWatch;
-use crate::measure::{ms, watch_threads};
-use crate::memory::{Memory, most_overhead};
+use crate::measure::ms;
 use crate::nbd::NbdMirror;
 use crate::record::{DiskCopy, Method, Miss, Moved, QemuReport, Sample};
 use crate::run::Run;

@@ -38,9 +38,7 @@ mod file;
 #[cfg(test)]
 mod fixtures;
 mod goals;
-mod link;
 mod measure;
-mod memory;
 mod mirrored;
 mod narrator;
 mod nbd;

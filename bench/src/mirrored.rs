@@ -11,12 +11,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use session::{Outcome, Phase, Report};
+use testbed::cpu::watch_threads;
+use testbed::link::LinkWatch;
 use testbed::{GuestSpec, Host, cpu};
 
 use crate::baseline::serves;
 use crate::error::BenchError;
-use crate::link::LinkWatch;
-use crate::measure::{ms, watch_threads};
+use crate::measure::ms;
 use crate::record::{DiskCopy, Method, Sample};
 use crate::run::Run;
 use crate::throughput::unix_ms;

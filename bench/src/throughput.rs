@@ -9,10 +9,10 @@ use std::time::{Duration, SystemTime};
 
 use guest::service::CONTROL_PORT;
 use serde::{Deserialize, Serialize};
+use testbed::watch::Watch;
 use testbed::{Client, Status};
 
 use crate::error::BenchError;
-use crate::measure::Watch;
 use crate::record::Sample;
 
 /// How often the guest is asked.

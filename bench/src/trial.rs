@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use readable::{bytes, measured_ms as ms};
 use testbed::guest_spec::Userland;
+use testbed::memory::{Memory, most_overhead};
 use testbed::{AgentOptions, Client, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
 
 use crate::baseline::Setting;
@@ -13,7 +14,6 @@ use crate::cell::{Cell, DiskContent, Filling, Link, PAGE};
 use crate::contender::{Contender, turns};
 use crate::error::BenchError;
 use crate::measure::with_heartbeats;
-use crate::memory::{Memory, most_overhead};
 use crate::mirrored::{self, NAME};
 use crate::narrator::Narrator;
 use crate::outcome::{CellRecord, Sitting, Trial};

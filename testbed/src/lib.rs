@@ -30,6 +30,8 @@ pub mod guest_spec;
 mod host;
 pub mod huge_pages;
 pub mod inventory;
+pub mod link;
+pub mod memory;
 pub mod monitor;
 mod name;
 mod namespace;
@@ -42,6 +44,7 @@ pub mod shim;
 pub mod sweep;
 mod times;
 mod tool;
+pub mod watch;
 mod wire;
 
 pub use addresses::{CLIENT_ADDRESS, GUEST_PREFIX};

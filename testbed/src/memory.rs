@@ -3,9 +3,9 @@
 use std::fs;
 use std::ops::Range;
 
+use crate::Host;
 use procfs_core::FromRead;
 use procfs_core::process::{MMPermissions, MemoryMap, MemoryMaps, Status};
-use testbed::Host;
 
 /// The memory of a process, from a time on.
 #[derive(Debug)]

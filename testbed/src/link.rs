@@ -1,14 +1,12 @@
 //! What a host puts on its link, counted where it leaves the host.
 
+use crate::Host;
+use crate::wire::LINK;
 use procfs_core::FromRead as _;
 use procfs_core::net::InterfaceDeviceStatus;
-use testbed::Host;
 
-/// The hosts' end of the cable between the agents (testbed, `wire`). Guests and the client have a cable of their own, so their
-/// heartbeats are not on it.
-const LINK: &str = "link0";
-
-/// Counts what leaves a host through its link, from a time on.
+/// Counts what leaves a host through its link, from a time on. Guests and the client have a cable of their own, so their heartbeats are
+/// not on it.
 #[derive(Debug)]
 pub struct LinkWatch<'a> {
     host: &'a Host,
@@ -41,10 +39,10 @@ mod tests {
 
     #[test]
     fn what_is_sent_over_a_network_of_its_own_is_counted() {
-        if !testbed::root_or_skip("what_is_sent_over_a_network_of_its_own_is_counted") {
+        if !crate::root_or_skip("what_is_sent_over_a_network_of_its_own_is_counted") {
             return;
         }
-        let bed = testbed::Testbed::new().unwrap();
+        let bed = crate::Testbed::new().unwrap();
         let watches = bed.hosts().each_ref().map(|host| LinkWatch::start(host).unwrap());
         let to = bed.b().listen().ip();
         let send = || {
