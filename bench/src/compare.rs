@@ -124,13 +124,11 @@ fn compare(cli: &Cli, run: &Run) -> Result<bool, BenchError> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let mut results = Results {
         started: jiff::Zoned::now().strftime("%Y-%m-%d %H:%M %Z").to_string(),
-        took_ms: 0.0,
         command: format!("bench {}", words.join(" ")).trim_end().to_owned(),
         surroundings: surroundings.clone(),
         engine: file::read(&target.join(micro::FILE))?,
-        left_out: Vec::new(),
         cells: kept.cells,
-        goals: Vec::new(),
+        ..Results::default()
     };
     let sitting = |cell: &Cell| sitting(cli, cell, &surroundings);
     let all: Duration = cells.iter().map(|cell| budget::estimate(cell, &sitting(cell))).sum();

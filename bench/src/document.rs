@@ -11,7 +11,7 @@ use crate::error::BenchError;
 use crate::goals::Goal;
 use crate::measure::{Spread, bytes};
 use crate::outcome::{self, CellRecord, Sitting};
-use crate::plot::{self, Plotted};
+use crate::plot;
 use crate::record::{Measure, Sample};
 use crate::results::Results;
 use crate::throughput::Throughput;
@@ -21,7 +21,7 @@ use crate::{coverage, file};
 pub fn write(results: &Results, directory: &Path) -> Result<PathBuf, BenchError> {
     let json = results.write(directory)?;
     for plotted in plot::ALL {
-        let path = json.with_file_name(format!("{}.svg", plotted.file));
+        let path = json.with_file_name(format!("{}.svg", plotted.0));
         file::write(&path, &plot::dots(plotted, &results.cells)?)?;
     }
     let path = directory.join("benchmarks.md");
@@ -62,7 +62,7 @@ fn document(results: &Results) -> String {
         let _ = writeln!(text, "\nWhy not: *{}*: {why}", goal.case);
     }
     text += "\n## Figures\n\n";
-    for Plotted { file, name, .. } in plot::ALL {
+    for (file, name, ..) in plot::ALL {
         let _ = writeln!(text, "![{name}](benchmarks/{file}.svg)\n");
     }
     text += &coverage::section(&results.cells);

@@ -55,6 +55,12 @@ impl BenchError {
         move |source| Self::File { path, source }
     }
 
+    /// What should have been a document of some form is none.
+    pub fn document(command: impl Into<String>) -> impl FnOnce(serde_json::Error) -> Self {
+        let command = command.into();
+        move |source| Self::Document { command, source }
+    }
+
     /// QEMU's own migration did not complete.
     pub fn baseline(status: &str, message: impl Into<String>) -> Self {
         Self::Baseline { status: status.to_owned(), message: message.into() }

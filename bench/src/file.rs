@@ -15,14 +15,12 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, BenchError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         read => read.map_err(BenchError::file(path))?,
     };
-    let document = |source| BenchError::Document { command: path.display().to_string(), source };
-    serde_json::from_str(&text).map(Some).map_err(document)
+    serde_json::from_str(&text).map(Some).map_err(BenchError::document(path.display().to_string()))
 }
 
 /// A document as its file is to hold it.
 pub fn json(document: &impl Serialize) -> Result<String, BenchError> {
-    let text = serde_json::to_string_pretty(document)
-        .map_err(|source| BenchError::Document { command: "the run".into(), source })?;
+    let text = serde_json::to_string_pretty(document).map_err(BenchError::document("the run"))?;
     Ok(text + "\n")
 }
 

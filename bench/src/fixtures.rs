@@ -5,7 +5,6 @@ use crate::contender::Contender;
 use crate::outcome::{CellRecord, Sitting, Trial};
 use crate::record::{Miss, Record, Sample};
 use crate::results::Results;
-use crate::surroundings::Surroundings;
 use crate::throughput::Throughput;
 
 /// A demo of two rounds.
@@ -60,10 +59,7 @@ pub fn results() -> Results {
         started: "today".into(),
         took_ms: 120_000.0,
         command: "make bench".into(),
-        surroundings: Surroundings::default(),
-        engine: None,
-        left_out: Vec::new(),
         cells: vec![idle],
-        goals: Vec::new(),
+        ..Results::default()
     }
 }

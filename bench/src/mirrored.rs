@@ -8,7 +8,6 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 use session::{Outcome, Phase, Report};
 use testbed::cpu::watch_threads;
@@ -37,7 +36,8 @@ pub fn start(host: &Host, spec: &GuestSpec) -> Result<(), BenchError> {
 pub fn pid(host: &Host) -> Result<i32, BenchError> {
     const COMMAND: &str = "vmirror show";
     let output = host.vmirror(&["show", NAME, "--json"])?;
-    let shown: Value = document(COMMAND, &succeeded(COMMAND, output)?)?;
+    let shown: Value =
+        serde_json::from_slice(&succeeded(COMMAND, output)?).map_err(BenchError::document(COMMAND))?;
     Ok(shown["pid"].as_i64().and_then(|pid| pid.try_into().ok()).unwrap_or_default())
 }
 
@@ -141,10 +141,10 @@ fn copied(report: &Report, in_sync_unix_ms: Option<f64>) -> Option<DiskCopy> {
 /// The report that a command has printed, whatever came of the migration.
 fn reported(command: &str, output: Output) -> Result<Report, BenchError> {
     let command = format!("vmirror {command}");
-    match document::<Report>(&command, &output.stdout) {
-        Ok(report) => Ok(report),
-        Err(error) => Err(succeeded(&command, output).err().unwrap_or(error)),
-    }
+    serde_json::from_slice(&output.stdout).map_err(|error| {
+        let error = BenchError::document(&*command)(error);
+        succeeded(&command, output).err().unwrap_or(error)
+    })
 }
 
 fn run_on(
@@ -248,11 +248,6 @@ fn succeeded(command: &str, output: Output) -> Result<Vec<u8>, BenchError> {
     let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     let message = if message.is_empty() { output.status.to_string() } else { message };
     Err(BenchError::Vmirror { command: command.to_owned(), message })
-}
-
-fn document<T: DeserializeOwned>(command: &str, output: &[u8]) -> Result<T, BenchError> {
-    serde_json::from_slice(output)
-        .map_err(|source| BenchError::Document { command: command.to_owned(), source })
 }
 
 fn vmirror(host: &Host) -> std::process::Command {

@@ -9,36 +9,18 @@ use crate::error::BenchError;
 use crate::outcome::{self, CellRecord};
 use crate::record::{Measure, Method, Sample};
 
-/// A figure that is plotted.
-#[derive(Clone, Copy, Debug)]
-pub struct Plotted {
-    /// Name of its file, without the ending.
-    pub file: &'static str,
-    /// What it is, with its unit.
-    pub name: &'static str,
-    measure: Measure,
-    /// How much of what is measured is one of that unit.
-    unit: fn(&Cell) -> f64,
-}
+/// A figure that is plotted: its file's name without the ending, what it is with its unit, what is measured, and how much of that
+/// is one of the unit.
+pub type Plotted = (&'static str, &'static str, Measure, fn(&Cell) -> f64);
 
 /// All that are plotted.
-pub const ALL: [Plotted; 5] = {
-    const fn plotted(
-        file: &'static str,
-        name: &'static str,
-        measure: Measure,
-        unit: fn(&Cell) -> f64,
-    ) -> Plotted {
-        Plotted { file, name, measure, unit }
-    }
-    [
-        plotted("downtime", "downtime, ms", Sample::DOWNTIME, |_| 1.0),
-        plotted("gap", "longest heartbeat gap, ms", Sample::GAP, |_| 1.0),
-        plotted("total", "total time, s", Sample::TOTAL, |_| 1e3),
-        plotted("bytes", "bytes on the link, MiB", Sample::LINK_BYTES, |_| f64::from(1 << 20)),
-        plotted("cpu", "CPU time of both sides, s per GiB of RAM", Sample::CPU, |cell| 1e3 * cell.gib()),
-    ]
-};
+pub const ALL: [Plotted; 5] = [
+    ("downtime", "downtime, ms", Sample::DOWNTIME, |_| 1.0),
+    ("gap", "longest heartbeat gap, ms", Sample::GAP, |_| 1.0),
+    ("total", "total time, s", Sample::TOTAL, |_| 1e3),
+    ("bytes", "bytes on the link, MiB", Sample::LINK_BYTES, |_| f64::from(1 << 20)),
+    ("cpu", "CPU time of both sides, s per GiB of RAM", Sample::CPU, |cell| 1e3 * cell.gib()),
+];
 
 /// A page's width, so that a document shows it as large as it is, in pixels.
 const WIDTH: i32 = 920;
@@ -81,7 +63,7 @@ fn is_ring(contender: Contender) -> bool {
 pub fn dots(figure: Plotted, cells: &[CellRecord]) -> Result<String, BenchError> {
     let mut svg = String::new();
     draw(figure, cells, &mut svg).map_err(|error| {
-        BenchError::file(format!("{}.svg", figure.file))(std::io::Error::other(error.to_string()))
+        BenchError::file(format!("{}.svg", figure.0))(std::io::Error::other(error.to_string()))
     })?;
     Ok(svg)
 }
@@ -98,7 +80,7 @@ fn draw(figure: Plotted, cells: &[CellRecord], svg: &mut String) -> Drawn {
 
     let area = SVGBackend::with_string(svg, (WIDTH as u32, height as u32)).into_drawing_area();
     area.fill(&WHITE)?;
-    area.draw(&Text::new(figure.name, (8, 8), (FONT, 18)))?;
+    area.draw(&Text::new(figure.1, (8, 8), (FONT, 18)))?;
     let how = "median, smallest to largest; x: none came to its end";
     area.draw(&Text::new(how, (WIDTH - 330, 12), (FONT, 12).into_font().color(&GREY)))?;
     for (number, contender) in shown.iter().enumerate() {
@@ -126,11 +108,12 @@ fn mark(area: &Area<'_>, contender: Contender, at: (i32, i32)) -> Drawn {
 
 fn rows(area: &Area<'_>, figure: Plotted, cells: &[CellRecord], shown: &[Contender], row: i32) -> Drawn {
     let top = |cell: usize| SCALE + cell as i32 * row;
+    let (_, name, measure, unit) = figure;
     let (mut dots, mut crosses) = (Vec::new(), Vec::new());
     for (cell, record) in cells.iter().enumerate() {
         for (place, contender) in shown.iter().copied().enumerate() {
             let y = top(cell) + BETWEEN / 2 + place as i32 * PLACE + PLACE / 2;
-            let value = |sample: &Sample| Some((figure.measure)(sample)? / (figure.unit)(&record.cell));
+            let value = |sample: &Sample| Some(measure(sample)? / unit(&record.cell));
             let spread = record.spread(contender, |sample| value(sample).filter(|value| *value > 0.0));
             dots.extend(spread.map(|spread| (y, contender, spread)));
             if record.by(contender).next().is_some() && record.samples(contender).next().is_none() {
@@ -154,7 +137,7 @@ fn rows(area: &Area<'_>, figure: Plotted, cells: &[CellRecord], shown: &[Contend
         }
         area.draw(&Text::new(record.cell.name.clone(), (8, y + row / 2 - 7), (FONT, 13)))?;
     }
-    let unit = figure.name.rsplit_once(", ").map_or("", |(_, unit)| unit);
+    let unit = name.rsplit_once(", ").map_or("", |(_, unit)| unit);
     let unit = unit.split(' ').next().unwrap_or_default();
     for tick in &ticks {
         let x = x(*tick);

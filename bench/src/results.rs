@@ -14,7 +14,7 @@ use crate::outcome::CellRecord;
 use crate::surroundings::Surroundings;
 
 /// What was measured. Each cell knows in which sitting; what is said here is of the last one.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Results {
     /// When it began.
     pub started: String,
