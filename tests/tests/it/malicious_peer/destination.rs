@@ -306,12 +306,6 @@ const LIES_OF_AN_AUDIT: &[Lie] = &[
 /// About disks that are mirrored.
 const LIES_OF_DISKS: &[Lie] = &[
     Lie {
-        name: "hashes of a disk that there is not",
-        at: is_reserved,
-        says: |reply| known(reply, Holds { disk: 9, first: 0, hashes: vec![7; 16], last: false }),
-        told: &["says what no disk can hold"],
-    },
-    Lie {
         name: "hashes of blocks that there are not",
         at: is_reserved,
         says: |reply| known(reply, Holds { disk: 0, first: u64::MAX, hashes: vec![7; 16], last: false }),
@@ -330,12 +324,6 @@ const LIES_OF_DISKS: &[Lie] = &[
             [known(reply, Holds::default())[..1].to_vec(), one(Reply::Working(Nothing {}))].concat()
         },
         told: &["said Working instead of what its images hold"],
-    },
-    Lie {
-        name: "blocks without end",
-        at: is_barrier,
-        says: |reply| vec![wrong_blocks(&[0; 1000]), Say::Reply(reply)],
-        told: &["says more than there is to say"],
     },
 ];
 
@@ -370,7 +358,7 @@ fn guest(pair: &Pair) -> Guest {
 }
 
 fn spec(pair: &Pair) -> GuestSpec {
-    GuestSpec { fill_mib: 24, rate: 200, ..pair.spec("vm", 128) }
+    GuestSpec { fill_mib: 16, rate: 100, ..pair.spec("vm", 96) }
 }
 
 /// A guest with a disk of its own.
