@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use testbed::surroundings::Surroundings;
 
 use crate::budget::{self, Budget};
 use crate::cell::Cell;
@@ -14,7 +15,6 @@ use crate::narrator::Narrator;
 use crate::outcome::Sitting;
 use crate::results::{Kept, Results};
 use crate::run::Run;
-use crate::surroundings::Surroundings;
 use crate::trial;
 use crate::{document, file};
 

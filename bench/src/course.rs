@@ -5,6 +5,7 @@ use std::time::Duration;
 use readable::{bytes, count, measured_ms as ms};
 use session::Report;
 use testbed::client::{Echo, EchoReport};
+use testbed::surroundings::Surroundings;
 use testbed::{AgentOptions, Console, GuestSpec, Host, Inventory, Programs, Status, Testbed};
 
 use crate::baseline::Setting;
@@ -17,7 +18,6 @@ use crate::record::{GuestFacts, Method, Record, Sample};
 use crate::run::Run;
 use crate::scene::{self, ADDRESSES, Scene, TWIN};
 use crate::settings::Settings;
-use crate::surroundings::Surroundings;
 
 /// How long the client listens to the guest that is not moved.
 const UNMIGRATED: Duration = Duration::from_secs(3);

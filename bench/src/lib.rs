@@ -51,7 +51,6 @@ mod results;
 mod run;
 mod scene;
 mod settings;
-mod surroundings;
 mod throughput;
 mod trial;
 

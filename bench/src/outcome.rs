@@ -1,12 +1,12 @@
 //! What came of a cell: every trial, and the questions that are asked of them.
 
 use serde::{Deserialize, Serialize};
+use testbed::surroundings::Surroundings;
 
 use crate::cell::{Cell, PAGE};
 use crate::contender::Contender;
 use crate::measure::{Beats, Spread};
 use crate::record::{Miss, Sample};
-use crate::surroundings::Surroundings;
 use crate::throughput::Throughput;
 
 /// What came of one cell.

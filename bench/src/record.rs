@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use session::Report;
+use testbed::surroundings::Surroundings;
 
 use crate::measure::Beats;
-use crate::surroundings::Surroundings;
 
 /// A way of moving a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

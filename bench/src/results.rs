@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use micro::Engine;
 use serde::Serialize;
 use serde_json::Value;
+use testbed::surroundings::Surroundings;
 
 use crate::cell::Cell;
 use crate::error::BenchError;
 use crate::file;
 use crate::goals::{self, Goal};
 use crate::outcome::CellRecord;
-use crate::surroundings::Surroundings;
 
 /// What was measured. Each cell knows in which sitting; what is said here is of the last one.
 #[derive(Clone, Debug, Default, Serialize)]

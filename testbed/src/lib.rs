@@ -41,6 +41,7 @@ pub mod programs;
 pub mod ram;
 mod running;
 pub mod shim;
+pub mod surroundings;
 pub mod sweep;
 mod times;
 mod tool;

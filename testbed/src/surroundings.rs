@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::Programs;
+use crate::accelerator::Accelerator;
 use procfs_core::{CpuInfo, FromRead as _, LoadAverage, Meminfo};
 use serde::{Deserialize, Serialize};
-use testbed::Programs;
-use testbed::accelerator::Accelerator;
 
 /// The machine and the programs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
