@@ -214,7 +214,7 @@ fn name_of(cell: &CellRecord, contender: Contender) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::results;
+    use crate::results::tests::results;
 
     #[test]
     fn the_document_tells_who_did_not_come_to_an_end() {

@@ -4,7 +4,6 @@ use crate::cell::{Cell, PAGE};
 use crate::contender::Contender;
 use crate::outcome::{CellRecord, Sitting, Trial};
 use crate::record::{Miss, Record, Sample};
-use crate::results::Results;
 use crate::throughput::Throughput;
 
 /// A demo of two rounds.
@@ -48,18 +47,4 @@ pub fn sample(cell: &mut CellRecord, trial: usize) -> &mut Sample {
 /// Takes the figures of a cell's trial.
 pub fn miss(cell: &mut CellRecord, trial: usize, why: Miss) {
     (cell.trials[trial].sample, cell.trials[trial].miss) = (None, Some(why));
-}
-
-/// One cell, in which QEMU did not converge.
-pub fn results() -> Results {
-    let own = Contender::VMIRROR;
-    let mut idle = cell("idle", &[(own, 8.0), (own, 9.0), (Contender::DEFAULT, 40.0)]);
-    miss(&mut idle, 2, Miss::NotConverged { after_ms: 60_000.0 });
-    Results {
-        started: "today".into(),
-        took_ms: 120_000.0,
-        command: "make bench".into(),
-        cells: vec![idle],
-        ..Results::default()
-    }
 }

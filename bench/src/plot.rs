@@ -183,7 +183,8 @@ fn ticks(least: f64, most: f64) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixtures::{cell, results};
+    use crate::fixtures::cell;
+    use crate::results::tests::results;
     use std::collections::HashSet;
 
     #[test]

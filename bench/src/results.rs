@@ -107,12 +107,27 @@ fn json_in(directory: &Path) -> PathBuf {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
 
     use super::*;
     use crate::contender::Contender;
-    use crate::fixtures::{cell, results};
+    use crate::fixtures::{cell, miss};
+    use crate::record::Miss;
+
+    /// One cell, in which QEMU did not converge.
+    pub(crate) fn results() -> Results {
+        let own = Contender::VMIRROR;
+        let mut idle = cell("idle", &[(own, 8.0), (own, 9.0), (Contender::DEFAULT, 40.0)]);
+        miss(&mut idle, 2, Miss::NotConverged { after_ms: 60_000.0 });
+        Results {
+            started: "today".into(),
+            took_ms: 120_000.0,
+            command: "make bench".into(),
+            cells: vec![idle],
+            ..Results::default()
+        }
+    }
 
     #[test]
     fn where_the_checkout_lies_is_not_told() {
