@@ -36,6 +36,10 @@ pub struct Cell {
     /// Whether frames that come for the guest while it moves are carried after it, as they are wherever they can be.
     #[serde(skip_serializing_if = "is_true")]
     pub frames: bool,
+    /// Whether vmirror's guest has memory that is QEMU's own, as its user has started it. One that has moved has not any more, so each time
+    /// another one is moved.
+    #[serde(skip_serializing_if = "is_false")]
+    pub private_ram: bool,
     /// What lies between the hosts.
     pub link: Link,
     /// `--on-diverge` of vmirror.
@@ -229,13 +233,19 @@ impl Cell {
         };
         let disk = self.disk.map_or_else(String::new, |disk| format!("{}, ", disk.describe()));
         let frames = if self.frames { "" } else { ", frames that come meanwhile are lost" };
-        format!("{memory}, {content}, {disk}{dirtying}, {link}{frames}")
+        let private = if self.private_ram { ", private memory" } else { "" };
+        format!("{memory}{private}, {content}, {disk}{dirtying}, {link}{frames}")
     }
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
 fn is_true(value: &bool) -> bool {
     *value
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 impl Disk {

@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use session::{Outcome, Phase, Report};
 use testbed::cpu::watch_threads;
+use testbed::guest_spec::Ram;
 use testbed::link::LinkWatch;
 use testbed::{GuestSpec, Host, cpu};
 
@@ -24,12 +25,25 @@ use crate::throughput::unix_ms;
 /// The guest's name.
 pub const NAME: &str = "web1";
 
-/// Starts the guest under a host's agent.
+/// Starts the guest under a host's agent; one with private memory by hand, and has it adopted.
 pub fn start(host: &Host, spec: &GuestSpec) -> Result<(), BenchError> {
     let line = spec.command_line();
+    if let (Ram::Private, Some(qmp)) = (&spec.ram, &spec.qmp) {
+        let mut qemu = host.command(&line[0]);
+        qemu.args(&line[1..]);
+        let output = qemu.output().map_err(|error| BenchError::baseline("qemu", error.to_string()))?;
+        succeeded("qemu", output)?;
+        let adopted = host.vmirror(&["adopt", NAME, "--qmp", &qmp.to_string_lossy()])?;
+        return succeeded("vmirror adopt", adopted).map(drop);
+    }
     let mut arguments = vec!["run", NAME, "--json", "--"];
     arguments.extend(line.iter().map(String::as_str));
     succeeded("vmirror run", host.vmirror(&arguments)?).map(drop)
+}
+
+/// Ends the guest, at once.
+pub fn stop(host: &Host) -> Result<(), BenchError> {
+    succeeded("vmirror stop", host.vmirror(&["stop", NAME, "--force"])?).map(drop)
 }
 
 /// Process id of the guest's QEMU on this host.

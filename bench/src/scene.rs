@@ -17,7 +17,7 @@ pub const TWIN: &str = "twin";
 /// The guests' addresses, vmirror's first.
 pub const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 88, 0, 10), Ipv4Addr::new(10, 88, 0, 11)];
 /// How long the guests may take to boot and to fill their memory, on a machine with much other work.
-const BOOT: Duration = Duration::from_secs(300);
+pub const BOOT: Duration = Duration::from_secs(300);
 /// How much a guest checks of itself per second, in pages: 8 MiB, which leaves an emulated CPU to its workload.
 const CHECK_RATE: u64 = 2048;
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use readable::{bytes, measured_ms as ms};
-use testbed::guest_spec::Userland;
+use testbed::guest_spec::{Ram, Userland};
 use testbed::memory::{Memory, most_overhead};
 use testbed::{AgentOptions, Client, GuestSpec, Host, Programs, Testbed, TestbedError, Wire};
 
@@ -33,6 +33,10 @@ const HOLD: Duration = Duration::from_secs(4);
 struct Stage<'a> {
     scene: Scene,
     cell: &'a Cell,
+    /// vmirror's guest.
+    spec: GuestSpec,
+    /// That guest has been moved, and its memory is a file.
+    moved: bool,
 }
 
 /// Tries a cell. What keeps it from coming to its end is in its record.
@@ -154,8 +158,14 @@ impl<'a> Stage<'a> {
                 ..scene::spec(&bed, name, true)?
             })
         };
-        let (spec, twin_spec) = (spec(NAME)?, spec(TWIN)?);
-        let stage = Self { scene: Scene::boot(bed, &spec, Some(&twin_spec), run, |_| ())?, cell };
+        let (mut spec, twin_spec) = (spec(NAME)?, spec(TWIN)?);
+        if cell.private_ram {
+            spec.ram = Ram::Private;
+            spec.qmp = Some(bed.a().directory().join("own.qmp"));
+            spec.extra.push("-daemonize".into());
+        }
+        let scene = Scene::boot(bed, &spec, Some(&twin_spec), run, |_| ())?;
+        let stage = Self { scene, cell, spec, moved: false };
         for guest in ADDRESSES {
             stage.rest(stage.client()?, guest)?;
         }
@@ -204,6 +214,23 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
+    /// Has a guest with private memory at the first host again, if that was moved.
+    fn renew(&mut self) -> Result<(), BenchError> {
+        if !(self.cell.private_ram && std::mem::take(&mut self.moved)) {
+            return Ok(());
+        }
+        let boot_id = self.client()?.status(ADDRESSES[0])?.boot_id;
+        mirrored::stop(self.scene.bed.b())?;
+        mirrored::start(self.scene.bed.a(), &self.spec)?;
+        let client = self.client()?;
+        self.scene.run.wait("another guest to boot", scene::BOOT, || {
+            // Its port answers once its memory is filled.
+            let is_new = client.status(ADDRESSES[0]).is_ok_and(|status| status.boot_id != boot_id);
+            Ok(is_new.then_some(()))
+        })?;
+        self.rest(self.client()?, ADDRESSES[0])
+    }
+
     /// How long a disk stays mirrored before its guest is moved.
     fn hold(&self) -> Duration {
         if self.cell.disk.is_some_and(|disk| disk.written) { HOLD } else { Duration::ZERO }
@@ -213,6 +240,10 @@ impl<'a> Stage<'a> {
         let (own, cell) = (contender == Contender::VMIRROR, self.cell);
         let run = self.scene.run.clone();
         let guest = ADDRESSES[usize::from(!own)];
+        if own {
+            self.renew()?;
+            self.moved = true;
+        }
         self.work(self.client()?, guest)?;
         let boot_id = self.client()?.status(guest)?.boot_id;
         let watch = throughput::watch(self.client()?, guest)?;
@@ -220,6 +251,7 @@ impl<'a> Stage<'a> {
         let Scene { twin, bed, .. } = &mut self.scene;
         let act = || {
             if own {
+                let round = if cell.private_ram { 0 } else { round };
                 return by_vmirror(cell, scene::hosts(bed, round), setting.hold, patience, &run);
             }
             let twin = twin.as_mut().ok_or_else(|| BenchError::baseline("none", "the twin is gone"))?;

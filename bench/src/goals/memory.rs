@@ -4,7 +4,7 @@ use micro::Engine;
 use readable::measured_ms as ms;
 use session::report::Round;
 
-use super::judged::{Case, Goal};
+use super::judged::{Case, Goal, find};
 use crate::contender::Contender;
 use crate::measure::bytes;
 use crate::outcome::CellRecord;
@@ -20,6 +20,7 @@ pub(super) fn of(cells: &[CellRecord], engine: Option<&Engine>) -> Vec<Goal> {
     vec![
         downtime(case("idle, unshaped", "idle"), 10.0, 0.4),
         downtime(case("dirtying 75 % of 1 Gbit/s", "random-75"), 30.0, 0.2),
+        private(case("private memory, idle, unshaped", "idle-private")),
         by_deltas(case("dirtying 150 %, small counters", "counters-150")),
         by_deltas(case("dirtying 400 %, small counters", "counters-400")),
         by_post_copy(case("dirtying 150 %, incompressible, post-copy", "random-150")),
@@ -28,6 +29,10 @@ pub(super) fn of(cells: &[CellRecord], engine: Option<&Engine>) -> Vec<Goal> {
         bytes_sent(case("bytes, Debian userland, 1 Gbit/s", "idle-debian")),
         throughput(engine),
         slowdown(case("guest slowdown while mirrored, dirtying 100 MiB/s", "steady-100m")),
+        slowdown(case(
+            "guest slowdown while mirrored, private memory, dirtying 100 MiB/s",
+            "steady-100m-private",
+        )),
         overhead(cells),
     ]
 }
@@ -50,6 +55,29 @@ fn downtime(case: Case<'_>, limit: f64, part: f64) -> Goal {
             None => (format!("{}; QEMU: {}", ms(own), cell.missed(DEFAULT)?), own <= limit),
         })
     })
+}
+
+/// The downtime of a guest with private memory, as a part of QEMU's and beside that of one whose memory is a file.
+fn private(case: Case<'_>) -> Goal {
+    const OF_SHARED: f64 = 1.2;
+    const OF_QEMU: f64 = 0.4;
+    let shared = find(case.cells, "idle");
+    case.goal(
+        format!("downtime ≤ {OF_SHARED} of that with shared memory, ≤ {OF_QEMU} of QEMU's default"),
+        |cell| {
+            let own = cell.median(OWN, Sample::DOWNTIME)?;
+            let (shared, qemu) =
+                (shared?.median(OWN, Sample::DOWNTIME)?, cell.median(DEFAULT, Sample::DOWNTIME)?);
+            let (of_shared, of_qemu) = (own / shared, own / qemu);
+            let measured = format!(
+                "{}; {of_shared:.2} of {} with shared memory; {of_qemu:.2} of QEMU's {}",
+                ms(own),
+                ms(shared),
+                ms(qemu)
+            );
+            Some((measured, of_shared <= OF_SHARED && of_qemu <= OF_QEMU))
+        },
+    )
 }
 
 /// A guest that outruns the link, mirrored by deltas alone, where QEMU does not come to an end.
