@@ -131,10 +131,9 @@ impl Source {
         let images = record.made.images.clone();
         let becomes = becomes(&record, &event);
         let gone = || record.process.as_ref().is_some_and(|process| process.look().is_gone());
-        if becomes.contains(&Effect::Resume)
-            && matches!(record.ownership, Ownership::Incoming { .. })
-            && gone()
-        {
+        // One that is this host's already may have been told to run, by an agent that did not hear of it.
+        let untold = matches!(record.ownership, Ownership::Incoming { .. });
+        if becomes.contains(&Effect::Resume) && untold && gone() {
             // It has not been told to run, and so has never run.
             drop(deciding);
             lifecycle::ended(&host, &record).await;
@@ -157,7 +156,7 @@ impl Source {
             return self.say(said(&effects), &name).await;
         }
         points::reach(Point::Owned).await;
-        if record.process.as_ref().is_some_and(Process::is_ending) {
+        if untold && record.process.as_ref().is_some_and(Process::is_ending) {
             // It has been killed while its monitor is still open, and is not told to run.
             let never_ran = is_ended(&record).await;
             let ending = QmpError::Gone { socket: record.qmp_socket.clone(), command: "cont" };

@@ -137,8 +137,10 @@ async fn of_a_qemu_that_may_have_run_the_guest_it_is_not_said_that_it_has_not() 
         assert!(now.standing().is_unseen(), "{how}: {now:?}");
         assert_eq!(scene.hosts.b.journal.mark(SESSION).unwrap(), None, "{how}");
         assert!(scene.process.try_wait().unwrap().is_none(), "{how}, and it is killed");
-        // Nor when it is asked once more.
+        // Nor when it is asked once more, or has been killed since while its monitor is open.
         assert_ne!(scene.settles().await, kind::NO_COPY, "{how}");
+        scene.process.kill().unwrap();
+        assert_ne!(scene.settles().await, kind::NO_COPY, "{how}, and it is killed");
     }
 }
 
